@@ -15,6 +15,8 @@ def main() -> None:
     """Run the command line."""
     if sys.platform == "win32":
         sys.exit("error: mixchat does not run on Windows: install it in WSL 2")
+    import threading
+
     from mixchat.base import interrupts
     from mixchat.cli.app import run
 
@@ -26,9 +28,10 @@ def main() -> None:
     except KeyboardInterrupt:  # before `run` installs its handlers, or after it
         sys.exit(130)
     except SystemExit as ending:
-        if "torch" in sys.modules and isinstance(ending.code, int):
+        loads = "torch" in sys.modules or threading.active_count() > 1
+        if loads and isinstance(ending.code, int):
             # All is closed and flushed by now. An orderly exit of torch takes another second, in
-            # which a person who pressed Ctrl-C waits.
+            # which a person who pressed Ctrl-C waits. While a thread imports torch, it may crash.
             os._exit(ending.code)
         raise
 

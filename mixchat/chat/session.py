@@ -39,8 +39,16 @@ class ModelProvider(Protocol):
     def context_of(self, name: str) -> Context:
         """Return a model's context."""
 
-    def open(self, name: str, least_context: Callable[[Template], int]) -> ChatModel:
-        """Load a model. Its context has room for so many tokens if memory allows."""
+    def prepare(self, name: str) -> bool:
+        """Raise what is known before a model is loaded. Return whether loading takes long."""
+
+    def open(
+        self, name: str, least_context: Callable[[Template], int], *, shown: bool = True
+    ) -> ChatModel:
+        """Load a model, and show that if `shown`.
+
+        Its context has room for so many tokens if memory allows.
+        """
 
     def predictor(self, model: ChatModel, name: str) -> Predictor:
         """Return a function that predicts the speed of a loaded model."""

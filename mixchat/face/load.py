@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,19 +51,22 @@ def open_model(
     *,
     least_context: Callable[[Template], int] = lambda template: 0,
     keep_caches: bool = False,
+    shown: bool = True,
     **model_options: Any,
 ) -> Model:
-    """Load a model, and show that it is loading meanwhile. A missing demo is built first.
+    """Load a model. A missing demo is built first.
 
     least_context: returns the tokens for which the context has room if memory allows. keep_caches:
-    keep the KV caches in files while the model is not loaded. model_options: of `Model`.
+    keep the KV caches in files while the model is not loaded. shown: show that it is loading.
+    model_options: of `Model`.
     """
     from mixchat.text.checkpoint_text import CheckpointText
 
     directory = find_or_build(name, reporter)
     text = CheckpointText(directory)  # it loads in a thread while torch is imported
     prepare_environment()
-    with reporter.status(f"loading {name}"), ExitStack() as opened:
+    status = reporter.status(f"loading {name}") if shown else nullcontext()
+    with status, ExitStack() as opened:
         from mixchat.face.kept_caches import KeptCaches
         from mixchat.face.model import Model, ModelText
         from mixchat.face.numbers import with_numbers

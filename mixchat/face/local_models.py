@@ -55,6 +55,11 @@ class LocalModels:
             return Context(config.default_contexts[-1], config.largest_context, is_chosen=False)
         return Context.of(config, self._load.context_size)
 
+    def prepare(self, name: str) -> bool:
+        """Raise `ModelNotFoundError` if there is no such model. A missing demo is built."""
+        find_or_build(name, self._reporter)
+        return True
+
     def open(
         self,
         name: str,

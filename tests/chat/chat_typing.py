@@ -11,10 +11,11 @@ from prompt_toolkit.output import DummyOutput
 from mixchat.base.errors import MixchatError, ModelNotFoundError
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.chat.terminal.active_chat import ActiveChat
+from mixchat.chat.terminal.active_chat import ActiveChat, Opened
 from mixchat.chat.terminal.commands import completions, run_command
 from mixchat.chat.terminal.prompt import ChatPrompt
 from mixchat.chat.terminal.screen import Screen
+from mixchat.face.reading_time import ReadingTime
 
 CTRL_C, CTRL_D, CTRL_U = "\x03", "\x04", "\x15"
 
@@ -59,14 +60,16 @@ class Chat:
                 warn=self.errors.append,
             )
             models = models(self.saver) if models else OneModel()
+            opened = Opened(self.saver, NoCache(), after_turn or self.turns.append, ReadingTime())
             self.active = ActiveChat(
-                self.saver,
+                "demo",
                 Screen(out),
-                NoCache(),
+                self.saver.store,
+                lambda: opened,
+                is_loaded=lambda: True,
                 models=models,
                 change_model=getattr(models, "change", None),
                 report=self.errors.append,
-                after_turn=after_turn or self.turns.append,
             )
             offered = completions(self.active)
             self.prompt = ChatPrompt(history, offered, self.active.status)

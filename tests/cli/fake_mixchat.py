@@ -3,7 +3,8 @@
 SCRIPT in the environment is a JSON list of answers. An answer is text, or a list of characters
 and of {"raise": "RuntimeError", "with": "text"}. DELAY is a pause before each token, in seconds.
 PROMPTS is a file to which each prompt is written. THINKING is the format in which the answers
-think, and the variables of their template.
+think, and the variables of their template. NOTE is a note of loading, LOADING a pause before
+the engine is there, and FAULT the text of the error that loading ends with then.
 """
 
 import builtins
@@ -47,14 +48,23 @@ def scripted(load):
     return engine, ModelText(CharacterTokenizer(), PlainTemplate(thinking=thinking()))
 
 
-def open_fake(name, load, reporter, *, least_context=None):
+def open_fake(name, load, reporter, *, least_context=None, shown=True):
     """A model without a thread, for commands that run in the test's process."""
     return ScriptedModel(*scripted(load))
 
 
-def open_with_thread(name, load, reporter, *, least_context=None):
+def open_with_thread(name, load, reporter, *, least_context=None, shown=True):
     engine, text = scripted(load)
+    if note := os.environ.get("NOTE"):
+        reporter.note(note)
+    time.sleep(float(os.environ.get("LOADING", "0")))
+    if fault := os.environ.get("FAULT"):
+        raise mixchat.base.errors.CheckpointError(fault)
     return Model(name, lambda: engine, text)
+
+
+def find_fake(name, reporter):
+    """Every model is installed."""
 
 
 def predict_fake(models, model, name):
@@ -79,6 +89,7 @@ if __name__ == "__main__":
     from mixchat.face import local_models
 
     local_models.open_model = open_with_thread
+    local_models.find_or_build = find_fake
     local_models.LocalModels.predictor = predict_fake
     run._note_server = note_nothing
     app.run(sys.argv[1:])

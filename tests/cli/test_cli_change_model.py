@@ -89,6 +89,7 @@ def start(home, loads, reports):
             new_report=new_report,
             saving=Saving(),
         )
+        chat.open()
         return chat
 
     return start

@@ -139,3 +139,51 @@ def test_prompt_question_and_error_have_colours_unless_they_are_switched_off(
     assert colours == {
         word: ("default", "default") if variables else pair for word, pair in painted.items()
     }
+
+
+LOADS = {"LOADING": "60"}  # longer than any test
+
+
+def test_a_person_types_while_the_model_loads(environment):
+    """The prompt came only after the model, seconds later."""
+    with Terminal([*FAKE, "run"], environment | LOADS) as terminal:
+        terminal.enter("/help read")
+        terminal.wait_for("put a file")
+        terminal.wait_for(">>>")
+        terminal.type("half a question")
+        terminal.wait_for("half a question")
+        terminal.type(CTRL_C + CTRL_D)
+        assert terminal.wait_for_end() == 0
+
+
+def test_ctrl_c_ends_the_wait_for_a_model_and_not_the_chat(environment):
+    with Terminal([*FAKE, "run"], environment | LOADS) as terminal:
+        terminal.enter("Hi")
+        terminal.wait_for("loading instruct")
+        terminal.type(CTRL_C)
+        terminal.wait_for("(stopped)")
+        terminal.enter("/bye")
+        assert terminal.wait_for_end() == 0
+
+
+def test_a_question_waits_for_the_model(environment):
+    with Terminal(
+        [*FAKE, "run"], environment | {"LOADING": "1", "NOTE": "less memory"}
+    ) as terminal:
+        terminal.enter("Hi")
+        terminal.wait_for("Hello")
+        assert b"less memory" in terminal.screen
+        terminal.leave()
+
+
+@pytest.mark.parametrize("keys", ["a question", "a question" + ENTER])
+def test_a_model_that_cannot_be_loaded_ends_the_chat_and_keeps_what_was_typed(environment, keys):
+    with Terminal([*FAKE, "run"], environment | {"LOADING": "1", "FAULT": "damaged"}) as terminal:
+        terminal.wait_for(">>>")
+        terminal.type(keys)
+        terminal.wait_for("error: damaged")
+        assert terminal.wait_for_end() == 6
+    with Terminal([*FAKE, "run"], environment) as terminal:
+        terminal.wait_for(">>>")
+        terminal.type(UP)
+        terminal.wait_for("a question")

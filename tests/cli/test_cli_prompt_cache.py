@@ -49,7 +49,7 @@ def ask(mixchat, monkeypatch, exact_model):
 
     models = []
 
-    def opened(name, load, reporter, *, least_context):
+    def opened(name, load, reporter, *, least_context, shown):
         options = replace(load, device="cpu")
         models.append(Model(name, lambda: load_engine(exact_model, options), text))
         return models[-1]

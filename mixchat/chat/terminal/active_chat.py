@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mixchat.base import interrupts
 from mixchat.chat.printing import cut_off_note, one_line
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from mixchat.chat.saved.cache_saver import CacheSaver
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
-    from mixchat.chat.session import ModelProvider
+    from mixchat.chat.saved.chat_store import ChatStore
+    from mixchat.chat.session import ChatSession, ModelProvider
     from mixchat.chat.terminal.prompt import ChatPrompt
     from mixchat.chat.terminal.screen import Screen
     from mixchat.face.events import End, Event
@@ -32,35 +34,67 @@ _COMMAND = re.compile(r"/(\w*|\?)(?:[ \t]+(.*))?")
 _SYSTEM = re.compile(r"/(?:set[ \t]+)?(system)[ \t]+(\S.*)", re.DOTALL)
 
 
-class ActiveChat:
-    """A chat on a screen, with its session, its saver, its KV cache and its models.
+class Opened(NamedTuple):
+    """What a chat needs of a loaded model. `after_turn` is called with the end of an answer."""
 
-    An error of a turn is passed to `report`, the end of an answer to `after_turn`. `change_model`
-    puts a model in place of the chat's, and returns its `after_turn` and `reading_time`. `attached`
-    has the texts that go before the next question, by the names of their files.
+    saver: ChatSaver
+    cache: CacheSaver
+    after_turn: AfterTurn
+    reading_time: ReadingTime
+
+
+class ActiveChat:
+    """A chat on a screen, with its session, its saver, its KV cache, its models and saved chats.
+
+    `opened` waits for the model, when it is needed for the first time. An error of a turn is passed
+    to `report`. `change_model` puts a model in place of the chat's, and returns its `after_turn`
+    and `reading_time`. `attached` has the texts that go before the next question, by the names of
+    their files.
     """
 
     def __init__(
         self,
-        saver: ChatSaver,
+        model: str,
         screen: Screen,
-        cache: CacheSaver,
+        store: ChatStore,
+        opened: Callable[[], Opened],
         *,
+        is_loaded: Callable[[], bool],
         models: ModelProvider,
         change_model: Callable[[str], tuple[AfterTurn, ReadingTime]],
         report: Callable[[Exception], object],
-        after_turn: AfterTurn,
-        reading_time: ReadingTime | None = None,
     ) -> None:
-        self.session, self.saver, self.screen = saver.session, saver, screen
-        self._report, self._after_turn = report, after_turn
+        self.screen, self.store, self.models = screen, store, models
+        self._model, self._opened, self._is_loaded = model, opened, is_loaded
+        self._report, self._change = report, change_model
         self.attached: dict[str, str] = {}
         self.left = False  # this turn is the last one
         self.draft = ""  # the last question, offered at the prompt, whose text replaces it
-        self._cache, self.models, self._change = cache, models, change_model
         self._warned = False
-        self._figures = Figures(saver)
-        self._reading = reading_time or ReadingTime()
+        self._parts: Opened | None = None
+
+    def _open(self) -> Opened:
+        if self._parts is None:
+            try:
+                self._parts = parts = self._opened()
+            except Exception:
+                self.left = True  # there is nothing to chat with
+                raise
+            self._after_turn, self._reading = parts.after_turn, parts.reading_time
+            self._figures = Figures(parts.saver)
+        return self._parts
+
+    @property
+    def saver(self) -> ChatSaver:
+        return self._open().saver
+
+    @property
+    def session(self) -> ChatSession:
+        return self.saver.session
+
+    @property
+    def _cache(self) -> CacheSaver:
+        return self._open().cache
 
     def run(self, prompt: ChatPrompt, run_command: RunCommand) -> None:
         """Read and answer until Ctrl-D, `/bye`, or Ctrl-C twice.
@@ -88,7 +122,8 @@ class ActiveChat:
     def _turn(self, prompt: ChatPrompt, run_command: RunCommand) -> None:
         """Read one text. Run it as a command, or ask it."""
         draft, self.draft = self.draft, ""
-        text = prompt.read(draft).strip()
+        with nullcontext() if self._is_loaded() else prompt.lines_above():
+            text = prompt.read(draft).strip()
         command = _COMMAND.fullmatch(text) or _SYSTEM.fullmatch(text)
         typed = not prompt.quoted and text != draft
         # `exit` alone went to the model, which said good-bye, and the chat went on.
@@ -108,6 +143,8 @@ class ActiveChat:
             self._count_figures()
         elif text or self.attached:
             prompt.history.command_ended(worked=True)  # of what only begins like one
+            with unseen_keys():
+                self._open()
             # A question can be all files.
             question = "\n\n".join(filter(None, (*self.attached.values(), text)))
             history = self.session.history
@@ -203,12 +240,12 @@ class ActiveChat:
 
     def other_models(self) -> list[str]:
         """Return the names of the models that the chat may change to."""
-        return self.models.others(self.saver.model)
+        return self.models.others(self._model if self._parts is None else self.saver.model)
 
     def show_last_turn(self) -> None:
         """Show the last turn of a chat that was resumed, and how many came before it."""
-        self._count_figures()
         history = self.session.history
+        self._count_figures()
         turns = sum(message.role == "user" for message in history)
         if turns > 1:
             self.screen.say(f"({turns - 1} earlier {'turn' if turns == 2 else 'turns'})")
@@ -222,6 +259,9 @@ class ActiveChat:
 
     def status(self) -> str:
         """Return the status line, as wide as the terminal is now."""
+        if not self._is_loaded():
+            return f"{self._model} · loading"
+        self._open()
         return self._figures.line()
 
     def _note_attached(self) -> None:
@@ -230,7 +270,8 @@ class ActiveChat:
             self.screen.say(f"({names} still goes before the next question; /read none drops it)\n")
 
     def _count_figures(self) -> None:
-        if not self.left:  # a command may have closed the engine
+        # A command may have closed the engine, or been one that needs none.
+        if self._parts is not None and not self.left:
             self._figures.count()
 
     def _warn_of_context(self) -> None:

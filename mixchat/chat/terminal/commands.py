@@ -122,7 +122,7 @@ def _saved_chats(chat: ActiveChat) -> CompleteArgument:
     known: dict[int, list[tuple[str, str]]] = {}
 
     def complete(text: str) -> Iterable[tuple[str, str]]:
-        store = chat.saver.store
+        store = chat.store
         changed = store.directory.stat().st_mtime_ns if store.directory.exists() else 0
         if changed not in known:
             known.clear()
@@ -248,12 +248,12 @@ def _save(chat: ActiveChat, argument: str) -> None:
 def _load(chat: ActiveChat, argument: str) -> None:
     if not argument:
         raise UsageError("/load needs a chat's ID or name", hint="/chats lists them.")
-    chat.resume(chat.saver.store.load(parameters.unquoted(argument)))
+    chat.resume(chat.store.load(parameters.unquoted(argument)))
 
 
 @_command("", "list saved chats", "list the saved chats, the last one first")
 def _chats(chat: ActiveChat, argument: str) -> None:
-    saved = chat.saver.store.all()
+    saved = chat.store.all()
     if not saved:
         chat.screen.say("(there are no saved chats yet)")
         return

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
+import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +22,8 @@ from mixchat.base.model_config import DEFAULT_TOKENS
 from mixchat.base.options import ChatOptions
 from mixchat.base.progress import Reporter
 from mixchat.base.settings import data_dir
+from mixchat.chat.terminal.loading import Loading
+from mixchat.engine.environment import without_collections
 from mixchat.face.numbers import with_numbers
 from mixchat.face.reading_time import Predictor, ReadingTime
 
@@ -74,28 +77,39 @@ class OpenChat:
         form: OutputConstraint | None = None,
         resumed: Resumed | None = None,
     ) -> None:
-        from mixchat.chat.saved.chat_saver import ChatSaver
         from mixchat.chat.saved.chat_store import ChatStore
 
-        self.models, self._options, self._reporter = models, options, reporter
+        self._store = ChatStore()
+        self.models, self._name, self._options, self._reporter = models, name, options, reporter
         self._new_report, self._form, self._saving = new_report, form, saving
-        self.session = self._open(name, None if resumed is None else resumed.chat)
+        self._resumed = resumed
+        self._is_open = False
+
+    def open(self, *, shown: bool = True) -> None:
+        """Load the model, and show that if `shown`. Any thread may do it."""
+        from mixchat.chat.saved.chat_saver import ChatSaver
+
+        resumed, reporter = self._resumed, self._reporter
+        with without_collections():
+            self.session = self._open(self._name, resumed and resumed.chat, shown=shown)
         self.saver = ChatSaver(
             self.session,
-            ChatStore(),
-            name,
-            autosave=saving.autosave,
+            self._store,
+            self._name,
+            autosave=self._saving.autosave,
             warn=reporter.error,
             note=reporter.note,
         )
         if resumed is not None:
             self.saver.resume(*resumed)
+        self._is_open = True
 
     def ask(self, answer: Callable[[ChatSession], End]) -> None:
         """Let `answer` ask one question. Save what came, even if it could not be printed.
 
         Raises `ResourceError` if it cannot be saved. After another error, this one is only printed.
         """
+        self.open()
         after_turn, _ = self._hooks()
         history = self.session.history
         with self._cache_saver(asks_once=True):
@@ -116,41 +130,59 @@ class OpenChat:
                 raise ResourceError(str(error), hint=hint) from None
 
     def talk(self, files: Mapping[Path, str], *, raw: bool, vi: bool) -> None:
-        """Chat in the terminal. The texts of `files` go before the first question."""
-        from mixchat.chat.terminal.active_chat import ActiveChat
+        """Chat in the terminal. The texts of `files` go before the first question.
+
+        The model of a new chat is loaded behind the prompt.
+        """
+        from mixchat.chat.terminal.active_chat import ActiveChat, Opened
         from mixchat.chat.terminal.commands import completions, run_command
         from mixchat.chat.terminal.prompt import ChatPrompt
         from mixchat.chat.terminal.screen import Screen
 
-        after_turn, reading_time = self._hooks()
-        with self._cache_saver(asks_once=False) as cache:
-            screen = Screen(raw=raw)
-            context = self.session.context  # None if a server does not tell
-            size = f" with a context of {context.tokens:,} tokens" if context else ""
-            screen.say(f"{self.saver.model}{size}; /help shows the commands, Ctrl-D leaves")
+        # A resumed chat shows its last turn first. A KV cache may take long to read.
+        waits = self._resumed is not None or self._saving.cache is not None
+        behind = sys.stdout.isatty() and not waits and self.models.prepare(self._name)
+        if not behind:
+            self.open()
+        screen, name = Screen(raw=raw), self._name
+        screen.say(f"{name}; /help shows the commands, Ctrl-D leaves")
+        loading = Loading(lambda: self.open(shown=False))
+        with ExitStack() as stack:
+
+            def opened() -> Opened:
+                if behind:
+                    with self._reporter.status(f"loading {name}"):
+                        loading.wait()
+                cache = stack.enter_context(self._cache_saver(asks_once=False))
+                return Opened(self.saver, cache, *self._hooks())
+
             chat = ActiveChat(
-                self.saver,
+                name,
                 screen,
-                cache,
+                self._store,
+                opened,
+                is_loaded=lambda: self._is_open,
                 models=self.models,
                 change_model=self.change,
                 report=self._reporter.error,
-                after_turn=after_turn,
-                reading_time=reading_time,
             )
-            if self.session.history:
+            if self._resumed is not None and self.session.history:
                 chat.show_last_turn()
             for path, text in files.items():
                 chat.attach(path, text)
-            history = data_dir() / "history" if self.saver.autosave else None
+            history = data_dir() / "history" if self._saving.autosave else None
             prompt = ChatPrompt(
                 history, completions(chat), chat.status, vi=vi, warn=self._reporter.note
             )
+            if behind:
+                # After the prompt is there, because Python's threads take turns.
+                prompt.when_drawn(lambda: loading.start(prompt.end, prompt.redraw))
             chat.run(prompt, run_command)
 
     def close(self) -> None:
         """Save the figures that `mixchat stats` shows."""
-        save_report(self.session, self.saver.model)
+        if self._is_open:
+            save_report(self.session, self.saver.model)
 
     def change(self, name: str) -> tuple[AfterTurn, ReadingTime]:
         """Put a model in place of the chat's. Returns what reports its turns, and its pace.
@@ -183,9 +215,10 @@ class OpenChat:
             raise
         return self._hooks()
 
-    def _open(self, name: str, resumed: SavedChat | None = None) -> ChatSession:
+    def _open(
+        self, name: str, resumed: SavedChat | None = None, *, shown: bool = True
+    ) -> ChatSession:
         """Return a session with a model, whose context holds the `resumed` chat if possible."""
-        from mixchat.chat.saved.chat_store import ChatStore
         from mixchat.chat.session import ChatSession
 
         def least_context(template: Template) -> int:
@@ -197,13 +230,13 @@ class OpenChat:
 
             tokens = 0 if self._saving.cache is None else saved_tokens(self._saving.cache)
             if resumed is not None:
-                tokens = max(tokens, saved_tokens(ChatStore().kv_path(resumed.id)))
+                tokens = max(tokens, saved_tokens(self._store.kv_path(resumed.id)))
                 if self._options.overflow == "stop" and resumed.messages:
                     with suppress(PromptError):
                         tokens = max(tokens, len(template.encode(resumed.messages)))
             return tokens and tokens + DEFAULT_TOKENS // 4
 
-        model = self.models.open(name, least_context)
+        model = self.models.open(name, least_context, shown=shown)
         sampling = with_numbers(model.sampling, self._options.sampling)
         if model.engine is not None and sampling.seed is None:  # drawn here, to be shown
             sampling = replace(sampling, seed=secrets.randbelow(2**32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -24,6 +25,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.key_binding.vi_state import InputMode
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
+from prompt_toolkit.patch_stdout import patch_stdout
 from prompt_toolkit.styles import Style
 
 from mixchat.base.errors import MixchatError
@@ -70,6 +72,7 @@ class ChatPrompt:
         self.quoted = False  # the last text was in quotes, so it is not a command
         self._warn = warn
         self._to_editor = False
+        self._error: BaseException | None = None  # that ends the prompt
         self.history = InputHistory(history)
         self._warned = False
 
@@ -102,6 +105,33 @@ class ChatPrompt:
         if vi:
             self._session.app.ttimeoutlen = _ESC_TIMEOUT_S
 
+    def when_drawn(self, do: Callable[[], None]) -> None:
+        """Call `do` whenever the prompt was drawn."""
+        self._session.app.after_render += lambda app: do()
+
+    def lines_above(self) -> AbstractContextManager[None]:
+        """Print what other threads print meanwhile above the prompt."""
+        return patch_stdout(raw=True)
+
+    def redraw(self) -> None:
+        """Draw the prompt again. Any thread may call it."""
+        self._session.app.invalidate()
+
+    def end(self, error: BaseException) -> None:
+        """End this prompt, or the next one, with an error. Any thread may call it.
+
+        What was typed becomes an entry of the history.
+        """
+        self._error = error
+        with suppress(AttributeError, RuntimeError):  # no prompt now
+            self._session.app.loop.call_soon_threadsafe(self._end)  # type: ignore[union-attr]
+
+    def _end(self) -> None:
+        app = self._session.app
+        if self._error is not None and app.is_running and not app.is_done:
+            self._session.default_buffer.append_to_history()
+            app.exit(exception=self._error)
+
     def read(self, default: str = "") -> str:
         """Return the text, which the user edits from `default`, without newlines at its end.
 
@@ -126,7 +156,9 @@ class ChatPrompt:
         self._to_editor = self._session.app.erase_when_done = False
         try:
             with reading_keys(self._session.app.input):
-                text = self._session.prompt([("class:prompt", _PROMPT)], default=default)
+                text = self._session.prompt(
+                    [("class:prompt", _PROMPT)], default=default, pre_run=self._end
+                )
                 self.sent = bool(text.strip()) and not self._to_editor
             return text
         except KeyboardInterrupt:

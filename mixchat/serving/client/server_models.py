@@ -72,8 +72,15 @@ class ServerModels:
         """Return a model's context, a large one if the server does not tell."""
         return self.open(name).context or UNKNOWN_CONTEXT
 
+    def prepare(self, name: str) -> bool:
+        return False
+
     def open(
-        self, name: str, least_context: Callable[[Template], int] = lambda template: 0
+        self,
+        name: str,
+        least_context: Callable[[Template], int] = lambda template: 0,
+        *,
+        shown: bool = True,
     ) -> ServerModel:
         """Return a model, which need not be listed."""
         from mixchat.serving.client.server_json import ListedModel
