@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import CDLL
@@ -39,12 +40,13 @@ def prepare_environment() -> None:
             hint="Raise that limit.",
         )
     with interrupts.starting():
-        _load_library()
+        if threading.current_thread() is not threading.main_thread():
+            _load_library()
         import torch  # noqa: F401
 
 
 def _load_library() -> None:
-    """Load torch's largest library while other threads go on.
+    """Load torch's largest library while the main thread goes on.
 
     Its import would keep a person from typing for .2 s. A failure is left to the import.
     """
