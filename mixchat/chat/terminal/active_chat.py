@@ -73,7 +73,8 @@ class ActiveChat:
         self._warned = False
         self._parts: Opened | None = None
 
-    def _open(self) -> Opened:
+    def open(self) -> Opened:
+        """Wait for the model, unless it is there, and return what comes with it."""
         if self._parts is None:
             try:
                 self._parts = parts = self._opened()
@@ -86,7 +87,7 @@ class ActiveChat:
 
     @property
     def saver(self) -> ChatSaver:
-        return self._open().saver
+        return self.open().saver
 
     @property
     def session(self) -> ChatSession:
@@ -94,7 +95,7 @@ class ActiveChat:
 
     @property
     def _cache(self) -> CacheSaver:
-        return self._open().cache
+        return self.open().cache
 
     def run(self, prompt: ChatPrompt, run_command: RunCommand) -> None:
         """Read and answer until Ctrl-D, `/bye`, or Ctrl-C twice.
@@ -144,7 +145,7 @@ class ActiveChat:
         elif text or self.attached:
             prompt.history.command_ended(worked=True)  # of what only begins like one
             with unseen_keys():
-                self._open()
+                self.open()
             # A question can be all files.
             question = "\n\n".join(filter(None, (*self.attached.values(), text)))
             history = self.session.history
@@ -261,7 +262,7 @@ class ActiveChat:
         """Return the status line, as wide as the terminal is now."""
         if not self._is_loaded():
             return f"{self._model} · loading"
-        self._open()
+        self.open()
         return self._figures.line()
 
     def _note_attached(self) -> None:

@@ -27,6 +27,12 @@ class Loading:
                 lambda loaded: done() if (error := loaded.exception()) is None else failed(error)
             )
 
+    @property
+    def is_done(self) -> bool:
+        """Return whether the model is loaded."""
+        loaded = self._loaded
+        return loaded is not None and loaded.done() and loaded.exception() is None
+
     def wait(self) -> None:
         """Wait until the model is loaded. Raises the error of loading it."""
         self.start()

@@ -149,8 +149,11 @@ class OpenChat:
         loading = Loading(lambda: self.open(shown=False))
         with ExitStack() as stack:
 
+            def is_loaded() -> bool:
+                return not behind or loading.is_done
+
             def opened() -> Opened:
-                if behind:
+                if not is_loaded():
                     with self._reporter.status(f"loading {name}"):
                         loading.wait()
                 cache = stack.enter_context(self._cache_saver(asks_once=False))
@@ -161,12 +164,12 @@ class OpenChat:
                 screen,
                 self._store,
                 opened,
-                is_loaded=lambda: self._is_open,
+                is_loaded=is_loaded,
                 models=self.models,
                 change_model=self.change,
                 report=self._reporter.error,
             )
-            if self._resumed is not None and self.session.history:
+            if not behind and chat.open().saver.session.history:
                 chat.show_last_turn()
             for path, text in files.items():
                 chat.attach(path, text)
