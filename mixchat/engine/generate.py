@@ -154,7 +154,7 @@ class Engine:
         answer = batch.add(
             AnswerRequest(prompt_ids, sampling, stop_ids, max_tokens, constraint, on_prefill)
         )
-        self._stats, self._experts_at_start = answer.stats, self.experts.stats.copy()
+        self._stats, self._experts_at_start = answer.stats, self.experts.stats
 
         # A generator's own body would raise the errors of `add` only at its first token.
         def tokens() -> Iterator[int]:

@@ -69,7 +69,7 @@ class Dispatcher:
     @property
     def stats(self) -> ExpertStats:
         self._fetcher.count_hits()
-        return self._stats
+        return self._stats.copy()
 
     @property
     def slots(self) -> int:

@@ -50,7 +50,7 @@ class GpuExperts:
 
     @property
     def stats(self) -> ExpertStats:
-        stats = self.host.stats.copy()
+        stats = self.host.stats
         stats.hits.clear()
         stats.misses.clear()
         for counts, counter in ((self._hits, stats.hits), (self._misses, stats.misses)):

@@ -58,7 +58,7 @@ class ExpertHolder(ExpertRunner, Protocol):
 
     @property
     def stats(self) -> ExpertStats:
-        """Return the counts since the start, which change with each run."""
+        """Return the counts since the start. Later uses do not change them."""
 
     @property
     def slots(self) -> int:

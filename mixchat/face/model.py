@@ -305,7 +305,7 @@ class Model:
                 if self._passes % _COUNTED_PASSES == 0:
                     self._count()
                 for answer in [a for a in self._running if a.answer in changed]:
-                    last = answer.report(engine.experts.stats)
+                    last = answer.report(engine.experts)
                     if last is not None:
                         self._end(answer, last)
             except Exception as error:  # a fault of ours: nobody may wait for ever
@@ -359,7 +359,7 @@ class Model:
             self._end(answer, answer.end("interrupted"))
             return
         try:
-            answer.begin(batch, self.engine.experts.stats.copy())
+            answer.begin(batch, self.engine.experts)
         except Exception as error:
             self._end(answer, Failed(error))
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mixchat.engine.batch import Batch, BatchedAnswer
     from mixchat.engine.sampling import Constraint
     from mixchat.experts.cache import ExpertStats
+    from mixchat.experts.holder import ExpertHolder
     from mixchat.face.prompt import Prompt
     from mixchat.face.request import Request
     from mixchat.text.messages import Message
@@ -106,14 +107,11 @@ class RunningAnswer:
             self._constraint.compiled.add_done_callback(lambda compiled: wake())
         return self._constraint is not None and self._constraint.compiled.done()
 
-    def begin(self, batch: Batch, experts: ExpertStats) -> None:
-        """Let a batch compute the answer. Raises as `Batch.add` does.
-
-        experts: the counts of the model's experts so far.
-        """
+    def begin(self, batch: Batch, experts: ExpertHolder) -> None:
+        """Let a batch compute the answer with the model's experts. Raises as `Batch.add` does."""
         if self._error is not None:
             raise self._error
-        constraint, self._constraint, self._experts = self._constraint, None, experts
+        constraint, self._constraint, self._experts = self._constraint, None, experts.stats
         self.answer = batch.add(replace(self._batch_request, constraint=constraint))
         if self.is_cancelled:  # meanwhile
             self.answer.cancel()
@@ -121,8 +119,11 @@ class RunningAnswer:
             turns = sum(message.role == "user" for message in dropped)
             self.sink(LeftOut(turns, len(dropped)))
 
-    def report(self, experts: ExpertStats) -> End | Failed | None:
-        """Give the sink the news of a pass, but return the last event."""
+    def report(self, experts: ExpertHolder) -> End | Failed | None:
+        """Give the sink the news of a pass, but return the last event.
+
+        The counts of experts are read with the last event alone, since that takes a while.
+        """
         answer = self.answer
         assert answer is not None
         if answer.error is not None:
@@ -132,12 +133,12 @@ class RunningAnswer:
             self._take(answer)
         return self.end(self._state.reason, experts) if answer.has_ended else None
 
-    def end(self, reason: Reason, experts: ExpertStats | None = None) -> End:
+    def end(self, reason: Reason, experts: ExpertHolder | None = None) -> End:
         """Return the last event."""
         self._constraint = None  # whose process ends with it
         stats = self.stats
         if experts is not None and self._experts is not None:
-            stats.experts = experts.since(self._experts)
+            stats.experts = experts.stats.since(self._experts)
         return End(
             reason,
             stats,

@@ -158,17 +158,16 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     engine = load_engine(model, options)
     prompt = torch.randint(5, 32000, (PROMPT,), generator=torch.Generator().manual_seed(0))
     sampling = SamplingOptions(temperature=1, seed=0)
-    stats = engine.experts.stats
     ids = engine.generate(prompt.tolist(), sampling=sampling, stop_ids=set(), max_tokens=tokens)
     next(ids)
-    first, first_bytes = time.time() - began, stats.bytes_moved
+    first, first_bytes = time.time() - began, engine.experts.stats.bytes_moved
     for _ in range(SKIPPED):
         next(ids)
-    before, start, seconds = stats.copy(), time.perf_counter(), []
+    before, start, seconds = engine.experts.stats, time.perf_counter(), []
     for _ in ids:
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
-    did, total = stats.since(before), sum(seconds)
+    did, total = engine.experts.stats.since(before), sum(seconds)
     with InstalledModel(model) as installed:
         blueprint = installed.blueprint
     placement = Placement(engine.experts.slots, 0, blueprint.expert_count)

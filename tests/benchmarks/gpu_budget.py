@@ -130,7 +130,7 @@ def _token(quant_type: QuantType, resident: float, layers: int) -> tuple[int, in
             while engine.experts.is_filling:
                 pass
             forward(torch.tensor([3]), cache)
-            misses = engine.experts.stats.misses.copy()
+            misses = engine.experts.stats.misses
             RUNTIME.waits = RUNTIME.launches = RUNTIME.kernels = 0
             forward(torch.tensor([5]), cache)
         missing = {key.layer for key in (engine.experts.stats.misses - misses)}

@@ -35,10 +35,14 @@ MARKS = {f"<|{name}|>": 0xE000 + place for place, name in enumerate(_NAMES)}
 class Experts:
     """Two experts of one layer, of which the first is used, and held in RAM."""
 
-    stats: ExpertStats = field(default_factory=ExpertStats)
+    counts: ExpertStats = field(default_factory=ExpertStats)
     slots_by_tier: dict[str, int] = field(default_factory=lambda: {"host": 16})
     slots: int = 16
     is_filling: bool = False
+
+    @property
+    def stats(self) -> ExpertStats:
+        return self.counts.copy()
 
     def tier(self, key: ExpertKey) -> str:
         return "host" if key == KEY else "disk"
@@ -168,7 +172,7 @@ class ScriptedBatch:
             if not answer.has_ended:
                 answer.ids.append(ord(item))
                 answer.stats.generated_tokens += 1
-                counts = self._engine.experts.stats
+                counts = self._engine.experts.counts
                 counts.hits[KEY] += 3
                 counts.misses[KEY] += 1
                 counts.bytes_moved += 1000
@@ -265,13 +269,13 @@ class ScriptedEvents:
     def _computed(self, engine: ScriptedEngine) -> Iterator[Any]:
         batch, last = engine.new_batch(), None
         self._answer.is_ready(lambda: None, may_prepare=True)
-        self._answer.begin(batch, engine.experts.stats.copy())
+        self._answer.begin(batch, engine.experts)
         try:
             while last is None:
                 yield from self._taken()
                 if batch.size:
                     batch.step()
-                last = self._answer.report(engine.experts.stats)
+                last = self._answer.report(engine.experts)
             yield from self._taken()
         finally:
             engine.closed += batch.size

@@ -99,7 +99,7 @@ def test_the_logits_of_a_token_stay_as_they_are_when_the_next_one_is_computed(sl
 def test_with_all_experts_in_memory_their_runner_is_not_asked(models, monkeypatch):
     engine = load(models("nf4"))
     expected = written(engine)
-    before = engine.experts.stats.copy()
+    before = engine.experts.stats
     monkeypatch.setattr(type(engine.experts), "run", None)
     engine.forget()
     engine.passes.compute([SequenceTokens(engine.sequences[0], PROMPT[:1])])

@@ -324,3 +324,14 @@ def test_what_the_model_used_itself_is_counted_and_stays_if_memory_gets_short(in
     experts.note_hits(1, [[0, 1]])
     uses = {(0, 3): 2, (0, 1): 1, (0, 2): 1, (1, 2): 2, (1, 0): 2, (1, 1): 2}
     assert {tuple(key): count for key, count in experts.stats.hits.items()} == uses
+
+
+def test_counts_that_were_read_stay_and_the_next_ones_have_all_later_uses(installed, source):
+    """A benchmark kept the counts, of which late ones were missing: it told 0% hits."""
+    experts, _ = begin(installed, source)
+    finish(source, experts)
+    before = experts.stats
+    experts.note_hits(0, [[3, 1], [2, 0]])
+    since = experts.stats.since(before)
+    assert not before.hits
+    assert (since.hits.total(), since.hit_rate) == (4, 1.0)
