@@ -271,5 +271,5 @@ def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     from mixchat.bench.machine_limits import Limits
 
     measured = SimpleNamespace(measure=lambda: Limits(memory=1e9, gemm=2e9))
-    monkeypatch.setattr(rounds, "LimitsMeter", lambda device: measured)
+    monkeypatch.setattr(rounds, "LimitsMeter", lambda *args, **options: measured)
     monkeypatch.setattr(rounds, "disk_bandwidth", lambda directory, block: 3e9)

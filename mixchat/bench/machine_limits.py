@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +12,19 @@ from mixchat.base import gpu
 from mixchat.engine.kv_cache import bytes_seen
 from mixchat.kernels.cpu.pages import Bits
 from mixchat.planning.bandwidth import MemoryMeter, ProductMeter, bus_bandwidth
+from mixchat.planning.compute_speed import PromptProducts
 from mixchat.planning.disk_speed import measure_disk
 from mixchat.weights.format.blueprint import HEAD, Blueprint
+from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.quant_type import QuantType
 
 
 @dataclass(frozen=True)
 class Limits:
     """The limits of the device that computes.
 
-    memory: bytes a second in reading. gemm: floating-point operations a second of a matrix product,
-    in bf16, or in fp32 if that is faster.
+    memory: bytes a second in reading. gemm: operations a second of matrix products, in the form in
+    which prompts are computed. On a CPU that depends on the types of the model's weights.
     """
 
     memory: float
@@ -30,12 +34,18 @@ class Limits:
 class LimitsMeter:
     """Measures the limits again and again, because they change."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._memory, self._product = MemoryMeter(device), ProductMeter(device)
+    def __init__(self, device: torch.device, blueprint: Blueprint, *, exact: bool = False) -> None:
+        self._memory = MemoryMeter(device)
+        self._products: ProductMeter | PromptProducts
+        if gpu.is_gpu(device):
+            self._products = ProductMeter(device)
+        else:
+            operations, dtype = operations_per_token(blueprint), blueprint.quantization.dtype
+            self._products = PromptProducts(operations, dtype, exact=exact)
 
     def measure(self) -> Limits:
         """Return the best of a few tries."""
-        return Limits(self._memory.rate(), self._product.rate())
+        return Limits(self._memory.rate(), self._products.rate())
 
 
 def disk_bandwidth(directory: Path, block: int) -> float | None:
@@ -60,11 +70,19 @@ def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) ->
     return experts + matrices + tied + cache
 
 
-def operations_per_token(blueprint: Blueprint) -> int:
-    """Return the operations of a prompt's token in all matrices of weights but the head."""
-    config, expert = blueprint.config, blueprint.expert
-    each = sum(spec.rows * spec.columns for spec in (expert.gate_up, expert.down))
-    experts = config.num_moe_layers * config.num_experts_per_tok * each
-    # Only the last token of a prompt passes the head. A multiplication and an addition count 2.
-    dense = [spec for name, spec in blueprint.shared_matrices.items() if name != HEAD]
-    return 2 * (experts + sum(spec.rows * spec.columns for spec in dense))
+def operations_per_token(blueprint: Blueprint) -> Counter[QuantType]:
+    """Return the operations of a prompt's token in all matrices but the head, by their type."""
+    operations: Counter[QuantType] = Counter()
+
+    def count(matrix: LinearSpec, times: int = 1) -> None:
+        # A multiplication and an addition are two operations.
+        operations[matrix.quant_type] += 2 * times * matrix.rows * matrix.columns
+
+    for layer in range(blueprint.config.num_moe_layers):
+        form = blueprint.expert_of(layer)
+        for matrix in (form.gate_up, form.down):
+            count(matrix, blueprint.config.num_experts_per_tok)
+    for name, matrix in blueprint.shared_matrices.items():
+        if name != HEAD:  # only the last token of a prompt passes the head
+            count(matrix)
+    return operations

@@ -151,7 +151,8 @@ class Bench:
 
     def run(self) -> Iterator[BenchTask]:
         """Yield each task right after it was measured."""
-        meter = LimitsMeter(self.engine.device)
+        exact = self.engine.exact_prompts
+        meter = LimitsMeter(self.engine.device, self.blueprint, exact=exact)
         self._rate(self._prompt(64), 1)  # brings the experts in
         for _ in range(self._options.rounds):
             for task in self.tasks:
@@ -171,7 +172,7 @@ class Bench:
 
     def _most(self, task: BenchTask, limits: Limits) -> float:
         if task.phase == "prompt":
-            return limits.gemm / operations_per_token(self.blueprint)
+            return limits.gemm / operations_per_token(self.blueprint).total()
         return limits.memory / bytes_per_token(self.blueprint, task.length, self._load.kv_bits)
 
     def _hold_random(self, context: int) -> None:

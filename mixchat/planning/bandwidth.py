@@ -45,12 +45,12 @@ class MemoryMeter:
 
 
 class ProductMeter:
-    """Measures the operations a second of a matrix product in bf16, or in fp32 if it is faster."""
+    """Measures a GPU's operations a second of a matrix product, in bf16 or fp32 if it is faster."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         tokens, columns, rows = _TOKENS, _COLUMNS, _ROWS
-        while gpu.is_gpu(device) and 8 * columns * rows > room_on(device, 8 * _COLUMNS * _ROWS):
+        while 8 * columns * rows > room_on(device, 8 * _COLUMNS * _ROWS):
             tokens, columns, rows = tokens // 2, columns // 2, rows // 2
         self._operations = 2 * tokens * columns * rows
         self._products = [
@@ -60,7 +60,7 @@ class ProductMeter:
             )
             for dtype in (torch.bfloat16, torch.float32)
         ]
-        # CPUs without instructions for bf16 multiply it more slowly than fp32.
+        # GPUs without instructions for bf16 multiply it more slowly than fp32.
         self._fastest = min((0, 1), key=lambda product: min(self._seconds(product)))
 
     def rate(self) -> float:

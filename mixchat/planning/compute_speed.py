@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 
@@ -27,18 +27,21 @@ from mixchat.experts.compute import RowExperts
 from mixchat.experts.holder import LayerExperts
 from mixchat.experts.memory import CPU
 from mixchat.kernels.cpu import rows
+from mixchat.planning.bandwidth import seconds_of
 from mixchat.planning.machine_speeds import interpolate
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.expert import Expert, ExpertSpec
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.on_device import build_linear
-from mixchat.weights.matrix.quant_type import Linear
+from mixchat.weights.matrix.quant_type import Linear, QuantType
 
 ROWS = (1, 8, 64, 512)
 # With this in each byte, codes, scales and weights are ordinary numbers, which slow no arithmetic.
 _FILLING = 0x3C
 _CONTEXT = 128  # tokens before the one that a layer computes
 _COPIES = 4  # layers in turn, so that no CPU cache holds one
+# The kernels read a band of such a matrix once, and its products with all tokens out of the caches.
+_PRODUCT_ROWS, _PRODUCT_COLUMNS, _PRODUCT_TOKENS = 4096, 4096, 512
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,37 @@ def layer_probe(blueprint: Blueprint) -> Callable[[], None]:
     layers = _Layers(blueprint, [(0, _PoolRunner())] * _COPIES)
     turns = itertools.cycle([layers.computing([block]) for block in layers.blocks])
     return lambda: next(turns)()
+
+
+class PromptProducts:
+    """Measures a CPU's matrix products with the tokens of a long prompt.
+
+    operations: how many a token takes, by the type of the weights. dtype: of dense weights. exact:
+    as for `Linear`.
+    """
+
+    def __init__(
+        self, operations: Mapping[QuantType, int], dtype: torch.dtype, *, exact: bool = False
+    ) -> None:
+        self._operations, self._exact = operations, exact
+        numbers = torch.linspace(-1, 1, _PRODUCT_TOKENS * _PRODUCT_COLUMNS)
+        self._x = numbers.view(_PRODUCT_TOKENS, _PRODUCT_COLUMNS).to(dtype)
+        filled = FilledTensors(CPU)
+        specs = (
+            LinearSpec("", _PRODUCT_ROWS, _PRODUCT_COLUMNS, quant_type, dtype)
+            for quant_type in operations
+        )
+        self._matrices = [build_linear(spec, [*map(filled.tensor, spec.tensors)]) for spec in specs]
+
+    @torch.inference_mode()
+    def rate(self) -> float:
+        """Return the operations a second of a token, each type at its best of a few tries."""
+        seconds = 0.0
+        for matrix, operations in zip(self._matrices, self._operations.values(), strict=True):
+            compute = functools.partial(matrix, self._x, exact=self._exact)
+            done = 2 * _PRODUCT_ROWS * self._x.numel()
+            seconds += operations * min(seconds_of(compute, CPU, 2)) / done
+        return sum(self._operations.values()) / seconds
 
 
 class _Layers:

@@ -84,14 +84,14 @@ def test_a_gpu_is_measured_beside_a_model_that_fills_it(paper, case):
 
     paper.allocated = watch
     measured = measure_gpu(blueprint, device)
-    limits = LimitsMeter(device)
+    limits = LimitsMeter(device, blueprint)
     assert min(limits.measure().memory, measured.memory) > 0
     assert max(most) - most[0] < 50_000_000
 
 
-def test_the_bench_measures_a_gpus_limits(paper, small_products):
+def test_the_bench_measures_a_gpus_limits(paper, case, small_products):
     device = torch.device("paper", 0)
-    limits = LimitsMeter(device).measure()
+    limits = LimitsMeter(device, case("nf4").blueprint).measure()
     assert min(limits.memory, limits.gemm) > 0
     assert (copy_bandwidth(device, 4096) or 0) > 0
     assert copy_bandwidth(torch.device("cpu"), 4096) is None

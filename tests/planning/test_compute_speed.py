@@ -11,7 +11,7 @@ from mixchat.engine.model import Block
 from mixchat.experts.compute import RowExperts
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.planning import compute_speed
-from mixchat.planning.compute_speed import Effort, ExpertTimer, layer_probe
+from mixchat.planning.compute_speed import Effort, ExpertTimer, PromptProducts, layer_probe
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -80,3 +80,20 @@ def test_experts_for_one_row_are_measured_as_a_token_computes_them(
     seconds = ExpertTimer(blueprint, Effort(pool_bytes=0, seconds=0.01)).seconds()
     assert seconds[1] > 0
     assert set(counts) == (set() if mixed else {blueprint.config.num_experts_per_tok})
+
+
+def test_the_limit_of_prompts_counts_each_type_by_its_operations(monkeypatch):
+    """Products in bf16 were the limit of prompts in integers, which reached 150% of it."""
+    monkeypatch.setattr(compute_speed, "_PRODUCT_ROWS", 128)
+    monkeypatch.setattr(compute_speed, "_PRODUCT_COLUMNS", 128)
+    shapes: list[torch.Size] = []
+
+    def seconds_of(run, device, tries):
+        shapes.append(run().shape)
+        return [5.0, float(len(shapes))]  # 1 s for the first type, 2 s for the second
+
+    monkeypatch.setattr(compute_speed, "seconds_of", seconds_of)
+    products = PromptProducts({"nf4": 3_000, "int8": 1_000}, torch.bfloat16)
+    operations = 2 * 128 * 128 * 512
+    assert products.rate() == pytest.approx(4_000 / (3_000 / operations + 1_000 * 2 / operations))
+    assert shapes == [(512, 128)] * 2
