@@ -34,7 +34,7 @@ class Engine:
     note: is called with messages for a person. identity: differs if the weights do. blueprint: the
     form in which the weights are computed. exact_prompts: give prompts the bits of decoding.
     speculation: verify several tokens in one pass, which has to be exact on this device.
-    context_is_chosen: by a person, and not by free memory.
+    context_is_chosen: by a person, and not by free memory. load_seconds: taken to build the engine.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Engine:
         speculation: Speculation | None = None,
         name: str = "MODEL",
         context_is_chosen: bool = True,
+        load_seconds: float = 0.0,
     ) -> None:
         self.config, self.identity, self.exact_prompts = model.config, identity, exact_prompts
         self.experts, self.blueprint = experts, blueprint
@@ -58,7 +59,7 @@ class Engine:
         self.sequences = [CachedPrefix(cache) for cache in caches]
         self.prefill_chunk, self.speculation = prefill_chunk, speculation
         self._stats, self._experts_at_start = GenerationStats(), ExpertStats()
-        self._context_is_chosen = context_is_chosen
+        self._context_is_chosen, self.load_seconds = context_is_chosen, load_seconds
         self.is_closed = False
 
     @property

@@ -24,6 +24,8 @@ class SpeculationStats:
 class GenerationStats:
     """Counts of tokens, seconds, and uses of experts.
 
+    prefill_waiting_seconds: the part of prefill_seconds in which experts were on their way.
+    prefill_bytes_read: from the disk until the first token.
     If a server answers, the seconds are measured here, and the experts have no counts.
     """
 
@@ -31,6 +33,8 @@ class GenerationStats:
     reused_tokens: int = 0
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
+    prefill_waiting_seconds: float = 0.0
+    prefill_bytes_read: int = 0
     decode_seconds: float = 0.0
     experts: ExpertStats = field(default_factory=ExpertStats, repr=False)
     speculation: SpeculationStats = field(default_factory=SpeculationStats)

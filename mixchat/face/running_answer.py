@@ -122,7 +122,7 @@ class RunningAnswer:
     def report(self, experts: ExpertHolder) -> End | Failed | None:
         """Give the sink the news of a pass, but return the last event.
 
-        The counts of experts are read with the last event alone, since that takes a while.
+        To read the counts of experts takes a while. It is done for the first token and at the end.
         """
         answer = self.answer
         assert answer is not None
@@ -131,6 +131,10 @@ class RunningAnswer:
         if answer.generated_tokens > self._tokens_seen:
             self._tokens_seen += 1
             self._take(answer)
+            if self._tokens_seen == 1 and self._experts is not None:
+                used, stats = experts.stats.since(self._experts), answer.stats
+                stats.prefill_waiting_seconds = used.stalled_seconds
+                stats.prefill_bytes_read = used.bytes_read
         return self.end(self._state.reason, experts) if answer.has_ended else None
 
     def end(self, reason: Reason, experts: ExpertHolder | None = None) -> End:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -72,6 +73,7 @@ def build_engine(
     `ExpertRunner`. Raises `CheckpointError` if the model is damaged, `UsageError` if an option
     cannot be used, `ResourceError` if the model does not fit.
     """
+    start = time.perf_counter()
     with ExitStack() as on_error:
         on_error.callback(installed.close)
         config, blueprint = installed.config, installed.blueprint
@@ -124,6 +126,7 @@ def build_engine(
             identity=identity_of(installed.manifest),
             name=directory.name if directory.parent == models_dir() else str(directory),
             context_is_chosen=options.context_size is not None,
+            load_seconds=time.perf_counter() - start,
         )
         on_error.pop_all()
     return engine

@@ -77,6 +77,7 @@ class ScriptedEngine:
         self.prompts: list[list[int]] = []
         self.requests: list[AnswerRequest] = []
         self.closed = 0  # answers
+        self.load_seconds = 1.5
         self.is_closed = False
         self.delay = 0.0  # seconds before each token
         self.prompts_file: str | None = None  # gets the text of each prompt
@@ -176,6 +177,9 @@ class ScriptedBatch:
                 counts.hits[KEY] += 3
                 counts.misses[KEY] += 1
                 counts.bytes_moved += 1000
+                counts.bytes_read += 2000
+                counts.stalled_seconds += 0.1
+                counts.read_seconds += 0.1
         except MixchatError as error:
             answer.error = error
         if answer.has_ended:

@@ -31,8 +31,9 @@ class VerboseReport:
         if self._engine is not None:
             experts = expert_lines(end.stats.experts, self._engine.slots_by_tier)
             experts.append(f"context  {self._engine.context.in_words}")
+        loading = None if self._engine is None else self._engine.load_seconds * self._first
         lines = [
-            *generation_lines(end.stats, self._predict(), first=self._first),
+            *generation_lines(end.stats, self._predict(), first=self._first, loading=loading),
             *experts,
             f"seed     {seed}",
             f"ended    {end.reason}",
@@ -42,11 +43,12 @@ class VerboseReport:
 
 
 def generation_lines(
-    stats: GenerationStats, predicted: Prediction | None, *, first: bool
+    stats: GenerationStats, predicted: Prediction | None, *, first: bool, loading: float | None
 ) -> list[str]:
     """Return tokens, rates and predicted rates of prefill and decode.
 
-    first: it is the conversation's first turn.
+    first: it is the conversation's first turn. loading: seconds that the model's loading took
+    before the turn, None if a server answers.
     """
     new = stats.prompt_tokens - stats.reused_tokens
     prompt = ["prompt   the server does not tell its tokens"]
@@ -61,13 +63,21 @@ def generation_lines(
     if predicted is not None and (speed := predicted.prompt(new, cold=cold)) is not None:
         seconds = format_times(new / speed.high, new / speed.low)
         first_token += f" ({seconds} predicted{', with all experts on disk' if cold else ''})"
+    first_token_lines = [first_token]
+    if loading is not None:
+        waiting, size = stats.prefill_waiting_seconds, stats.prefill_bytes_read
+        parts = [f"{waiting:.1f} s waiting for {format_size(size)} from disk"] if size else []
+        parts.append(f"{stats.prefill_seconds - waiting:.1f} s computing")
+        if loading:
+            parts.append(f"after {loading:.1f} s of loading")
+        first_token_lines.append(f"         {', '.join(parts)}")
     # The prefill generates the first token.
     decoded = max(stats.generated_tokens - 1, 0)
     decode = f"decode   {stats.generated_tokens} tokens, {_rate(decoded, stats.decode_seconds)}"
     if predicted is not None and (speed := predicted.decode()) is not None:
         age = format_age(time.time() - speed.measured_at)
         decode += f" ({format_rates(speed.low, speed.high)} predicted, measured {age})"
-    lines, speculation = [*prompt, first_token, decode], stats.speculation
+    lines, speculation = [*prompt, *first_token_lines, decode], stats.speculation
     if speculation.passes:
         lines.append(
             f"proposed {speculation.proposed} tokens, {speculation.accepted} of them accepted, in "
