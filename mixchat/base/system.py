@@ -21,6 +21,7 @@ DIRECT: int = getattr(os, "O_DIRECT", 0)  # of `os.open`, which macOS lacks
 _USUAL_FILES = 64  # that a process with a model has open
 _OPEN_S, _OPEN_AGAIN_S = 3.0, 0.05  # for a file, if strangers have all descriptors
 _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2  # of renameat2 and of renamex_np
+_START_TICKS = 19  # the place of a process's start in Linux's stat, after its name
 _open_files_lock = threading.Lock()
 
 
@@ -130,6 +131,21 @@ def open_files_left() -> int | None:
         return max(0, int(soft) - len(os.listdir("/dev/fd")))
     except OSError:  # a sandbox without /proc
         return max(0, int(soft) - _USUAL_FILES)
+
+
+def process_seconds() -> float:
+    """Return the seconds since this process was started, 0 if the system does not tell."""
+    import psutil
+
+    try:
+        if sys.platform == "darwin":
+            return max(time.time() - float(psutil.Process().create_time()), 0.0)
+        # psutil adds the time of the boot, which Linux tells in whole seconds.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
+        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 0.0)
+    except (OSError, psutil.Error):  # a sandbox without /proc
+        return 0.0
 
 
 def terminal_mode(source: Any) -> list[Any] | None:

@@ -30,12 +30,13 @@ from mixchat.bench.machine_limits import (
 )
 from mixchat.engine.generate import Engine
 from mixchat.loading.loader import load_engine
+from mixchat.planning.expectation import PROMPT
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 
-COLD_PROMPT = 12  # tokens
 _FILLING_CHECK_S = 0.05  # between two checks
 _WARM_UP_TOKENS = 2  # their time is not taken
+_WARM_PROMPTS = 3  # of which the median is shown
 _SPARE_TOKENS = 64  # of the context
 _RANDOM_TOKENS = 2048  # of a random context, stored at once
 
@@ -85,17 +86,39 @@ class BenchTask:
 
 
 @dataclass(frozen=True)
-class ColdStart:
-    """The first token with nothing of the model in memory.
+class PromptTime:
+    """The seconds of a prompt of `PROMPT` tokens, and of waiting for `bytes_read` from disk."""
 
-    disk, copy: bandwidths in bytes a second, None if they cannot be measured.
+    seconds: float
+    waiting: float
+    bytes_read: int
+
+    @property
+    def computing(self) -> float:
+        return self.seconds - self.waiting
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """The first token with nothing of the model in memory, and of later prompts.
+
+    starting: seconds until Python and its libraries run. loading: seconds to read `shared` bytes,
+    which all tokens share. disk, copy: bandwidths in bytes a second, None if they cannot be
+    measured.
     """
 
-    load_seconds: float
-    first_token_seconds: float
-    bytes: int
+    starting: float
+    loading: float
+    prompt: PromptTime
+    warm: PromptTime
+    shared: int
     disk: float | None
     copy: float | None
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds from Enter in the shell to the first token."""
+        return self.starting + self.loading + self.prompt.seconds
 
 
 class Bench:
@@ -121,8 +144,11 @@ class Bench:
             *(BenchTask("prompt", length) for length in options.prompts),
         ]
 
-    def start_cold(self) -> None:
-        """Load with nothing in the page cache, and generate the first token."""
+    def start_cold(self, starting: float = 0.0) -> None:
+        """Load with nothing in the page cache, and generate the first token, then a later one.
+
+        starting: seconds until Python and its libraries ran.
+        """
         if system.drops_pages():
             for path in filter(Path.is_file, self._directory.iterdir()):  # a FIFO would wait
                 fd = os.open(path, os.O_RDONLY)
@@ -135,19 +161,27 @@ class Bench:
         # Models with random weights repeat themselves, which speculation would predict too well.
         load = replace(self._load, speculation=False)
         self.engine = load_engine(self._directory, load, self._note)
-        loaded = time.perf_counter()
-        self._rate(self._prompt(COLD_PROMPT), 0)
-        ended = time.perf_counter()
-        moved, expert = self.engine.experts.stats.bytes_moved, self.blueprint.expert.stride
+        loading, expert = time.perf_counter() - start, self.blueprint.expert.stride
+        first = self._first_token()
         while self.engine.experts.is_filling:  # it would slow what is measured next
             time.sleep(_FILLING_CHECK_S)
+        later = [self._first_token() for _ in range(_WARM_PROMPTS)]
         self.cold_start = ColdStart(
-            loaded - start,
-            ended - start,
-            moved + self.blueprint.shared_size,
+            starting,
+            loading,
+            first,
+            sorted(later, key=lambda prompt: prompt.seconds)[_WARM_PROMPTS // 2],
+            self.blueprint.shared_size,
             disk_bandwidth(self._directory, expert),
             copy_bandwidth(self.engine.device, expert),
         )
+
+    def _first_token(self) -> PromptTime:
+        self.engine.resume([])
+        self._rate(self._prompt(PROMPT), 0)
+        stats = self.engine.stats
+        used = stats.experts
+        return PromptTime(stats.prefill_seconds, used.stalled_seconds, used.bytes_read)
 
     def run(self) -> Iterator[BenchTask]:
         """Yield each task right after it was measured."""

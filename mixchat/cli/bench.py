@@ -12,6 +12,7 @@ import typer
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import ExpertSize
+from mixchat.base.system import process_seconds
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.settings import AGAIN, MEASURING, is_given, option
 from mixchat.cli.flags.shell_completion import known_shapes, one_of
@@ -94,6 +95,7 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
     from mixchat.cli.output.bench_report import BenchReport
     from mixchat.planning.torch_threads import choose_threads
 
+    starting = process_seconds()
     options = BenchOptions(flags.depth or (0,), flags.prompt or (512,), flags.tokens, flags.rounds)
     load = load_flags.load_options(flags, context_size=options.context_size)
     form = size, flags.shape, flags.dense_bits and int(flags.dense_bits)
@@ -101,7 +103,7 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
         measured = Bench(directory, load, options, note)
         choose_threads(measured.blueprint)
         with status("the first token, from disk"):
-            measured.start_cold()
+            measured.start_cold(starting)
         steps = flags.rounds * len(measured.tasks)
         with status(f"measuring {steps} times") as update:
             for number, _ in enumerate(measured.run(), 1):

@@ -12,6 +12,7 @@ import typer
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.machine import OtherPrograms
 from mixchat.base.quantities import parse_size
+from mixchat.base.system import process_seconds
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.settings import MACHINE, is_given, option
 from mixchat.cli.output.progress import TerminalReporter
@@ -89,6 +90,7 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
     from mixchat.weights.make.mix import is_for_calibration
     from mixchat.weights.make.outline import known_blueprints, outline
 
+    starting = process_seconds()
     reporter = TerminalReporter()
     size = load_flags.parse_expert_bits(flags.expert_bits, flags.ctx_size)
     mix = size if size is not None and is_for_calibration(size) else None
@@ -109,6 +111,7 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
             programs=programs,
             again=flags.measure,
             catalog=catalog,
+            starting=starting,
         )
         return PlanReport(planned, machine_plan, flags.details)
 

@@ -39,12 +39,14 @@ def plan(
     programs: OtherPrograms,
     again: bool = False,
     catalog: Mapping[tuple[str, ...], Blueprint] | None = None,
+    starting: float = 0.0,
 ) -> MachinePlan:
     """Return the plan for a model, and measure the machine if that is needed, or `again`.
 
     `told` has the figures of another machine. `programs` tells how busy this one is. All speeds
     come from one measurement. The speeds of the models of `catalog`, by their names, and of experts
-    in fewer bits follow from it by arithmetic.
+    in fewer bits follow from it by arithmetic. `starting` is the seconds until Python and its
+    libraries run.
     Raises `MixchatError` if the model does not fit, or an option cannot be used.
     """
     choice, blueprint = usable_devices(options.device), outline.blueprint
@@ -79,7 +81,14 @@ def plan(
     if outline.installed or "--expert-bits" in outline.arguments or len(sizes) == 1:
         sizes = []  # a person chose already, or has no choice
     fits = fit_known(catalog or {}, machine.free, device, options, by_arithmetic)
-    return replace(planned, told=told, known=tuple(fits), sizes=tuple(sizes), reason=reason)
+    return replace(
+        planned,
+        starting=starting,
+        told=told,
+        known=tuple(fits),
+        sizes=tuple(sizes),
+        reason=reason,
+    )
 
 
 def _first_fit(

@@ -20,14 +20,15 @@ from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.planning.routing import expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
 
-# The part that is read of what could be read while the cores compute, by
-# `tests/benchmarks/beyond_memory.py`. Prefetching starts too late for all.
-OVERLAP = 0.5
+# The part that is read of what could be read while the cores compute. A token's experts are known
+# too late for all, by `tests/benchmarks/beyond_memory.py`. A prompt needs most experts of a layer,
+# which are read while the layers before it are computed.
+OVERLAP, PROMPT_OVERLAP = 0.5, 1.0
 # Tokens a second. People read 238 words a minute (Brysbaert 2019, doi 10.1016/j.jml.2019.104047)
 # of some 1.3 tokens each. With the other figure, 200 words take four minutes.
 READING = 5.0
 SLOWEST = 1.0
-PROMPT = 20  # tokens of a short prompt
+PROMPT = 12  # tokens of a short prompt
 LONG_PROMPT = 512  # tokens of a long prompt
 
 
@@ -54,12 +55,13 @@ class TokenCost:
     slowed: float = 1.0  # the part of its speed that the disk has while the cores compute
     waiting: float = 0.0  # seconds that GPUs wait for `missed` experts, which the CPU computes
     missed: float = 0.0
+    overlap: float = OVERLAP  # the part that is read of what could be read while computing
 
     @property
     def hidden(self) -> float:
         """Return the seconds saved because moving and computing overlap."""
         computing = self.computing + self.waiting
-        return OVERLAP * min(computing * self.slowed, self.copying + self.reading)
+        return self.overlap * min(computing * self.slowed, self.copying + self.reading)
 
     @property
     def seconds(self) -> float:
@@ -139,14 +141,12 @@ def expect(
     return Expectation(placement.held, hit_rate, host_hit_rate, costs[0], speed, answers)
 
 
-def speed_range(
-    costs: Sequence[TokenCost | None], measured_at: float, tokens: int = 1
-) -> SpeedRange | None:
-    """Return the range of speeds, from costs that are each of `tokens` tokens."""
+def speed_range(costs: Sequence[TokenCost | None], measured_at: float) -> SpeedRange | None:
+    """Return the range of speeds, from costs of a token."""
     seconds = [cost.seconds for cost in costs if cost is not None]
     if not seconds:
         return None
-    return SpeedRange(tokens / max(seconds), tokens / min(seconds), measured_at)
+    return SpeedRange(1 / max(seconds), 1 / min(seconds), measured_at)
 
 
 def token_cost(
@@ -203,7 +203,13 @@ def gpu_token_cost(
 
 
 def moving_cost(
-    expert: int, speeds: MachineSpeeds, computing: float, *, copied: float = 0.0, read: float
+    expert: int,
+    speeds: MachineSpeeds,
+    computing: float,
+    *,
+    copied: float = 0.0,
+    read: float,
+    overlap: float = OVERLAP,
 ) -> TokenCost | None:
     """Return the cost of `computing` seconds, of experts copied to a GPU, and of experts read.
 
@@ -220,6 +226,7 @@ def moving_cost(
         copied=copied,
         read=read,
         slowed=busy / alone if read else 1.0,
+        overlap=overlap,
     )
 
 
@@ -253,32 +260,55 @@ def expected_distinct(config: ModelConfig, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class FirstToken:
-    """The seconds until the first token of a prompt of `PROMPT` tokens, all on disk."""
+    """The seconds until the first token of a prompt of `tokens` tokens."""
 
-    starting: float  # to read what all tokens share, before the prompt
-    prompt: TokenCost
-    low: float  # all of it by the fastest sample of a measurement
+    tokens: int
+    loading: float  # to read what all tokens share, before the prompt
+    prompt: TokenCost  # by the typical figures of all samples
+    low: float  # of the prompt by the fastest sample of a measurement
     high: float  # and by the slowest
 
     @property
     def seconds(self) -> float:
-        return self.starting + self.prompt.seconds
+        return self.loading + self.prompt.seconds
 
 
 def first_token(
-    blueprint: Blueprint, device: torch.device, measurement: Measurement, prompt: int = PROMPT
+    blueprint: Blueprint,
+    device: torch.device,
+    measurement: Measurement,
+    placement: Placement | None,
+    tokens: int = PROMPT,
 ) -> FirstToken | None:
-    """Return the cost of a prompt of `prompt` tokens while nothing is in memory, on one GPU."""
+    """Return the time of a prompt of `tokens` tokens, with nothing in memory if no placement.
+
+    With a placement, the model is loaded, and as many experts as fit are in memory. Without one a
+    single GPU computes.
+    """
+    samples: Sequence[MachineSpeeds]
+    if placement is None:
+        samples = [sample.cold for sample in (measurement.typical, *measurement.samples)]
+        missing = read = 1.0
+        shares: Sequence[int] = (1,)
+        disk = samples[0].disk_bandwidth
+        loading = blueprint.shared_size / disk if disk else 0.0
+    else:
+        samples, shares, loading = measurement.in_use, _shares(placement), 0.0
+        missing = 1 - sum(placement.by_device) / placement.experts
+        read = 1 - placement.held / placement.experts
     costs = [
-        (blueprint.shared_size / speeds.disk_bandwidth_fresh, cost)
-        for speeds in (measurement.typical, *measurement.samples)
-        if (cost := prompt_cost(blueprint, device, speeds.cold, prompt, missing=1.0, read=1.0))
-        and speeds.disk_bandwidth_fresh
+        cost
+        for speeds in samples
+        if (
+            cost := prompt_cost(
+                blueprint, device, speeds, tokens, missing=missing, read=read, shares=shares
+            )
+        )
     ]
     if not costs:
         return None
-    seconds = [starting + cost.seconds for starting, cost in costs]
-    return FirstToken(*costs[0], min(seconds), max(seconds))
+    seconds = [cost.seconds for cost in costs]
+    return FirstToken(tokens, loading, costs[0], min(seconds), max(seconds))
 
 
 def prompt_speed(
@@ -286,21 +316,13 @@ def prompt_speed(
     device: torch.device,
     measurement: Measurement,
     placement: Placement | None,
-    prompt: int = LONG_PROMPT,
+    tokens: int = LONG_PROMPT,
 ) -> SpeedRange | None:
-    """Return the tokens a second of a prompt of `prompt` tokens, with empty slots for None."""
-    missing = read = 1.0
-    shares: Sequence[int] = (1,)
-    if placement is not None:
-        shares = _shares(placement)
-        missing = 1 - sum(placement.by_device) / placement.experts
-        read = 1 - placement.held / placement.experts
-    costs = [
-        prompt_cost(blueprint, device, speeds, prompt, missing=missing, read=read, shares=shares)
-        for sample in measurement.samples
-        for speeds in (sample.cold if placement is None else sample.in_use,)
-    ]
-    return speed_range(costs, measurement.measured_at, prompt)
+    """Return the tokens a second of a prompt. The arguments are as in `first_token`."""
+    first = first_token(blueprint, device, measurement, placement, tokens)
+    if first is None:
+        return None
+    return SpeedRange(tokens / first.high, tokens / first.low, measurement.measured_at)
 
 
 def prompt_cost(
@@ -325,7 +347,14 @@ def prompt_cost(
     if device != CPU:
         work = GPUWork(blueprint, parts_of(speeds.gpus, shares))
         computing = work.head() + sum(map(work.chunk, chunks, distinct))
-        return moving_cost(size.expert, speeds, computing, copied=uses * missing, read=uses * read)
+        return moving_cost(
+            size.expert,
+            speeds,
+            computing,
+            copied=uses * missing,
+            read=uses * read,
+            overlap=PROMPT_OVERLAP,
+        )
     row_s = speeds.expert_time("cpu", 1)
     computing = size.head / size.expert * row_s
     for tokens, experts in zip(chunks, distinct, strict=True):
@@ -335,4 +364,4 @@ def prompt_cost(
         layer_s = slowdown * speeds.layer_seconds + experts * speeds.expert_time("cpu", rows)
         first_layers_s = slowdown * size.first_layers / size.expert * row_s
         computing += first_layers_s + config.num_moe_layers * layer_s
-    return moving_cost(size.expert, speeds, computing, read=uses * read)
+    return moving_cost(size.expert, speeds, computing, read=uses * read, overlap=PROMPT_OVERLAP)

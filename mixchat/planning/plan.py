@@ -61,7 +61,8 @@ class KnownFit:
 class MachinePlan:
     """A model on a machine, with its placement and its speed. Workers do not count.
 
-    `prompt` and `first_token` are of one answer.
+    `prompt` and both first tokens are of one answer. The cold one has nothing in memory, and the
+    warm one the model with the experts that fit.
     """
 
     machine: Machine
@@ -70,7 +71,9 @@ class MachinePlan:
     measurement: Measurement
     expected: Expectation  # with as many answers at once as the options of `fit` say
     prompt: SpeedRange | None  # of `LONG_PROMPT` tokens
-    first_token: FirstToken | None
+    cold: FirstToken | None
+    warm: FirstToken | None
+    starting: float = 0.0  # seconds until Python and its libraries run
     sizes: tuple[Size, ...] = ()  # the planned one and smaller ones, if there is a choice
     told: ToldMachine = NOTHING_TOLD  # about the machine, and not measured
     known: tuple[KnownFit, ...] = ()  # other models, if they were asked for
@@ -111,7 +114,8 @@ def plan_model(
         measurement,
         expect_fit(device, fit, measurement),
         prompt_speed(fit.blueprint, device, measurement, fit.placement),
-        first_token(fit.blueprint, device, measurement),
+        first_token(fit.blueprint, device, measurement, None),
+        first_token(fit.blueprint, device, measurement, fit.placement),
     )
 
 

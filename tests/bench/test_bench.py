@@ -65,11 +65,18 @@ def test_decoding_meets_the_context_that_was_asked_for(bench, monkeypatch):
 
 def test_the_cold_start_reads_the_model(bench):
     cold = bench.cold_start
-    assert 0 < cold.load_seconds < cold.first_token_seconds
-    shared = bench.blueprint.shared_size
+    assert cold.seconds == cold.starting + cold.loading + cold.prompt.seconds
+    assert cold.shared == bench.blueprint.shared_size
     experts = bench.blueprint.expert_count * bench.blueprint.expert.stride
-    assert shared < cold.bytes <= shared + experts
+    assert 0 < cold.prompt.bytes_read <= experts
+    assert 0 <= cold.prompt.waiting < cold.prompt.seconds
     assert (cold.disk, cold.copy) == (3e9, None)
+
+
+def test_a_later_prompt_finds_all_experts_in_memory(bench):
+    warm = bench.cold_start.warm
+    assert (warm.bytes_read, warm.waiting) == (0, 0)
+    assert warm.computing == warm.seconds > 0
 
 
 def test_a_ratio_is_that_of_a_round_not_of_the_medians():

@@ -37,6 +37,7 @@ def measured(monkeypatch):
         return SPEEDS
 
     changes = {
+        "mixchat.cli.plan.process_seconds": lambda: 1.5,
         "mixchat.planning.measuring.take_sample": measure,
         "mixchat.planning.measuring.MOST_SECONDS": 1e6,  # however busy this machine is
         "mixchat.planning.fitting.free_on": lambda device: int(14.5 * GB),

@@ -1,6 +1,7 @@
 """`bench`: a small model's speed, beside limits that are quick to measure."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -35,8 +36,14 @@ def test_a_table_says_how_fast_and_how_near_to_the_limit(mixchat, tiny):
         == "2 layers of 4 experts, 2 a token; experts in nf4, attention in int8, head in int8"
     )
     assert lines[2] == "Limits: memory 1.0 GB/s, matrix products 0.00 TFLOP/s, disk 3.0 GB/s"
-    assert lines[3].startswith("Cold start: first token after ")
-    head, decode, prompt = lines[5:]
+    assert re.match(r"First token: \S+ s for a prompt of 12 tokens \(\S+ s computing\)", lines[3])
+    assert lines[4].startswith("Cold start: ")
+    assert re.fullmatch(
+        r"  \S+ s starting, \S+ s loading \S+ GB, \S+ s waiting for \S+ GB of experts, "
+        r"\S+ s computing",
+        lines[5],
+    )
+    head, decode, prompt = lines[7:]
     assert head.split("  ")[0] == ""
     assert [part for part in head.split() if part.isupper()] == [
         *("TOK/S", "MIN", "MAX", "OF", "THE", "LIMIT"),
@@ -60,7 +67,8 @@ def test_json_has_each_round_of_the_only_model(mixchat, tiny):
         assert task["llama.cpp"] == []
         assert task["to_peer"] is None
     assert found["limits"]["memory"] == [1e9] * 6
-    assert found["cold"]["bytes"] > 0
+    assert found["cold"]["seconds"] > found["cold"]["loading"] > 0
+    assert found["warm"]["seconds"] > 0
 
 
 def test_with_workers_it_says_how_many_experts_are_where(mixchat, tiny, monkeypatch):

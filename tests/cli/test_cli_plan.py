@@ -151,7 +151,7 @@ def test_the_reasons_add_up_to_the_speed(planned, measured):
     assert speed == pytest.approx(1 / total, rel=0.05)  # it has two digits
     exactly = json.loads(planned("instruct", "--json").stdout)["tokens_per_second"]
     assert exactly == pytest.approx(1 / total, rel=0.01)
-    assert "reading 255 experts from disk" in expected  # the first token
+    assert "reading 248 experts from disk" in expected  # the first token
     assert re.search(r"context +up to 32,768 tokens fit, with fewer experts in memory", expected)
 
 
@@ -166,7 +166,7 @@ def test_as_json_it_has_all_of_it(planned, measured):
     assert parts["seconds"] == pytest.approx(
         parts["computing"] + parts["copying"] + parts["reading"] - parts["hidden"]
     )
-    assert found["first_token"]["seconds"] > 9
+    assert found["first_token"]["cold"]["seconds"] > found["first_token"]["warm"]["seconds"] > 0
     assert found["fit"]["largest_context"] == 32768
     assert found["machine"]["free"] == {
         "host": int(14.5 * GB),

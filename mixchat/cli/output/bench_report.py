@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from mixchat.cli.output.reports import Report, aligned, weight_type
 from mixchat.engine.report import slots_in_words
 
 if TYPE_CHECKING:
-    from mixchat.bench.rounds import Bench, BenchTask
+    from mixchat.bench.rounds import Bench, BenchTask, PromptTime
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class BenchReport(Report):
     def heading(self) -> str:
         """Return machine, model, limits and cold start, a line for each."""
         # The limits change from round to round. GB and TFLOP are decimal, as data sheets have them.
+        from mixchat.planning.expectation import PROMPT
+
         bench, cold = self.bench, self.bench.cold_start
         memory = median(limits.memory for limits in bench.limits) / 1e9
         gemm = median(limits.gemm for limits in bench.limits) / 1e12
@@ -35,16 +37,22 @@ class BenchReport(Report):
             limits += f", disk {cold.disk / 1e9:.1f} GB/s"
         if cold.copy is not None:
             limits += f", copies to the GPU {cold.copy / 1e9:.1f} GB/s"
-        start = (
-            f"Cold start: first token after {cold.first_token_seconds:.1f} s, "
-            f"{cold.bytes / 1e9:.2f} GB from disk"
+        warm = f"{cold.warm.seconds:.2f} s for a prompt of {PROMPT} tokens"
+        first_tokens = (
+            f"First token: {warm} ({_parts(cold.warm)})",
+            f"Cold start: {cold.seconds:.1f} s from Enter in the shell to that token, "
+            "with nothing in memory",
+            f"  {cold.starting:.1f} s starting, {cold.loading:.1f} s loading "
+            f"{cold.shared / 1e9:.2f} GB, {_parts(cold.prompt)}",
         )
         slots = bench.engine.slots_by_tier
         places = [f"Experts: {slots_in_words(slots)}"] if "worker" in slots else []
-        return "\n".join((_machine(bench), _model(bench), *places, limits, start))
+        return "\n".join((_machine(bench), _model(bench), *places, limits, *first_tokens))
 
     def as_json(self) -> dict[str, Any]:
         """Return figures by round, rates in tokens a second, the rest in SI units."""
+        from mixchat.planning.expectation import PROMPT
+
         bench, cold = self.bench, self.bench.cold_start
         return {
             "machine": _machine(bench),
@@ -57,10 +65,14 @@ class BenchReport(Report):
                 "copy": cold.copy,
             },
             "cold": {
-                "load_seconds": cold.load_seconds,
-                "first_token_seconds": cold.first_token_seconds,
-                "bytes": cold.bytes,
+                "starting": cold.starting,
+                "loading": cold.loading,
+                "shared": cold.shared,
+                "prompt": asdict(cold.prompt),
+                "seconds": cold.seconds,
             },
+            "warm": asdict(cold.warm),
+            "prompt_tokens": PROMPT,
             "tasks": [
                 {
                     "name": task.name,
@@ -85,6 +97,12 @@ def task_table(tasks: Sequence[BenchTask]) -> list[tuple[str, ...]]:
         limit = f"{task.of_limit:.0%} ({task.limited_by})"
         rows.append((task.name, f"{median(task.rates):.1f}", spread, limit))
     return rows
+
+
+def _parts(prompt: PromptTime) -> str:
+    reading = f"waiting for {prompt.bytes_read / 1e9:.2f} GB of experts"
+    waited = f"{prompt.waiting:.2f} s {reading}, " if prompt.bytes_read else ""
+    return f"{waited}{prompt.computing:.2f} s computing"
 
 
 def _machine(bench: Bench) -> str:

@@ -13,11 +13,11 @@ from mixchat.cli.output import plan_text
 from mixchat.cli.output.plan_text import count_text, gpus_text, section, speed_text
 from mixchat.cli.output.reports import DownloadReport, Report, aligned, disk_as_json
 from mixchat.planning import gpu_speeds
-from mixchat.planning.expectation import LONG_PROMPT, PROMPT
+from mixchat.planning.expectation import LONG_PROMPT
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
-    from mixchat.planning.expectation import Expectation
+    from mixchat.planning.expectation import Expectation, FirstToken, TokenCost
     from mixchat.planning.plan import MachinePlan
     from mixchat.weights.make.outline import Outline
 
@@ -77,7 +77,7 @@ class PlanReport(Report):
 
     def as_json(self) -> dict[str, Any]:
         outline, plan = self.outline, self.plan
-        fit, expected, first, prompt = plan.fit, plan.expected, plan.first_token, plan.prompt
+        fit, expected, prompt = plan.fit, plan.expected, plan.prompt
         cost, measurement = expected.cost, plan.measurement
         return {
             "model": outline.name,
@@ -113,13 +113,17 @@ class PlanReport(Report):
             "copies": plan_text.copies(plan),
             "hit_rate": expected.hit_rate,
             "host_hit_rate": expected.host_hit_rate,
-            "cost": cost and asdict(cost) | {"seconds": cost.seconds, "hidden": cost.hidden},
+            "cost": cost and _cost_as_json(cost),
             "measured_at": measurement.measured_at,
             "measured_on": {"cpu": measurement.cpu, "directory": measurement.directory},
             "busy": measurement.busy,
             "samples": len(measurement.samples),
             "prompt": prompt and asdict(prompt) | {"tokens": LONG_PROMPT},
-            "first_token": first and asdict(first) | {"seconds": first.seconds, "tokens": PROMPT},
+            "first_token": {
+                "starting": plan.starting,
+                "cold": _first_token_as_json(plan.cold),
+                "warm": _first_token_as_json(plan.warm),
+            },
             "sizes": [
                 {
                     "bits": size.bits,
@@ -200,6 +204,16 @@ def assumed_figures(plan: MachinePlan) -> dict[str, Any] | None:
         "instructions_part": gpu_speeds.LANES_PART,
         "instructions_per_weight": {name: gpu_speeds.INSTRUCTIONS[name] for name in types},
     }
+
+
+def _cost_as_json(cost: TokenCost) -> dict[str, Any]:
+    return asdict(cost) | {"seconds": cost.seconds, "hidden": cost.hidden}
+
+
+def _first_token_as_json(first: FirstToken | None) -> dict[str, Any] | None:
+    if first is None:
+        return None
+    return asdict(first) | {"seconds": first.seconds, "prompt": _cost_as_json(first.prompt)}
 
 
 def _speed_as_json(expected: Expectation | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mixchat.base.quantities import format_age, format_rates, format_size, format_time, format_times
 from mixchat.cli.output.reports import aligned
 from mixchat.planning import gpu_speeds
-from mixchat.planning.expectation import LONG_PROMPT, PROMPT
+from mixchat.planning.expectation import LONG_PROMPT
 from mixchat.planning.machine_speeds import IN_USE
 from mixchat.planning.routing import repeats_as_mixtral
 from mixchat.weights.make.quantize_options import DEMO_LOSS
@@ -218,12 +218,17 @@ def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         rates = format_rates(plan.prompt.low, plan.prompt.high)
         seconds = format_times(LONG_PROMPT / plan.prompt.high, LONG_PROMPT / plan.prompt.low)
         yield "prompt", f"{rates} tok/s: {LONG_PROMPT} tokens are read in {seconds}"
-    if plan.first_token is not None:
-        first = plan.first_token
-        prompt = f"for a prompt of {PROMPT} tokens, all weights still on disk:"
-        yield "first token", f"after {format_times(first.low, first.high)} {prompt}"
-        yield "", f"{_time(first.starting)} reading the shared weights"
-        yield from (("", reason) for reason in _reasons(first.prompt))
+    if (warm := plan.warm) is not None:
+        seconds = format_times(warm.low, warm.high)
+        yield "first token", f"after {seconds} for a prompt of {warm.tokens} tokens, once loaded"
+        yield from (("", reason) for reason in _reasons(warm.prompt))
+    if (cold := plan.cold) is not None:
+        before = plan.starting + cold.loading
+        seconds = format_times(before + cold.low, before + cold.high)
+        yield "cold start", f"{seconds} from Enter in the shell to that token, nothing in memory"
+        yield "", f"{_time(plan.starting)} starting Python and its libraries"
+        yield "", f"{_time(cold.loading)} reading the shared weights"
+        yield from (("", reason) for reason in _reasons(cold.prompt))
     fewer = ", with fewer experts in memory" if plan.fit.largest_context > plan.fit.context else ""
     yield "context", f"up to {plan.fit.largest_context:,} tokens fit{fewer}"
 
