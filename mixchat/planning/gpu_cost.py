@@ -74,7 +74,7 @@ class GPUWork:
             computing += share * (gpu.reading(self._dense) + layers * hit_rate * uses * expert_s)
             computing += share * self._config.num_hidden_layers * KERNELS_PER_LAYER * KERNEL_S
             if hit_rate < 1:
-                computing += share * layers * SYNC_S
+                computing += share * layers * (KERNEL_S + SYNC_S)
                 waiting += share * layers * _waiting(hit_rate, round(uses), expert_s, cpu_expert_s)
         hops = (len(self._parts) - 1) * SYNC_S
         return GPUTime(computing + hops + self.head(), waiting)

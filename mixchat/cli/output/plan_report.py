@@ -110,7 +110,6 @@ class PlanReport(Report):
                 "placement": asdict(fit.placement),
             },
             "held": expected.held,
-            "copies": plan_text.copies(plan),
             "hit_rate": expected.hit_rate,
             "host_hit_rate": expected.host_hit_rate,
             "cost": cost and _cost_as_json(cost),

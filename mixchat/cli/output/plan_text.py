@@ -170,26 +170,14 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
             spare = size - count * demand.expert
             held = count_text(count, "expert") if count else "not used, for two experts do not fit"
             yield name, f"{held}; {format_size(spare)} left free"
-        # If GPUs hold all, the CPU's own engine has a few slots that nobody uses.
-        host = placement.host_slots if sum(placement.by_device) < placement.experts else 0
+        # RAM may have slots for more. What the GPUs hold is not in RAM, too.
+        host = plan.expected.held - sum(placement.by_device)
         spare = free.host - host * demand.expert
         behind = count_text(host, "expert") if host else "no experts"
-        if host and (count := copies(plan)):
-            behind += f", {count} of them copies of experts on {gpus_text(plan)}"
         yield "RAM", f"{behind}; {format_size(spare)} left free"
     unheld = placement.experts - plan.expected.held
     later = f"the other {count_text(unheld, 'expert')}, read when a token needs them"
     yield "disk", later if unheld else "not used after loading"
-
-
-def copies(plan: MachinePlan) -> int:
-    """Return how many experts in RAM are on a GPU, too.
-
-    With slots for 212 of 256 experts on a GPU, 44 are left for RAM. If RAM has 138 slots, 94 hold
-    copies.
-    """
-    placement = plan.fit.placement
-    return max(sum(placement.by_device) + placement.host_slots - plan.expected.held, 0)
 
 
 def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
