@@ -5,7 +5,6 @@ Costs and speeds are None if the disk is needed and was not measured.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -358,7 +357,7 @@ def prompt_cost(
     row_s = speeds.expert_time("cpu", 1)
     computing = size.head / size.expert * row_s
     for tokens, experts in zip(chunks, distinct, strict=True):
-        rows = math.ceil(tokens * config.num_experts_per_tok / experts)
+        rows = tokens * config.num_experts_per_tok / experts
         # More rows slow all matrices alike.
         slowdown = speeds.expert_time("cpu", tokens) / row_s
         layer_s = slowdown * speeds.layer_seconds + experts * speeds.expert_time("cpu", rows)

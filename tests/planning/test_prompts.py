@@ -40,8 +40,8 @@ def test_the_first_token_waits_for_nearly_all_of_the_model():
     assert found.loading == pytest.approx(BLUEPRINT.shared_size / 3e9)
     assert 254 < found.prompt.read < 256
     assert found.prompt.reading == pytest.approx(found.prompt.read * BLUEPRINT.expert.stride / 3e9)
-    # Six rows an expert, of which each takes 3 ms and 2/7 ms for each row after the first.
-    experts = found.prompt.read * (0.003 + 5 * 0.002 / 7)
+    # Five rows an expert, of which each takes 3 ms and 2/7 ms for each row after the first.
+    experts = found.prompt.read * (0.003 + 4 * 0.002 / 7)
     assert experts < found.prompt.computing < experts + 0.3
     assert found.seconds == found.loading + found.prompt.seconds
     assert found.prompt.copying == 0
