@@ -23,6 +23,8 @@ from mixchat.weights.format.blueprint import Blueprint
 # too late for all, by `tests/benchmarks/beyond_memory.py`. A prompt needs most experts of a layer,
 # which are read while the layers before it are computed.
 OVERLAP, PROMPT_OVERLAP = 0.5, 1.0
+# Of loading, whatever the size, and for each expert, whose tensors are looked up.
+_LOADING_S, _EXPERT_LOADING_S = 0.1, 5e-5
 # Tokens a second. People read 238 words a minute (Brysbaert 2019, doi 10.1016/j.jml.2019.104047)
 # of some 1.3 tokens each. With the other figure, 200 words take four minutes.
 READING = 5.0
@@ -262,7 +264,7 @@ class FirstToken:
     """The seconds until the first token of a prompt of `tokens` tokens."""
 
     tokens: int
-    loading: float  # to read what all tokens share, before the prompt
+    loading: float  # of what all tokens share, before the prompt
     prompt: TokenCost  # by the typical figures of all samples
     low: float  # of the prompt by the fastest sample of a measurement
     high: float  # and by the slowest
@@ -290,7 +292,8 @@ def first_token(
         missing = read = 1.0
         shares: Sequence[int] = (1,)
         disk = samples[0].disk_bandwidth
-        loading = blueprint.shared_size / disk if disk else 0.0
+        loading = _LOADING_S + blueprint.expert_count * _EXPERT_LOADING_S
+        loading += blueprint.shared_size / disk if disk else 0.0
     else:
         samples, shares, loading = measurement.in_use, _shares(placement), 0.0
         missing = 1 - sum(placement.by_device) / placement.experts

@@ -37,7 +37,7 @@ def test_distinct_experts_of_several_tokens(tokens, experts):
 
 def test_the_first_token_waits_for_nearly_all_of_the_model():
     found = cold_start(SPEEDS, tokens=20)
-    assert found.loading == pytest.approx(BLUEPRINT.shared_size / 3e9)
+    assert found.loading > BLUEPRINT.shared_size / 3e9
     assert 254 < found.prompt.read < 256
     assert found.prompt.reading == pytest.approx(found.prompt.read * BLUEPRINT.expert.stride / 3e9)
     # Five rows an expert, of which each takes 3 ms and 2/7 ms for each row after the first.

@@ -215,7 +215,7 @@ def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         seconds = format_times(before + cold.low, before + cold.high)
         yield "cold start", f"{seconds} from Enter in the shell to that token, nothing in memory"
         yield "", f"{_time(plan.starting)} starting Python and its libraries"
-        yield "", f"{_time(cold.loading)} reading the shared weights"
+        yield "", f"{_time(cold.loading)} loading the shared weights"
         yield from (("", reason) for reason in _reasons(cold.prompt))
     fewer = ", with fewer experts in memory" if plan.fit.largest_context > plan.fit.context else ""
     yield "context", f"up to {plan.fit.largest_context:,} tokens fit{fewer}"
