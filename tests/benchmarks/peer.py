@@ -33,11 +33,14 @@ def require(python: str) -> None:
 class Peer:
     """llama.cpp with one model. Use it as a context manager.
 
-    gpu_layers: those that a GPU computes, -1 for all.
+    gpu_layers: those that a GPU computes, -1 for all. kv_bits: 16, or 8 (Q8_0).
     """
 
-    def __init__(self, python: str, model: Path, context: int, gpu_layers: int = 0) -> None:
-        command = [python, str(_CHILD), "serve", str(model), str(context), str(gpu_layers)]
+    def __init__(
+        self, python: str, model: Path, context: int, gpu_layers: int = 0, kv_bits: int = 16
+    ) -> None:
+        command = [python, str(_CHILD), "serve", str(model)]
+        command += map(str, (context, gpu_layers, kv_bits))
         # A file, because llama.cpp may print more than a pipe holds.
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
@@ -67,10 +70,7 @@ class Peer:
         self._output.close()
 
     def decode(self, context: int, tokens: int) -> float:
-        """Return tokens a second behind `context` tokens.
-
-        They are computed before, unless the last call was behind as many.
-        """
+        """Return tokens a second behind `context` tokens."""
         seconds = self._ask(f"{context}: {'1 ' * (tokens + _WARM)}")[_WARM:]
         return tokens / sum(seconds)
 

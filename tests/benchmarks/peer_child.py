@@ -3,7 +3,7 @@
     CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python==0.3.36 gguf     (compiles a while)
     python peer_child.py make FILE.gguf LAYERS [FORMAT] [--shape NAME]    Q4_0, Q4_K_M, ...
     python peer_child.py bench FILE.gguf PROMPT TOKENS
-    python peer_child.py serve FILE.gguf CONTEXT GPU_LAYERS
+    python peer_child.py serve FILE.gguf CONTEXT GPU_LAYERS KV_BITS
 
 It imports only the shapes of mixchat, which need nothing else. A layer takes 0.8 GB in Mixtral's
 shapes in Q4_0. The weights are random like those of `mixchat/bench/synthetic.py`: a large embedding
@@ -40,6 +40,9 @@ VOCAB = 32000  # tokens that every model has
 LARGE, SMALL = 0.22, 0.00014  # scales of blocks: weights of 1, and of 0.0006 in the mean
 PIECE = 2**24  # weights that are written at once
 SEQUENCES = 8  # at once, at most
+_PASS = 2048  # tokens that are computed in one pass, at most
+_COMPUTED = 512  # tokens of a context, at most. The others are copies
+_KV_TYPES = {16: 1, 8: 8}  # F16 and Q8_0 among ggml's types
 _ALL_LAYERS = 999  # more than any model has; not all versions of llama.cpp take -1 for it
 
 Tensor = tuple[str, tuple[int, ...], float, str]  # name, shape, scale of its blocks, type
@@ -209,7 +212,9 @@ class Llama:
     `gpu_layers`: those that a GPU computes, -1 for all.
     """
 
-    def __init__(self, path: Path, context: int, repack: bool, gpu_layers: int = 0) -> None:
+    def __init__(
+        self, path: Path, context: int, repack: bool, gpu_layers: int = 0, kv_bits: int = 16
+    ) -> None:
         import llama_cpp
 
         self._llama = llama_cpp
@@ -219,27 +224,50 @@ class Llama:
         options.n_gpu_layers = gpu_layers if gpu_layers >= 0 else _ALL_LAYERS
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = context, 2048, 512
+        params.n_ctx, params.n_batch, params.n_ubatch = context, _PASS, 512
+        params.type_k = params.type_v = _KV_TYPES[kv_bits]
         params.n_seq_max, params.kv_unified = SEQUENCES, True
         params.n_threads = params.n_threads_batch = os.cpu_count() or 2
         self._context = llama_cpp.llama_init_from_model(model, params)
         self._random = np.random.default_rng(1)
         self._held = 0  # tokens of the first sequence, -1 if other sequences have some
+        self._states: dict[int, Any] = {}  # the bytes of so many computed tokens
 
     def begin(self, context: int) -> None:
-        """Hold so many random tokens, those that are there first: computing them takes minutes."""
-        llama = self._llama
-        memory = llama.llama_get_memory(self._context)
-        if self._held < context or not llama.llama_memory_seq_rm(memory, 0, context, -1):
-            llama.llama_memory_clear(memory, True)
-            self.run(context)
+        """Hold so many random tokens, or a few more.
+
+        Many tokens are some that are computed, and copies of these at the same positions. Computing
+        each would take minutes, and the next token attends to a copy as to any other token.
+        """
+        llama, model = self._llama, self._context
+        memory = llama.llama_get_memory(model)
+        copies = max(1, -(-context // _COMPUTED))
+        computed = -(-context // copies)
+        if self._held == context and llama.llama_memory_seq_rm(memory, 0, computed, -1):
+            return
+        llama.llama_memory_clear(memory, True)
         self._held = context
+        if copies == 1:
+            self.run(computed)
+            return
+        if computed not in self._states:
+            self.run(computed)
+            size = llama.llama_state_seq_get_size(model, 0)
+            state = self._states[computed] = (ctypes.c_uint8 * size)()
+            llama.llama_state_seq_get_data(model, state, size, 0)
+            llama.llama_memory_clear(memory, True)
+        state = self._states[computed]
+        for _ in range(copies):
+            if not llama.llama_state_seq_set_data(model, state, len(state), 1):
+                raise SystemExit("llama_state_seq_set_data failed")
+            llama.llama_memory_seq_cp(memory, 1, 0, -1, -1)
+            llama.llama_memory_seq_rm(memory, 1, -1, -1)
 
     def run(self, count: int) -> float:
         """Seconds for so many random tokens behind those that are there."""
         llama, start = self._llama, time.perf_counter()
         while count:
-            step = min(count, 2048)
+            step = min(count, _PASS)
             ids = (llama.llama_token * step)(*self._random.integers(5, VOCAB, step).tolist())
             if llama.llama_decode(self._context, llama.llama_batch_get_one(ids, step)):
                 raise SystemExit("llama_decode failed")
@@ -277,13 +305,13 @@ def bench(path: Path, prompt: int, tokens: int) -> None:
     print(f"llama.cpp: {rate:.2f} tok/s (median {middle:.2f}), first token after {first:.1f} s")
 
 
-def serve(path: Path, context: int, gpu_layers: int) -> None:
+def serve(path: Path, context: int, gpu_layers: int, kv_bits: int) -> None:
     """Measure what the lines of standard input ask for: "CONTEXT: COUNT COUNT ..." are the tokens
     of one pass each, behind so many; "NxPASSES" are passes of one token each of N sequences. Prints
     the seconds of each pass in a line."""
     output = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # llama.cpp may print
-    model = Llama(path, context, repack=True, gpu_layers=gpu_layers)
+    model = Llama(path, context, True, gpu_layers, kv_bits)
     print("ready", file=output)
     for line in sys.stdin:
         if "x" in line:
@@ -300,7 +328,7 @@ def serve(path: Path, context: int, gpu_layers: int) -> None:
 COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     make: ("layers",),
     bench: ("prompt", "tokens"),
-    serve: ("context", "gpu_layers"),
+    serve: ("context", "gpu_layers", "kv_bits"),
 }
 
 

@@ -8,8 +8,8 @@ FILE is the same model for llama.cpp; of a synthetic model it is written, in its
 PYTHON has llama-cpp-python and gguf (see `peer_child.py`). The options are those of `mixchat bench`
 but for workers. What else the machine does slows both alike, and memory that changes its speed
 within seconds hits both if a round has several turns. A ratio is that of one round; what is shown
-is the median of all rounds, and the range. llama.cpp computes a context before it decodes behind
-it, which takes minutes: with one --context and no --prompt (`--prompt 0`) only once.
+is the median of all rounds, and the range. Contexts are random keys and values here, and in
+llama.cpp up to 512 tokens and copies of these, since computing 32,768 tokens would take minutes.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     require(given.python)
     with models(given) as (directory, gguf):
-        with Peer(given.python, gguf, options.context_size, given.gpu_layers) as peer:
+        kv_bits = given.kv_bits or 16
+        with Peer(given.python, gguf, options.context_size, given.gpu_layers, kv_bits) as peer:
             bench = Bench(directory, load, options)
             choose_threads(bench.blueprint)
             bench.start_cold()

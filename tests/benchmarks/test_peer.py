@@ -32,12 +32,12 @@ for line in sys.stdin:
     print(*(0.5 * int(count) + int(context) for count in counts.split()), flush=True)
 """
 
-# It answers with its last argument.
+# It answers with its last argument but one.
 GPU_LAYERS = """
 import sys
 print("ready", flush=True)
 for line in sys.stdin:
-    print(sys.argv[-1], flush=True)
+    print(sys.argv[-2], flush=True)
 """
 
 
@@ -63,6 +63,7 @@ class LlamaCpp:
     def __init__(self):
         self.lengths = dict.fromkeys(range(peer_child.SEQUENCES), 0)
         self.logits = ctypes.c_float()
+        self.copies = self.computed = 0
 
     def llama_get_memory(self, context):
         return None
@@ -73,6 +74,21 @@ class LlamaCpp:
 
     def llama_memory_clear(self, memory, data):
         self.lengths = dict.fromkeys(self.lengths, 0)
+        self.copies = 0
+
+    def llama_memory_seq_cp(self, memory, source, target, first, last):
+        self.lengths[target] = self.lengths[source]
+        self.copies += 1
+
+    def llama_state_seq_get_size(self, context, sequence):
+        return 2
+
+    def llama_state_seq_get_data(self, context, state, size, sequence):
+        state[:] = self.lengths[sequence].to_bytes(2, "little")
+
+    def llama_state_seq_set_data(self, context, state, size, sequence):
+        self.lengths[sequence] = int.from_bytes(bytes(state), "little")
+        return size
 
     def llama_batch_init(self, tokens, embeddings, sequences):
         rows = [[0] for _ in range(tokens)]
@@ -80,6 +96,7 @@ class LlamaCpp:
         return SimpleNamespace(seq_id=rows, **{name: [0] * tokens for name in names})
 
     def llama_batch_get_one(self, ids, count):
+        self.computed += count
         first = range(self.lengths[0], self.lengths[0] + count)
         return SimpleNamespace(n_tokens=count, pos=first, seq_id=[[0]] * count)
 
@@ -101,13 +118,31 @@ class LlamaCpp:
         pass
 
 
-def test_measurements_follow_each_other_in_any_order(monkeypatch):
-    """Other sequences kept their tokens, so that llama.cpp refused the second round."""
-    llama = LlamaCpp()
+def scripted_model(monkeypatch):
     monkeypatch.setattr(peer_child.Llama, "__init__", lambda self: None)
     model = peer_child.Llama()
-    model._llama, model._context, model._held = llama, None, 0
+    model._llama, model._context, model._held, model._states = LlamaCpp(), None, 0, {}
     model._random = np.random.default_rng(1)
+    return model
+
+
+def test_a_long_context_is_computed_once_and_copied(monkeypatch):
+    """Computing 32,768 tokens took llama.cpp seven minutes before each turn."""
+    model = scripted_model(monkeypatch)
+    for _ in range(2):
+        for _ in range(2):  # the second time the tokens after it are cut off
+            model.begin(1000)
+            assert (model._llama.copies, model._llama.lengths[0]) == (2, 500)
+            model.run(3)
+        model.begin(4)
+        assert (model._llama.copies, model._llama.lengths[0]) == (0, 4)
+    assert model._llama.computed == 500 + 4 * 3 + 2 * 4
+
+
+def test_measurements_follow_each_other_in_any_order(monkeypatch):
+    """Other sequences kept their tokens, so that llama.cpp refused the second round."""
+    model = scripted_model(monkeypatch)
+    llama = model._llama
     for sequences in (4, 1, 2, 4):
         model.begin(0)
         for position in range(3):
