@@ -19,5 +19,6 @@ Codes are quantized weights. Read emit.py first, then units.py, tile.py and quan
 - router.py: the best experts of a token
 - pages.py: stores keys and values in pages of memory
 - attention.py: attention over these pages
+- attention_products.py: products of keys and values, with the instructions of each kind of CPU
 - dense.py: x times a dense matrix
 """

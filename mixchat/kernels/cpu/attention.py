@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from mixchat.kernels.cpu.arithmetic import as_fp32, exponential, reduced, store_fp32
+from mixchat.kernels.cpu.arithmetic import exponential, reduced, store_fp32
+from mixchat.kernels.cpu.attention_products import Products, products_of
 from mixchat.kernels.cpu.compile import compiled_here
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i32, i64, vector
 from mixchat.kernels.cpu.pages import KEY_BLOCK, PAGE, CacheShape, group_part
@@ -125,10 +126,15 @@ class _AttendKernel:
         self.floats = vector(f32, lanes)
         self.function = function = Function(module, "attend")
         self._args = _SIGNATURE.read_by(function)
-        self._queries = function.scratch(_rows(shape) * shape.width * 4)
-        self._scores = function.scratch(_rows(shape) * _KEYS * 4)
-        self._sums = function.scratch(_rows(shape) * shape.width * 4)
-        self._state = function.scratch(_rows(shape) * 8)  # largest score, sum of weights
+        self._products: Products = products_of(function, shape, lanes)
+        rows, size = _rows(shape), self._products.size
+        self._queries = function.scratch(rows * shape.width * size)
+        self._query_scales = function.scratch(rows * 4)
+        self._scores = function.scratch(rows * _KEYS * 4)
+        self._weights = function.scratch(rows * _KEYS * size)
+        self._weight_scales = function.scratch(rows * 4)
+        self._sums = function.scratch(rows * shape.width * 4)
+        self._state = function.scratch(rows * 8)  # largest score, sum of weights
 
     def write(self) -> None:
         function, args, shape = self.function, self._args, self.shape
@@ -163,34 +169,23 @@ class _AttendKernel:
         return (first + row // shared) * self.shape.heads + group * shared + row % shared
 
     def _begin(self, first: Value, group: Value, rows: Value) -> None:
-        """Prepare the queries times 1 / sqrt(h), and an empty state."""
+        """Prepare the queries, their scales times 1 / sqrt(h), and an empty state."""
         function, shape, lanes = self.function, self.shape, self.lanes
-        queries, bf16 = self._args.pointer("queries"), self._bf16
-        zeros = function.constant(self.floats, 0.0)
+        zeros, products = function.constant(self.floats, 0.0), self._products
         with function.loop(0, rows, 1) as (row, _):
-            target = row * (shape.width * 4)
+            queries = self._queries.plus(row * (shape.width * products.size))
             # The padding to whole vectors stays 0, in queries as in pages, and adds nothing.
             for start in range(0, shape.width, lanes):
-                self._queries.store(zeros, target + start * 4)
-                self._sums.store(zeros, target + start * 4)
-            source = self._row(row, first, group) * shape.head_dim
-            with function.loop(0, shape.head_dim, 1) as (number, _):
-                value = as_fp32(queries, source + number, bf16)
-                self._queries.store(value * shape.head_dim**-0.5, target + number * 4)
+                self._sums.store(zeros, (row * shape.width + start) * 4)
+            for start in range(0, shape.width * products.size, lanes * 4):
+                queries.store(zeros, start)
+            first_number = self._row(row, first, group) * shape.head_dim
+            scale = products.store_query(
+                self._args.pointer("queries"), first_number, self._bf16, queries
+            )
+            self._query_scales.store(scale * shape.head_dim**-0.5, row * 4)
             self._state.store(function.constant(f32, _LOWEST), row * 8)
             self._state.store(function.constant(f32, 0.0), row * 8 + 4)
-
-    def _unpacked(self, words: Value) -> list[Value]:
-        """Return the numbers in the words as floats, the low bits first."""
-        if self.shape.bits == 32:
-            return [words.bits_as(self.floats)]
-        # bf16 is the upper half of fp32.
-        if self.shape.bits == 16:
-            return [half.bits_as(self.floats) for half in (words << 16, words & 0xFFFF0000)]
-        return [
-            (words << (24 - 8 * number)).arithmetic_shift(24).as_float(self.floats)
-            for number in range(4)
-        ]
 
     def _tiles(
         self, rows: Value
@@ -204,8 +199,7 @@ class _AttendKernel:
 
     def _score(self, page: Pointer, line: Value, rows: Value) -> None:
         function, shape, lanes = self.function, self.shape, self.lanes
-        words, per_word = shape.width // shape.per_word, shape.per_word
-        zero = function.constant(self.floats, 0.0)
+        words, per_word, products = shape.width // shape.per_word, shape.per_word, self._products
         block_bytes = words * KEY_BLOCK * 4
         # The values of these keys have as many bytes, so each step of the loop prefetches one line.
         values = page.plus(line // per_word * (shape.width * 4) + shape.values_at)
@@ -215,31 +209,41 @@ class _AttendKernel:
                 blocks = [
                     page.plus(key // KEY_BLOCK * block_bytes + key % KEY_BLOCK * 4) for key in keys
                 ]
-                with function.loop(0, words, 1, [zero] * (count * _VECTORS)) as (word, sums):
-                    numbers = [
-                        self._unpacked(block.load(vector(i32, lanes), word * (KEY_BLOCK * 4)))
-                        for block in blocks
+                zeros = [products.zero] * (count * _VECTORS)
+                with function.loop(0, words, 1, zeros) as (word, sums):
+                    loaded = [
+                        block.load(vector(i32, lanes), word * (KEY_BLOCK * 4)) for block in blocks
                     ]
                     for number in range(_VECTORS):
                         values_line = (start // lanes + number) * (words * lanes * 4)
                         values.prefetch(values_line + word * (lanes * 4))
-                    for tiled in range(count):
-                        query = (row + tiled) * shape.width + word * per_word
-                        for column in range(per_word):
-                            factor = self._queries.load(f32, (query + column) * 4).broadcast(lanes)
-                            for number in range(_VECTORS):
-                                index = tiled * _VECTORS + number
-                                sums[index] = function.multiply_add(
-                                    numbers[number][column], factor, sums[index]
-                                )
+                    self._add_products(sums, loaded, self._queries, row * words + word, words)
                 for number, key in enumerate(keys):
-                    scale = None
+                    key_scale = None
                     if shape.bits == 8:
-                        scale = page.load(self.floats, key * 4 + shape.scales_at)
+                        key_scale = page.load(self.floats, key * 4 + shape.scales_at)
                     for tiled in range(count):
-                        score = sums[tiled * _VECTORS + number]
+                        scale = self._query_scales.load(f32, (row + tiled) * 4).broadcast(lanes)
+                        if key_scale is not None:
+                            scale = scale * key_scale
+                        score = products.as_float(sums[tiled * _VECTORS + number]) * scale
                         target = (row + tiled) * _KEYS + start + number * lanes
-                        self._scores.store(score if scale is None else score * scale, target * 4)
+                        self._scores.store(score, target * 4)
+
+    def _add_products(
+        self, sums: list[Value], words: list[Value], factors: Pointer, first: Value, row_words: int
+    ) -> None:
+        """Add the products of vectors of words with some rows' factors, word `first` of the first.
+
+        `row_words` are the words of a row. The sums are those of the first row, then of the next.
+        """
+        products = self._products
+        numbers = [products.unpacked(word) for word in words]
+        for tiled in range(len(sums) // _VECTORS):
+            for column, factor in enumerate(products.factors(factors, first + tiled * row_words)):
+                for number in range(_VECTORS):
+                    index = tiled * _VECTORS + number
+                    sums[index] = products.add(sums[index], numbers[number][column], factor)
 
     def _weigh(self, page: Pointer, key: Value, first: Value, rows: Value) -> None:
         """Turn scores into weights e^(score - largest), and scale the sums down."""
@@ -259,19 +263,20 @@ class _AttendKernel:
             largest = reduced(function, top, "fmax")
             previous = self._state.load(f32, row * 8)
             largest = function.maximum(largest, previous)
-            total = function.constant(self.floats, 0.0)
-            for number, score in enumerate(scores):
-                weight = exponential(function, score - largest.broadcast(lanes))
-                total = total + weight
-                # The scales of values belong to the products, and not to the sum of weights.
-                if shape.bits == 8:
-                    scale = (key % PAGE + number * lanes) * 4 + (shape.scales_at + PAGE * 4)
-                    weight = weight * page.load(self.floats, scale)
-                self._scores.store(weight, (row * _KEYS + number * lanes) * 4)
+            weights = [exponential(function, score - largest.broadcast(lanes)) for score in scores]
+            scales = None
+            if shape.bits == 8:
+                at = key % PAGE * 4 + (shape.scales_at + PAGE * 4)
+                scales = [
+                    page.load(self.floats, at + number * lanes * 4) for number in range(len(scores))
+                ]
+            factors = self._weights.plus(row * (_KEYS * self._products.size))
+            total, scale = self._products.store_weights(weights, scales, factors)
+            self._weight_scales.store(scale, row * 4)
             factor = exponential(function, previous - largest)
-            weights = self._state.load(f32, row * 8 + 4) * factor + reduced(function, total, "fadd")
+            weight = self._state.load(f32, row * 8 + 4) * factor + reduced(function, total, "fadd")
             self._state.store(largest, row * 8)
-            self._state.store(weights, row * 8 + 4)
+            self._state.store(weight, row * 8 + 4)
             # After some keys the largest score hardly changes, and the factor is 1.
             with function.when(factor.compare("<", 1.0)):
                 for start in range(0, shape.width, lanes):
@@ -283,8 +288,8 @@ class _AttendKernel:
         self, page: Pointer, line: Value, rows: Value, next_page: Pointer, next_line: Value
     ) -> None:
         function, shape, lanes = self.function, self.shape, self.lanes
-        per_word = shape.per_word
-        values = page.plus(line // per_word * (shape.width * 4) + shape.values_at)
+        products, words = self._products, _KEYS // shape.per_word
+        values = page.plus(line // shape.per_word * (shape.width * 4) + shape.values_at)
         together = _VECTORS * lanes
         # The next keys have as many bytes as these values. Whoever scores them finds them cached.
         next_keys = next_page.plus(next_line * (shape.width * shape.bits // 8))
@@ -295,26 +300,24 @@ class _AttendKernel:
                     for tiled in range(count)
                     for number in range(_VECTORS)
                 ]
-                loaded = [self._sums.load(self.floats, target) for target in targets]
-                with function.loop(0, _KEYS // per_word, 1, loaded) as (word, sums):
+                zeros = [products.zero] * len(targets)
+                with function.loop(0, words, 1, zeros) as (word, sums):
                     offset = (word * shape.width + start) * 4
-                    numbers = [
-                        self._unpacked(values.load(vector(i32, lanes), offset + number * lanes * 4))
+                    loaded = [
+                        values.load(vector(i32, lanes), offset + number * lanes * 4)
                         for number in range(_VECTORS)
                     ]
                     for number in range(_VECTORS):
                         next_keys.prefetch(offset + number * lanes * 4)
-                    for tiled in range(count):
-                        weight = (row + tiled) * _KEYS + word * per_word
-                        for token in range(per_word):
-                            factor = self._scores.load(f32, (weight + token) * 4).broadcast(lanes)
-                            for number in range(_VECTORS):
-                                index = tiled * _VECTORS + number
-                                sums[index] = function.multiply_add(
-                                    numbers[number][token], factor, sums[index]
-                                )
-                for target, total in zip(targets, sums, strict=True):
-                    self._sums.store(total, target)
+                    self._add_products(sums, loaded, self._weights, row * words + word, words)
+                for index, (target, total) in enumerate(zip(targets, sums, strict=True)):
+                    scale = self._weight_scales.load(f32, (row + index // _VECTORS) * 4)
+                    added = function.multiply_add(
+                        products.as_float(total),
+                        scale.broadcast(lanes),
+                        self._sums.load(self.floats, target),
+                    )
+                    self._sums.store(added, target)
 
     def _end(self, first: Value, group: Value, rows: Value, split: Value, splits: Value) -> None:
         function, shape, lanes = self.function, self.shape, self.lanes

@@ -1,5 +1,6 @@
 """Attention over pages against the plain formula in double precision."""
 
+import inspect
 import itertools
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 
 from mixchat.kernels.cpu import attention
 from mixchat.kernels.cpu import compile as compiling
-from mixchat.kernels.cpu.compile import InstructionSet, instruction_set, kernels_available
+from mixchat.kernels.cpu.compile import (
+    CPUS,
+    InstructionSet,
+    compiled_here,
+    has_feature,
+    instruction_set,
+    kernels_available,
+)
 from mixchat.kernels.cpu.pages import PAGE, CacheShape, store
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
@@ -22,6 +30,12 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         pytest.skip("the CPU has no AVX-512")
     monkeypatch.setattr(compiling, "instruction_set", lambda: request.param)
     return request.param
+
+
+@pytest.fixture
+def newly_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that are compiled again, for a CPU that lacks something."""
+    monkeypatch.setattr(attention, "_compiled", compiled_here(inspect.unwrap(attention._compiled)))
 
 
 class Pages:
@@ -105,6 +119,41 @@ def test_it_is_the_plain_formula(instructions, size, bits, dtype, within, has_si
         result = attention.attend(shape, cache.addresses, past, queries, window, sinks)
         assert result.dtype == dtype
         assert error(result, expected(cache, queries, past, window, sinks)) < within
+
+
+def test_a_cpu_that_does_not_multiply_bf16_computes_the_same(newly_compiled, monkeypatch):
+    monkeypatch.setattr(
+        compiling, "has_feature", lambda name: name != "avx512bf16" and has_feature(name)
+    )
+    test_it_is_the_plain_formula(None, SHAPES[1], 16, torch.bfloat16, 3e-3, True)
+
+
+def test_eight_bits_have_the_same_bits_by_other_instructions(newly_compiled, monkeypatch):
+    """ARM has no instruction that adds pairs of products, and its sums are as exact."""
+    shape = CacheShape(8, 2, 48, 8)
+    cache = Pages(shape, PAGE + 30, torch.bfloat16)
+    cache.store(0, PAGE + 30)
+    queries = random((2, 8, 48), 3).bfloat16()
+    results = [attention.attend(shape, cache.addresses, PAGE + 28, queries, None)]
+    instructions = instruction_set()
+    monkeypatch.setitem(CPUS, instructions, CPUS[instructions]._replace(add_words=None))
+    monkeypatch.setattr(attention, "_compiled", compiled_here(inspect.unwrap(attention._compiled)))
+    results.append(attention.attend(shape, cache.addresses, PAGE + 28, queries, None))
+    assert torch.equal(*results)
+    assert error(results[1], expected(cache, queries, PAGE + 28)) < 2e-2
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_query_that_is_no_number_has_no_attention(instructions, bits):
+    """With integers it had some, and nobody learned that the weights were damaged."""
+    shape = CacheShape(2, 1, 32, bits)
+    cache = Pages(shape, 40, torch.bfloat16)
+    cache.store(0, 40)
+    queries = random((1, 2, 32), 3).bfloat16()
+    queries[0, 1, 7] = torch.nan
+    result = attention.attend(shape, cache.addresses, 39, queries, None)
+    assert result[0, 0].isfinite().all()
+    assert result[0, 1].isnan().all()
 
 
 def test_a_token_alone_sees_what_it_sees_among_others(instructions):

@@ -17,7 +17,7 @@ from mixchat.kernels.cpu import attention, dense, pages, program, router, rows, 
 from mixchat.kernels.cpu import compile as compiling
 from mixchat.kernels.cpu import quantized_matmul as kernel
 from mixchat.kernels.cpu.compile import CPUS, LANES, InstructionSet, compiled_here, instruction_set
-from mixchat.kernels.cpu.pages import PAGE, CacheShape
+from mixchat.kernels.cpu.pages import PAGE, Bits, CacheShape
 from mixchat.kernels.cpu.quantized_matmul import QuantizedMatrix
 from mixchat.kernels.cpu.units import MANY
 from mixchat.weights.matrix.int6 import INT5, INT6
@@ -28,7 +28,6 @@ from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3
 
 TYPES = {kind.name: kind for kind in (INT8, INT6, INT5, NF4, MXFP4, TRELLIS2, TRELLIS3)}
 MODULES = (kernel, attention, dense, pages, program, router, rows, trellis_encode)
-SHAPE = CacheShape(8, 2, 48, 16)
 under_qemu = pytest.mark.skipif(
     instruction_set() in (None, "neon") or not can_emulate(),
     reason="no qemu-aarch64, no aarch64-linux-gnu-gcc, or no AVX2",
@@ -98,20 +97,22 @@ def test_norms_have_the_bits_of_avx2(use: Use, tmp_path: Path, dtype: torch.dtyp
 
 
 @under_qemu
-def test_attention_has_the_bits_of_avx2(use: Use, tmp_path: Path) -> None:
-    page = torch.zeros(SHAPE.page_bytes, dtype=torch.uint8)
+@pytest.mark.parametrize("bits", [16, 8])
+def test_attention_has_the_bits_of_avx2(use: Use, tmp_path: Path, bits: Bits) -> None:
+    shape = CacheShape(8, 2, 48, bits)
+    page = torch.zeros(shape.page_bytes, dtype=torch.uint8)
     addresses = torch.tensor([page.data_ptr()])
     keys, values, queries = (random(20, heads, 48, seed=heads).bfloat16() for heads in (2, 2, 8))
     use("avx2")
-    pages.store(SHAPE, addresses, 0, keys, values)
-    expected = attention.attend(SHAPE, addresses, 0, queries, 7)
+    pages.store(shape, addresses, 0, keys, values)
+    expected = attention.attend(shape, addresses, 0, queries, 7)
     use("neon")
     out = torch.empty_like(queries)
-    steps = attention.attend_steps(SHAPE, queries, out, PAGE)
+    steps = attention.attend_steps(shape, queries, out, PAGE)
     for step in steps:
-        attention.set_window(SHAPE, step, 7, None)
+        attention.set_window(shape, step, 7, None)
         step.set(pages=addresses.data_ptr(), past=0, splits=1)
-    sinks = attention._no_sinks(SHAPE.heads)
+    sinks = attention._no_sinks(shape.heads)
     run_under_qemu(tmp_path, steps, page, addresses, sinks)
     assert torch.equal(out, expected)
 
