@@ -87,7 +87,8 @@ class SingleTokenContext:
         They do not keep the sinks alive.
         """
         if self._attention is None:
-            self._attention = self._cache.steps(queries, keys, values, out)
+            capacity = self._cache.capacity
+            self._attention = self._cache.steps(queries, keys, values, out, capacity)
         store, attend, merge = self._attention
         steps = self._layers[layer] = store.copy(), attend.copy(), merge.copy()
         self._cache.set_layer(steps, layer, sinks)

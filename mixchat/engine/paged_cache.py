@@ -18,7 +18,7 @@ from mixchat.engine.tensor_cache import TensorKVCache
 from mixchat.kernels.cpu import attention, pages
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.kernels.cpu.pages import KEY_BLOCK, PAGE, Bits, CacheShape
-from mixchat.kernels.cpu.program import Step
+from mixchat.kernels.cpu.program import Program, Step, together
 
 # Of a call to the kernel. Pairs are of a new token and one that it may see. With more, the parts
 # that it merges leave the CPU's caches, and each call waits for new memory.
@@ -136,10 +136,18 @@ class PagedKVCache(KVCache):
         return addresses
 
     def steps(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        most_keys: int,
     ) -> tuple[Step, Step, Step]:
-        """Return `attend` for one token as steps: store, attend and merge, in this order."""
-        attend = attention.attend_steps(self._shape, queries, out, self.capacity)
+        """Return `attend` for one token as steps: store, attend and merge, in this order.
+
+        most_keys: the keys that the token attends to, at most.
+        """
+        attend = attention.attend_steps(self._shape, queries, out, most_keys)
         return pages.store_step(self._shape, keys, values), *attend
 
     def set_layer(
@@ -179,3 +187,47 @@ class PagedKVCache(KVCache):
             attended.append(attention.attend(self._shape, addresses, past, chunk, window, sinks))
             past += chunk.shape[0]
         return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
+class SequencesAttention:
+    """The attention of one new token for each of several caches, as a program for each layer.
+
+    A call of a kernel for each cache takes longer than the attention over some hundred keys. N
+    caches have N tokens. The tensors are like those that the layers give it.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[PagedKVCache],
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        self._caches = caches
+        self._inputs = [
+            torch.empty(rows.shape, dtype=rows.dtype) for rows in (queries, keys, values)
+        ]
+        self._out = torch.empty_like(self._inputs[0])
+        by_token = [torch.split(rows, 1) for rows in (*self._inputs, self._out)]
+        self._steps = [
+            cache.steps(query, key, value, out, cache.length + 1)
+            for cache, query, key, value, out in zip(caches, *by_token, strict=True)
+        ]
+        self._program = Program([together(*steps) for steps in zip(*self._steps, strict=True)])
+
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the attention [N, H, h], as `KVCache.attend` does. The next call overwrites it."""
+        for mine, rows in zip(self._inputs, (queries, keys, values), strict=True):
+            mine.copy_(rows)
+        for cache, steps in zip(self._caches, self._steps, strict=True):
+            cache.set_layer(steps, layer, sinks)
+            cache.set_place(steps, layer)
+        self._program.run()
+        return self._out

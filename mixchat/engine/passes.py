@@ -22,6 +22,7 @@ from mixchat.base.progress import Note
 from mixchat.engine.chunk_sizer import SMALLEST_CHUNK
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import LAST, AfterLayer, Transformer
+from mixchat.engine.paged_cache import PagedKVCache, SequencesAttention
 from mixchat.experts.holder import ExpertHolder
 from mixchat.experts.memory import within_memory
 
@@ -207,6 +208,8 @@ class _SequencesContext:
             for cache, count in zip(self._caches, self._counts, strict=True)
         ]
         self._positions = torch.cat(positions)
+        self._paged = [cache for cache in self._caches if isinstance(cache, PagedKVCache)]
+        self._attention: SequencesAttention | None = None
 
     def positions(self, tokens: int) -> torch.Tensor:
         assert tokens == self._positions.shape[0]
@@ -220,6 +223,11 @@ class _SequencesContext:
         values: torch.Tensor,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        # One program for all sequences, unless a prompt is among them.
+        if len(self._paged) == len(self._counts) == sum(self._counts):
+            if self._attention is None:
+                self._attention = SequencesAttention(self._paged, queries, keys, values)
+            return self._attention.attend(layer, queries, keys, values, sinks)
         by_sequence = (torch.split(rows, self._counts) for rows in (queries, keys, values))
         sequences = zip(self._caches, *by_sequence, strict=True)
         return torch.cat([cache.attend(layer, *rows, sinks) for cache, *rows in sequences])
