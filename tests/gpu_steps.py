@@ -178,7 +178,7 @@ def copies(trial: Trial) -> None:
 
     from mixchat.base import gpu
     from mixchat.experts.cache import ExpertKey
-    from mixchat.experts.mover import ExpertLoad
+    from mixchat.experts.load_queue import ExpertLoad
     from mixchat.experts.vram import Uploader
     from mixchat.planning.bandwidth import bus_bandwidth, seconds_of
 
@@ -196,7 +196,7 @@ def copies(trial: Trial) -> None:
 
     def upload() -> None:
         load = ExpertLoad(ExpertKey(0, 0))
-        uploader.begin(load, lambda: slot, block.nbytes, block)
+        uploader.begin(load, "slot", lambda: slot, block.nbytes, block)
         load.wait()
 
     rate = block.nbytes / median(seconds_of(upload, device))

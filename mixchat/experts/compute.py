@@ -32,16 +32,18 @@ class HostCompute:
 
     def __init__(self, fetcher: Fetcher, forms: Sequence[int] | None = None) -> None:
         self.fetcher, self._forms = fetcher, forms
-        self._order: list[ExpertKey] = []
+        self._order: list[ExpertKey] = []  # those that are still to be computed
+        self._unrequested: list[ExpertKey] = []
         self._programs: dict[tuple[int, int], RowExperts] = {}  # by count and form of experts
 
     def begin(self, rows: LayerRows, keys: Collection[ExpertKey]) -> None:
-        """Start loading the first of these experts, for `compute_next`."""
+        """Start loading these experts, for `compute_next`, as far as there are slots."""
         self.fetcher.settle(rows.layer, keys)
         # Experts in their slots come first. Otherwise a prefill with more experts than slots would
-        # evict each just before its turn.
-        self._order = sorted(keys, key=self.fetcher.state)
-        self._request(together=0)
+        # evict each just before its turn. The others come in the order of their file.
+        self._order = sorted(keys, key=lambda key: (self.fetcher.state(key), key))
+        self._unrequested = list(self._order)
+        self._request()
 
     def prefetch(self, keys: Iterable[ExpertKey]) -> None:
         """Start loading predicted experts, after the experts of `begin`."""
@@ -50,26 +52,26 @@ class HostCompute:
     def compute_next(self, rows: LayerRows) -> bool:
         """Compute the next experts of `begin` into `rows`. Return False if none was left.
 
-        Experts in their slots are computed together.
+        Experts that have arrived are computed together.
         """
         if not self._order:
             return False
         interrupts.check()
+        self._request()
+        self.fetcher.wait(self._order[0])
         # Slots for the loads ahead stay free of experts that are in use.
-        room = self.fetcher.slots - self._ahead
-        held = [*islice(takewhile(self.fetcher.holds, self._order), room)]
-        count = len(held)
+        ahead = min(_LOADS_AHEAD, self.fetcher.slots - 1) if self._unrequested else 0
+        requested = self._order[: len(self._order) - len(self._unrequested)]
+        room = self.fetcher.slots - ahead
+        keys = [*islice(takewhile(self.fetcher.has_ended, requested), room)]
         if not rows.is_one_token:
             most = _MAX_X_NUMBERS // rows.hidden_states.shape[1]
-            totals = accumulate(rows.counts[key] for key in held)
+            totals = accumulate(rows.counts[key] for key in keys)
             count = sum(1 for _ in takewhile(lambda total: total <= most, totals))
-        self._request(count)
-        keys = self._order[: max(count, 1)]
+            keys = keys[: max(count, 1)]
         del self._order[: len(keys)]
-        if count:
-            self._compute_together(rows, keys)
-        else:
-            rows.put(keys[0], self.fetcher.ready(keys[0])(rows.of(keys[0]), exact=rows.exact))
+        self._request(keys)
+        self._compute_together(rows, keys)
         return True
 
     def _compute_together(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
@@ -94,12 +96,10 @@ class HostCompute:
             self._programs[program_key] = RowExperts(experts[0], rows.hidden_states, len(experts))
         return self._programs[program_key]
 
-    @property
-    def _ahead(self) -> int:
-        return min(_LOADS_AHEAD, self.fetcher.slots - 1)
-
-    def _request(self, together: int) -> None:
-        self.fetcher.request(self._order[: max(together, 1) + self._ahead])
+    def _request(self, in_use: Sequence[ExpertKey] = ()) -> None:
+        if self._unrequested:
+            count = self.fetcher.request(self._unrequested, {*self._order, *in_use})
+            del self._unrequested[:count]
 
 
 class RowExperts:

@@ -13,19 +13,19 @@ import torch
 from mixchat.base.errors import ResourceError
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
 from mixchat.experts.holder import LayerExperts
+from mixchat.experts.load_queue import FILL, PREDICTED, REQUESTED, ExpertLoad, LoadQueue
 from mixchat.experts.memory import MemoryWatch
-from mixchat.experts.mover import FILL, PREDICTED, REQUESTED, ExpertLoad, Mover
 from mixchat.experts.placement import MIN_SLOTS, Placement
-from mixchat.experts.store import ExpertStore
+from mixchat.experts.store import READS, ExpertStore
 from mixchat.weights.format.expert import Expert
 
 RESIDENT, LOADING, MISSING = range(3)
-_MAX_PREFETCHES = 4  # at once
+_MAX_PREFETCHES = 16  # at once
 _MAX_UNCOUNTED = 64  # tokens
 
 
 class Fetcher:
-    """Holds the experts in RAM. A cache assigns their slots, a mover fills them.
+    """Holds the experts in RAM. A cache assigns their slots, a queue of reads fills them.
 
     An expert in the cache may still be on its way, in `_loads`, or in `_fills` if nobody has needed
     it yet. Workers and GPUs compute the experts in `elsewhere`.
@@ -46,7 +46,11 @@ class Fetcher:
         self._borrowed: set[ExpertKey] = set()  # nobody else may get their slots
         # For `holds_all`: what it depends on, and what it was.
         self._whole: tuple[tuple[int, Set[ExpertKey]], bool] = (-1, frozenset()), False
-        self._mover = Mover(may_fill=watch.is_ample if watch else lambda: True)
+        self._queue = LoadQueue(
+            READS,
+            may_fill=watch.is_ample if watch else lambda: True,
+            count_moved=self._count_read,
+        )
         self._loads: dict[ExpertKey, ExpertLoad] = {}
         self._fills: OrderedDict[ExpertKey, ExpertLoad] = OrderedDict()
         # The experts of layers of which all are held. They stay there while all experts fit.
@@ -88,9 +92,12 @@ class Fetcher:
         """
         missing = [key for key in keys if key not in self._cache and key not in self.elsewhere]
         if len(self._cache) + len(missing) <= self.slots:
+            self.count_hits()
             with suppress(ResourceError):  # no thread
                 for key in missing:
-                    self._start(ExpertLoad(key, FILL))
+                    slot = self._cache.admit(key)
+                    assert slot is not None
+                    self._begin(ExpertLoad(key, FILL), slot)
 
     def _end_fills(self) -> None:
         while self.is_filling:
@@ -101,7 +108,7 @@ class Fetcher:
     def _reprioritize(self, key: ExpertKey, priority: int) -> bool:
         """Carry out the expert's fill with this priority. Return False if there is none."""
         load = self._fills.get(key)
-        if load is None or not self._mover.reorder(load, priority):
+        if load is None or not self._queue.reorder(load, priority):
             return False
         self._loads[key] = self._fills.pop(key)
         return True
@@ -159,18 +166,18 @@ class Fetcher:
         self._passes.enter(layer)
         self.follow_memory()
         for key in (key for key in self._prefetches if key.layer == layer):
-            # Read once: the mover's thread may end the load meanwhile.
+            # Read once: a thread of the queue may end the load meanwhile.
             load, ended = self._loads[key], self._loads[key].ended
             if key in chosen:
                 self.stats.right_predictions += 1
-                self._mover.reorder(load, REQUESTED)
+                self._queue.reorder(load, REQUESTED)
                 if not ended:
                     self.stats.late_predictions += 1
                     self.stats.misses[key] += 1
             elif not ended and self.slots >= self._placement.experts:
                 # All experts fit, so a wrong prediction takes no other expert's slot.
                 self._fills[key] = self._loads.pop(key)
-                self._mover.reorder(load, FILL)
+                self._queue.reorder(load, FILL)
             elif not ended:
                 load.cancelled = True
             if load.cancelled or load.failed:
@@ -178,15 +185,20 @@ class Fetcher:
             elif ended:
                 del self._loads[key]
 
-    def request(self, window: Sequence[ExpertKey], pinned: Collection[ExpertKey] = ()) -> None:
-        """Start loading missing experts, until only slots of `window` and `pinned` are left."""
-        for key in window:
+    def request(self, keys: Sequence[ExpertKey], pinned: Collection[ExpertKey] = ()) -> int:
+        """Start loading missing experts, until only slots of `keys` and `pinned` are left.
+
+        Return how many of `keys` are held or on their way now, the first ones.
+        """
+        kept = {*keys, *pinned}
+        for number, key in enumerate(keys):
             if self._reprioritize(key, REQUESTED):
                 self.stats.misses[key] += 1
             elif key not in self._cache or self._has_failed(key):
-                if not self._start(ExpertLoad(key), {*window, *pinned}):
-                    return
+                if not self._start(ExpertLoad(key), kept):
+                    return number
                 self.stats.misses[key] += 1
+        return len(keys)
 
     def prefetch(self, keys: Iterable[ExpertKey], pinned: Collection[ExpertKey]) -> None:
         """Start loading predicted experts. Evict no pinned or prefetched ones."""
@@ -201,12 +213,30 @@ class Fetcher:
                 self.stats.predictions += 1
                 room -= 1
 
-    def ready(self, key: ExpertKey) -> Expert:
-        """Wait for an expert, and return it. Raise the error of its load."""
+    def has_ended(self, key: ExpertKey) -> bool:
+        """Return whether nobody has to wait for a requested expert."""
         load = self._loads.get(key)
-        if load is not None:
-            self._wait(load)
-        else:
+        return load is None or load.ended
+
+    def wait(self, key: ExpertKey) -> None:
+        """Wait for a requested expert. Raise the error of its load."""
+        load = self._loads.get(key)
+        if load is None:
+            return
+        start = time.perf_counter()
+        try:
+            load.wait()
+        except BaseException:
+            # A load that failed has ended. After a signal it is still on its way.
+            if load.ended:
+                self._give_up(key)
+            raise
+        self.stats.stalled_seconds += time.perf_counter() - start
+
+    def ready(self, key: ExpertKey) -> Expert:
+        """Wait for a requested expert, and return it. Raise the error of its load."""
+        self.wait(key)
+        if self._loads.pop(key, None) is None:
             self.stats.hits[key] += 1
         return self._expert(self._cache.lookup(key))
 
@@ -218,8 +248,8 @@ class Fetcher:
         """Hold fewer experts if other programs need the memory, or more again."""
         if self._watch is not None:
             # The memory of a prefetch that was given up counts, since the next expert gets it.
-            # Of fills, only the first one may have some.
-            without = len(self._fills) - 1 if self.is_filling else 0
+            # Of fills, only the first ones may have some.
+            without = max(len(self._fills) - READS, 0) if self.is_filling else 0
             self.resize(self._watch.limit(len(self._store.blocks) - without))
 
     def borrow(self, key: ExpertKey) -> torch.Tensor | None:
@@ -257,6 +287,10 @@ class Fetcher:
         for slot in list(self._store.blocks):
             self._store.release(slot)
 
+    def _count_read(self, seconds: float, size: int) -> None:
+        self.stats.read_seconds += seconds
+        self.stats.bytes_read += size
+
     def _expert(self, slot: int | None) -> Expert:
         assert slot is not None
         return self._store.expert(slot)
@@ -268,18 +302,6 @@ class Fetcher:
             free = self._cache.free_slots() & set(self._store.blocks)
             for slot in sorted(free)[:surplus]:
                 self._store.release(slot)
-
-    def _wait(self, load: ExpertLoad) -> None:
-        start = time.perf_counter()
-        try:
-            load.wait()
-        except BaseException:
-            # A load that failed has ended. After a signal it is still on its way.
-            if load.ended:
-                self._give_up(load.key)
-            raise
-        self.stats.stalled_seconds += time.perf_counter() - start
-        del self._loads[load.key]
 
     def _has_failed(self, key: ExpertKey) -> bool:
         """Return whether the expert's load has failed since somebody stopped waiting for it."""
@@ -293,33 +315,37 @@ class Fetcher:
     def _prefetches(self) -> list[ExpertKey]:
         return [key for key, load in self._loads.items() if load.priority == PREDICTED]
 
-    def _start(self, load: ExpertLoad, pinned: Collection[ExpertKey] = ()) -> bool:
-        key, held = load.key, self._store.blocks
-        # To look for one among thousands takes too long for each of thousands of fills.
-        preferred = () if load.priority == FILL else held
+    def _start(self, load: ExpertLoad, pinned: Collection[ExpertKey]) -> bool:
+        """Begin a load in a slot that is free, or whose expert is not in `pinned`, if there is one.
+
+        A predicted expert takes no other's slot. A requested one does, if no other slot is left.
+        """
         self.count_hits()
-        kept = {*pinned, *self._borrowed}
-        slot = self._cache.admit(key, {*kept, *self._prefetches}, preferred)
+        kept, held = {*pinned, *self._borrowed}, self._store.blocks
+        slot = self._cache.admit(load.key, {*kept, *self._prefetches}, held)
         if slot is None and load.priority == REQUESTED:
-            # A requested expert may take the slot of a prefetch.
-            slot = self._cache.admit(key, kept, held)
-        # Loads whose slot was taken are useless. If all experts fit, no fill has lost its slot, and
-        # looking through thousands of them takes long.
-        evicts = load.priority != FILL and self.slots < self._placement.experts
-        for loads in (self._loads, self._fills if evicts else {}):
-            for evicted in [expert for expert in loads if expert not in self._cache]:
-                loads.pop(evicted).cancelled = True
+            slot = self._cache.admit(load.key, kept, held)
+        # Loads whose slot was taken are useless. If all experts fit, none has lost its slot, and
+        # looking through thousands of fills takes long.
+        if self.slots < self._placement.experts:
+            for loads in (self._loads, self._fills):
+                for evicted in [expert for expert in loads if expert not in self._cache]:
+                    loads.pop(evicted).cancelled = True
         if slot is None:
             return False
-        self._release_surplus(slot not in held)
+        self._begin(load, slot)
+        return True
+
+    def _begin(self, load: ExpertLoad, slot: int) -> None:
+        key = load.key
+        self._release_surplus(slot not in self._store.blocks)
         try:
-            self._mover.begin(load, self._store.load(key, slot))
+            self._queue.begin(load, self._store.job(key, slot))
         except BaseException:
-            # Without memory or a thread nobody brings it.
+            # Without a thread nobody brings it.
             self._cache.discard(key)
             raise
         (self._fills if load.priority == FILL else self._loads)[key] = load
-        return True
 
     def _give_up(self, key: ExpertKey) -> None:
         self._cache.discard(key)

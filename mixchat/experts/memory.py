@@ -54,7 +54,7 @@ class MemoryWatch:
         return self._limit
 
     def is_ample(self) -> bool:
-        """Return whether no other program needs the memory. Only the mover's thread asks."""
+        """Return whether no other program needs the memory. Only the queue asks, under its lock."""
         now = time.monotonic()
         if now - self._asked >= _FILL_INTERVAL:
             self._asked, self._is_ample = now, self._free() >= self._reserve // 2

@@ -1,60 +1,57 @@
-"""Moves the bytes of experts from a source into slots, without a policy."""
+"""Slots of RAM for experts, and the pieces in which their bytes are read. No policy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import Protocol
+from functools import partial
 
 import torch
 
 from mixchat.experts.cache import ExpertKey, ExpertStats
-from mixchat.experts.mover import Steps
+from mixchat.experts.load_queue import Job, Piece
 from mixchat.weights.format.expert import Expert, ExpertSpec
 
+READS = 8  # in flight
+# Bytes of a read, which takes 1 to 4 ms. A more urgent load waits for reads in flight.
+PIECE = 4 << 20
 _ALIGNMENT = 4096  # bytes, for reads past the page cache
 Layouts = Callable[[int], ExpertSpec]  # the form of a layer's experts
-
-
-class ExpertSource(Protocol):
-    """Brings every expert from a slower tier, on demand."""
-
-    def load(self, key: ExpertKey, block: torch.Tensor) -> Steps:
-        """Fill the beginning of `block` (uint8) with the expert's bytes."""
+ReadExpert = Callable[[ExpertKey, torch.Tensor, int], None]  # fills a tensor from a byte on
 
 
 class ExpertStore:
     """Slots: blocks of memory in RAM, each ready to compute the expert it holds.
 
-    layouts: returns the form of a layer's experts. size: the bytes of a slot, by its number. A
-    smaller expert leaves the end of a slot alone.
+    read: reads a part of an expert from its file. layouts: returns the form of a layer's experts.
+    size: the bytes of a slot, by its number. A smaller expert leaves the end of a slot alone.
     """
 
     def __init__(
-        self,
-        source: ExpertSource,
-        layouts: Layouts,
-        size: Callable[[int], int],
-        stats: ExpertStats,
+        self, read: ReadExpert, layouts: Layouts, size: Callable[[int], int], stats: ExpertStats
     ) -> None:
-        self._source, self._layouts, self._size, self._stats = source, layouts, size, stats
+        self._read, self._layouts, self._size, self._stats = read, layouts, size, stats
         self._slots: dict[int, _Slot] = {}
 
-    def load(self, key: ExpertKey, slot: int) -> Steps:
-        """Return the steps that load an expert into a slot."""
-        target = self._slot(slot)
+    def job(self, key: ExpertKey, slot: int) -> Job:
+        """Return the work of loading an expert into a slot."""
+        target, layout = self._slot(slot), self._layouts(key.layer)
 
-        def steps() -> Steps:
-            layout, new_memory = self._layouts(key.layer), target.block
-            if new_memory is None:
-                raise MemoryError  # the slot was freed before its load began
-            block = new_memory()
-            yield from self._source.load(key, block)
-            target.take(layout, block)
+        def pieces() -> list[Piece]:
+            views = torch.split(target.memory()[: layout.stride], PIECE)
+            return [
+                partial(self._read_piece, key, view, number * PIECE)
+                for number, view in enumerate(views)
+            ]
+
+        def finish() -> None:
+            target.take(layout)
             self._stats.bytes_moved += layout.nbytes
 
-        return steps()
+        return Job(target, pieces, finish)
+
+    def _read_piece(self, key: ExpertKey, view: torch.Tensor, start: int) -> int:
+        self._read(key, view, start)
+        return len(view)
 
     def expert(self, slot: int) -> Expert:
         """Return the expert in a slot, which reads the slot's bytes when it is called."""
@@ -64,9 +61,7 @@ class ExpertStore:
 
     def block(self, slot: int) -> torch.Tensor:
         """Return the bytes of a slot that an expert was loaded into."""
-        block = self._slots[slot].block
-        assert block is not None
-        return block()
+        return self._slots[slot].memory()
 
     @property
     def blocks(self) -> Collection[int]:
@@ -79,37 +74,46 @@ class ExpertStore:
         return sum(slot.filled for slot in self._slots.values())
 
     def release(self, slot: int) -> None:
-        """Free a slot's memory. A load on its way there has no effect."""
+        """Free a slot's memory. A load that waits for its turn fails."""
         released = self._slots.pop(slot, None)
         if released is not None:
-            # Queued loads still have the slot, and would keep its memory.
-            released.block = released.expert = None
+            released.free()
 
     def _slot(self, number: int) -> _Slot:
         if number not in self._slots:
-            self._slots[number] = _Slot(cache(partial(new_block, self._size(number))))
+            self._slots[number] = _Slot(self._size(number))
         return self._slots[number]
 
 
-@dataclass
 class _Slot:
-    """A slot's memory and the expert in it.
+    """A slot's memory, and the expert in it. `filled` counts bytes that were touched."""
 
-    block: takes the memory when it is first called, None after the slot was freed. filled: counts
-    bytes that were touched.
-    """
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._block: torch.Tensor | None = None
+        self._layout: ExpertSpec | None = None
+        self.expert: Expert | None = None
+        self.filled = 0
+        self._is_freed = False
 
-    block: Callable[[], torch.Tensor] | None
-    layout: ExpertSpec | None = None
-    expert: Expert | None = None
-    filled: int = 0
+    def memory(self) -> torch.Tensor:
+        """Return the block. Raises `MemoryError` if the slot was freed."""
+        if self._is_freed:
+            raise MemoryError
+        if self._block is None:
+            self._block = new_block(self._size)
+        return self._block
 
-    def take(self, layout: ExpertSpec, block: torch.Tensor) -> None:
+    def take(self, layout: ExpertSpec) -> None:
         """Let `expert` be of this layout."""
         # It stays the same object if it can: programs of kernels have its addresses.
-        if self.layout != layout:
-            self.layout, self.expert = layout, layout.build(block)
+        if self._layout != layout:
+            self._layout, self.expert = layout, layout.build(self.memory())
             self.filled = max(self.filled, layout.stride)
+
+    def free(self) -> None:
+        # Queued loads still have the slot, and would keep its memory.
+        self._is_freed, self._block, self.expert = True, None, None
 
 
 def new_block(size: int) -> torch.Tensor:

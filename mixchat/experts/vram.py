@@ -6,28 +6,26 @@ L = layers of the GPU, E = num_local_experts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import cycle, islice
-from typing import Any, Protocol
+from queue import SimpleQueue
+from typing import Protocol
 
 import torch
 
 from mixchat.base import gpu
 from mixchat.base.errors import ResourceError
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.disk_source import Readers
-from mixchat.experts.mover import FILL, REQUESTED, ExpertLoad, Mover, Steps
+from mixchat.experts.load_queue import FILL, REQUESTED, ExpertLoad, Job, LoadQueue, Piece
 from mixchat.experts.residents import Exchange, Residents
-from mixchat.experts.store import Layouts, new_block
+from mixchat.experts.store import Layouts, ReadExpert, new_block
 from mixchat.weights.format.expert import Expert
 
 # Page-locked RAM, through which all bytes go to the GPU: 32 MB, whatever the model's size.
 _STAGE_BYTES, _STAGES = 8 << 20, 4
 _GUESTS = 2  # slots for experts of a prompt that are not to stay
-
-ReadExpert = Callable[[ExpertKey, torch.Tensor, int], None]  # fills a tensor from a byte on
 
 
 class Lender(Protocol):
@@ -132,7 +130,7 @@ class VramSlots:
     def request(self, key: ExpertKey) -> bool:
         """Bring an expert soon that is on its way. Return False if it is not."""
         load = self._loads.get(key)
-        return load is not None and self._uploader.mover.reorder(load, REQUESTED)
+        return load is not None and self._uploader.queue.reorder(load, REQUESTED)
 
     def wait_for(self, key: ExpertKey) -> None:
         """Wait for an expert that is on its way. Raise the error of its load."""
@@ -197,7 +195,7 @@ class VramSlots:
         try:
             # The slot may be given up before its turn comes.
             block, size = self._lender.borrow(key), self._layouts(key.layer).stride
-            self._uploader.begin(load, lambda: self._blocks.get(slot), size, block)
+            self._uploader.begin(load, slot, lambda: self._blocks.get(slot), size, block)
         except BaseException as error:
             load.end(error)
             raise
@@ -256,7 +254,7 @@ class Guests:
     def __exit__(self, *error: object) -> None:
         for load, _ in self._loads:
             load.cancelled = True
-            # The mover may read the block although it is another expert's. Nobody reads the copy.
+            # The queue may read the block although it is another expert's. Nobody reads the copy.
             self._lender.give_back(load.key)
 
     def __iter__(self) -> Iterator[tuple[ExpertKey, Expert]]:
@@ -273,80 +271,79 @@ class Guests:
     def _invite(self, key: ExpertKey, block: torch.Tensor) -> None:
         load, size = ExpertLoad(key), self._layouts(key.layer).stride
         self._loads.append((load, block))
-        self._uploader.begin(load, lambda: block, size, self._lender.borrow(key))
+        self._uploader.begin(load, id(block), lambda: block, size, self._lender.borrow(key))
 
 
 class Uploader:
-    """Copies experts to a GPU in a thread and a stream of its own, requested ones first."""
+    """Copies experts to a GPU in threads and a stream of its own, requested ones first."""
 
     def __init__(self, device: torch.device, read: ReadExpert) -> None:
         self._device, self._read = device, read
         self._streams = gpu.streams(device)
         self._side = self._streams.Stream(device)
-        self.mover = Mover(lambda: self._streams.stream(self._side))
-        self._readers = Readers("upload", _STAGES)
-        self._stages: Sequence[torch.Tensor] = ()
+        self.queue = LoadQueue(
+            _STAGES, lambda: self._streams.stream(self._side), count_moved=self._count
+        )
+        self._stages = SimpleQueue[torch.Tensor]()  # free ones
+        self._has_stages = False
         self.bytes_moved = 0
 
     def begin(
         self,
         load: ExpertLoad,
-        slot: Callable[[], torch.Tensor | None],
+        slot: Hashable,
+        memory: Callable[[], torch.Tensor | None],
         size: int,
         block: torch.Tensor | None,
     ) -> None:
         """Queue the copy of an expert of `size` bytes from its block in RAM, or from the disk.
 
-        `slot` returns the expert's slot when its turn has come, or None if nobody wants it there.
+        `memory` returns the slot's when its turn has come, or None if nobody wants it there.
         """
         was_read = self._streams.Event()
         was_read.record(self._streams.current_stream(self._device))
-        self.mover.begin(load, self._steps(load.key, slot, size, block, was_read))
 
-    def _steps(
-        self,
-        key: ExpertKey,
-        slot: Callable[[], torch.Tensor | None],
-        size: int,
-        block: torch.Tensor | None,
-        was_read: Any,
-    ) -> Steps:
-        if (whole := slot()) is None:
-            raise MemoryError
-        stages = self._locked_stages()
-        # The last kernel that reads the slot's former expert may still run.
-        was_read.wait(self._side)
-        for start in range(0, size, _STAGES * _STAGE_BYTES):
-            end = min(start + _STAGES * _STAGE_BYTES, size)
-            fills, pieces = list[Future[None]](), torch.split(whole[start:end], _STAGE_BYTES)
-            try:
-                for number, piece in enumerate(pieces):
-                    stage, offset = stages[number][: len(piece)], start + number * _STAGE_BYTES
-                    fills.append(self._readers.submit(self._fill, key, stage, offset, block))
-                for piece, stage, fill in zip(pieces, stages, fills, strict=False):
-                    fill.result()
-                    piece.copy_(stage[: len(piece)], non_blocking=True)
-            finally:
-                wait(fills)
-                # Stages are filled again, perhaps by another load.
-                copied = self._streams.Event(blocking=True)
-                copied.record(self._side)
-                copied.synchronize()
-            yield
+        def pieces() -> list[Piece]:
+            if (whole := memory()) is None:
+                raise MemoryError
+            self._lock_stages()
+            # The last kernel that reads the slot's former expert may still run.
+            was_read.wait(self._side)
+            views = torch.split(whole[:size], _STAGE_BYTES)
+            return [
+                partial(self._copy, load.key, view, number * _STAGE_BYTES, block)
+                for number, view in enumerate(views)
+            ]
+
+        self.queue.begin(load, Job(slot, pieces))
+
+    def _copy(
+        self, key: ExpertKey, target: torch.Tensor, start: int, block: torch.Tensor | None
+    ) -> int:
+        stage = self._stages.get()
+        try:
+            filled = stage[: len(target)]
+            if block is None:
+                self._read(key, filled, start)
+            else:
+                # torch's copy would set other threads to work.
+                filled.numpy()[:] = block[start : start + len(filled)].numpy()
+            target.copy_(filled, non_blocking=True)
+            # The stage is filled again, perhaps by another load.
+            copied = self._streams.Event(blocking=True)
+            copied.record(self._side)
+            copied.synchronize()
+        finally:
+            self._stages.put(stage)
+        return len(target)
+
+    def _count(self, seconds: float, size: int) -> None:
         self.bytes_moved += size
 
-    def _fill(
-        self, key: ExpertKey, stage: torch.Tensor, offset: int, block: torch.Tensor | None
-    ) -> None:
-        if block is None:
-            self._read(key, stage, offset)
-        else:
-            # torch's copy would set other threads to work.
-            stage.numpy()[:] = block[offset : offset + len(stage)].numpy()
-
-    def _locked_stages(self) -> Sequence[torch.Tensor]:
-        if not self._stages:
+    def _lock_stages(self) -> None:
+        if not self._has_stages:
             whole = new_block(_STAGES * _STAGE_BYTES)
             gpu.page_lock(whole, self._device)
-            self._stages = torch.split(whole, _STAGE_BYTES)
-        return self._stages
+            for stage in torch.split(whole, _STAGE_BYTES):
+                self._stages.put(stage)
+            self._has_stages = True

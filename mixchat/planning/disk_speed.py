@@ -20,8 +20,7 @@ import torch
 from mixchat.base import machine, system
 from mixchat.base.files import read_all
 from mixchat.base.safetensors import ALIGNMENT
-from mixchat.experts.disk_source import AT_ONCE, STEP
-from mixchat.experts.store import new_block
+from mixchat.experts.store import PIECE, READS, new_block
 
 _SYNC_BYTES = 2**24  # that are written between two syncs
 _ROUNDS = 3
@@ -68,7 +67,7 @@ def measure_disk(
                 block, places = stack.enter_context(
                     _written(directory, block, size, seconds, until)
                 )
-            readers = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
+            readers = stack.enter_context(ThreadPoolExecutor(READS))
             return _Disk(places, block, seconds, until, readers).measure(work) if places else None
     except OSError:
         return None
@@ -194,8 +193,8 @@ class _Disk:
         system.advise(fd, start, self._block, needed=False)
         started = time.perf_counter()
         steps = [
-            self._readers.submit(read_all, fd, start + at, target[at : at + STEP])
-            for at in range(0, self._block, STEP)
+            self._readers.submit(read_all, fd, start + at, target[at : at + PIECE])
+            for at in range(0, self._block, PIECE)
         ]
         wait(steps)
         if sum(step.result() for step in steps) < self._block:

@@ -12,12 +12,12 @@ from engine_tools import answer
 
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.experts import cache, fetcher, mover
+from mixchat.experts import cache, fetcher, load_queue
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 
 PROMPT, TOKENS = [5, 17, 60, 3], 1
-WHERE = {module.__file__ for module in (cache, fetcher, mover)}
+WHERE = {module.__file__ for module in (cache, fetcher, load_queue)}
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def ctrl_c_at(line: int) -> Iterator[list[str]]:
 
 
 def test_after_ctrl_c_between_any_two_lines_the_next_answer_is_right(tiny_model, monkeypatch):
-    monkeypatch.setattr(mover, "_IDLE_S", 0)  # so that its thread is started again and again
+    monkeypatch.setattr(load_queue, "_IDLE_S", 0)  # so that its threads are started again and again
 
     engine = load_engine(tiny_model, LoadOptions(device="cpu"))
     expected = answer(engine, PROMPT, max_tokens=TOKENS)

@@ -1,4 +1,4 @@
-"""A model of sixteen experts, read in small steps."""
+"""A model of sixteen experts, read in small pieces."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from source_tools import KEYS, LAYERS, digest, whole
 
-from mixchat.experts import disk_source
+from mixchat.experts import store
 from mixchat.experts.cache import ExpertKey
 from mixchat.weights.format.installed_model import InstalledModel
 
 
 @pytest.fixture
-def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_source, "STEP", 4096)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "PIECE", 4096)
 
 
 @pytest.fixture(scope="module")

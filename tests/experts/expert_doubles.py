@@ -3,15 +3,15 @@
 from collections.abc import Iterable, Sequence
 
 import torch
+from source_tools import disk
 
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
 from mixchat.experts.compute import HostCompute
-from mixchat.experts.disk_source import DiskSource
 from mixchat.experts.dispatcher import Dispatcher, WorkerExperts
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.placement import Placement
-from mixchat.experts.store import ExpertSource, ExpertStore
+from mixchat.experts.store import ExpertStore, ReadExpert
 from mixchat.weights.format.installed_model import InstalledModel
 
 CPU = torch.device("cpu")
@@ -20,13 +20,13 @@ CPU = torch.device("cpu")
 def runner(
     installed: InstalledModel,
     slots: int,
-    source: ExpertSource | None = None,
+    read: ReadExpert | None = None,
     workers: Sequence[WorkerExperts] = (),
     copies: Iterable[ExpertKey] = (),
 ) -> Dispatcher:
     blueprint, stats = installed.blueprint, ExpertStats()
     store = ExpertStore(
-        source or DiskSource(installed, ExpertStats(), choose=False),
+        read or disk(installed),
         blueprint.expert_of,
         lambda slot: blueprint.expert.stride,
         stats,

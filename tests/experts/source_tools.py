@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.store import ExpertSource, new_block
+from mixchat.experts.store import ReadExpert, new_block
 from mixchat.weights.format.installed_model import InstalledModel
 
 LAYERS, EXPERTS = 4, 4
@@ -23,8 +23,10 @@ def digest(block: torch.Tensor) -> str:
     return hashlib.sha256(block.numpy().tobytes()).hexdigest()[:16]
 
 
-def load(source: ExpertSource, key: ExpertKey, size: int) -> str:
-    block = new_block(size).fill_(0xEE)
-    for _ in source.load(key, block):
-        pass
-    return digest(block)
+def disk(installed: InstalledModel, *, direct: bool = False) -> ReadExpert:
+    """Return a function that reads experts, as the loader makes it."""
+
+    def read(key: ExpertKey, block: torch.Tensor, start: int) -> None:
+        installed.read_expert(*key, block, start, direct=direct)
+
+    return read

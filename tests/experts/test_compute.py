@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from expert_doubles import fetcher_of, routing, runner
+from source_tools import disk
 
 from mixchat.base.errors import CheckpointError, ResourceError
 from mixchat.experts import compute
-from mixchat.experts.cache import ExpertKey, ExpertStats
-from mixchat.experts.disk_source import DiskSource
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
-from mixchat.experts.mover import ExpertLoad, Mover, Steps
+from mixchat.experts.load_queue import ExpertLoad, LoadQueue
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format.expert import compute_together
 from mixchat.weights.format.installed_model import InstalledModel
@@ -124,9 +124,9 @@ def test_for_one_token_experts_in_their_slots_are_computed_together_with_the_sam
 
 @needs_kernels
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize(("slots", "groups"), [(3, {1}), (8, {2, 4})])
+@pytest.mark.parametrize("slots", [3, 8])  # for the four experts that are needed
 def test_a_prompts_experts_are_computed_together_with_the_same_bits(
-    make_checkpoint, install, slots, groups, exact, monkeypatch
+    make_checkpoint, install, slots, exact, monkeypatch
 ):
     installed = InstalledModel(install(make_checkpoint(intermediate_size=128)))
     inputs, together = routing(90), []
@@ -142,7 +142,7 @@ def test_a_prompts_experts_are_computed_together_with_the_same_bits(
         one = runner(installed, slots)
         results += [one.run(1, *inputs, exact=exact) for _ in range(2)]
     assert all(torch.equal(results[0], other) for other in results)
-    assert set(together) == groups
+    assert (max(together) == 4) == (slots == 8)
 
 
 def test_the_outputs_of_a_layer_take_the_memory_of_the_layer_before(installed):
@@ -178,16 +178,16 @@ def test_outputs_are_in_the_order_of_a_tokens_choices():
 
 
 class Failing:
-    """A source whose loads fail, after half of the bytes, until told otherwise."""
+    """Reads whose first half is wrong, and that fail, until told otherwise."""
 
     def __init__(self, installed: InstalledModel) -> None:
-        self.source, self.fail = DiskSource(installed, ExpertStats(), choose=False), True
+        self.read, self.fail = disk(installed), True
 
-    def load(self, key: ExpertKey, block: torch.Tensor) -> Steps:
+    def __call__(self, key: ExpertKey, block: torch.Tensor, start: int) -> None:
         if self.fail:
-            block.fill_(255)
+            block[: len(block) // 2] = 255
             raise CheckpointError("cut short")
-        yield from self.source.load(key, block)
+        self.read(key, block, start)
 
 
 def test_a_load_that_fails_leaves_no_half_expert_behind(installed):
@@ -221,22 +221,22 @@ def test_an_interrupt_while_an_expert_is_on_its_way_harms_nothing(installed, mon
 def test_the_next_experts_are_on_their_way_while_one_is_computed(installed):
     started: list[int] = []
 
-    class Noting(DiskSource):
-        def load(self, key, block):
-            started.append(key.expert)
-            yield from super().load(key, block)
+    def note(key: ExpertKey, block: torch.Tensor, start: int) -> None:
+        started.append(key.expert)
+        disk(installed)(key, block, start)
 
-    fetcher = fetcher_of(runner(installed, 4, Noting(installed, ExpertStats(), choose=False)))
+    fetcher = fetcher_of(runner(installed, 4, note))
     fetcher.request([ExpertKey(0, expert) for expert in (3, 0, 2)])
-    fetcher.ready(ExpertKey(0, 2))  # the last to come
-    assert started == [3, 0, 2]
+    for expert in (2, 0, 3):
+        fetcher.ready(ExpertKey(0, expert))
+    assert sorted(started) == [0, 2, 3]
     assert fetcher.stats.misses.total() == 3
 
 
 @pytest.mark.parametrize(
     ("owner", "method", "error", "raised"),
     [
-        (Mover, "begin", KeyboardInterrupt(), KeyboardInterrupt),
+        (LoadQueue, "begin", KeyboardInterrupt(), KeyboardInterrupt),
         (threading.Thread, "start", RuntimeError("can't start new thread"), ResourceError),
     ],
     ids=["interrupt", "no thread"],

@@ -10,35 +10,35 @@ from pathlib import Path
 import pytest
 import torch
 from expert_doubles import fetcher_of, routing, runner
+from source_tools import disk
 
 from mixchat.base.errors import CheckpointError
-from mixchat.experts.cache import ExpertKey, ExpertStats
-from mixchat.experts.disk_source import DiskSource
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.fetcher import LOADING, MISSING, RESIDENT, Fetcher
-from mixchat.experts.mover import ExpertLoad, Mover, Steps
+from mixchat.experts.load_queue import ExpertLoad, LoadQueue
 from mixchat.weights.format.installed_model import InstalledModel
 
 EVERYTHING = [ExpertKey(*key) for key in product(range(2), range(4))]
 
 
-class Source(DiskSource):
-    """Notes what is loaded. Loads of `held` keys wait until `go`, and those of `bad` keys fail."""
+class Source:
+    """Reads experts, and notes which. Those in `held` wait until `go`, and those in `bad` fail."""
 
     def __init__(self, installed: InstalledModel) -> None:
-        super().__init__(installed, ExpertStats(), choose=False)
+        self._read = disk(installed)
         self.begun: list[ExpertKey] = []
         self.held: dict[ExpertKey, threading.Event] = {}
         self.bad: set[ExpertKey] = set()
 
-    def load(self, key: ExpertKey, block: torch.Tensor) -> Steps:
+    def __call__(self, key: ExpertKey, block: torch.Tensor, start: int) -> None:
         self.begun.append(key)
         if key in self.held:
             self.held[key].wait()
         if key in self.bad:
             block.fill_(255)
             raise CheckpointError("cut short")
-        yield from super().load(key, block)
+        self._read(key, block, start)
 
     def wait_for(self, key: ExpertKey) -> None:
         while key not in self.begun:
@@ -47,6 +47,11 @@ class Source(DiskSource):
     def go(self, *keys: ExpertKey) -> None:
         for key in keys or self.held:
             self.held[key].set()
+
+
+@pytest.fixture(autouse=True)
+def one_read_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixchat.experts.fetcher.READS", 1)
 
 
 @pytest.fixture
@@ -212,9 +217,8 @@ def test_fills_end_when_the_engine_is_closed(installed, source):
     experts.close()
     assert not fetcher._store.blocks
     source.go()
-    for mover in set(threading.enumerate()) - others:
-        if not mover.name.startswith("read"):
-            mover.join()
+    for thread in set(threading.enumerate()) - others:
+        thread.join()
     assert source.begun == EVERYTHING[:4]
 
 
@@ -290,7 +294,7 @@ def test_no_fill_begins_while_memory_is_short(installed, source, monkeypatch):
     watch = Watch()
     experts = runner(installed, 8, source)
     fetcher = fetcher_of(experts)
-    monkeypatch.setattr(fetcher, "_mover", Mover(may_fill=watch.is_ample))
+    monkeypatch.setattr(fetcher, "_queue", LoadQueue(1, may_fill=watch.is_ample))
     source.held = {EVERYTHING[2]: threading.Event()}
     experts.fill(EVERYTHING)
     source.wait_for(EVERYTHING[2])

@@ -1,24 +1,29 @@
-"""Loads in the background: their order, and what becomes of those nobody wants any more."""
+"""Loads in the background: their order, and what becomes of those that nobody wants any more."""
 
 import random
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from mover_doubles import PATIENCE, Work, arrivals
+from queue_doubles import PATIENCE, Work, arrivals
 
 from mixchat.base import interrupts
 from mixchat.base.errors import ResourceError
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.mover import FILL, PREDICTED, REQUESTED, ExpertLoad, Mover
+from mixchat.experts.load_queue import FILL, PREDICTED, REQUESTED, ExpertLoad, Job, LoadQueue
 
 
 @pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
-    monkeypatch.setattr("mixchat.experts.mover._IDLE_S", 0.02)
+def short_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixchat.experts.load_queue._IDLE_S", 0.02)
+
+
+@pytest.fixture
+def work(short_idle: None) -> Iterator[Work]:
     work = Work()
     yield work
     work.finish()
@@ -76,18 +81,18 @@ def test_what_is_requested_is_not_put_off(work):
     assert arrivals(work.finish()) == "abg"
 
 
-def test_another_prefetch_of_a_nearer_layer_does_not_put_one_off(work):
+def test_a_prefetch_of_a_nearer_layer_comes_before_what_is_left_of_another(work):
     work.prefetch("a", 3, layer=5, stop=0)
     work.stops[0].wait()
     work.prefetch("b", layer=1)
     work.stops[0].go()
-    assert arrivals(work.finish()) == "ab"
+    assert arrivals(work.finish()) == "ba"
 
 
 def test_a_prefetch_in_hand_that_is_requested_is_not_put_off(work):
     right = work.prefetch("g", 3, stop=0)
     work.stops[0].wait()
-    work.mover.reorder(right, REQUESTED)
+    work.queue.reorder(right, REQUESTED)
     work.begin("w")
     work.stops[0].go()
     assert arrivals(work.finish()) == "gw"
@@ -100,7 +105,7 @@ def test_a_prefetch_that_was_put_off_and_is_requested_continues_before_other_pre
     work.stops[0].go()
     work.stops[1].wait()
     work.prefetch("a", layer=1)
-    work.mover.reorder(right, REQUESTED)
+    work.queue.reorder(right, REQUESTED)
     work.begin("v")
     work.stops[1].go()
     right.wait()
@@ -120,7 +125,7 @@ def test_fills_come_last_and_in_order(work):
 
 
 @pytest.mark.parametrize("priority", [REQUESTED, PREDICTED])
-def test_a_fill_in_hand_is_put_off_after_its_step_and_continues_before_other_fills(work, priority):
+def test_a_fill_in_hand_is_put_off_after_its_piece_and_continues_before_other_fills(work, priority):
     work.begin("a", 3, priority=FILL, stop=0)
     work.stops[0].wait()
     work.begin("b", priority=FILL)
@@ -134,35 +139,32 @@ def test_a_fill_may_become_a_prefetch_and_a_fill_again(work):
     held = work.hold()
     loads = [work.begin(name, priority=FILL) for name in "abcd"]
     for load, priority in ((2, PREDICTED), (1, PREDICTED), (2, FILL), (3, REQUESTED)):
-        assert work.mover.reorder(loads[load], priority)
+        assert work.queue.reorder(loads[load], priority)
     held.go()
     assert arrivals(work.finish()) == "dbac"
-    assert not work.mover.reorder(loads[0], REQUESTED)  # it has ended
+    assert not work.queue.reorder(loads[0], REQUESTED)  # it has ended
 
 
-def test_while_fills_may_not_begin_they_fail_and_others_come(work):
-    work.mover = Mover(may_fill=lambda: False)
+def test_while_fills_may_not_begin_they_fail_and_others_come(short_idle):
+    work = Work(may_fill=lambda: False)
     held = work.hold()
     fills = [work.begin(name, priority=FILL) for name in "ab"]
     work.prefetch("g")
-    assert work.mover.reorder(fills[1], REQUESTED)
+    assert work.queue.reorder(fills[1], REQUESTED)
     held.go()
     assert arrivals(work.finish()) == "bg"
     assert [load.failed for load in fills] == [True, False]
 
 
-def test_an_error_while_memory_is_asked_for_ends_all_loads(work):
-    """The fill whose turn it was never ended, so one that needed it waited for ever."""
-    asked = Mock(side_effect=[True, OSError("too many open files")])
-    work.mover = Mover(may_fill=asked)
+def test_an_error_while_memory_is_asked_for_fails_the_fill_whose_turn_it_is(short_idle):
+    """It never ended, so one that needed it waited for ever."""
+    work = Work(may_fill=Mock(side_effect=[True, OSError("too many open files"), True]))
     held = work.hold()
     fills = [work.begin(name, priority=FILL) for name in "abc"]
     held.go()
-    fills[0].wait()
-    for fill in fills[1:]:
-        with pytest.raises(OSError, match="too many"):
-            fill.wait()
-    work.begin("d").wait()
+    with pytest.raises(OSError, match="too many"):
+        fills[1].wait()
+    assert arrivals(work.finish()) == "ac"
 
 
 @pytest.mark.parametrize("priority", [REQUESTED, PREDICTED, FILL])
@@ -177,37 +179,22 @@ def test_one_that_is_cancelled_in_the_queue_is_not_started(work, priority):
 
 
 @pytest.mark.parametrize("priority", [REQUESTED, PREDICTED, FILL])
-def test_one_that_is_cancelled_in_hand_ends_after_its_step(work, priority):
+def test_one_that_is_cancelled_in_hand_ends_after_its_piece(work, priority):
     gone = work.begin("a", 3, priority=priority, stop=1)
     work.stops[0].wait()
     work.begin("b", priority=priority)
     gone.cancelled = True
     work.stops[0].go()
-    assert work.finish() == ["a0", "a1", "a closed", "b0", "b there"]
-    assert not gone.ended
-
-
-def test_one_that_was_put_off_and_is_cancelled_is_closed_by_the_mover(work):
-    """Its resources have to be given back then, not when Python collects garbage."""
-    gone = work.prefetch("a", 3, stop=0)
-    work.stops[0].wait()
-    work.begin("w", stop=0)
-    work.stops[0].go()
-    work.stops[1].wait()
-    gone.cancelled = True
-    work.prefetch("b")
-    work.stops[1].go()
-    assert work.finish() == ["a0", "w0", "w there", "a closed", "b0", "b there"]
+    assert work.finish() == ["a0", "a1", "b0", "b there"]
     assert not gone.ended
 
 
 def test_a_failure_is_raised_for_whoever_waits_and_the_next_is_carried_out(work):
-    def steps():
-        yield
+    def fail() -> int:
         raise OSError("the disk says no")
 
     failing = ExpertLoad(ExpertKey(0, 0))
-    work.mover.begin(failing, steps())
+    work.queue.begin(failing, Job("slot", lambda: [fail, lambda: pytest.fail("the rest")]))
     after = work.begin("b")
     for _ in range(2):  # however often it is asked
         with pytest.raises(OSError, match="says no"):
@@ -216,6 +203,19 @@ def test_a_failure_is_raised_for_whoever_waits_and_the_next_is_carried_out(work)
     assert failing.failed
     after.wait()
     assert not after.failed
+
+
+@pytest.mark.parametrize("step", ["pieces", "finish"])
+def test_a_job_that_cannot_begin_or_finish_fails_its_load_alone(work, step):
+    def fail() -> Any:
+        raise MemoryError("no slot")
+
+    steps = {"pieces": lambda: [lambda: 0], "finish": lambda: None} | {step: fail}
+    failing = ExpertLoad(ExpertKey(0, 0))
+    work.queue.begin(failing, Job("slot", **steps))
+    with pytest.raises(MemoryError, match="no slot"):
+        failing.wait()
+    work.begin("b").wait()
 
 
 def test_the_thread_goes_when_there_is_nothing_to_do_and_comes_back(work):
@@ -229,12 +229,12 @@ def test_the_thread_goes_when_there_is_nothing_to_do_and_comes_back(work):
     assert arrivals(work.log) == "abc"
 
 
-def test_its_thread_is_inside_the_context_while_it_moves(monkeypatch):
-    monkeypatch.setattr("mixchat.experts.mover._IDLE_S", 0.02)
+def test_its_thread_is_inside_the_context_while_it_moves(short_idle):
     log: list[tuple[str, int]] = []
 
-    def note(what):
+    def note(what: str) -> int:
         log.append((what, threading.get_ident()))
+        return 0
 
     @contextmanager
     def inside():
@@ -242,55 +242,94 @@ def test_its_thread_is_inside_the_context_while_it_moves(monkeypatch):
         yield
         note("out")
 
-    def steps():
-        note("step")
-        yield
-        note("step")
-
     others = set(threading.enumerate())
-    mover = Mover(inside)
+    queue = LoadQueue(1, inside)
     assert log == []
     load = ExpertLoad(ExpertKey(0, 0))
-    mover.begin(load, steps())
+    queue.begin(load, Job("slot", lambda: [lambda: note("piece")] * 2))
     load.wait()
     for thread in set(threading.enumerate()) - others:
         thread.join(PATIENCE)
-    assert [what for what, _ in log] == ["in", "step", "step", "out"]
+    assert [what for what, _ in log] == ["in", "piece", "piece", "out"]
     assert {thread for _, thread in log}.isdisjoint({threading.get_ident()})
     assert len({thread for _, thread in log}) == 1
 
 
-def test_whatever_comes_each_arrives_whole_or_is_closed(work):
+def test_as_many_pieces_are_in_flight_as_there_are_threads_of_one_expert_or_of_several(short_idle):
+    """A disk that got one small expert at a time gave half of its bandwidth."""
+    for names, pieces in (("a", 3), ("abc", 1)):
+        work = Work(threads=3)
+        barrier = threading.Barrier(3, timeout=PATIENCE)
+
+        def meet(barrier: threading.Barrier = barrier) -> int:
+            barrier.wait()
+            return 1
+
+        loads = [ExpertLoad(ExpertKey(0, ord(name))) for name in names]
+        for load in loads:
+            work.queue.begin(load, Job(load.key, lambda: [meet] * pieces))  # noqa: B023
+        for load in loads:
+            load.wait()
+
+
+def test_a_slot_is_filled_by_one_load_at_a_time(short_idle):
+    """A cancelled load left a read in flight, which came after those of the next expert."""
+    work = Work(threads=2)
+    gone = work.begin("a", stop=0, slot="slot")
+    work.stops[0].wait()
+    gone.cancelled = True
+    following = work.begin("b", slot="slot")
+    work.begin("c").wait()
+    assert not following.ended
+    work.stops[0].go()
+    following.wait()
+    assert work.finish() == ["a0", "c0", "c there", "b0", "b there"]
+
+
+def test_time_counts_once_while_several_pieces_are_in_flight(short_idle, monkeypatch):
+    work = Work(threads=2)
+    monkeypatch.setattr("mixchat.experts.load_queue.time.perf_counter", lambda: next(times))
+    times = iter([10.0, 11.0, 14.0, 16.0])  # two begin, two end
+    work.begin("a", stop=0)
+    work.stops[0].wait()
+    work.begin("b").wait()
+    work.finish()
+    assert work.counted == [(4.0, 10), (2.0, 10)]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_whatever_comes_each_arrives_whole_or_is_cancelled(short_idle, threads):
+    work = Work(threads)
     luck = random.Random(0)
     loads: dict[str, ExpertLoad] = {}
-    names = [chr(0x4E00 + number) for number in range(300)]
-    for name in names:
+    for name in [chr(0x4E00 + number) for number in range(300)]:
         loads[name] = work.begin(
             name,
             luck.randint(1, 4),
             layer=luck.randint(0, 3),
             priority=luck.choice([REQUESTED, PREDICTED, FILL]),
+            slot=str(luck.randint(0, 30)),
         )
         other = loads[luck.choice(list(loads))]
         if luck.random() < 0.2:
             other.cancelled = True
         elif luck.random() < 0.2:
-            work.mover.reorder(other, luck.choice([REQUESTED, PREDICTED, FILL]))
+            work.queue.reorder(other, luck.choice([REQUESTED, PREDICTED, FILL]))
     log = work.finish()
     for name, load in loads.items():
-        mine = [entry for entry in log if entry[0] == name]
-        steps = [entry for entry in mine if entry[1:].isdigit()]
-        assert steps == [f"{name}{step}" for step in range(len(steps))]
-        assert load.ended == (f"{name} there" in mine)
+        own = [entry for entry in log if entry[0] == name]
+        pieces = sorted(entry for entry in own if entry[1:].isdigit())
+        assert pieces == [f"{name}{number}" for number in range(len(pieces))]
+        assert load.ended == (f"{name} there" in own)
         assert load.ended or load.cancelled
-        if steps and not load.ended:
-            assert mine[-1] == f"{name} closed"
+        if load.ended:
+            assert own[-1] == f"{name} there"
 
 
 def test_a_thread_that_cannot_be_started_fails_one_transfer_and_not_all_later_ones(
     work, monkeypatch
 ):
-    """The mover believed that its thread was at work: whoever waited for a load hung."""
+    """A thread counted as started, and whoever waited for a load hung."""
 
     def refuse(thread):
         raise RuntimeError("can't start new thread")
@@ -307,10 +346,10 @@ def test_a_thread_that_fails_lets_nobody_wait():
     def refuse():
         raise MemoryError("no stream")
 
-    mover = Mover(refuse)
+    queue = LoadQueue(2, refuse)
     for _ in range(2):
         load = ExpertLoad(ExpertKey(0, 0))
-        mover.begin(load, (None for _ in range(1)))
+        queue.begin(load, Job("slot", lambda: [lambda: 0]))
         with pytest.raises(MemoryError):
             load.wait()
 

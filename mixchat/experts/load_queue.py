@@ -1,0 +1,251 @@
+"""The queue of loads: brings experts into slots, the most urgent ones first.
+
+A load is carried out in pieces of a few milliseconds, by several threads. So several pieces are in
+flight at once, of one expert or of several. A disk that got one small expert at a time gave half of
+its bandwidth. Requested experts come first, then predicted ones, then fills. A more urgent load
+waits for pieces in flight alone.
+
+The threads are not daemons, because Python ends daemons in the middle of torch's code, which then
+aborts the process.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from heapq import heappop, heappush
+from itertools import count
+from typing import NamedTuple
+
+from mixchat.base import interrupts
+from mixchat.base.errors import ResourceError
+from mixchat.experts.cache import ExpertKey
+
+# Priorities of loads. A fill brings an expert that nobody needs yet into a free slot.
+REQUESTED, PREDICTED, FILL = range(3)
+_IDLE_S = 0.1  # until a thread ends
+_SIGNAL_CHECK_S = 0.05  # between two checks for a signal
+
+Piece = Callable[[], int]  # moves bytes, and returns how many
+
+
+class Job(NamedTuple):
+    """The work of a load: to fill a slot.
+
+    Pieces of one slot's jobs are never in flight together. pieces: called when the job's turn
+    comes. finish: called after the last piece.
+    """
+
+    slot: Hashable
+    pieces: Callable[[], Sequence[Piece]]
+    finish: Callable[[], None] = lambda: None
+
+
+class ExpertLoad:
+    """One expert on its way into a slot.
+
+    `cancelled` may be set at any time. Pieces in flight end nevertheless. Another load can get the
+    slot at once, because it begins after them.
+    """
+
+    def __init__(self, key: ExpertKey, priority: int = REQUESTED) -> None:
+        self.key, self.priority = key, priority
+        self.cancelled = False
+        self._ended = threading.Event()
+        self._error: BaseException | None = None
+        # Of the queue, under its lock: the pieces to come, None before the load's turn.
+        self.job: Job | None = None
+        self.pieces: deque[Piece] | None = None
+        self.in_flight = 0
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Wait for the expert. Raise the error of its pieces. A signal leaves it on its way."""
+        while not self._ended.wait(_SIGNAL_CHECK_S):
+            interrupts.check()
+        if self._error is not None:
+            raise self._error
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Mark it as arrived, or as failed with an error."""
+        self._error = error
+        self._ended.set()
+
+
+class LoadQueue:
+    """Carries out loads in up to `threads` threads, which enter the context `inside` meanwhile.
+
+    may_fill: returns whether fills may begin. If not, they fail. count: gets the seconds in which
+    pieces were in flight, and the bytes that they moved.
+    """
+
+    def __init__(
+        self,
+        threads: int,
+        inside: Callable[[], AbstractContextManager[object]] = nullcontext,
+        may_fill: Callable[[], bool] = lambda: True,
+        count_moved: Callable[[float, int], None] = lambda seconds, size: None,
+    ) -> None:
+        self._limit, self._inside, self._may_fill = threads, inside, may_fill
+        self._count_moved = count_moved
+        # A heap: priority, the layer of a prefetch, and the order of arrival. A load may be in the
+        # heap several times, and counts with its present priority. It stays until all of its pieces
+        # have begun.
+        self._waiting: list[tuple[int, int, int, ExpertLoad]] = []
+        self._arrivals = count(1)
+        self._changed = threading.Condition()
+        self._threads = self._idle = self._pieces_in_flight = 0
+        self._filling: dict[Hashable, ExpertLoad] = {}  # by slot: the load with pieces in flight
+        self._counted_until = 0.0
+
+    def begin(self, load: ExpertLoad, job: Job) -> None:
+        """Queue a load. Raises `ResourceError` if no thread can carry it out."""
+        with self._changed:
+            self._call_thread()
+            load.job = job
+            self._put(load)
+
+    def reorder(self, load: ExpertLoad, priority: int) -> bool:
+        """Carry out a load with another priority. Return False if it has ended."""
+        with self._changed:
+            load.priority = priority
+            # The heap's other entry of this load no longer has its priority, and is skipped.
+            self._put(load)
+            return not load.ended
+
+    def _put(self, load: ExpertLoad) -> None:
+        layer = load.key.layer if load.priority == PREDICTED else 0
+        # One that has begun comes before others of its priority and layer. Otherwise each
+        # interruption would begin one more, and none would arrive in time.
+        order = next(self._arrivals)
+        heappush(self._waiting, (load.priority, layer, -order if load.pieces else order, load))
+
+    def _call_thread(self) -> None:
+        """Wake up a thread, or start one if all are busy and there may be more."""
+        self._changed.notify()
+        if self._idle or self._threads == self._limit:
+            return
+        try:
+            threading.Thread(target=self._work).start()
+            self._threads += 1
+        except RuntimeError:
+            if not self._threads:
+                raise ResourceError(
+                    "cannot start a thread to read experts",
+                    hint="The limit of processes is reached: end some, or raise it (ulimit -u).",
+                ) from None
+
+    def _work(self) -> None:
+        try:
+            with self._inside():
+                while (taken := self._take()) is not None:
+                    self._carry_out(*taken)
+        except BaseException as error:
+            # All loads end, so that nobody waits. A later one gets a new thread.
+            with self._changed:
+                self._threads -= 1
+                for *_, load in self._waiting:
+                    if not load.ended:
+                        load.end(error)
+                self._waiting.clear()
+
+    def _take(self) -> tuple[ExpertLoad, Job, Piece] | None:
+        """Return the most urgent piece, and its load. Return None if the thread is to end."""
+        with self._changed:
+            while not _program_is_over():
+                if (taken := self._next_piece()) is not None:
+                    now = time.perf_counter()
+                    if not self._pieces_in_flight:
+                        self._counted_until = now
+                    self._pieces_in_flight += 1
+                    if self._waiting:
+                        self._call_thread()
+                    return taken
+                self._idle += 1
+                was_called = self._changed.wait(_IDLE_S)
+                self._idle -= 1
+                if not was_called and not self._waiting:
+                    break
+            self._threads -= 1
+            return None
+
+    def _next_piece(self) -> tuple[ExpertLoad, Job, Piece] | None:
+        passed_over = []
+        try:
+            while self._waiting:
+                priority, *_, load = self._waiting[0]
+                job = load.job
+                assert job is not None
+                if (
+                    load.ended
+                    or load.cancelled
+                    or priority != load.priority
+                    or (load.pieces is not None and not load.pieces)
+                ):
+                    heappop(self._waiting)
+                elif self._filling.get(job.slot, load) is not load:
+                    # Pieces of the slot's former expert are in flight.
+                    passed_over.append(heappop(self._waiting))
+                elif self._has_begun(load, job):
+                    assert load.pieces
+                    load.in_flight += 1
+                    self._filling[job.slot] = load
+                    return load, job, load.pieces.popleft()
+            return None
+        finally:
+            for entry in passed_over:
+                heappush(self._waiting, entry)
+
+    def _has_begun(self, load: ExpertLoad, job: Job) -> bool:
+        """Return whether a load has pieces to carry out, and begin it if its turn has come."""
+        if load.pieces is None:
+            try:
+                if load.priority == FILL and not self._may_fill():
+                    raise MemoryError
+                load.pieces = deque(job.pieces())
+            except BaseException as error:
+                load.end(error)
+        return bool(load.pieces)
+
+    def _carry_out(self, load: ExpertLoad, job: Job, piece: Piece) -> None:
+        size, error = 0, None
+        try:
+            size = piece()
+        except BaseException as failure:
+            error = failure
+        with self._changed:
+            now = time.perf_counter()
+            self._count_moved(now - self._counted_until, size)
+            self._counted_until = now
+            self._pieces_in_flight -= 1
+            load.in_flight -= 1
+            assert load.pieces is not None
+            if error is not None or load.cancelled:
+                load.pieces.clear()
+            if error is not None and not load.failed:
+                load.end(error)
+            if not load.in_flight:
+                del self._filling[job.slot]
+                if not (load.pieces or load.ended or load.cancelled):
+                    self._finish(load, job)
+
+    def _finish(self, load: ExpertLoad, job: Job) -> None:
+        try:
+            job.finish()
+            load.end()
+        except BaseException as error:
+            load.end(error)
+
+
+def _program_is_over() -> bool:
+    return not threading.main_thread().is_alive()
