@@ -1,7 +1,8 @@
 """Holds experts, moves them between memories, and computes them.
 
 A slot is memory for one expert. A tier is a kind of memory, such as a GPU's, RAM or the disk. The
-cache chooses an expert's slot. The mover chooses the order of loading. The store copies the bytes.
+cache chooses an expert's slot. A queue brings the most urgent experts first. The store has the
+memory.
 
 - holder.py: the interface through which the model uses experts
 - dispatcher.py: sends each layer's rows to the holders of its experts, and combines the outputs
@@ -11,9 +12,8 @@ cache chooses an expert's slot. The mover chooses the order of loading. The stor
 - fetcher.py: brings experts into their slots
 - cache.py: slots, eviction policies, and counts of uses
 - prefetch.py: predicts which experts the next layers need
-- mover.py: loads experts in the background, requested ones first
-- store.py: moves bytes into slots, without a policy
-- disk_source.py: the files on disk, as a source of experts
+- load_queue.py: loads experts in several threads, the most urgent first
+- store.py: slots in RAM, and the pieces in which an expert is read
 - gpu_experts.py: computes experts on GPUs, and lets RAM's holder compute the others
 - vram.py: the slots in a GPU's memory, and what brings experts there
 - residents.py: chooses the experts that a GPU holds, by their uses

@@ -90,13 +90,7 @@ def build_engine(
         # Before the kernels' steps are made, since they are made for a count of threads.
         choose_threads(blueprint)
         experts = build_experts(installed, share, devices, options.cache_policy, note)
-        on_error.callback(experts.close)
         layers, each = range(config.num_moe_layers), range(config.num_local_experts)
-        every = [ExpertKey(layer, expert) for layer in layers for expert in each]
-        on_gpus = isinstance(experts, GpuExperts)
-        if not on_gpus:
-            # The first prompt waited for the disk although a person had typed for ten seconds.
-            experts.fill(every)
         runner = wrap(experts)
         if options.trace is not None:
             repo = installed.manifest.source.repo
@@ -117,9 +111,8 @@ def build_engine(
             model.decode_by(new_gpu_decoder(blueprint, model, caches, runner))
         else:
             model.decode_by(new_decoder(blueprint, model.blocks, caches[0], model.output))
-        if on_gpus:
-            # Nothing may come between while graphs are captured.
-            experts.fill(every)
+        # The first prompt waited for the disk although a person had typed for ten seconds.
+        experts.fill([ExpertKey(layer, expert) for layer in layers for expert in each])
         directory = installed.directory
         engine = Engine(
             model,

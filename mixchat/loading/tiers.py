@@ -18,7 +18,7 @@ from mixchat.experts.compute import HostCompute
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.gpu_experts import GpuExperts
-from mixchat.experts.memory import MemoryWatch
+from mixchat.experts.memory import CPU, MemoryWatch
 from mixchat.experts.placement import MIN_SLOTS, Placement, SlotSizes, reserve_of
 from mixchat.experts.prefetch import NextRouters, Prefetch
 from mixchat.experts.store import ExpertStore
@@ -27,6 +27,8 @@ from mixchat.loading.workers import Share
 from mixchat.planning.fitting import slot_sizes
 from mixchat.planning.measuring import estimate, saved_measurement
 from mixchat.weights.format.installed_model import InstalledModel
+
+_SLOW_DISK = 1e9  # bytes a second
 
 
 def build_experts(
@@ -86,9 +88,7 @@ def _in_ram(
     """Return the holder of experts in RAM, which the CPU computes."""
     stats, passes = ExpertStats(), Passes(installed.config.num_moe_layers)
     blueprint = installed.blueprint
-    # Past the page cache, a read takes no core and no memory. Two cores copied 5 GB out of the page
-    # cache in the time in which the disk read them.
-    direct = installed.open_direct()
+    direct = not _stays_cached(installed, placement) and installed.open_direct()
 
     def read(key: ExpertKey, block: torch.Tensor, start: int) -> None:
         installed.read_expert(*key, block, start, direct=direct)
@@ -108,6 +108,21 @@ def _in_ram(
         workers=share.workers,
         copies=share.copies,
     )
+
+
+def _stays_cached(installed: InstalledModel, placement: Placement) -> bool:
+    """Return whether the page cache is to keep a model for the next start.
+
+    A read past it takes no core and no memory. Two cores copied 5 GB out of the page cache in the
+    time in which an NVMe read them. From a slow disk, the next start would be slow, too.
+    """
+    blueprint = installed.blueprint
+    cacheable = machine.free_memory() - placement.slots * blueprint.mean_expert
+    if placement.slots < placement.experts or cacheable < blueprint.experts_size:
+        return False
+    measured = saved_measurement(blueprint, installed.directory, CPU)
+    rate = None if measured is None else measured.typical.disk_bandwidth_idle
+    return rate is not None and rate < _SLOW_DISK
 
 
 def _in_vram(

@@ -25,6 +25,7 @@ from mixchat.experts.store import PIECE, READS, new_block
 _SYNC_BYTES = 2**24  # that are written between two syncs
 _ROUNDS = 3
 _FRESH = 6  # times as long as for another figure
+_SHORT = 0.1  # of a figure's time, below which more blocks are read together
 _EXPERTS = "experts-*.safetensors"
 # Of a model, because fewer would be read out of some cache. A virtual machine's host gave what it
 # had cached at 3.6 GB/s, and what was never read at 1.0 to 1.9.
@@ -134,11 +135,10 @@ class _Disk:
         # None again before all were read.
         self._places = cycle(random.sample(places, len(places)))
         self._fds = {fd for fd, _ in places}
-        # Aligned, and perhaps of large pages, as slots are.
-        memory = torch.zeros(block + ALIGNMENT, dtype=torch.uint8)
-        skipped = -memory.data_ptr() % ALIGNMENT
+        # Small experts are read together, as the queue of loads does, but not on a slow disk.
+        self._together, self._most_together = 1, min(-(-2 * READS * PIECE // block), len(places))
         # Filled, so that no page is given while time is taken.
-        self._target = memory[skipped : skipped + block].fill_(1).numpy().data
+        self._target = new_block(self._most_together * block).fill_(1).numpy().data
 
     @property
     def _is_over(self) -> bool:
@@ -169,35 +169,53 @@ class _Disk:
         """Return bytes a second into fresh memory. The first may be what was just given back."""
         most = machine.free_memory() // 8  # as much may go into the page cache
         taken: list[torch.Tensor] = []  # kept, so that the next memory is fresh, too
-        self._set_direct(direct)
-        spent = 0.0
-        for fd, start in islice(self._places, self._count):
-            taken.append(new_block(self._block))
-            spent += self._read(fd, start, taken[-1].numpy().data)
-            if spent > _FRESH * self._seconds or len(taken) * self._block > most or self._is_over:
-                break
-        return len(taken) * self._block / spent
 
-    def _rate(self, direct: bool) -> float:
-        self._set_direct(direct)
-        done, spent = 0, 0.0
-        for fd, start in islice(self._places, self._count):
-            spent += self._read(fd, start, self._target)
-            done += self._block
-            if spent > self._seconds or self._is_over:
-                break
-        return done / spent
+        def fresh() -> memoryview:
+            taken.append(new_block(self._together * self._block))
+            return taken[-1].numpy().data
 
-    def _read(self, fd: int, start: int, target: memoryview) -> float:
-        """Read a block in steps, as experts are read. Return the seconds that took."""
-        system.advise(fd, start, self._block, needed=False)
+        return self._rate(direct, fresh, _FRESH * self._seconds, most)
+
+    def _rate(
+        self,
+        direct: bool,
+        memory: Callable[[], memoryview] | None = None,
+        seconds: float | None = None,
+        most: float = math.inf,
+    ) -> float:
+        self._set_direct(direct)
+        seconds = seconds or self._seconds
+        done, spent, unread = 0, 0.0, self._count
+        while True:
+            count = min(self._together, unread)
+            target = self._target if memory is None else memory()
+            took = self._read([*islice(self._places, count)], target)
+            unread -= count
+            done += count * self._block
+            spent += took
+            if spent > seconds or done > most or self._is_over or not unread:
+                return done / spent
+            if took < _SHORT * seconds and count < self._most_together:
+                self._together = min(2 * count, self._most_together)
+                done, spent = 0, 0.0
+
+    def _read(self, places: Places, target: memoryview) -> float:
+        """Read blocks in pieces, as experts are read. Return the seconds that took."""
+        for fd, start in places:
+            system.advise(fd, start, self._block, needed=False)
         started = time.perf_counter()
-        steps = [
-            self._readers.submit(read_all, fd, start + at, target[at : at + PIECE])
+        pieces = [
+            self._readers.submit(
+                read_all,
+                fd,
+                start + at,
+                target[number * self._block + at :][: min(PIECE, self._block - at)],
+            )
+            for number, (fd, start) in enumerate(places)
             for at in range(0, self._block, PIECE)
         ]
-        wait(steps)
-        if sum(step.result() for step in steps) < self._block:
+        wait(pieces)
+        if sum(piece.result() for piece in pieces) < len(places) * self._block:
             raise OSError("the file ended early")
         return time.perf_counter() - started
 

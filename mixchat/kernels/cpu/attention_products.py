@@ -3,8 +3,7 @@
 A word of 32 bits holds 1, 2 or 4 numbers of a key, or of 1, 2 or 4 tokens' values. `pages.py` tells
 their order. Numbers that meet these (a query's, or weights of tokens) are factors, in words, too:
 
-- fp32 keys and values: factors in fp32
-- bf16: factors in bf16, if the CPU multiplies them. It adds both products of a word at once
+- fp32 and bf16 keys and values: factors in fp32. AVX512-BF16 was no faster, as memory is the limit
 - 8 bits: factors of 15 bits and a sign, with a scale for each query and each row of weights.
   Products are added up exactly. For h = 128 that is 127 * 32767 * 128 = 532,660,352 < 2^31
 """
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from mixchat.kernels.cpu import compile as compiling
-from mixchat.kernels.cpu.arithmetic import as_fp32, reduced, rounded_to_bf16
+from mixchat.kernels.cpu.arithmetic import as_fp32, reduced
 from mixchat.kernels.cpu.compile import CPUS
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i16, i32, vector
 from mixchat.kernels.cpu.pages import CacheShape
@@ -106,36 +105,6 @@ class _InFloats(Products):
 
     def add(self, total: Value, numbers: Value, factor: Value) -> Value:
         return self.function.multiply_add(numbers, factor, total)
-
-
-class _InBf16(Products):
-    """bf16 with AVX512-BF16, twice as fast as fp32, and nothing has to be widened."""
-
-    size = 2
-
-    def _store(self, target: Pointer, numbers: Value, index: Value | int) -> None:
-        target.store(rounded_to_bf16(numbers), index * 2)
-
-    def store_weights(
-        self, weights: Sequence[Value], scales: Sequence[Value] | None, target: Pointer
-    ) -> tuple[Value, Value]:
-        # The sum is of rounded weights, so that the weights of a token's values add up to 1.
-        rounded = [rounded_to_bf16(weight) for weight in weights]
-        for number, weight in enumerate(rounded):
-            target.store(weight, number * self.lanes * 2)
-        weights = [(w.widened(self.integers) << 16).bits_as(self.floats) for w in rounded]
-        return functools.reduce(Value.__add__, weights), self.function.constant(f32, 1.0)
-
-    def unpacked(self, words: Value) -> list[Value]:
-        return [words]
-
-    def factors(self, source: Pointer, word: Value) -> list[Value]:
-        return [source.load(i32, word * 4).broadcast(self.lanes)]
-
-    def add(self, total: Value, numbers: Value, factor: Value) -> Value:
-        # LLVM reads this declaration, of before it had bf16, as its own.
-        name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        return self.function.call(name, self.floats, total, numbers, factor)
 
 
 class _InWords(Products):
@@ -228,13 +197,5 @@ class _InWords(Products):
 
 
 def products_of(function: Function, shape: CacheShape, lanes: int) -> Products:
-    """Return the fastest products of this CPU."""
-    if shape.bits == 8:
-        return _InWords(function, shape, lanes)
-    if (
-        shape.bits == 16
-        and compiling.instruction_set() == "avx512"
-        and compiling.has_feature("avx512bf16")
-    ):
-        return _InBf16(function, shape, lanes)
-    return _InFloats(function, shape, lanes)
+    """Return the products for the bits of a cache."""
+    return (_InWords if shape.bits == 8 else _InFloats)(function, shape, lanes)

@@ -12,7 +12,6 @@ from mixchat.kernels.cpu.compile import (
     CPUS,
     InstructionSet,
     compiled_here,
-    has_feature,
     instruction_set,
     kernels_available,
 )
@@ -119,13 +118,6 @@ def test_it_is_the_plain_formula(instructions, size, bits, dtype, within, has_si
         result = attention.attend(shape, cache.addresses, past, queries, window, sinks)
         assert result.dtype == dtype
         assert error(result, expected(cache, queries, past, window, sinks)) < within
-
-
-def test_a_cpu_that_does_not_multiply_bf16_computes_the_same(newly_compiled, monkeypatch):
-    monkeypatch.setattr(
-        compiling, "has_feature", lambda name: name != "avx512bf16" and has_feature(name)
-    )
-    test_it_is_the_plain_formula(None, SHAPES[1], 16, torch.bfloat16, 3e-3, True)
 
 
 def test_eight_bits_have_the_same_bits_by_other_instructions(newly_compiled, monkeypatch):
