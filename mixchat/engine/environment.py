@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import CDLL
 from pathlib import Path
 
 from mixchat.base import interrupts, machine
@@ -50,7 +48,10 @@ def _load_library() -> None:
 
     Its import would keep a person from typing for .2 s. A failure is left to the import.
     """
-    spec = importlib.util.find_spec("torch")
+    from ctypes import CDLL
+    from importlib.util import find_spec
+
+    spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return
     # `CDLL(path)` would hold Python's lock, and a call of a function does not.

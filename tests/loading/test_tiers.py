@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,13 +148,28 @@ def test_experts_of_several_sizes_have_slots_of_their_sizes(tiny_checkpoint, ins
     assert engine.experts.bytes_held <= held
 
 
-@pytest.mark.parametrize(("slots", "free", "past"), [(8, 16, False), (8, 15, True), (7, 100, True)])
-def test_experts_are_read_past_the_page_cache_unless_it_can_hold_them_for_the_next_start(
-    tiny_model, expert_size, monkeypatch, slots, free, past
+SLOW, FAST = 0.5e9, 3e9  # bytes a second
+
+
+@pytest.mark.parametrize(
+    ("slots", "free", "rate", "past"),
+    [
+        (8, 16, SLOW, False),
+        (8, 16, FAST, True),
+        (8, 16, None, True),
+        (8, 15, SLOW, True),
+        (7, 100, SLOW, True),
+    ],
+)
+def test_experts_are_read_past_the_page_cache_unless_it_keeps_a_slow_disks_for_the_next_start(
+    tiny_model, expert_size, monkeypatch, slots, free, rate, past
 ):
     """Through it, a model that just fit into memory was read at a third of the disk's speed."""
     asked: list[bool] = []
+    typical = SimpleNamespace(disk_bandwidth_idle=rate)
+    measured = None if rate is None else SimpleNamespace(typical=typical)
     monkeypatch.setattr(InstalledModel, "open_direct", lambda _: asked.append(True))
+    monkeypatch.setattr(tiers, "saved_measurement", lambda *_: measured)
     monkeypatch.setattr(tiers.machine, "free_memory", lambda: free * expert_size)
     with InstalledModel(tiny_model) as installed:
         placement, devices = Placement(slots, 0, 8), [torch.device("cpu")]
