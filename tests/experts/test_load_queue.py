@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -287,14 +288,30 @@ def test_a_slot_is_filled_by_one_load_at_a_time(short_idle):
 
 
 def test_time_counts_once_while_several_pieces_are_in_flight(short_idle, monkeypatch):
-    work = Work(threads=2)
-    monkeypatch.setattr("mixchat.experts.load_queue.time.perf_counter", lambda: next(times))
-    times = iter([10.0, 11.0, 14.0, 16.0])  # two begin, two end
-    work.begin("a", stop=0)
+    work, clock = Work(threads=2), SimpleNamespace(now=10.0)
+    monkeypatch.setattr("mixchat.experts.load_queue.time.perf_counter", lambda: clock.now)
+    first = work.begin("a", stop=0)
     work.stops[0].wait()
+    clock.now = 14.0
     work.begin("b").wait()
-    work.finish()
+    clock.now = 16.0
+    work.stops[0].go()
+    first.wait()
     assert work.counted == [(4.0, 10), (2.0, 10)]
+
+
+def test_fills_come_one_at_a_time_after_an_urgent_piece(short_idle, monkeypatch):
+    """On a slow disk, the experts of a prompt's next layer waited for eight fills."""
+    monkeypatch.setattr("mixchat.experts.load_queue._FILL_PAUSE_S", PATIENCE)
+    work = Work(threads=2)
+    work.begin("a").wait()
+    work.begin("b", priority=FILL, stop=0)
+    work.stops[0].wait()
+    work.begin("c", priority=FILL)
+    for name in "defg":
+        work.begin(name).wait()
+    assert "c0" not in work.log
+    assert arrivals(work.finish()) == "adefgbc"
 
 
 @pytest.mark.parametrize("threads", [1, 4])
