@@ -30,16 +30,18 @@ class Stream:
         self.arriving: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self.done = 0
         self.seen: dict[Stream, int] = {}
+        self._lock = threading.RLock()  # several threads give work to one stream
 
     def begin(self) -> int:
         """Count a piece of work, which comes after all that the host has waited for."""
-        self.finish()
-        self.done += 1
-        self.see(RUNTIME.host_saw)
-        return self.done
+        with self._lock:
+            self.finish()
+            self.done += 1
+            self.see(RUNTIME.host_saw)
+            return self.done
 
     def see(self, seen: dict[Stream, int]) -> None:
-        for stream, done in seen.items():
+        for stream, done in list(seen.items()):  # other threads add some
             self.seen[stream] = max(self.seen.get(stream, 0), done)
 
     def snapshot(self) -> dict[Stream, int]:
@@ -50,9 +52,10 @@ class Stream:
 
     def finish(self) -> None:
         """Carry out what is late."""
-        while self.late:
-            source, target = self.late.pop(0)
-            target.copy_(source)
+        with self._lock:
+            while self.late:
+                source, target = self.late.pop(0)
+                target.copy_(source)
 
     def deliver(self, done: int) -> None:
         """Let the host see copies to RAM of the first `done` pieces of work."""
