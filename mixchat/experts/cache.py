@@ -215,10 +215,10 @@ class ExpertStats:
     """Cumulative counts.
 
     hits, misses: uses of an expert found in fast memory or not. A worker's are hits. bytes_moved:
-    into fast memory. stalled_seconds: waiting for these. bytes_read: from disk, in read_seconds,
-    summed over GPUs. predictions: prefetched experts. right_predictions: prefetched experts that a
-    router then selected. late_predictions: right predictions that had not arrived by then, which
-    are misses, too.
+    into fast memory. stalled_seconds: waiting for these. bytes_read: from disk. read_seconds: with
+    at least one read in flight. predictions: prefetched experts. right_predictions: prefetched
+    experts that a router then selected. late_predictions: right predictions that had not arrived by
+    then, which are misses, too.
     """
 
     hits: Counter[ExpertKey] = field(default_factory=Counter)

@@ -318,7 +318,7 @@ class Fetcher:
     def _start(self, load: ExpertLoad, pinned: Collection[ExpertKey]) -> bool:
         """Begin a load in a slot that is free, or whose expert is not in `pinned`, if there is one.
 
-        A predicted expert takes no other's slot. A requested one does, if no other slot is left.
+        A prefetched expert stays, unless a requested one finds no other slot.
         """
         self.count_hits()
         kept, held = {*pinned, *self._borrowed}, self._store.blocks

@@ -157,7 +157,7 @@ class VramSlots:
             slot, key = given
             if key is not None:
                 self._forget(key)
-            # A load that has begun keeps the memory until its next step.
+            # A load that has begun keeps the memory until its pieces have ended.
             del self._blocks[slot]
         gpu.release_unused(self.device)
         return count > 0

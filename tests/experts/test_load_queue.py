@@ -271,6 +271,7 @@ def test_as_many_pieces_are_in_flight_as_there_are_threads_of_one_expert_or_of_s
             work.queue.begin(load, Job(load.key, lambda: [meet] * pieces))  # noqa: B023
         for load in loads:
             load.wait()
+        assert sum(size for _, size in work.counted) == 3
 
 
 def test_a_slot_is_filled_by_one_load_at_a_time(short_idle):

@@ -211,8 +211,8 @@ def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         yield "first token", f"after {seconds} for a prompt of {warm.tokens} tokens, once loaded"
         yield from (("", reason) for reason in _reasons(warm.prompt))
     if (cold := plan.cold) is not None:
-        before = plan.starting + cold.loading
-        seconds = format_times(before + cold.low, before + cold.high)
+        start_s = plan.starting + cold.loading
+        seconds = format_times(start_s + cold.low, start_s + cold.high)
         yield "cold start", f"{seconds} from Enter in the shell to that token, nothing in memory"
         yield "", f"{_time(plan.starting)} starting Python and its libraries"
         yield "", f"{_time(cold.loading)} loading the shared weights"
