@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mixchat.base import gpu
-from mixchat.engine.kv_cache import bytes_seen
+from mixchat.engine.sequence_cache import bytes_seen
 from mixchat.kernels.cpu.pages import Bits
 from mixchat.planning.bandwidth import MemoryMeter, ProductMeter, bus_bandwidth
 from mixchat.planning.compute_speed import PromptProducts

@@ -15,8 +15,6 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-import torch
-
 from mixchat.base import system
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import Note
@@ -177,7 +175,7 @@ class Bench:
         )
 
     def _first_token(self) -> PromptTime:
-        self.engine.resume([])
+        self.engine.forget()
         self._rate(self._prompt(PROMPT), 0)
         stats = self.engine.stats
         used = stats.experts
@@ -211,16 +209,12 @@ class Bench:
 
     def _hold_random(self, context: int) -> None:
         """Hold random keys and values, since computing them would take minutes."""
+        self.engine.forget()
         _, cache = self.engine.held()
-        config, heads = self.engine.config, self.engine.config.num_key_value_heads
-        self.engine.resume([])
         while cache.length < context:
             count = min(_RANDOM_TOKENS, context - cache.length)
-            numbers = torch.randn(count, 2 * heads, config.head_dim)
-            numbers = numbers.to(self.engine.device, self.blueprint.quantization.dtype)
-            for layer in range(config.num_hidden_layers):
-                cache.store(layer, numbers[:, :heads], numbers[:, heads:])
-            self.engine.resume([0] * (cache.length + count))
+            cache.fill(count, self.blueprint.quantization.dtype)
+        self.engine.resume([0] * context)
 
     def _prompt(self, tokens: int) -> list[int]:
         return [self._random.randrange(5, self.blueprint.config.vocab_size) for _ in range(tokens)]

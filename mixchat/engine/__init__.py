@@ -1,4 +1,4 @@
-"""Computes answers, as token ids, with the model, its KV cache and the sampler.
+"""Computes answers, as token ids, with the model, the caches of its layers, and the sampler.
 
 - generate.py: the engine, a loaded model that answers prompts
 - answer_request.py: what the answer loop is asked
@@ -16,9 +16,11 @@
 - gpu_layer.py: the kernels of a layer for these graphs
 - moe.py: the router, and the steps of experts
 - mlp.py: the dense part of a layer
-- kv_cache.py: keys and values of the tokens so far
-- paged_cache.py, tensor_cache.py, device_cache.py: the kinds of caches, for CPUs and for GPUs
-- prompt_cache.py: the KV cache in a file
+- layer_cache.py: the contract of what a layer keeps of the tokens of a sequence
+- kv_cache.py: keys and values, in paged_cache.py, tensor_cache.py and device_cache.py
+- state_cache.py: recurrent states with their checkpoints
+- sequence_cache.py: the caches of all layers for a sequence, and the choice of their kinds
+- prompt_cache.py: the caches of a sequence in a file
 - stats.py: counts of one answer
 - report.py: the report of a run's experts
 - environment.py: settings that torch reads when it is loaded

@@ -6,42 +6,23 @@ h = head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
 from mixchat.base.model_config import ModelConfig
+from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.layer_cache import LayerCache
 from mixchat.engine.norm import RMSNorm
-from mixchat.engine.paged_cache import PagedKVCache
+from mixchat.engine.paged_cache import KVSteps, PagedKVCache, SequencesAttention
 from mixchat.engine.rope import RotaryEmbedding
+from mixchat.engine.sequence_cache import SequenceCache, TokenContext
 from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.pages import CacheShape
 from mixchat.kernels.cpu.program import Stage, Step, alone, together
 from mixchat.weights.matrix.linear import as_packed
 from mixchat.weights.matrix.quant_type import Linear, RecordingLinear, RecordRows
-
-
-class KVContext(Protocol):
-    """The tokens before a pass, in the caches of one or several sequences."""
-
-    def positions(self, tokens: int) -> slice | torch.Tensor:
-        """Return the positions of the next T tokens in their sequences."""
-
-    def attend(
-        self,
-        layer: int,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Store a layer's keys and values [T, G, h]. Return the attention [T, H, h].
-
-        `sinks` are logits [H], fp32, of which each joins the sum of a head's softmax.
-        """
-
-    def advance(self, tokens: int) -> None:
-        """Count new tokens, after all layers have stored them."""
 
 
 class SingleTokenContext:
@@ -51,15 +32,15 @@ class SingleTokenContext:
     part leaves `dense` to the part that follows it.
     """
 
-    def __init__(self, cache: PagedKVCache, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, cache: SequenceCache, hidden_size: int, dtype: torch.dtype) -> None:
         self._cache, self._dtype = cache, dtype
         self.x, self.normed, self.added, self.dense = (
             torch.empty(1, hidden_size, dtype=dtype) for _ in range(4)
         )
         self._tensors: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._rotations: dict[RotaryEmbedding, Step] = {}
-        self._attention: tuple[Step, Step, Step] | None = None
-        self._layers: dict[int, tuple[Step, Step, Step]] = {}
+        self._attention: dict[CacheShape, KVSteps] = {}
+        self._bound: dict[int, Callable[[LayerCache], None]] = {}
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
         """Return the tensor of this name, in the type of the hidden states."""
@@ -73,6 +54,10 @@ class SingleTokenContext:
             self._rotations[rope] = rows.rotate_step(x, out, rope.width)
         return self._rotations[rope]
 
+    def bind(self, layer: int, set_place: Callable[[Any], None]) -> None:
+        """Call `set_place` with a layer's cache before each token, to set its steps' addresses."""
+        self._bound[layer] = set_place
+
     def attend(
         self,
         layer: int,
@@ -81,25 +66,23 @@ class SingleTokenContext:
         values: torch.Tensor,
         sinks: torch.Tensor | None,
         out: torch.Tensor,
-    ) -> tuple[Step, Step, Step]:
-        """Return `KVContext.attend` as steps. Each needs the step before it.
-
-        They do not keep the sinks alive.
-        """
-        if self._attention is None:
-            capacity = self._cache.capacity
-            self._attention = self._cache.steps(queries, keys, values, out, capacity)
-        store, attend, merge = self._attention
-        steps = self._layers[layer] = store.copy(), attend.copy(), merge.copy()
-        self._cache.set_layer(steps, layer, sinks)
+    ) -> KVSteps:
+        """Return `KVCache.attend` of a layer as steps. They do not keep the sinks alive."""
+        cache = self._cache.layers[layer]
+        assert isinstance(cache, PagedKVCache)
+        shape, capacity = cache.shape, self._cache.capacity
+        if shape not in self._attention:
+            self._attention[shape] = KVSteps(shape, queries, keys, values, out, capacity)
+        steps = self._attention[shape].for_layer(cache.window, sinks)
+        self.bind(layer, lambda cache: cache.set_place(steps))
         return steps
 
-    def set_place(self, cache: PagedKVCache) -> None:
+    def set_place(self, cache: SequenceCache) -> None:
         """Let all steps compute the next token of this cache."""
         for rope, step in self._rotations.items():
             rope.set_position(step, cache.length)
-        for layer, steps in self._layers.items():
-            cache.set_place(steps, layer)
+        for layer, set_place in self._bound.items():
+            set_place(cache.layers[layer])
 
 
 class Attention:
@@ -127,7 +110,9 @@ class Attention:
         self.qkv_proj = RecordingLinear(self.qkv_proj, of_qkv)
         self.o_proj = RecordingLinear(self.o_proj, of_o)
 
-    def __call__(self, x: torch.Tensor, cache: KVContext, *, exact: bool = False) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
+    ) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
         config, tokens = self._config, x.shape[0]
         heads, groups = config.num_attention_heads, config.num_key_value_heads
@@ -137,11 +122,37 @@ class Attention:
             norm.normalize_heads(normed)
         if config.clip_qkv is not None:
             qkv.clamp_(-config.clip_qkv, config.clip_qkv)
-        rotated = self.rope(qkv[:, : heads + groups], cache.positions(tokens))  # [T, H + G, h]
+        rotated = self.rope(qkv[:, : heads + groups], context.positions(tokens))  # [T, H + G, h]
         queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
         values = qkv[:, heads + groups :]  # [T, G, h]
-        attended = cache.attend(self._layer, queries, keys, values, self.sinks)  # [T, H, h]
+        attended = self._attend(context, queries, keys, values)  # [T, H, h]
         return self.o_proj(attended.reshape(tokens, -1), exact=exact)
+
+    def _attend(
+        self,
+        context: TokenContext,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return `KVCache.attend` for the tokens of all sequences in the pass."""
+        pieces = context.pieces(self._layer)
+        caches = [cache for _, cache in pieces if isinstance(cache, KVCache)]
+        if len(caches) == 1:
+            return caches[0].attend(queries, keys, values, self.sinks)
+        paged = [cache for cache in caches if isinstance(cache, PagedKVCache)]
+        # One program for all sequences, unless a prompt is among them.
+        if len(paged) == len(pieces) == len(queries):
+            shape = paged[0].shape
+            if shape not in context.programs:
+                context.programs[shape] = SequencesAttention(paged, queries, keys, values)
+            program: SequencesAttention = context.programs[shape]
+            return program.attend(paged, queries, keys, values, self.sinks)
+        attended = [
+            cache.attend(queries[rows], keys[rows], values[rows], self.sinks)
+            for cache, (rows, _) in zip(caches, pieces, strict=True)
+        ]
+        return torch.cat(attended)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
         """Return `__call__` for one token, from `normed` to `added`."""
@@ -157,17 +168,16 @@ class Attention:
             prepare.append(rows.clamp_step(qkv.view(1, -1), config.clip_qkv))
         rotate = context.rotate(self.rope, qkv[:, : heads + groups], rotated)
         queries, keys = rotated[:, :heads], rotated[:, heads:]
-        store, attend, merge = context.attend(
-            self._layer, queries, keys, qkv[:, heads + groups :], self.sinks, attended
-        )
+        values = qkv[:, heads + groups :]
+        steps = context.attend(self._layer, queries, keys, values, self.sinks, attended)
         o_proj = as_packed(self.o_proj)
         round_attended, project_out = o_proj.steps(attended.view(1, -1), context.added)
         return [
             alone(round_x),
             together(project),
-            alone(*prepare, rotate, store),
-            together(attend),
-            together(merge),
+            alone(*prepare, rotate, steps.store),
+            together(steps.attend),
+            together(steps.merge),
             alone(round_attended),
             together(project_out),
         ]

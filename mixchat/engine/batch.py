@@ -31,6 +31,9 @@ from mixchat.engine.stats import GenerationStats
 _MIN_SHARED_TO_WAIT = 16
 # Tokens. All prompts of a model share the first ones of its template.
 _MIN_SHARED_TO_COPY = 4
+# Tokens at the end of a prompt in which a template begins the answer, such as <think>. Later
+# prompts may lack them, because thinking is left out of the history.
+_ANSWER_START_TOKENS = 16
 
 _Pass = list[tuple["BatchedAnswer", SequenceTokens]]
 
@@ -268,8 +271,12 @@ class Batch:
                     prefix = targets[0]
                     if shared > prefix.shared_with(prompt):
                         prefix.copy_from(best, shared)
+        # Where two prompts part, a third one may, too.
+        parted = max(shared_beginning(sequence.ids, prompt) for sequence in self._sequences)
         answer.stats.reused_tokens = prefix.shared_with(prompt)
         prefix.cut(answer.stats.reused_tokens)
+        places = answer.stats.reused_tokens, parted, len(prompt) - _ANSWER_START_TOKENS, len(prompt)
+        prefix.cache.begin(places)
         self._free.remove(prefix)
         answer.prefix = prefix
         answer.request.on_prefill(0, answer.tokens_to_read)

@@ -12,10 +12,9 @@ from itertools import takewhile
 
 import torch
 
-from mixchat.engine.attention import KVContext, SingleTokenContext
-from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.attention import SingleTokenContext
 from mixchat.engine.model import AfterLayer, Block, Output
-from mixchat.engine.paged_cache import PagedKVCache
+from mixchat.engine.sequence_cache import SequenceCache, TokenContext
 from mixchat.experts.holder import LayerExperts
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.program import Program, Stage, Step, alone, together
@@ -33,7 +32,7 @@ class Decoder:
     def __init__(
         self,
         blocks: Sequence[Block],
-        cache: PagedKVCache,
+        cache: SequenceCache,
         hidden_size: int,
         dtype: torch.dtype,
         output: Output | None = None,
@@ -61,12 +60,12 @@ class Decoder:
         self._programs: dict[tuple[int, int], Program] = {}  # by their layers: from and to
 
     def run(
-        self, x: torch.Tensor, cache: KVContext, after_layer: AfterLayer
+        self, x: torch.Tensor, context: TokenContext, after_layer: AfterLayer
     ) -> torch.Tensor | None:
-        if not isinstance(cache, PagedKVCache) or not self._cache.is_like(cache):
+        if not isinstance(context, SequenceCache) or not self._cache.is_like(context):
             return None
         self._context.x.copy_(x)
-        self._context.set_place(cache)
+        self._context.set_place(context)
         if self._head is not None:
             self._head.prepare()
         start = 0
@@ -95,13 +94,13 @@ class Decoder:
 
 
 def new_decoder(
-    used: Blueprint, blocks: Sequence[Block], cache: KVCache, output: Output | None = None
+    used: Blueprint, blocks: Sequence[Block], cache: SequenceCache, output: Output | None = None
 ) -> Decoder | None:
     """Return the decoder of a model that computes `used`, or None if kernels cannot do it."""
     config, dtype = used.config, used.quantization.dtype
     matrices = used.typical_matrices
     whole = all(matrix.has_kernel and matrix.stored_rows == matrix.rows for matrix in matrices)
-    if not isinstance(cache, PagedKVCache) or not whole:
+    if not whole or not all(layer.has_steps for layer in cache.layers):
         return None
     rotated = [rope.rotated(config.head_dim) for rope in config.ropes]
     columns = (

@@ -14,10 +14,10 @@ from mixchat.base.progress import Note
 from mixchat.engine.answer_request import AnswerRequest, OnPrefill
 from mixchat.engine.batch import Batch
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
-from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Transformer
 from mixchat.engine.passes import CachedPrefix, ForwardPasses
 from mixchat.engine.sampling import Constraint
+from mixchat.engine.sequence_cache import SequenceCache
 from mixchat.engine.speculation import Speculation
 from mixchat.engine.stats import GenerationStats
 from mixchat.experts.cache import ExpertStats
@@ -26,7 +26,7 @@ from mixchat.weights.format.blueprint import Blueprint
 
 
 class Engine:
-    """A model with its KV caches, which stay filled from call to call.
+    """A model with its caches, which stay filled from call to call.
 
     A prompt that begins like the last one is prefilled only from the first difference on.
     `new_batch` uses all caches, `generate` the first.
@@ -40,7 +40,7 @@ class Engine:
     def __init__(
         self,
         model: Transformer,
-        caches: Sequence[KVCache],
+        caches: Sequence[SequenceCache],
         experts: ExpertHolder,
         blueprint: Blueprint,
         *,
@@ -90,7 +90,7 @@ class Engine:
         """Return the counts of the last call of `generate` so far."""
         return replace(self._stats, experts=self.experts.stats.since(self._experts_at_start))
 
-    def held(self, number: int = 0) -> tuple[list[int], KVCache]:
+    def held(self, number: int = 0) -> tuple[list[int], SequenceCache]:
         """Return the tokens that a cache holds, and the cache."""
         return self.sequences[number].ids, self.sequences[number].cache
 

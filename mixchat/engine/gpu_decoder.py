@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from mixchat.base import gpu
-from mixchat.engine.attention import KVContext
 from mixchat.engine.device_cache import DeviceKVCache
 from mixchat.engine.gpu_layer import (
     Kernels,
@@ -29,8 +28,8 @@ from mixchat.engine.gpu_layer import (
     mlp_kernels,
     router_kernels,
 )
-from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import AfterLayer, Block, Output, Transformer
+from mixchat.engine.sequence_cache import SequenceCache, TokenContext
 from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.experts.store import new_block
 from mixchat.kernels.gpu.norm import add_norm
@@ -52,7 +51,7 @@ class GpuDecoder:
         self,
         used: Blueprint,
         blocks: Sequence[Block],
-        caches: Sequence[DeviceKVCache],
+        caches: Sequence[SequenceCache],
         output: Output,
         experts: GpuExperts,
     ) -> None:
@@ -65,37 +64,37 @@ class GpuDecoder:
         ]
 
     def run(
-        self, x: torch.Tensor, cache: KVContext, after_layer: AfterLayer
+        self, x: torch.Tensor, context: TokenContext, after_layer: AfterLayer
     ) -> torch.Tensor | None:
-        if not isinstance(cache, DeviceKVCache):
+        if not isinstance(context, SequenceCache):
             return None
         self._experts.publish()
         for section in self._sections:
             with gpu.current(section.device):
-                x = section.run(x, cache, after_layer)
+                x = section.run(x, context, after_layer)
         self._experts.note_token(np.concatenate([each.selected for each in self._sections]))
         return x
 
 
 def new_gpu_decoder(
-    used: Blueprint, model: Transformer, caches: Sequence[KVCache], experts: GpuExperts
+    used: Blueprint, model: Transformer, caches: Sequence[SequenceCache], experts: GpuExperts
 ) -> GpuDecoder | None:
     """Return the decoder of a model on GPUs, or None if they cannot decode by graphs.
 
     Kernels may not take a matrix, or the system may refuse to lock RAM, which graphs write to.
     """
-    device_caches = [cache for cache in caches if isinstance(cache, DeviceKVCache)]
+    on_gpus = all(isinstance(layer, DeviceKVCache) for cache in caches for layer in cache.layers)
     experts_taken = (
         expert_form(spec, model.device).form.is_supported for spec in used.expert_forms
     )
     matrices = [*used.shared_matrices.values()]
-    if len(device_caches) < len(caches) or not all(experts_taken):
+    if not on_gpus or not all(experts_taken):
         return None
     if not all(form_of(matrix).is_supported for matrix in matrices):
         return None
     if not gpu.page_lock(new_block(_ALIGNMENT), model.device):
         return None
-    return GpuDecoder(used, model.blocks, device_caches, model.output, experts)
+    return GpuDecoder(used, model.blocks, caches, model.output, experts)
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class _Section:
         used: Blueprint,
         blocks: dict[int, Block],
         output: Output | None,
-        caches: Sequence[DeviceKVCache],
+        caches: Sequence[SequenceCache],
         experts: GpuExperts,
     ) -> None:
         self._used, self._blocks, self._output, self._experts = used, blocks, output, experts
@@ -142,7 +141,7 @@ class _Section:
         """Return the experts of the last token's layers [L, K]."""
         return np.asarray(self._host["selected"].numpy())
 
-    def run(self, x: torch.Tensor, cache: DeviceKVCache, after_layer: AfterLayer) -> torch.Tensor:
+    def run(self, x: torch.Tensor, cache: SequenceCache, after_layer: AfterLayer) -> torch.Tensor:
         """Map a token's row [1, D] to its row after these layers, or to logits [1, V] in RAM."""
         tokens, graphs = self._tokens, self._graphs[id(cache)]
         tokens.x.copy_(x[0], non_blocking=True)
@@ -204,7 +203,7 @@ class _Section:
             told["logits"] = tokens.tensor("logits", *shape, dtype=torch.float32)
         return told
 
-    def _capture(self, cache: DeviceKVCache) -> _Graphs:
+    def _capture(self, cache: SequenceCache) -> _Graphs:
         """Capture the graphs for a cache, which is empty."""
         *layers, (last, _) = self._kernels(cache, with_host=False)
         whole = [kernel for up, own in layers for kernel in (*up, *own)]
@@ -224,7 +223,7 @@ class _Section:
         return _Graphs(self._graph([*whole, *last]), graphs, last_graph)
 
     def _kernels(
-        self, cache: DeviceKVCache, *, with_host: bool
+        self, cache: SequenceCache, *, with_host: bool
     ) -> Iterator[tuple[Kernels, Kernels]]:
         """Yield the kernels of each layer up to its router, and the others, then the last ones.
 
@@ -232,7 +231,9 @@ class _Section:
         """
         tokens, added = self._tokens, self._tokens.sums[:0]
         for number, block in self._blocks.items():
-            up = attention_kernels(block, added, cache, number, tokens)
+            layer = cache.layers[number]
+            assert isinstance(layer, DeviceKVCache)
+            up = attention_kernels(block, added, self._used.config, layer, tokens)
             own: Kernels = []
             first, end = 1, 1
             if (form := self._forms[number].get("experts")) is not None:

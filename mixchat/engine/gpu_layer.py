@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from mixchat.base.model_config import ModelConfig
 from mixchat.engine.device_cache import DeviceKVCache
 from mixchat.engine.mlp import DenseMLP
 from mixchat.engine.model import Block
@@ -77,15 +78,18 @@ class TokenTensors:
 
 
 def attention_kernels(
-    block: Block, added: torch.Tensor, cache: DeviceKVCache, layer: int, tokens: TokenTensors
+    block: Block,
+    added: torch.Tensor,
+    config: ModelConfig,
+    cache: DeviceKVCache,
+    tokens: TokenTensors,
 ) -> Kernels:
     """Return the kernels of a layer up to the norm before its router.
 
     added: what is added to x first, fp32 [P, D].
     """
-    attention, config = block.attention, cache.config
+    attention, stored, window = block.attention, cache.tensors, cache.window
     heads_shape = 1, config.num_attention_heads, config.head_dim
-    stored, window = cache.layer(layer), config.window(layer)
     qkv, out = as_gpu(attention.qkv_proj).matrix, as_gpu(attention.o_proj).matrix
     sums, outputs = (
         tokens.tensor(name, split(matrix.form).count, 1, matrix.form.rows, dtype=torch.float32)

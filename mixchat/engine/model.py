@@ -14,11 +14,12 @@ import torch
 from mixchat.base import gpu
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import TensorSpec
-from mixchat.engine.attention import Attention, KVContext, SingleTokenContext
+from mixchat.engine.attention import Attention, SingleTokenContext
 from mixchat.engine.mlp import DenseMLP
 from mixchat.engine.moe import Routing, SparseMoE
 from mixchat.engine.norm import RMSNorm
 from mixchat.engine.rope import RotaryEmbedding
+from mixchat.engine.sequence_cache import TokenContext
 from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.program import Stage, alone
@@ -96,9 +97,11 @@ class Block:
             moe = SparseMoE(layer - first, _router(layer, used, tensors), runner)
         return cls(attention_norm, attention, mlp_norm, moe, _mlp(layer, used, tensors))
 
-    def __call__(self, x: torch.Tensor, cache: KVContext, *, exact: bool = False) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
+    ) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
-        x = x + self.attention(self.attention_norm(x), cache, exact=exact)
+        x = x + self.attention(self.attention_norm(x), context, exact=exact)
         normed = self.mlp_norm(x)
         outputs = [network(normed, exact=exact) for network in (self._moe, self.mlp) if network]
         # Both outputs are added first, as in transformers, since sums in bf16 depend on the order.
@@ -190,15 +193,15 @@ class Output(NamedTuple):
 
 
 class SingleTokenDecoder(Protocol):
-    """Computes the next token of a cache, with the same bits."""
+    """Computes the next token of a sequence, with the same bits."""
 
     def run(
-        self, x: torch.Tensor, cache: KVContext, after_layer: AfterLayer
+        self, x: torch.Tensor, context: TokenContext, after_layer: AfterLayer
     ) -> torch.Tensor | None:
         """Map the token's row [1, D] to its logits [1, V].
 
         A decoder without norm and head returns the row after all layers, which the next call
-        overwrites. Returns None if it cannot decode for this cache.
+        overwrites. Returns None if it cannot decode in this context.
         """
 
 
@@ -247,28 +250,28 @@ class Transformer:
     def forward(
         self,
         ids: torch.Tensor,
-        cache: KVContext,
+        context: TokenContext,
         *,
         exact: bool = False,
         logits_of: slice | list[int] = LAST,
         after_layer: AfterLayer = lambda layer: None,
     ) -> torch.Tensor:
-        """Return the logits [n, V] of the last token, or of others. The ids [T] join the cache.
+        """Return the logits [n, V] of the last token, or of others. The ids [T] join the caches.
 
-        The ids are on the CPU. The cache must have room for P + T tokens. With `exact` each token
+        The ids are on the CPU. The caches must have room for P + T tokens. With `exact` each token
         has the bits that it has alone in a call, if all matrices can be computed so.
         """
         x = self._embedding(ids)  # [T, D]
         logits = None
         if self._decoder is not None and ids.shape[0] == 1:
-            logits = self._decoder.run(x, cache, after_layer)
+            logits = self._decoder.run(x, context, after_layer)
         if logits is None:
             for layer, block in enumerate(self.blocks):
-                x = block(x.to(block.device), cache, exact=exact)
+                x = block(x.to(block.device), context, exact=exact)
                 after_layer(layer)
             self._record_head(x)
             # Only these rows go through the head, whose matrix is the largest dense one.
             logits = self.output(x[logits_of], exact=exact)
-        # Last, so that an interrupted pass leaves the cache as it was.
-        cache.advance(ids.shape[0])
+        # Last, so that an interrupted pass leaves the caches as they were.
+        context.advance(ids.shape[0])
         return logits

@@ -1,17 +1,17 @@
 """Passes through the model, for the next tokens of one sequence or of several at once.
 
-T = tokens of the pass, V = vocab_size, H = num_attention_heads, G = num_key_value_heads,
-h = head_dim.
+T = tokens of the pass, V = vocab_size.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, pairwise, takewhile
 from operator import eq
+from typing import Any
 
 import torch
 
@@ -20,9 +20,9 @@ from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.base.model_config import Context
 from mixchat.base.progress import Note
 from mixchat.engine.chunk_sizer import SMALLEST_CHUNK
-from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.layer_cache import LayerCache
 from mixchat.engine.model import LAST, AfterLayer, Transformer
-from mixchat.engine.paged_cache import PagedKVCache, SequencesAttention
+from mixchat.engine.sequence_cache import SequenceCache
 from mixchat.experts.holder import ExpertHolder
 from mixchat.experts.memory import within_memory
 
@@ -33,9 +33,9 @@ def shared_beginning(ids: Sequence[int], prompt: Sequence[int]) -> int:
 
 
 class CachedPrefix:
-    """A KV cache, and the ids of the tokens in it."""
+    """The caches of a sequence, and the ids of the tokens in them."""
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: SequenceCache) -> None:
         self.cache = cache
         # Longer than the cache after an interruption, so `ids` cuts it.
         self._ids: list[int] = []
@@ -72,10 +72,9 @@ class CachedPrefix:
         return self.cache.usable(shared_beginning(self.ids, ids))
 
     def cut(self, length: int) -> None:
-        assert self.cache.usable(length) == length
         with interrupts.deferred():
             del self._ids[length:]
-            self.cache.length = length
+            self.cache.cut(length)
 
     def add(self, ids: Sequence[int]) -> None:
         """Note tokens that have joined the cache."""
@@ -83,15 +82,13 @@ class CachedPrefix:
 
     def resume(self, ids: Sequence[int]) -> None:
         """Continue from these tokens, which have been put into the cache."""
+        assert self.cache.length == len(ids)
         self._ids = list(ids)
-        self.cache.length = len(ids)
 
     def copy_from(self, source: CachedPrefix, length: int) -> None:
         self.clear()
-        cache = source.cache
-        for layer in range(cache.config.num_hidden_layers):
-            self.cache.restore(layer, cache.content(layer, length), length, cache.first)
-        self.resume(source.ids[:length])
+        self.cache.copy_from(source.cache, length)
+        self._ids = source.ids[:length]
 
     def clear(self) -> None:
         """Hold nothing, and give the memory back."""
@@ -174,7 +171,8 @@ class ForwardPasses:
             logits = within_memory(self.experts, compute_or_shrink, self._note)
             for chunk in chunks:
                 # Proposed tokens join the cache as they are accepted, one after the other.
-                chunk.prefix.cache.length -= len(chunk.proposal)
+                if chunk.proposal:
+                    chunk.prefix.cache.cut(chunk.prefix.cache.length - len(chunk.proposal))
                 chunk.prefix.add(chunk.ids)
             self.total_tokens += len(ids)
             self.total_seconds += time.perf_counter() - start
@@ -195,42 +193,30 @@ class ForwardPasses:
 
 
 class _SequencesContext:
-    """The caches of several sequences as one `KVContext`.
+    """The caches of several sequences as one `TokenContext`.
 
     With 5 and 7 tokens in the caches, and 1 and 2 new ones, the positions are 5, 7, 8.
     """
 
     def __init__(self, chunks: Sequence[SequenceTokens]) -> None:
+        self.programs: dict[Hashable, Any] = {}
         self._caches = [chunk.prefix.cache for chunk in chunks]
         self._counts = [len(chunk.all_ids) for chunk in chunks]
+        ends = accumulate(self._counts, initial=0)
+        self._rows = [slice(start, end) for start, end in pairwise(ends)]
         positions = [
             torch.arange(cache.length, cache.length + count)
             for cache, count in zip(self._caches, self._counts, strict=True)
         ]
         self._positions = torch.cat(positions)
-        self._paged = [cache for cache in self._caches if isinstance(cache, PagedKVCache)]
-        self._attention: SequencesAttention | None = None
 
     def positions(self, tokens: int) -> torch.Tensor:
         assert tokens == self._positions.shape[0]
         return self._positions
 
-    def attend(
-        self,
-        layer: int,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        # One program for all sequences, unless a prompt is among them.
-        if len(self._paged) == len(self._counts) == sum(self._counts):
-            if self._attention is None:
-                self._attention = SequencesAttention(self._paged, queries, keys, values)
-            return self._attention.attend(layer, queries, keys, values, sinks)
-        by_sequence = (torch.split(rows, self._counts) for rows in (queries, keys, values))
-        sequences = zip(self._caches, *by_sequence, strict=True)
-        return torch.cat([cache.attend(layer, *rows, sinks) for cache, *rows in sequences])
+    def pieces(self, layer: int) -> Sequence[tuple[slice, LayerCache]]:
+        caches = (cache.layers[layer] for cache in self._caches)
+        return list(zip(self._rows, caches, strict=True))
 
     def advance(self, tokens: int) -> None:
         for cache, count in zip(self._caches, self._counts, strict=True):

@@ -1,12 +1,14 @@
-"""A file for the KV cache between two runs, so that no text is prefilled twice.
+"""A file for the caches of a sequence between two runs, so that no text is prefilled twice.
 
 It is a safetensors file with these tensors, in this order:
 
-    mixchat_prompt_cache   JSON: {"format": 2, "model": "...", "cache": "pages of 16 bits",
-                           "tokens": 700, "exact": false, "rope": [], "first": 0}. "exact" is true
-                           after --exact-prompts, "rope" [16384] if the keys depend on the size of
-                           the context, "first" 2560 if layers with a window have no older tokens
-    ids                    the tokens whose keys and values it has
+    mixchat_prompt_cache   JSON: {"format": 3, "model": "...", "cache": "pages of 16 bits",
+                           "tokens": 700, "exact": false, "rope": [], "first": 0,
+                           "checkpoints": []}. "exact" is true after --exact-prompts, "rope"
+                           [16384] if the keys depend on the size of the context, "first" 2560 if
+                           layers with a window have no older tokens, "checkpoints" [512] if layers
+                           with a state can be cut to 512 tokens
+    ids                    the tokens that the caches hold
     0.keys, 0.values, ...  the content of each layer's cache
     sha256                 of all bytes before it
 """
@@ -17,6 +19,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +30,16 @@ from mixchat.base.errors import CheckpointError
 from mixchat.base.files import open_private_file, write_all, write_error
 from mixchat.base.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 from mixchat.engine.generate import Engine
-from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.layer_cache import Extent
+from mixchat.engine.sequence_cache import SequenceCache
 from mixchat.kernels.cpu.pages import PAGE
 from mixchat.weights.format.manifest import Manifest
 
-_FORMAT = 2
+_FORMAT = 3
 _DESCRIPTION, _IDS, _DIGEST = "mixchat_prompt_cache", "ids", "sha256"
 _MAX_DESCRIPTION_BYTES = 4096
+# In a file, which has the state of each. With two, /undo and /regen work at once after a resume.
+_MAX_CHECKPOINTS = 2
 
 
 def identity_of(manifest: Manifest) -> str:
@@ -44,15 +51,15 @@ def identity_of(manifest: Manifest) -> str:
 
 
 class PromptCache:
-    """A KV cache of the engine in the file `path`. A link there is replaced, not read.
+    """The caches of a sequence in the file `path`. A link there is replaced, not read.
 
-    `number` is the cache's in `Engine.sequences`.
+    `number` is the sequence's in `Engine.sequences`.
     """
 
     def __init__(self, path: Path, engine: Engine, number: int = 0) -> None:
         self.path, self._engine, self._number = path, engine, number
         self._saved: list[int] = []  # the ids in the file
-        self._first = 0  # the first of these tokens in layers with a window
+        self._extent = Extent()  # of the content in the file
 
     def load(self) -> int:
         """Load the file into an engine that holds nothing. Return how many tokens it holds then.
@@ -64,11 +71,11 @@ class PromptCache:
         _, cache = self._engine.held(self._number)
         try:
             with SafetensorsFile(self.path, follow=False) as file:
-                saved, length, first = _read(file, cache, self._engine)
+                saved, extent, length = _read(file, cache, self._engine)
         except BaseException:
             cache.clear()
             raise
-        self._saved, self._first = saved, first
+        self._saved, self._extent = saved, extent
         self._engine.resume(saved[:length], self._number)
         return length
 
@@ -78,13 +85,13 @@ class PromptCache:
         Raises `ResourceError` if the disk is full, else another `MixchatError`.
         """
         ids, cache = self._engine.held(self._number)
-        if ids == self._saved[: len(ids)] and cache.usable(len(ids), self._first) == len(ids):
+        if ids == self._saved[: len(ids)] and cache.usable(len(ids), self._extent) == len(ids):
             return False
         try:
-            _write(self.path, cache, ids, self._engine)
+            extent = _write(self.path, cache, ids, self._engine)
         except OSError as error:
             raise write_error(error, self.path, "the prompt cache cannot be written") from None
-        self._saved, self._first = ids, cache.first
+        self._saved, self._extent = ids, extent
         return True
 
 
@@ -96,34 +103,37 @@ def saved_tokens(path: Path) -> int:
     return 0
 
 
-def _stretched_for(cache: KVCache) -> list[int]:
+def _stretched_for(cache: SequenceCache) -> list[int]:
     """Return the lengths that the keys' frequencies are stretched for."""
     lengths = (rope.stretched_for(cache.capacity) for rope in cache.config.ropes)
     return [length for length in lengths if length is not None]
 
 
-def _specs(cache: KVCache, tokens: int, first: int, description: int) -> list[TensorSpec]:
+def _specs(cache: SequenceCache, extent: Extent, description: int) -> list[TensorSpec]:
     return [
         TensorSpec(_DESCRIPTION, torch.uint8, (description,)),
-        TensorSpec(_IDS, torch.int64, (tokens,)),
+        TensorSpec(_IDS, torch.int64, (extent.tokens,)),
         *(
-            TensorSpec(f"{layer}.{spec.name}", spec.dtype, spec.shape)
-            for layer in range(cache.config.num_hidden_layers)
-            for spec in cache.specs(layer, tokens, first)
+            TensorSpec(f"{number}.{spec.name}", spec.dtype, spec.shape)
+            for number, layer in enumerate(cache.layers)
+            for spec in layer.specs(extent)
         ),
         TensorSpec(_DIGEST, torch.uint8, (hashlib.sha256().digest_size,)),
     ]
 
 
-def _write(path: Path, cache: KVCache, ids: Sequence[int], engine: Engine) -> None:
+def _write(path: Path, cache: SequenceCache, ids: Sequence[int], engine: Engine) -> Extent:
+    """Write the file. Return the extent of its content."""
+    extent = replace(cache.extent, checkpoints=cache.extent.checkpoints[-_MAX_CHECKPOINTS:])
     fields = {
         "format": _FORMAT,
         "model": engine.identity,
         "cache": cache.form,
         "exact": engine.exact_prompts,
         "rope": _stretched_for(cache),
-        "tokens": len(ids),
-        "first": cache.first,
+        "tokens": extent.tokens,
+        "first": extent.first,
+        "checkpoints": extent.checkpoints,
     }
     description = json.dumps(fields).encode()
     digest = hashlib.sha256()
@@ -133,25 +143,27 @@ def _write(path: Path, cache: KVCache, ids: Sequence[int], engine: Engine) -> No
             digest.update(data)
             write_all(descriptor, data)
 
-        put(header_bytes(_specs(cache, len(ids), cache.first, len(description))))
+        put(header_bytes(_specs(cache, extent, len(description))))
         put(description)
         put(tensor_bytes(torch.tensor(ids, dtype=torch.int64)))
-        for layer in range(cache.config.num_hidden_layers):
+        for layer in cache.layers:
             # A copy of one layer at a time, since all are gigabytes.
-            content = cache.content(layer, len(ids))
-            for spec in cache.specs(layer, len(ids), cache.first):
+            content = layer.content(extent)
+            for spec in layer.specs(extent):
                 put(tensor_bytes(content[spec.name]))
         put(digest.digest())
+    return extent
 
 
-def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[list[int], int, int]:
+def _read(
+    file: SafetensorsFile, cache: SequenceCache, engine: Engine
+) -> tuple[list[int], Extent, int]:
     """Load what fits into the cache.
 
-    Return the ids of all tokens in the file, the count of those that are loaded, and the first
-    token of layers with a window.
+    Return the ids of all tokens in the file, their extent, and the count of those that are loaded.
     """
-    tokens, first = _check_description(file, cache, engine)
-    length = cache.usable(min(tokens, cache.capacity), first)
+    extent = _check_description(file, cache, engine)
+    length = cache.usable(min(extent.tokens, cache.capacity), extent)
     # The digest is of all bytes before it: the header, the description, then each tensor.
     start = file.header.start(_DESCRIPTION)
     head = torch.empty(start + file.header.spec(_DESCRIPTION).nbytes, dtype=torch.uint8)
@@ -164,21 +176,19 @@ def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[list[i
         return tensor
 
     ids: list[int] = take(_IDS).tolist()
-    for layer in range(cache.config.num_hidden_layers):
-        saved = cache.specs(layer, tokens, first)
-        content = {spec.name: take(f"{layer}.{spec.name}") for spec in saved}
+    for number, layer in enumerate(cache.layers):
+        content = {spec.name: take(f"{number}.{spec.name}") for spec in layer.specs(extent)}
         if length:
-            specs = cache.specs(layer, length, first)
-            fitting = {spec.name: content[spec.name][:, : spec.shape[1]] for spec in specs}
-            cache.restore(layer, fitting, length, first)
+            layer.restore(content, extent, length)
     # Only now, since a file of gigabytes is read once. The caller clears a damaged cache.
     if bytes(tensor_bytes(file.read(_DIGEST))) != digest.digest():
         raise CheckpointError(f"{file.path} is damaged (its SHA-256 differs)")
-    return ids, length, first
+    cache.set_extent(extent.until(length))
+    return ids, extent, length
 
 
-def _check_description(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[int, int]:
-    """Return how many tokens the file has, and the first one of layers with a window.
+def _check_description(file: SafetensorsFile, cache: SequenceCache, engine: Engine) -> Extent:
+    """Return the extent of the file's content.
 
     Raises `CheckpointError` for a wrong header.
     """
@@ -196,20 +206,35 @@ def _check_description(file: SafetensorsFile, cache: KVCache, engine: Engine) ->
         raise CheckpointError(f"{file.path} was written for another model")
     if fields.get("cache") != cache.form:
         raise CheckpointError(
-            f"{file.path} was written for another kind of KV cache, not {cache.form}"
+            f"{file.path} was written for another kind of cache, not {cache.form}"
         )
     if fields.get("exact") != engine.exact_prompts:
         written = "not written" if engine.exact_prompts else "written"
         raise CheckpointError(f"{file.path} was {written} with --exact-prompts")
     if fields.get("rope") != _stretched_for(cache):
         raise CheckpointError(f"{file.path} was written with another --ctx-size")
-    tokens = fields.get("tokens")
-    if type(tokens) is not int or not 0 < tokens < 2**31:
-        raise CheckpointError(f"{file.path} is damaged (its count of tokens is wrong)")
-    first = fields.get("first")
-    if type(first) is not int or first < 0 or first % PAGE or not cache.usable(tokens, first):
+    extent = _extent(file, fields)
+    if not cache.usable(extent.tokens, extent):
         raise CheckpointError(f"{file.path} is damaged (its first token is wrong)")
     # All sizes follow from the description, so nothing larger is read.
-    if header.specs != _specs(cache, tokens, first, header.spec(_DESCRIPTION).nbytes):
+    if header.specs != _specs(cache, extent, header.spec(_DESCRIPTION).nbytes):
         raise CheckpointError(f"{file.path} is damaged (its tensors do not match its description)")
-    return tokens, first
+    return extent
+
+
+def _extent(file: SafetensorsFile, fields: dict[str, Any]) -> Extent:
+    """Return the extent in a description. Raises `CheckpointError` for wrong numbers."""
+    tokens, first = fields.get("tokens"), fields.get("first")
+    if type(tokens) is not int or not 0 < tokens < 2**31:
+        raise CheckpointError(f"{file.path} is damaged (its count of tokens is wrong)")
+    if type(first) is not int or not 0 <= first < tokens or first % PAGE:
+        raise CheckpointError(f"{file.path} is damaged (its first token is wrong)")
+    checkpoints: Any = fields.get("checkpoints")
+    if (
+        not isinstance(checkpoints, list)
+        or len(checkpoints) > _MAX_CHECKPOINTS
+        or any(type(length) is not int for length in checkpoints)
+        or not all(one < other for one, other in pairwise([0, *checkpoints, tokens]))
+    ):
+        raise CheckpointError(f"{file.path} is damaged (its checkpoints are wrong)")
+    return Extent(tokens, first, tuple(checkpoints))

@@ -21,9 +21,9 @@ from mixchat.engine.decoder import new_decoder
 from mixchat.engine.generate import Engine
 from mixchat.engine.model import Block, Embedding, Transformer
 from mixchat.engine.norm import RMSNorm
-from mixchat.engine.paged_cache import new_cache
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.rope import rotary_embeddings
+from mixchat.engine.sequence_cache import new_caches
 from mixchat.engine.speculation import Speculation
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.gpu_experts import GpuExperts
@@ -101,9 +101,7 @@ def build_engine(
         speculates = options.speculation and alone and passes_are_exact(blueprint, device)
         on = devices_of_layers(config, fit.placement, devices)
         model = _build_model(installed, runner, context, on)
-        caches = [
-            new_cache(config, context, dtype, on, options.kv_bits) for _ in range(options.parallel)
-        ]
+        caches = new_caches(config, context, dtype, on, options.kv_bits, options.parallel)
         if isinstance(runner, GpuExperts):
             # Triton is imported only if a GPU computes.
             from mixchat.engine.gpu_decoder import new_gpu_decoder
@@ -121,7 +119,8 @@ def build_engine(
             blueprint,
             prefill_chunk=1 if exact and not chunks_are_exact(blueprint, device) else PREFILL_CHUNK,
             exact_prompts=exact,
-            speculation=Speculation() if speculates else None,
+            # A state cannot be cut back by the tokens that were rejected.
+            speculation=Speculation() if speculates and not caches[0].needs_checkpoints else None,
             note=note,
             identity=identity_of(installed.manifest),
             name=directory.name if directory.parent == models_dir() else str(directory),

@@ -20,8 +20,8 @@ import torch
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.model import Block
-from mixchat.engine.paged_cache import new_cache
 from mixchat.engine.rope import rotary_embeddings
+from mixchat.engine.sequence_cache import new_caches
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.compute import RowExperts
 from mixchat.experts.holder import LayerExperts
@@ -209,13 +209,8 @@ class _Layers:
             Block.build(layer, blueprint, tensors, ropes[layer], runner)
             for layer, runner in runners
         ]
-        self._cache = cache = new_cache(config, 2 * _CONTEXT, dtype, [CPU])
-        groups, heads = config.num_key_value_heads, config.num_attention_heads
-        earlier = torch.ones(_CONTEXT, groups, config.head_dim, dtype=dtype)
-        queries = torch.ones(_CONTEXT, heads, config.head_dim, dtype=dtype)
-        for layer in {layer for layer, _ in runners}:
-            cache.attend(layer, queries, earlier, earlier)
-        cache.length = _CONTEXT
+        [self._cache] = new_caches(config, 2 * _CONTEXT, dtype, [CPU] * config.num_hidden_layers)
+        self._cache.fill(_CONTEXT, dtype)
         self._x = torch.ones(1, config.hidden_size, dtype=dtype)
 
     def computing(self, blocks: Sequence[Block]) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from mixchat.base.machine import tightest_memory_limit
 from mixchat.base.model_config import Context
 from mixchat.base.options import ExpertSize, LoadOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.engine.kv_cache import cache_bytes
+from mixchat.engine.sequence_cache import cache_bytes
 from mixchat.experts.memory import CPU, free_on
 from mixchat.experts.placement import (
     MIN_SLOTS,
@@ -192,9 +192,9 @@ def slot_sizes(blueprint: Blueprint) -> SlotSizes:
 
 
 def _context_bytes(blueprint: Blueprint, options: LoadOptions, tokens: int) -> int:
-    """Return the bytes of the keys and values of `tokens` tokens, for all answers at once."""
+    """Return the bytes of the caches of `tokens` tokens, for all answers at once."""
     dtype = blueprint.quantization.dtype
-    return options.parallel * cache_bytes(blueprint.config, tokens, dtype, options.kv_bits)
+    return cache_bytes(blueprint.config, tokens, dtype, options.kv_bits, options.parallel)
 
 
 def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Placement:

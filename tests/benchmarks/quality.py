@@ -99,7 +99,7 @@ def log_probabilities(directory: Path, windows: Iterable[torch.Tensor]) -> Itera
     with closing(load_engine(directory, LoadOptions(device="cpu"))) as engine:
         for window in windows:
             cache = engine.held()[1]
-            cache.length = 0
+            cache.cut(0)
             logits = engine.passes.model.forward(window, cache, logits_of=slice(None))
             yield logits[:-1].float().log_softmax(-1)
 

@@ -77,6 +77,5 @@ def answer(
 def cache_content(engine: Engine, tokens: int | None = None) -> list[torch.Tensor]:
     """Return keys and values of all layers, of the first tokens or of all that are held."""
     ids, cache = engine.held()
-    layers = range(engine.config.num_hidden_layers)
-    count = len(ids) if tokens is None else tokens
-    return [tensor for layer in layers for tensor in cache.content(layer, count).values()]
+    extent = cache.extent.until(len(ids) if tokens is None else tokens)
+    return [tensor for layer in cache.layers for tensor in layer.content(extent).values()]

@@ -8,18 +8,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from cache_tools import in_pages, in_tensors
 from torch.nn import functional
 
 from mixchat.base.model_config import ModelConfig, RopeParameters
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.attention import Attention
 from mixchat.engine.decoder import new_decoder
-from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Block
 from mixchat.engine.norm import RMSNorm
-from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.engine.rope import rotary_embeddings
-from mixchat.engine.tensor_cache import TensorKVCache
+from mixchat.engine.sequence_cache import SequenceCache
 from mixchat.experts.cache import ExpertKey
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.kernels.cpu.pages import PAGE
@@ -62,9 +61,9 @@ SIZES = {  # heads, of keys and values, of a head
     "96": (2, 1, 96),
     "odd heads": (4, 2, 10),
 }
-CACHES: dict[str, Callable[[ModelConfig], KVCache]] = {
-    "pages": lambda config: PagedKVCache(config, CONTEXT, 32),
-    "tensors": lambda config: TensorKVCache(config, CONTEXT, torch.float32),
+CACHES: dict[str, Callable[[ModelConfig], SequenceCache]] = {
+    "pages": lambda config: in_pages(config, CONTEXT, 32),
+    "tensors": lambda config: in_tensors(config, CONTEXT, torch.float32),
 }
 needs_kernel = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 
@@ -198,12 +197,12 @@ def test_steps_for_one_token_and_chunks_have_the_same_bits(name, dtype):
     used = Blueprint(config, quantization)
     layers = blocks(used)
     bits = 32 if dtype == torch.float32 else 16
-    chunked, stepped, decoded = (PagedKVCache(config, CONTEXT, bits) for _ in range(3))
+    chunked, stepped, decoded = (in_pages(config, CONTEXT, bits) for _ in range(3))
     decoder = new_decoder(used, layers, stepped)
     assert decoder is not None
     tokens = torch.randn(PAGE + 40, config.hidden_size).to(dtype)
 
-    def by_blocks(x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def by_blocks(x: torch.Tensor, cache: SequenceCache) -> torch.Tensor:
         for block in layers:
             x = block(x, cache, exact=True)
         cache.advance(len(x))

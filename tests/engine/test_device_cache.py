@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cache_tools import attend, in_tensors, on_gpus, store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paper_gpu import KIND, in_place_of_cuda
@@ -13,9 +14,7 @@ from test_kv_cache import CONFIG, CPU, SINKS
 from triton_interpreter import compute_bf16
 
 from mixchat.engine import kv_cache
-from mixchat.engine.device_cache import DeviceKVCache
-from mixchat.engine.kv_cache import cache_bytes
-from mixchat.engine.tensor_cache import TensorKVCache
+from mixchat.engine.sequence_cache import SequenceCache, cache_bytes
 from mixchat.kernels.gpu import attention
 from mixchat.kernels.gpu.attention import Parts
 from mixchat.kernels.gpu.heads import heads
@@ -33,9 +32,8 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "MAX_CUT_TOKENS", 0)
 
 
-def new(dtype: torch.dtype = torch.bfloat16, bits: int = 16, config=SMALL) -> DeviceKVCache:
-    layers = [CPU] * config.num_hidden_layers
-    return DeviceKVCache(config, CAPACITY, dtype, layers, quantized=bits == 8)
+def new(dtype: torch.dtype = torch.bfloat16, bits: int = 16, config=SMALL) -> SequenceCache:
+    return on_gpus(config, CAPACITY, dtype, [CPU] * config.num_hidden_layers, bits)
 
 
 def tokens_of(count: int, seed: int = 0) -> torch.Tensor:
@@ -44,19 +42,13 @@ def tokens_of(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(2, count, 8, SMALL.head_dim, generator=generator).bfloat16()
 
 
-def attend(cache, x: torch.Tensor) -> list[torch.Tensor]:
-    return [cache.attend(n, y[:, :4], y[:, 4:6], y[:, 6:], SINKS[n]) for n, y in enumerate(x)]
-
-
-def put(cache: DeviceKVCache, x: torch.Tensor) -> None:
-    """Store tokens in both layers, which is faster than to attend to them."""
-    for layer, y in enumerate(x):
-        cache.store(layer, y[:, 4:6], y[:, 6:])
+def put(cache: SequenceCache, x: torch.Tensor) -> None:
+    store(cache, x)
     cache.advance(x.shape[1])
 
 
-def other(config=SMALL, bits: int = 16, dtype: torch.dtype = torch.bfloat16) -> TensorKVCache:
-    return TensorKVCache(config, CAPACITY, dtype, quantized=bits == 8)
+def other(config=SMALL, bits: int = 16, dtype: torch.dtype = torch.bfloat16) -> SequenceCache:
+    return in_tensors(config, CAPACITY, dtype, bits)
 
 
 def close(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
@@ -68,7 +60,7 @@ def test_prompts_and_tokens_see_what_they_see_in_tensors(bits):
     one, reference = new(bits=bits), other(bits=bits)
     for seed, count in enumerate((1, 70, 1, 130, 2, 1)):
         x = tokens_of(count, seed)
-        assert close(attend(one, x), attend(reference, x))
+        assert close(attend(one, x, SINKS), attend(reference, x, SINKS))
         one.advance(count)
         reference.advance(count)
 
@@ -79,22 +71,22 @@ def test_its_memory_is_what_the_plan_counts(bits):
     cache = new(dtype, bits)
     held = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for layer in range(2)
-        for tensor in cache.layer(layer)
+        for layer in cache.layers
+        for tensor in layer.tensors
         if tensor is not None
     }
     assert list(held.values()) == [cache_bytes(SMALL, CAPACITY, dtype, bits)]
-    assert [cache.layer(layer).room for layer in range(2)] == [1024, CAPACITY]
+    assert [layer.tensors.room for layer in cache.layers] == [1024, CAPACITY]
 
 
 def test_a_cache_that_was_cleared_keeps_its_memory():
     cache = new()
-    before = [cache.layer(layer).numbers.data_ptr() for layer in range(2)]
+    before = [layer.tensors.numbers.data_ptr() for layer in cache.layers]
     put(cache, tokens_of(1100))
-    assert cache.first > 0
+    assert cache.extent.first > 0
     cache.clear()
-    assert (cache.length, cache.first) == (0, 0)
-    assert before == [cache.layer(layer).numbers.data_ptr() for layer in range(2)]
+    assert (cache.length, cache.extent.first) == (0, 0)
+    assert before == [layer.tensors.numbers.data_ptr() for layer in cache.layers]
 
 
 def test_a_token_that_a_graph_stores_is_where_the_cache_expects_it():
@@ -102,23 +94,22 @@ def test_a_token_that_a_graph_stores_is_where_the_cache_expects_it():
     one, reference = new(), other()
     x = tokens_of(1030)
     put(one, x[:, :1020])
-    for layer, y in enumerate(x):
-        reference.store(layer, y[:1020, 4:6], y[:1020, 6:])
-    reference.advance(1020)
+    put(reference, x[:, :1020])
     unturned = torch.ones(CAPACITY, 16).bfloat16(), torch.zeros(CAPACITY, 16).bfloat16()
     for token in range(1020, 1030):
         past = torch.tensor([one.length], dtype=torch.int32)
         for layer, y in enumerate(x[:, token : token + 1]):
-            queries, tensors = torch.empty(4, 16).bfloat16(), one.layer(layer)
+            queries, tensors = torch.empty(4, 16).bfloat16(), one.layers[layer].tensors
             heads(y.float().view(1, -1), queries, tensors, past, unturned)
             window = SMALL.window(layer)
             parts, out = Parts.for_tokens(1, 4, tensors, window), torch.empty(1, 4, 16).bfloat16()
             attention.attend(queries[None], tensors, past, out, parts, window, SINKS[layer])
-            expected = reference.attend(layer, y[:, :4], y[:, 4:6], y[:, 6:], SINKS[layer])
+            keys, values = y[:, 4:6], y[:, 6:]
+            expected = reference.layers[layer].attend(y[:, :4], keys, values, SINKS[layer])
             assert close([out], [expected])
         one.advance(1)
         reference.advance(1)
-    assert one.first == 512
+    assert one.extent.first == 512
 
 
 class History:
@@ -152,23 +143,21 @@ def test_any_sequence_of_steps_leaves_what_tokens_see(steps):
             history.tokens = torch.cat([history.tokens, x], dim=1)
         elif name == "interrupted" and cache.length + number <= CAPACITY:
             for layer, y in enumerate(tokens_of(number, seed)[: 1 + seed % 2]):
-                cache.store(layer, y[:, 4:6], y[:, 6:])
+                cache.layers[layer].store(y[:, 4:6], y[:, 6:])
         elif name == "cut":
-            cache.length = cache.usable(cache.length * number // 100)
+            cache.cut(cache.usable(cache.length * number // 100))
             history.tokens = history.tokens[:, : cache.length]
         elif name == "move" and cache.length:
             moved = new()
-            for layer in range(2):
-                moved.restore(layer, cache.content(layer, cache.length), cache.length, cache.first)
-            moved.length = cache.length
-            assert moved.first == cache.first
+            moved.copy_from(cache, cache.length)
+            assert moved.extent == cache.extent
             cache = moved
         assert cache.length == history.tokens.shape[1]
         assert cache.usable(cache.length) == cache.length
         for layer in range(2) if cache.length else ():
             content, expected = (
-                cache.content(layer, cache.length),
-                history.content(layer, cache.first),
+                cache.layers[layer].content(cache.extent),
+                history.content(layer, cache.extent.first),
             )
             assert content.keys() == expected.keys()
             assert all(torch.equal(content[name], expected[name]) for name in content)
@@ -179,13 +168,11 @@ def test_content_has_the_form_of_a_cache_in_tensors(bits):
     """A saved conversation can be continued on either."""
     one, reference, x = new(bits=bits), other(bits=bits), tokens_of(300)
     put(one, x)
-    for layer, y in enumerate(x):
-        reference.store(layer, y[:, 4:6], y[:, 6:])
-    reference.advance(300)
+    put(reference, x)
     assert one.form == reference.form
-    for layer in range(2):
-        theirs, ours = reference.content(layer, 300), one.content(layer, 300)
-        assert one.specs(layer, 300, 0) == reference.specs(layer, 300, 0)
+    for mine, other_layer in zip(one.layers, reference.layers, strict=True):
+        theirs, ours = other_layer.content(reference.extent), mine.content(one.extent)
+        assert mine.specs(one.extent) == other_layer.specs(reference.extent)
         assert theirs.keys() == ours.keys()
         for name in ours:
             assert torch.allclose(theirs[name].float(), ours[name].float(), atol=1)
@@ -193,27 +180,24 @@ def test_content_has_the_form_of_a_cache_in_tensors(bits):
 
 def test_more_tokens_than_a_ring_has_room_for_are_restored_from_their_end():
     reference, x = other(), tokens_of(2100)
-    for layer, y in enumerate(x):
-        reference.store(layer, y[:, 4:6], y[:, 6:])
-    reference.advance(2100)
-    assert reference.first == 0
+    put(reference, x)
+    assert reference.extent.first == 0
     cache = new()
-    for layer in range(2):
-        cache.restore(layer, reference.content(layer, 2100), 2100, 0)
-    cache.length = 2100
-    assert cache.first == 1536
+    cache.copy_from(reference, 2100)
+    assert cache.extent.first == 1536
     assert cache.usable(2100) == 2100
     new_token = tokens_of(1, 7)
-    assert close(attend(cache, new_token), attend(reference, new_token))
+    assert close(attend(cache, new_token, SINKS), attend(reference, new_token, SINKS))
 
 
 def test_a_prompt_that_is_longer_than_a_ring_is_seen_whole():
     config = replace(SMALL, num_attention_heads=1, num_key_value_heads=1)
     x, seen = tokens_of(1100)[0], []
     for cache in (new(config=config), other(config)):
-        cache.store(0, x[:60, 4:5], x[:60, 6:7])
-        cache.length = 60
-        seen.append(cache.attend(0, x[60:, :1], x[60:, 4:5], x[60:, 6:7]))
+        layer = cache.layers[0]
+        layer.store(x[:60, 4:5], x[:60, 6:7])
+        layer.advance(60)
+        seen.append(layer.attend(x[60:, :1], x[60:, 4:5], x[60:, 6:7]))
     assert close(seen[:1], seen[1:])
 
 
@@ -225,27 +209,28 @@ def test_2048_tokens_can_be_cut_off(window, monkeypatch):
         cache.advance(tokens)
         least = max(cache.length - 2048, 0)
         assert cache.usable(least) == least
-    assert cache.first > 0
-    cache.length = cache.usable(0)
+    assert cache.extent.first > 0
+    cache.cut(0)
     cache.advance(1)
-    assert cache.first == 0
+    assert cache.extent.first == 0
 
 
 def test_layers_on_two_gpus_are_saved_and_restored():
     with in_place_of_cuda():
         on = [torch.device(KIND, number) for number in range(2)]
-        one, two = (DeviceKVCache(SMALL, CAPACITY, torch.bfloat16, on) for _ in range(2))
+        one, two = (on_gpus(SMALL, CAPACITY, torch.bfloat16, on) for _ in range(2))
         reference = other()
         for seed in range(2):
             x = tokens_of(9, seed)
-            expected = attend(reference, x)
+            expected = attend(reference, x, SINKS)
             for layer, (y, device) in enumerate(zip(x, on, strict=True)):
                 y, sinks = y.to(device), SINKS[layer]
                 sinks = None if sinks is None else sinks.to(device)
-                seen = one.attend(layer, y[:, :4], y[:, 4:6], y[:, 6:], sinks)
+                seen = one.layers[layer].attend(y[:, :4], y[:, 4:6], y[:, 6:], sinks)
                 assert close([seen.cpu()], [expected[layer]])
             one.advance(9)
             reference.advance(9)
-        for layer in range(2):
-            two.restore(layer, one.content(layer, 18), 18)
-            assert all(map(torch.equal, *(c.content(layer, 18).values() for c in (two, reference))))
+        two.copy_from(one, 18)
+        for pair in zip(two.layers, reference.layers, strict=True):
+            contents = (layer.content(one.extent).values() for layer in pair)
+            assert all(map(torch.equal, *contents))

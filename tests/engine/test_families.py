@@ -115,7 +115,7 @@ def prompt() -> torch.Tensor:
 def logits(engine: Engine, ids: torch.Tensor, chunk: int) -> torch.Tensor:
     """Logits of all positions [T, vocabulary], computed `chunk` tokens at a time."""
     cache = engine.held()[1]
-    cache.length = 0
+    cache.cut(0)
     forward = engine.passes.model.forward
     return torch.cat([forward(part, cache, logits_of=slice(None)) for part in ids.split(chunk)])
 

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cache_tools import attend, in_pages, in_tensors
 from engine_tools import answer
 
 from mixchat.base.options import LoadOptions
-from mixchat.engine import paged_cache
-from mixchat.engine.kv_cache import KVCache, bytes_seen, cache_bytes
-from mixchat.engine.paged_cache import PagedKVCache, new_cache
+from mixchat.engine import paged_cache, sequence_cache
+from mixchat.engine.paged_cache import PagedKVCache
+from mixchat.engine.sequence_cache import SequenceCache, bytes_seen, cache_bytes, new_caches
 from mixchat.engine.tensor_cache import TensorKVCache, attention_mask
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.loading.loader import load_engine
@@ -37,38 +38,33 @@ SINKS = None, torch.tensor([2.0, -1.0, 4.0, 0.0])  # of each layer
 needs_kernel = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 
 
-def paged(bits: int) -> KVCache:
-    return PagedKVCache(CONFIG, 2000, bits)
+def paged(bits: int) -> SequenceCache:
+    return in_pages(CONFIG, 2000, bits)
 
 
-def of_tensors(bits: int) -> KVCache:
-    dtype = torch.float32 if bits == 32 else torch.bfloat16
-    return TensorKVCache(CONFIG, 2000, dtype, quantized=bits == 8)
+def of_tensors(bits: int) -> SequenceCache:
+    return in_tensors(CONFIG, 2000, torch.float32 if bits == 32 else torch.bfloat16, bits)
 
 
 KINDS = [pytest.param(paged, marks=needs_kernel), of_tensors]
 
 
-def conversation(cache: KVCache, dtype: torch.dtype, *turns: int) -> torch.Tensor:
+def conversation(cache: SequenceCache, dtype: torch.dtype, *turns: int) -> torch.Tensor:
     """Return the attention of the tokens of these turns in both layers: [layers, T, H, h]."""
     generator = torch.Generator().manual_seed(0)
     seen: list[torch.Tensor] = []
     for tokens in turns:
         new = torch.randn(2, tokens, 8, 16, generator=generator).to(dtype)
-        layers = [
-            cache.attend(n, x[:, :4], x[:, 4:6], x[:, 6:], SINKS[n]) for n, x in enumerate(new)
-        ]
-        cache.length += tokens
-        seen.append(torch.stack(layers))
+        seen.append(torch.stack(attend(cache, new, SINKS)))
+        cache.advance(tokens)
     return torch.cat(seen, dim=1)
 
 
-def held(cache: KVCache) -> int:
+def held(cache: SequenceCache) -> int:
     """Return the bytes of a cache."""
-    if isinstance(cache, PagedKVCache):
-        return sum(page.nbytes for pages in cache._pages for page in pages)
-    assert isinstance(cache, TensorKVCache)
-    return sum(layer.nbytes for layers in cache._stored.values() for _, layer in layers)
+    pages = [page for layer in cache.layers for page in getattr(layer, "_pages", [])]
+    tensors = [pair[1] for layer in cache.layers for pair in getattr(layer, "_stored", {}).values()]
+    return sum(tensor.nbytes for tensor in (*pages, *tensors))
 
 
 @needs_kernel
@@ -88,7 +84,7 @@ def test_both_kinds_see_the_same(bits, dtype, within, turns):
 def test_what_was_cut_off_is_written_over(kind, bits):
     cache = kind(bits)
     first = conversation(cache, torch.bfloat16, 700, 1)
-    cache.length = 0
+    cache.cut(0)
     assert torch.equal(conversation(cache, torch.bfloat16, 700, 1), first)
 
 
@@ -117,16 +113,18 @@ def test_the_bytes_of_a_full_cache():
 
 def test_the_device_chooses_the_kind(monkeypatch):
     expected = PagedKVCache if kernels_available() else TensorKVCache
-    assert type(new_cache(CONFIG, 10, torch.bfloat16, [CPU])) is expected
-    monkeypatch.setattr(paged_cache, "kernels_available", lambda: False)
-    assert type(new_cache(CONFIG, 10, torch.bfloat16, [CPU])) is TensorKVCache
+    [cache] = new_caches(CONFIG, 10, torch.bfloat16, [CPU, CPU])
+    assert {type(layer) for layer in cache.layers} == {expected}
+    monkeypatch.setattr(sequence_cache, "kernels_available", lambda: False)
+    [cache] = new_caches(CONFIG, 10, torch.bfloat16, [CPU, CPU])
+    assert {type(layer) for layer in cache.layers} == {TensorKVCache}
 
 
 @pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernel), False])
 def test_ctrl_c_while_the_cache_grows_leaves_the_next_turn_right(tiny_model, monkeypatch, kernel):
     """In a prefill, between the keys and the values, or a page and its address: each turn failed
     from then on."""
-    monkeypatch.setattr(paged_cache, "kernels_available", lambda: kernel)
+    monkeypatch.setattr(sequence_cache, "kernels_available", lambda: kernel)
 
     def text() -> list[int]:
         return answer(engine, range(5, 37), max_tokens=20)

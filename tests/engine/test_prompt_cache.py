@@ -11,18 +11,19 @@ from typing import Any
 import engine_tools
 import pytest
 import torch
+from cache_tools import attend, in_pages, in_tensors
 from test_kv_cache import CONFIG, needs_kernel
 
 from mixchat.base import files
 from mixchat.base.errors import CheckpointError, MixchatError, ResourceError
 from mixchat.base.options import LoadOptions
 from mixchat.base.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
-from mixchat.engine import paged_cache
+from mixchat.engine import sequence_cache
 from mixchat.engine.generate import Engine
-from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.layer_cache import Extent
 from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.engine.prompt_cache import PromptCache, saved_tokens
-from mixchat.engine.tensor_cache import TensorKVCache
+from mixchat.engine.sequence_cache import SequenceCache
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.loading.loader import load_engine
 
@@ -36,7 +37,7 @@ def open_engine(
     request: pytest.FixtureRequest, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Open:
     """Loads the tiny model, or another one, with a cache of the one kind or the other."""
-    monkeypatch.setattr(paged_cache, "kernels_available", lambda: request.param)
+    monkeypatch.setattr(sequence_cache, "kernels_available", lambda: request.param)
 
     def opened(model: Path = tiny_model, **options: Any) -> Engine:
         return load_engine(model, LoadOptions(device="cpu", **options))
@@ -191,21 +192,25 @@ def test_a_file_of_another_model_is_refused(open_engine, tmp_path, model_of, cha
 @needs_kernel
 @pytest.mark.parametrize("kernel", [True, False])
 def test_a_file_of_the_other_kind_is_refused(tiny_model, tmp_path, monkeypatch, kernel):
-    monkeypatch.setattr(paged_cache, "kernels_available", lambda: kernel)
+    monkeypatch.setattr(sequence_cache, "kernels_available", lambda: kernel)
     saved(tmp_path / "f", load_engine(tiny_model, LoadOptions(device="cpu")))
-    monkeypatch.setattr(paged_cache, "kernels_available", lambda: not kernel)
+    monkeypatch.setattr(sequence_cache, "kernels_available", lambda: not kernel)
     other = load_engine(tiny_model, LoadOptions(device="cpu"))
-    refused(tmp_path / "f", other, "another kind of KV cache")
+    refused(tmp_path / "f", other, "another kind of cache")
 
 
 DESCRIPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"format": 1}, "another version"),
-    ({"format": 2.0, "model": None}, "another model"),
+    ({"format": 2}, "another version"),
+    ({"format": 3.0, "model": None}, "another model"),
     ({"model": "0" * 64}, "another model"),
     ({"cache": ["pages"]}, "another kind"),
     ({"tokens": 22}, "its tensors do not match"),
     *(({"first": n}, "its first token is wrong") for n in (-512, 5, 512, 2**70, "0", None)),
     ({"tokens": 2**30}, "its tensors do not match"),
+    *(
+        ({"checkpoints": lengths}, "its checkpoints are wrong")
+        for lengths in (None, 5, [0], [-1], [23], [5, 5], [9, 8], [1, 2, 3], ["5"], [True], [2**70])
+    ),
     *(({"tokens": n}, "count of tokens is wrong") for n in (2**70, 0, -1, True, "23", None)),
     ({"more": "x" * 5000}, "its description is missing"),
 ]
@@ -305,18 +310,19 @@ def test_after_a_pass_that_was_broken_off_what_is_whole_is_saved(
     assert answer(other, longer) == answer(open_engine(), longer)
 
 
-def caches(bits: int) -> list[KVCache]:
+NO_SINKS = None, None
+
+
+def caches(bits: int) -> list[SequenceCache]:
     dtype = torch.float32 if bits == 32 else torch.bfloat16
-    tensors = TensorKVCache(CONFIG, 2000, dtype, quantized=bits == 8)
-    kernel = kernels_available()
-    return [tensors, PagedKVCache(CONFIG, 2000, bits)] if kernel else [tensors]
+    tensors = in_tensors(CONFIG, 2000, dtype, bits)
+    return [tensors, in_pages(CONFIG, 2000, bits)] if kernels_available() else [tensors]
 
 
-def filled(cache: KVCache, tokens: int) -> None:
+def filled(cache: SequenceCache, tokens: int) -> None:
     new = torch.randn(2, tokens, 8, 16, generator=torch.Generator().manual_seed(1))
-    for layer, x in enumerate(new if isinstance(cache, PagedKVCache) else new.to(cache._dtype)):
-        cache.attend(layer, x[:, :4], x[:, 4:6], x[:, 6:])
-    cache.length = tokens
+    attend(cache, new.to(getattr(cache.layers[0], "_dtype", new.dtype)), NO_SINKS)
+    cache.advance(tokens)
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
@@ -324,26 +330,23 @@ def filled(cache: KVCache, tokens: int) -> None:
 def test_a_restored_cache_attends_to_the_same_numbers(bits, tokens):
     for old, new in zip(caches(bits), caches(bits), strict=True):
         filled(old, 1300)
-        old.length = tokens
-        for layer in range(2):
-            content = old.content(layer, tokens)
+        old.cut(tokens)
+        for layer, restored in zip(old.layers, new.layers, strict=True):
+            content = layer.content(old.extent)
             assert {n: (t.dtype, tuple(t.shape)) for n, t in content.items()} == {
-                spec.name: (spec.dtype, spec.shape) for spec in old.specs(layer, tokens, 0)
+                spec.name: (spec.dtype, spec.shape) for spec in layer.specs(old.extent)
             }
-            new.restore(layer, content, tokens)
-        new.length = tokens
-        dtype = torch.float32 if bits == 32 else torch.bfloat16
-        x = torch.randn(2, 8, 16).to(dtype)
-        for layer in range(2):
-            seen = [cache.attend(layer, x[:, :4], x[:, 4:6], x[:, 6:]) for cache in (old, new)]
-            assert torch.equal(*seen)
+            restored.restore(content, old.extent, tokens)
+        new.set_extent(old.extent)
+        x = torch.randn(2, 2, 8, 16).to(torch.float32 if bits == 32 else torch.bfloat16)
+        assert all(map(torch.equal, *(attend(cache, x, NO_SINKS) for cache in (old, new))))
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_content_that_does_not_fit_is_refused(bits):
     for old, new in zip(caches(bits), caches(bits), strict=True):
         filled(old, 40)
-        right = old.content(0, 40)
+        right, new = old.layers[0].content(old.extent), new.layers[0]
         keys = right["keys"]
         for wrong in (
             {},
@@ -356,11 +359,11 @@ def test_content_that_does_not_fit_is_refused(bits):
             right | {"keys": keys.double()},
         ):
             with pytest.raises(CheckpointError, match="does not fit"):
-                new.restore(0, wrong, 40)
+                new.restore(wrong, old.extent, 40)
         for tokens in (0, 10, 500, 2001):
             with pytest.raises(CheckpointError, match="does not fit"):
-                new.restore(0, right, tokens)
-        new.restore(0, right, 40)
+                new.restore(right, Extent(tokens), tokens)
+        new.restore(right, old.extent, 40)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -369,12 +372,11 @@ def test_a_cache_that_was_used_can_be_restored(bits):
     for old, used in zip(caches(bits), caches(bits), strict=True):
         filled(old, 40)
         filled(used, 300)
-        used.length = 0
-        for layer in range(2):
-            used.restore(layer, old.content(layer, 40), 40)
-        used.length = 40
-        x = torch.randn(2, 8, 16).to(torch.bfloat16)
-        seen = [cache.attend(1, x[:, :4], x[:, 4:6], x[:, 6:]) for cache in (old, used)]
-        assert torch.equal(*seen)
-        if isinstance(used, PagedKVCache):
-            assert used._addresses[1].tolist() == [page.data_ptr() for page in used._pages[1]]
+        used.cut(0)
+        for layer, restored in zip(old.layers, used.layers, strict=True):
+            restored.restore(layer.content(old.extent), old.extent, 40)
+        used.set_extent(old.extent)
+        x = torch.randn(2, 2, 8, 16).to(torch.bfloat16)
+        assert all(map(torch.equal, *(attend(cache, x, NO_SINKS) for cache in (old, used))))
+        if isinstance(layer := used.layers[1], PagedKVCache):
+            assert layer._addresses.tolist() == [page.data_ptr() for page in layer._pages]

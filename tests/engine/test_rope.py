@@ -218,7 +218,7 @@ def test_types_of_layers_have_their_own_ropes():
 def logits(engine: Any, ids: torch.Tensor, chunk: int) -> torch.Tensor:
     """Logits of all positions, computed `chunk` tokens at a time over the KV cache."""
     cache = engine.held()[1]
-    cache.length = 0
+    cache.cut(0)
     passes = engine.passes.model.forward
     return torch.cat([passes(part, cache, logits_of=slice(None)) for part in ids.split(chunk)])
 

@@ -17,9 +17,9 @@ from mixchat.base.errors import CheckpointError
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import Engine
-from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import LAST, Transformer
 from mixchat.engine.passes import SequenceTokens
+from mixchat.engine.sequence_cache import SequenceCache
 from mixchat.engine.speculation import Proposals
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.trace import RecordingRunner
@@ -134,6 +134,7 @@ def test_a_pass_over_many_tokens_has_the_bits_of_passes_over_one(pair, kind, thr
         torch.set_num_threads(1)
     assert torch.equal(verified, logits[16:])
     assert many.held()[0] == ids[:17]
+    held.cache.advance(len(ids) - 17)  # as if all proposals were right
     many.resume(ids)
     assert same_state(many, one)
 
@@ -165,10 +166,12 @@ def test_whatever_is_proposed_answers_are_those_without_it(pair, monkeypatch, ki
 
 
 def test_fewer_passes_suffice_where_text_is_repeated(pair, monkeypatch):
-    passes: dict[KVCache, int] = {}
+    passes: dict[SequenceCache, int] = {}
     forward = Transformer.forward
 
-    def counting(self: Transformer, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
+    def counting(
+        self: Transformer, ids: torch.Tensor, cache: SequenceCache, **how: Any
+    ) -> torch.Tensor:
         passes[cache] = passes.get(cache, 0) + 1
         return forward(self, ids, cache, **how)
 
@@ -223,7 +226,7 @@ def test_a_pass_that_ctrl_c_ends_leaves_the_next_turn_right(pair, monkeypatch):
     forward = Transformer.forward
 
     def interrupted(
-        self: Transformer, ids: torch.Tensor, cache: KVCache, **how: Any
+        self: Transformer, ids: torch.Tensor, cache: SequenceCache, **how: Any
     ) -> torch.Tensor:
         if how["logits_of"] != LAST:
             verifying.append(True)
@@ -271,7 +274,9 @@ def test_damaged_weights_are_named_although_tokens_were_verified(pair, monkeypat
     speculating, _ = pair("nf4")
     forward = Transformer.forward
 
-    def damaged(self: Transformer, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
+    def damaged(
+        self: Transformer, ids: torch.Tensor, cache: SequenceCache, **how: Any
+    ) -> torch.Tensor:
         logits = forward(self, ids, cache, **how)
         return logits * float("nan") if how["logits_of"] != LAST else logits
 

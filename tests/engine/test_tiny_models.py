@@ -74,7 +74,7 @@ def test_the_inputs_of_dense_parts_are_recorded_for_each_token(kind, chunk, mode
 @torch.inference_mode()
 def logits(engine: Any, ids: torch.Tensor, chunk: int) -> torch.Tensor:
     """Logits of all positions, computed `chunk` tokens at a time over the KV cache."""
-    engine.held()[1].length = 0
+    engine.held()[1].cut(0)
     parts = [
         engine.passes.model.forward(part, engine.held()[1], logits_of=slice(None))
         for part in ids.split(chunk)

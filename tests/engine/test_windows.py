@@ -8,40 +8,39 @@ from typing import Any
 
 import pytest
 import torch
+from cache_tools import attend, in_pages, in_tensors, store
 from engine_tools import FAMILIES, answer
 from test_kv_cache import CONFIG, SINKS, held, needs_kernel
 
 from mixchat.base.options import LoadOptions, SamplingOptions
-from mixchat.engine import kv_cache, paged_cache
+from mixchat.engine import kv_cache, sequence_cache
 from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.generate import Engine
-from mixchat.engine.kv_cache import KVCache, cache_bytes
-from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.engine.prompt_cache import PromptCache
-from mixchat.engine.tensor_cache import TensorKVCache
+from mixchat.engine.sequence_cache import SequenceCache, cache_bytes
 from mixchat.loading.loader import load_engine
 
 CAPACITY = 9000
 WIDE = replace(CONFIG, head_dim=32)  # pages have no padding
 
 
-def paged(bits: int) -> KVCache:
-    return PagedKVCache(WIDE, CAPACITY, bits)
+def paged(bits: int) -> SequenceCache:
+    return in_pages(WIDE, CAPACITY, bits)
 
 
-def of_tensors(bits: int) -> KVCache:
-    return TensorKVCache(WIDE, CAPACITY, torch.bfloat16, quantized=bits == 8)
+def of_tensors(bits: int) -> SequenceCache:
+    return in_tensors(WIDE, CAPACITY, torch.bfloat16, bits)
 
 
 LONG_KINDS = [pytest.param(paged, marks=needs_kernel), of_tensors]
 KERNEL = [pytest.param(True, marks=needs_kernel, id="pages"), pytest.param(False, id="tensors")]
 
 
-def turn(cache: KVCache, tokens: int, seed: int) -> list[torch.Tensor]:
+def turn(cache: SequenceCache, tokens: int, seed: int) -> list[torch.Tensor]:
     """Return the attention of so many new tokens in each layer."""
     generator = torch.Generator().manual_seed(seed)
     new = torch.randn(2, tokens, 8, 32, generator=generator).to(torch.bfloat16)
-    seen = [cache.attend(n, x[:, :4], x[:, 4:6], x[:, 6:], SINKS[n]) for n, x in enumerate(new)]
+    seen = attend(cache, new, SINKS)
     cache.advance(tokens)
     return seen
 
@@ -67,7 +66,7 @@ def test_a_token_sees_what_it_sees_if_all_are_kept(kind, bits, keep_all):
         assert held(one) <= cache_bytes(WIDE, CAPACITY, torch.bfloat16, bits)
         keep_all(True)
         assert equal(seen, turn(other, tokens, seed))
-    assert (one.first, other.first) == (4096, 0)
+    assert (one.extent.first, other.extent.first) == (4096, 0)
     assert held(one) < 0.75 * held(other)
 
 
@@ -76,12 +75,11 @@ def test_one_token_after_the_other_takes_no_more_memory(kind):
     cache = kind(16)
     turn(cache, 2048, 0)
     for seed in range(1, 3000):
-        cache.store(0, *torch.zeros(2, 1, 2, 32, dtype=torch.bfloat16))
-        cache.store(1, *torch.zeros(2, 1, 2, 32, dtype=torch.bfloat16))
+        store(cache, torch.zeros(2, 1, 8, 32, dtype=torch.bfloat16))
         cache.advance(1)
         if seed % 100 == 0:
             assert held(cache) <= cache_bytes(WIDE, CAPACITY, torch.bfloat16)
-    assert cache.first == 2048
+    assert cache.extent.first == 2048
 
 
 @pytest.mark.parametrize("kind", LONG_KINDS)
@@ -92,15 +90,16 @@ def test_what_is_cut_back_within_2048_tokens_is_still_there(kind, keep_all):
         for seed in range(3):
             turn(cache, 2048, seed)
     for length in (6143, 4200, 4096):
-        one.length = other.length = one.usable(length)
-        assert one.length == length
+        assert one.usable(length) == length
+        one.cut(length)
+        other.cut(length)
         assert equal(turn(one, 1, 9), turn(other, 1, 9))
-    least = one.first + 399
+    least = one.extent.first + 399
     assert (one.usable(least), one.usable(least - 1), one.usable(0)) == (least, 0, 0)
-    one.length = 0
+    one.cut(0)
     other.clear()
     assert equal(turn(one, 700, 5), turn(other, 700, 5))
-    assert one.first == 0
+    assert one.extent.first == 0
 
 
 @needs_kernel
@@ -109,9 +108,9 @@ def test_a_new_beginning_takes_the_pages_that_it_needs():
     cache = paged(16)
     for seed in range(4):
         turn(cache, 2048, seed)
-    cache.length = cache.usable(0)
+    cache.cut(0)
     turn(cache, 49, 5)
-    assert sum(page.numel() > 0 for page in cache._pages[0]) == 1
+    assert sum(page.numel() > 0 for page in cache.layers[0]._pages) == 1
 
 
 @pytest.mark.parametrize("kind", LONG_KINDS)
@@ -122,7 +121,7 @@ def test_a_pass_that_is_broken_off_leaves_what_the_next_one_sees(kind, keep_all)
         keep_all(all_kept)
         turn(cache, 2048, 0)
         turn(cache, 2000, 1)
-        cache.store(0, *torch.zeros(2, 2048, 2, 32, dtype=torch.bfloat16))  # without `advance`
+        cache.layers[0].store(*torch.zeros(2, 2048, 2, 32, dtype=torch.bfloat16))  # no `advance`
         assert cache.usable(4048) == 4048
     assert equal(turn(one, 1, 2), turn(other, 1, 2))
 
@@ -134,7 +133,7 @@ def load(
     model_of: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Engine]:
-    monkeypatch.setattr(paged_cache, "kernels_available", lambda: request.param)
+    monkeypatch.setattr(sequence_cache, "kernels_available", lambda: request.param)
     monkeypatch.setattr(kv_cache, "MAX_CUT_TOKENS", 0)
 
     def load(kind: str = "sinks and biases", **options: Any) -> Engine:
@@ -164,7 +163,7 @@ def test_prompts_that_begin_alike_are_answered_as_by_a_new_engine(load):
 def test_the_next_turn_of_a_saved_conversation_goes_on(load, tmp_path):
     one, prompt = load(), ids_of(1530)
     said = answer(one, prompt)
-    assert one.held()[1].first > 0
+    assert one.held()[1].extent.first > 0
     assert PromptCache(tmp_path / "f", one).save()
     longer = [*prompt, *said, 7, 8]
     other = load()

@@ -82,7 +82,7 @@ def test_a_closed_engine_that_something_keeps_holds_no_tensors(tiny_model):
     engine = used_engine()
     assert tensors() > before + 20
     engine.close()
-    left = engine.held()[1].config.num_hidden_layers  # an empty list of pages for each
+    left = engine.held()[1].config.num_hidden_layers  # the empty addresses of each
     wait_until(lambda: tensors() <= before + left)  # the thread that read experts has ended
     assert (engine.held()[0], engine.is_closed) == ([], True)
 

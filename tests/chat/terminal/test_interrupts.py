@@ -99,15 +99,16 @@ def test_after_ctrl_c_in_a_layer_the_next_turn_is_exact(session_with, open_engin
     session = session_with(max_tokens=6)
     list(session.ask("first"))
     engine = session.engine
-    attend, calls = engine.held()[1].attend, itertools.count()
+    cache, calls = engine.held()[1].layers[layer], itertools.count()
+    attend = cache.attend
 
-    def interrupted(at, *arguments):
-        seen = attend(at, *arguments)
-        if at == layer and next(calls) == 0:
+    def interrupted(*arguments):
+        seen = attend(*arguments)
+        if next(calls) == 0:
             os.kill(os.getpid(), signal.SIGINT)
         return seen
 
-    engine.held()[1].attend = interrupted
+    cache.attend = interrupted
     *_, end = session.ask("a longer second question")
     assert end.reason == "interrupted"
     assert len(session.history) == 2

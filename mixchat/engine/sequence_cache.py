@@ -1,0 +1,272 @@
+"""The caches of all layers for one sequence, and the choice of their kinds.
+
+T = new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+
+from mixchat.base import gpu
+from mixchat.base.model_config import ModelConfig
+from mixchat.engine.kv_cache import room_of, token_bytes
+from mixchat.engine.layer_cache import Extent, LayerCache
+from mixchat.engine.paged_cache import PagedKVCache
+from mixchat.engine.state_cache import StateCache, state_bytes
+from mixchat.engine.tensor_cache import Masks, TensorKVCache
+from mixchat.kernels.cpu.compile import kernels_available
+from mixchat.kernels.cpu.pages import Bits, CacheShape
+
+# The bytes of all checkpoints together. A state of Qwen3.6 takes 63 MB, so it has 8 of them.
+_CHECKPOINT_BYTES = 2**29
+_MIN_CHECKPOINTS, _MAX_CHECKPOINTS = 4, 64  # of a sequence
+
+
+class TokenContext(Protocol):
+    """The tokens before a pass, in the caches of one or several sequences."""
+
+    programs: dict[Hashable, Any]  # that mixers make once in a pass
+
+    def positions(self, tokens: int) -> slice | torch.Tensor:
+        """Return the positions of the next T tokens in their sequences."""
+
+    def pieces(self, layer: int) -> Sequence[tuple[slice, LayerCache]]:
+        """Return the rows of each sequence in the pass, and its cache of this layer."""
+
+    def advance(self, tokens: int) -> None:
+        """Count new tokens, after all layers have added them."""
+
+
+class SequenceCache:
+    """The caches of the layers, which hold the first `length` tokens of a sequence.
+
+    It is a `TokenContext` for passes over this sequence alone.
+
+    Layers with a state can be cut to their checkpoints alone. Of at most M checkpoints, half are at
+    multiples of N = capacity / (M / 2) tokens, and the others at the latest places of `begin`. So a
+    text that differs anywhere is computed again from at most N tokens before the difference. With 8
+    checkpoints and 8,192 tokens, N is 2,048.
+    """
+
+    def __init__(
+        self, config: ModelConfig, capacity: int, layers: Sequence[LayerCache], checkpoints: int
+    ) -> None:
+        self.config, self.capacity, self.layers = config, capacity, layers
+        self.programs: dict[Hashable, Any] = {}
+        self.needs_checkpoints = any(layer.needs_checkpoints for layer in layers)
+        self._places = max(checkpoints // 2, 1)
+        self._spacing = -(-capacity // self._places)
+        self.clear()
+
+    def clear(self) -> None:
+        for layer in self.layers:
+            layer.clear()
+        self.length = 0
+        self._checkpoints: list[int] = []
+        self._lengths: list[int] = []  # of checkpoints that passes make as they reach them
+
+    @property
+    def form(self) -> str:
+        """Return the name of the form. Content fits into caches of the same form."""
+        return " and ".join(dict.fromkeys(layer.form for layer in self.layers))
+
+    @property
+    def extent(self) -> Extent:
+        first = max(layer.first for layer in self.layers)
+        return Extent(self.length, first, tuple(self._checkpoints)).until(self.length)
+
+    def is_like(self, cache: SequenceCache) -> bool:
+        mine, theirs = (self.config, self.capacity), (cache.config, cache.capacity)
+        return mine == theirs and self.form == cache.form
+
+    def usable(self, length: int, extent: Extent | None = None) -> int:
+        """Return the most tokens, up to `length`, that the cache can be cut to.
+
+        extent: of a file's content, None for the cache's own.
+        """
+        extent, most = self.extent if extent is None else extent, -1
+        while length != most:
+            most = length
+            for layer in self.layers:
+                length = layer.usable(length, extent)
+        return length
+
+    def begin(self, places: Collection[int]) -> None:
+        """Let passes make checkpoints at these lengths, and at multiples of N.
+
+        A later text may part from the sequence there. The present length may be among them.
+        """
+        if not self.needs_checkpoints:
+            return
+        spaced = range(self._spacing, self.capacity, self._spacing)
+        self._lengths = sorted({n for n in (*places, *spaced) if n >= max(self.length, 1)})
+        for layer in self.layers:
+            layer.checkpoint_at(self._lengths)
+        self._note_checkpoints(self.length)
+
+    def _note_checkpoints(self, start: int) -> None:
+        """Note the checkpoints from `start` to the present length, and forget some of the others.
+
+        Those go that are closest to the one before, and none of the latest ones.
+        """
+        made = {n for n in self._lengths if start <= n <= self.length}
+        self._checkpoints = kept = sorted({*self._checkpoints, *made})
+        while len(others := [n for n in kept if n % self._spacing]) > self._places:
+            gaps = {n: n - before for before, n in pairwise([0, *kept])}
+            oldest = min(others[: len(others) - self._places + 1], key=gaps.__getitem__)
+            kept.remove(oldest)
+            for layer in self.layers:
+                layer.forget(oldest)
+
+    def positions(self, tokens: int) -> slice:
+        return slice(self.length, self.length + tokens)
+
+    def pieces(self, layer: int) -> Sequence[tuple[slice, LayerCache]]:
+        return [(slice(None), self.layers[layer])]
+
+    def advance(self, tokens: int) -> None:
+        for layer in self.layers:
+            layer.advance(tokens)
+        self.length += tokens
+        if self._lengths:
+            self._note_checkpoints(self.length - tokens + 1)
+
+    def fill(self, tokens: int, dtype: torch.dtype) -> None:
+        """Add T random tokens of a model of this type."""
+        for layer in self.layers:
+            layer.fill(tokens, dtype)
+        self.advance(tokens)
+
+    def cut(self, length: int) -> None:
+        assert self.usable(length) == length
+        for layer in self.layers:
+            layer.cut(length)
+        self._checkpoints = [n for n in self._checkpoints if n <= length]
+        self.length, self._lengths = length, []
+
+    def set_extent(self, extent: Extent) -> None:
+        """Note what the layers hold, after each was filled."""
+        self.length, self._checkpoints = extent.tokens, [*extent.checkpoints]
+
+    def copy_from(self, cache: SequenceCache, length: int) -> None:
+        """Hold the first tokens of another cache of the same form."""
+        self.clear()
+        extent = cache.extent.until(length)
+        for mine, theirs in zip(self.layers, cache.layers, strict=True):
+            mine.copy_from(theirs, extent)
+        self.set_extent(extent)
+
+
+def new_caches(
+    config: ModelConfig,
+    capacity: int,
+    dtype: torch.dtype,
+    on: Sequence[torch.device],
+    bits: Bits | None = None,
+    count: int = 1,
+) -> list[SequenceCache]:
+    """Return caches for `count` sequences, of the fastest kinds for layers on these devices.
+
+    bits: of keys and values, None for the bits of `dtype`.
+    """
+    caches = [_layers(config, capacity, dtype, on, bits) for _ in range(count)]
+    checkpoints = _max_checkpoints(config, count)
+    return [SequenceCache(config, capacity, layers, checkpoints) for layers in caches]
+
+
+def _layers(
+    config: ModelConfig,
+    capacity: int,
+    dtype: torch.dtype,
+    on: Sequence[torch.device],
+    bits: Bits | None,
+) -> list[LayerCache]:
+    layers: dict[int, LayerCache] = {}
+    has_kernels = not gpu.is_gpu(on[0]) and dtype != torch.float16 and kernels_available()
+    shapes = {}
+    for layer, device in enumerate(on):
+        if states := state_shapes(config, layer):
+            layers[layer] = StateCache(states, device, has_steps=has_kernels)
+        else:
+            shapes[layer] = kv_shape(config, layer, bits or bits_of(dtype))
+    windows = {layer: config.window(layer) for layer in shapes}
+    if gpu.is_gpu(on[0]):
+        # Triton is imported only if a GPU computes.
+        from mixchat.engine.device_cache import device_caches
+
+        devices = {layer: on[layer] for layer in shapes}
+        layers |= device_caches(shapes, capacity, windows, dtype, devices)
+    elif has_kernels:
+        for layer, shape in shapes.items():
+            layers[layer] = PagedKVCache(shape, capacity, windows[layer])
+    else:
+        masks = Masks()
+        for layer, shape in shapes.items():
+            layers[layer] = TensorKVCache(shape, capacity, windows[layer], dtype, masks)
+    return [layers[layer] for layer in range(len(on))]
+
+
+def kv_shape(config: ModelConfig, layer: int, bits: Bits) -> CacheShape:
+    """Return the shape of a layer's keys and values."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    return CacheShape(heads, groups, config.head_dim, bits)
+
+
+def state_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a layer's state, none if the layer has keys and values."""
+    return {}
+
+
+def cache_bytes(
+    config: ModelConfig,
+    capacity: int,
+    dtype: torch.dtype,
+    bits: Bits | None = None,
+    count: int = 1,
+) -> int:
+    """Return the bytes that the full caches of `count` sequences take."""
+    rooms = _kv_bytes(config, bits or bits_of(dtype), lambda window: room_of(capacity, window))
+    # A pass reads a state and writes another one.
+    states = _bytes_of_states(config) * (2 + _max_checkpoints(config, count))
+    return count * (rooms + states)
+
+
+def bytes_seen(
+    config: ModelConfig, tokens: int, dtype: torch.dtype, bits: Bits | None = None
+) -> int:
+    """Return the bytes that a token after `tokens` earlier ones reads, or writes to states."""
+    seen = _kv_bytes(config, bits or bits_of(dtype), lambda window: min(tokens, window or tokens))
+    return seen + 2 * _bytes_of_states(config)
+
+
+def _kv_bytes(config: ModelConfig, bits: Bits, tokens_of: Callable[[int | None], int]) -> int:
+    """Return the bytes of keys and values, for the tokens of layers with each window."""
+    layers = range(config.num_hidden_layers)
+    return sum(
+        tokens_of(config.window(layer)) * token_bytes(kv_shape(config, layer, bits))
+        for layer in layers
+        if not state_shapes(config, layer)
+    )
+
+
+def _bytes_of_states(config: ModelConfig) -> int:
+    layers = range(config.num_hidden_layers)
+    return sum(state_bytes(state_shapes(config, layer)) for layer in layers)
+
+
+def _max_checkpoints(config: ModelConfig, count: int) -> int:
+    """Return how many checkpoints each of `count` sequences may have."""
+    state = _bytes_of_states(config)
+    if not state:
+        return 0
+    fitting = _CHECKPOINT_BYTES // count // state
+    return min(max(fitting, _MIN_CHECKPOINTS), _MAX_CHECKPOINTS)
+
+
+def bits_of(dtype: torch.dtype) -> Bits:
+    """Return the bits of a number in a cache of this type."""
+    return 32 if dtype == torch.float32 else 16
