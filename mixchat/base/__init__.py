@@ -2,6 +2,7 @@
 
 - errors.py: the tree of errors, each with its exit code and hint
 - model_config.py: the shape of a model, with the keys of config.json, and its context
+- rope_parameters.py: the rotary position embedding of a model's layers
 - settings.py: the directories of mixchat's files, and the settings in config.toml
 - quantities.py: sizes, rates and times as text, and amounts of memory from text
 - options.py: the options of sampling, of a chat and of loading a model, and a worker's address

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mixchat.base.errors import CheckpointError, PromptTooLongError, UsageError
 from mixchat.base.files import read_json_object
 from mixchat.base.quantities import format_size
+from mixchat.base.rope_parameters import RopeParameters
 
 # The bounds of a context that nobody chose. Mixtral's tokens take 128 KiB each, and coding agents
 # begin with prompts of 10,000 to 20,000 tokens.
@@ -19,83 +20,10 @@ BYTES_PER_TOKEN = 128
 _USUAL = 4  # an answer may take 1/4 of the context by default
 
 _MAX_EXPERTS = 100_000  # in all layers, more than any model has
-_MAX_FACTOR = 1000  # by which a context is stretched
 
-LayerType = Literal["full_attention", "sliding_attention"]
-RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
-
-
-@dataclass(frozen=True)
-class RopeParameters:
-    """The rotary embedding of a layer, under Hugging Face's names.
-
-    `original_max_position_embeddings` is the context in tokens that the model was first trained
-    for, which all types but "default" have. Keys that a type does not take have their defaults.
-    partial_rotary_factor: the part of a head's columns that is rotated.
-    """
-
-    rope_theta: float
-    rope_type: RopeType = "default"
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-    partial_rotary_factor: float = 1.0
-
-    @property
-    def follows_length(self) -> bool:
-        """Return whether the frequencies depend on the length of the sequence."""
-        return self.rope_type in ("dynamic", "longrope")
-
-    def stretched_for(self, context: int) -> int | None:
-        """Return the length in tokens that the frequencies are stretched for, None if for none.
-
-        All lengths are one to "longrope", which has two sets of frequencies.
-        """
-        original = self.original_max_position_embeddings
-        if not self.follows_length or context <= original:
-            return None
-        return context if self.rope_type == "dynamic" else original + 1
-
-    def rotated(self, head_dim: int) -> int:
-        """Return how many columns of a head are rotated, which are its first."""
-        return int(head_dim * self.partial_rotary_factor)
-
-    def check(self, head_dim: int) -> None:
-        """Raise `CheckpointError` if it cannot rotate heads of this size."""
-        rotated = self.rotated(head_dim)
-        if rotated % 2 or not 0 < rotated <= head_dim:
-            raise CheckpointError(
-                f"config.json: a partial_rotary_factor of {self.partial_rotary_factor:g} cannot "
-                f"rotate pairs of {head_dim} columns"
-            )
-        for fault in self._faults(rotated):
-            raise CheckpointError(f"config.json: rope type '{self.rope_type}' {fault}")
-
-    def _faults(self, head_dim: int) -> Iterator[str]:
-        rope_type, pairs = self.rope_type, head_dim // 2
-        if not 1 <= self.factor <= _MAX_FACTOR:
-            yield f"has the factor {self.factor:g}, not one from 1 to {_MAX_FACTOR}"
-        if rope_type == "dynamic" and head_dim == 2:
-            yield "needs a head_dim above 2"
-        if rope_type == "yarn" and self.rope_theta <= 1:
-            yield f"needs a rope_theta above 1, not {self.rope_theta:g}"
-        if rope_type == "yarn" and self.beta_fast < self.beta_slow:
-            yield "has a beta_fast that is smaller than its beta_slow"
-        if rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            yield "needs a high_freq_factor above its low_freq_factor"
-        if rope_type == "longrope" and self.original_max_position_embeddings == 1:
-            yield "needs an original context above 1 token"
-        if rope_type == "longrope" and {len(self.short_factor), len(self.long_factor)} != {pairs}:
-            yield f"needs {pairs} numbers in short_factor and in long_factor"
+LayerType = Literal["full_attention", "sliding_attention", "linear_attention", "conv"]
+# The part of a layer that mixes tokens. Layers with and without a window have the same.
+MixerType = Literal["attention", "latent_attention", "linear_attention", "conv"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +34,17 @@ class ModelConfig:
 
     layer_types: one a layer, all "full_attention" if it is empty. `sliding_window` is in tokens.
     sliding_rope_parameters: of sliding layers, if they differ.
+    global_head_dim, num_global_key_value_heads: of full layers, if they differ from sliding ones.
+    linear_conv_kernel_dim, linear_key_head_dim, linear_value_head_dim, linear_num_key_heads,
+    linear_num_value_heads: of "linear_attention", which is a Gated DeltaNet.
+    conv_L_cache: the tokens that the short convolution of a layer "conv" reads. conv_bias: of it
+    and of its projections.
+    kv_lora_rank: the width of the latent that keys and values are made of, 0 for none. Then all
+    layers have latent attention. Its heads are of qk_nope_head_dim + qk_rope_head_dim columns, of
+    which the last ones rotate, and values of v_head_dim. q_lora_rank: the width of the latent of
+    queries, 0 for none.
+    attn_output_gate: the sigmoid of a gate multiplies each column of attention's output.
+    fp32_norms: norms multiply by their weights in fp32, and round once. Others round before.
     norm_topk_prob: whether the weights of the chosen experts sum to one.
     scoring_func: makes these weights of the router's logits. routed_scaling_factor multiplies them.
     e_score_correction_bias: whether a number for each expert joins the scores for the choice.
@@ -145,6 +84,22 @@ class ModelConfig:
     sliding_window: int | None = None
     layer_types: tuple[LayerType, ...] = ()
     sliding_rope_parameters: RopeParameters | None = None
+    global_head_dim: int | None = None
+    num_global_key_value_heads: int | None = None
+    linear_conv_kernel_dim: int = 0
+    linear_key_head_dim: int = 0
+    linear_value_head_dim: int = 0
+    linear_num_key_heads: int = 0
+    linear_num_value_heads: int = 0
+    conv_L_cache: int = 0
+    conv_bias: bool = False
+    kv_lora_rank: int = 0
+    q_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    attn_output_gate: bool = False
+    fp32_norms: bool = False
     norm_topk_prob: bool = True
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     routed_scaling_factor: float = 1.0
@@ -166,6 +121,30 @@ class ModelConfig:
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
+
+    def layer_type(self, layer: int) -> LayerType:
+        return self.layer_types[layer] if self.layer_types else "full_attention"
+
+    def mixer(self, layer: int) -> MixerType:
+        """Return the part of a layer that mixes tokens."""
+        layer_type = self.layer_type(layer)
+        if layer_type == "linear_attention" or layer_type == "conv":
+            return layer_type
+        return "latent_attention" if self.kv_lora_rank else "attention"
+
+    def attention_shape(self, layer: int) -> tuple[int, int, int]:
+        """Return the heads of a layer's queries, and of its keys and values, and their columns."""
+        groups, width = self.num_key_value_heads, self.head_dim
+        if not self._is_sliding(layer):
+            groups = self.num_global_key_value_heads or groups
+            width = self.global_head_dim or width
+        return self.num_attention_heads, groups, width
+
+    def rotating_columns(self, layer: int) -> int:
+        """Return the columns of a layer's heads, of which its rope rotates all or some."""
+        if self.mixer(layer) == "latent_attention":
+            return self.qk_rope_head_dim
+        return self.attention_shape(layer)[2]
 
     def window(self, layer: int) -> int | None:
         """Return how many of the last tokens a layer attends to, or None for all."""
@@ -195,8 +174,14 @@ class ModelConfig:
     @property
     def ropes(self) -> tuple[RopeParameters, ...]:
         """Return the different rotary embeddings of the layers."""
-        both = (self.rope_parameters, self.sliding_rope_parameters)
-        return tuple(rope for rope in both if rope is not None)
+        return (*dict.fromkeys(rope for rope, _ in self.rotations),)
+
+    @property
+    def rotations(self) -> list[tuple[RopeParameters, int]]:
+        """Return the rotary embeddings of the layers, each with the columns of their heads."""
+        rotating = ("attention", "latent_attention")
+        layers = (n for n in range(self.num_hidden_layers) if self.mixer(n) in rotating)
+        return [*dict.fromkeys((self.rope(n), self.rotating_columns(n)) for n in layers)]
 
     @property
     def largest_context(self) -> int:
@@ -225,14 +210,14 @@ class ModelConfig:
         return tuple(dict.fromkeys(min(tokens, most) for tokens in doubled))
 
     def _is_sliding(self, layer: int) -> bool:
-        return bool(self.layer_types) and self.layer_types[layer] == "sliding_attention"
+        return self.layer_type(layer) == "sliding_attention"
 
     def check(self) -> None:
         """Raise `CheckpointError` if the numbers do not fit together."""
         for fault in self._faults():
             raise CheckpointError(f"config.json: {fault}")
-        for rope in self.ropes:
-            rope.check(self.head_dim)
+        for rope, columns in self.rotations:
+            rope.check(columns)
 
     def _faults(self) -> Iterator[str]:
         heads, shared = self.num_attention_heads, self.num_key_value_heads
@@ -258,6 +243,31 @@ class ModelConfig:
             yield f"{self.num_experts_per_tok} experts per token of only {experts}"
         if self.layer_types and len(self.layer_types) != layers:
             yield f"{len(self.layer_types)} layer_types for {layers} layers"
+        yield from self._mixer_faults()
+
+    def _mixer_faults(self) -> Iterator[str]:
+        """Yield faults of numbers that only some mixers have."""
+        needed = {
+            "linear_attention": (
+                *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
+                *("linear_num_key_heads", "linear_num_value_heads"),
+            ),
+            "conv": ("conv_L_cache",),
+            "latent_attention": ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+        }
+        mixers = dict.fromkeys(map(self.mixer, range(self.num_hidden_layers)))
+        for mixer in mixers:
+            for name in needed.get(mixer, ()):
+                if getattr(self, name) < 1:
+                    yield f"{name} is missing"
+        heads, keys = self.linear_num_value_heads, self.linear_num_key_heads
+        if "linear_attention" in mixers and heads % keys:
+            yield f"{heads} value heads cannot share {keys} key heads"
+        groups = self.num_global_key_value_heads or self.num_key_value_heads
+        if self.num_attention_heads % groups:
+            yield f"{self.num_attention_heads} attention heads cannot share {groups} global ones"
+        if self.global_head_dim and self.global_head_dim % 2:
+            yield f"global_head_dim {self.global_head_dim} is odd"
 
 
 @dataclass(frozen=True)

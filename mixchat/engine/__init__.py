@@ -8,6 +8,7 @@
 - sampling.py: the next token from the logits
 - speculation.py: proposes tokens, to verify several in one pass
 - model.py: the transformer, from token ids to logits
+- model_tensors.py: the tensors of which it is built
 - norm.py: the RMSNorm
 - attention.py: attention of a layer
 - rope.py: rotary position embedding

@@ -6,7 +6,7 @@ h = head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from mixchat.base.model_config import ModelConfig
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.layer_cache import LayerCache
+from mixchat.engine.model_tensors import ModelTensors
 from mixchat.engine.norm import RMSNorm
 from mixchat.engine.paged_cache import KVSteps, PagedKVCache, SequencesAttention
 from mixchat.engine.rope import RotaryEmbedding
@@ -21,6 +22,7 @@ from mixchat.engine.sequence_cache import SequenceCache, TokenContext
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.pages import CacheShape
 from mixchat.kernels.cpu.program import Stage, Step, alone, together
+from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.matrix.linear import as_packed
 from mixchat.weights.matrix.quant_type import Linear, RecordingLinear, RecordRows
 
@@ -102,22 +104,38 @@ class Attention:
         sinks: torch.Tensor | None = None,
     ) -> None:
         self._layer, self._config = layer, config
+        self._heads, self._groups, self._width = config.attention_shape(layer)
         self.qkv_proj, self.o_proj, self.rope = qkv_proj, o_proj, rope
         self.qk_norms, self.sinks = qk_norms, None if sinks is None else sinks.float()
 
-    def record_inputs(self, of_qkv: RecordRows, of_o: RecordRows) -> None:
-        """Record the inputs of both matrices from now on. No step can be made then."""
-        self.qkv_proj = RecordingLinear(self.qkv_proj, of_qkv)
-        self.o_proj = RecordingLinear(self.o_proj, of_o)
+    @classmethod
+    def build(
+        cls, layer: int, used: Blueprint, tensors: ModelTensors, rope: RotaryEmbedding | None
+    ) -> Attention:
+        spec, config = used.mixer(layer), used.config
+        norms = [RMSNorm(tensors.tensor(norm), config.rms_norm_eps) for norm in spec.norms]
+        sinks = tensors.tensor(spec.tensors["sinks"]) if config.attention_sinks else None
+        qkv_proj, o_proj = map(tensors.linear, spec.matrices.values())
+        assert rope is not None
+        return cls(layer, config, qkv_proj, o_proj, rope, norms, sinks)
+
+    def record_inputs(self, records: Mapping[str, RecordRows]) -> None:
+        self.qkv_proj = RecordingLinear(self.qkv_proj, records["qkv_proj"])
+        self.o_proj = RecordingLinear(self.o_proj, records["o_proj"])
+
+    def has_stages(self, dtype: torch.dtype) -> bool:
+        rotated = self.rope.width
+        columns = rotated // 2, self._width - rotated
+        return all(rows.can_compute(dtype, count) for count in columns)
 
     def __call__(
         self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
     ) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
         config, tokens = self._config, x.shape[0]
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        heads, groups = self._heads, self._groups
         qkv = self.qkv_proj(x, exact=exact)
-        qkv = qkv.view(tokens, heads + 2 * groups, config.head_dim)  # [T, H + 2G, h]
+        qkv = qkv.view(tokens, heads + 2 * groups, self._width)  # [T, H + 2G, h]
         for norm, normed in self._normed(qkv):
             norm.normalize_heads(normed)
         if config.clip_qkv is not None:
@@ -156,11 +174,10 @@ class Attention:
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
         """Return `__call__` for one token, from `normed` to `added`."""
-        config = self._config
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
-        qkv = context.tensor("qkv", 1, heads + 2 * groups, config.head_dim)
-        rotated = context.tensor("rotated", 1, heads + groups, config.head_dim)
-        attended = context.tensor("attended", 1, heads, config.head_dim)
+        config, heads, groups, width = self._config, self._heads, self._groups, self._width
+        qkv = context.tensor("qkv", 1, heads + 2 * groups, width)
+        rotated = context.tensor("rotated", 1, heads + groups, width)
+        attended = context.tensor("attended", 1, heads, width)
         round_x, project = as_packed(self.qkv_proj).steps(context.normed, qkv.view(1, -1))
         # Each of these steps needs the step before it, so one thread runs them in order.
         prepare = [norm.heads_step(normed) for norm, normed in self._normed(qkv)]
@@ -184,5 +201,5 @@ class Attention:
 
     def _normed(self, qkv: torch.Tensor) -> Iterable[tuple[RMSNorm, torch.Tensor]]:
         """Return the norms, if there are any, each with its queries [T, H, h] or keys [T, G, h]."""
-        heads, groups = self._config.num_attention_heads, self._config.num_key_value_heads
+        heads, groups = self._heads, self._groups
         return zip(self.qk_norms, (qkv[:, :heads], qkv[:, heads : heads + groups]), strict=False)

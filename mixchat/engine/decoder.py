@@ -102,13 +102,9 @@ def new_decoder(
     whole = all(matrix.has_kernel and matrix.stored_rows == matrix.rows for matrix in matrices)
     if not whole or not all(layer.has_steps for layer in cache.layers):
         return None
-    rotated = [rope.rotated(config.head_dim) for rope in config.ropes]
-    columns = (
-        *(matrix.columns for matrix in matrices),
-        *(count // 2 for count in rotated),
-        *(config.head_dim - count for count in rotated),
-    )
-    if not all(rows.can_compute(dtype, count) for count in columns):
+    if not all(rows.can_compute(dtype, matrix.columns) for matrix in matrices):
+        return None
+    if not all(block.mixer.has_stages(dtype) for block in blocks):
         return None
     return Decoder(blocks, cache, config.hidden_size, dtype, output)
 

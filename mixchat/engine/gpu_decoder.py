@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from mixchat.base import gpu
+from mixchat.engine.attention import Attention
 from mixchat.engine.device_cache import DeviceKVCache
 from mixchat.engine.gpu_layer import (
     Kernels,
@@ -89,6 +90,8 @@ def new_gpu_decoder(
     )
     matrices = [*used.shared_matrices.values()]
     if not on_gpus or not all(experts_taken):
+        return None
+    if not all(isinstance(block.mixer, Attention) for block in model.blocks):
         return None
     if not all(form_of(matrix).is_supported for matrix in matrices):
         return None

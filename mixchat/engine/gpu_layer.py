@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from mixchat.base.model_config import ModelConfig
+from mixchat.engine.attention import Attention
 from mixchat.engine.device_cache import DeviceKVCache
 from mixchat.engine.mlp import DenseMLP
 from mixchat.engine.model import Block
@@ -88,7 +89,8 @@ def attention_kernels(
 
     added: what is added to x first, fp32 [P, D].
     """
-    attention, stored, window = block.attention, cache.tensors, cache.window
+    attention, stored, window = block.mixer, cache.tensors, cache.window
+    assert isinstance(attention, Attention)
     heads_shape = 1, config.num_attention_heads, config.head_dim
     qkv, out = as_gpu(attention.qkv_proj).matrix, as_gpu(attention.o_proj).matrix
     sums, outputs = (
@@ -101,7 +103,7 @@ def attention_kernels(
     rope, clip, eps = attention.rope.tables, config.clip_qkv, config.rms_norm_eps
     x, normed, past, finished = tokens.x, tokens.normed, tokens.past, tokens.finished
     return [
-        partial(add_norm, x, added, block.attention_norm.weight, normed, eps, finished),
+        partial(add_norm, x, added, block.mixer_norm.weight, normed, eps, finished),
         partial(product, normed[None], qkv, sums),
         partial(heads, sums[:, 0], queries[0], stored, past, rope, norms, eps, clip),
         partial(attend, queries, stored, past, attended, parts, window, attention.sinks),

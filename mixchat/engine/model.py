@@ -5,17 +5,18 @@ T = tokens of this call, P = tokens before them (in the cache), D = hidden_size,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 
 from mixchat.base import gpu
-from mixchat.base.model_config import ModelConfig
+from mixchat.base.model_config import MixerType, ModelConfig
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.attention import Attention, SingleTokenContext
 from mixchat.engine.mlp import DenseMLP
+from mixchat.engine.model_tensors import ModelTensors
 from mixchat.engine.moe import Routing, SparseMoE
 from mixchat.engine.norm import RMSNorm
 from mixchat.engine.rope import RotaryEmbedding
@@ -25,8 +26,7 @@ from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.program import Stage, alone
 from mixchat.kernels.cpu.router import Router
 from mixchat.weights.format.blueprint import HEAD, Blueprint
-from mixchat.weights.format.expert import Expert, ExpertSpec
-from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.format.expert import Expert
 from mixchat.weights.matrix.quant_type import Linear, RecordRows
 
 LAST = slice(-1, None)
@@ -35,30 +35,48 @@ AfterLayer = Callable[[int], object]
 Embedding = Callable[[torch.Tensor], torch.Tensor]  # from ids [T], on the CPU, to rows [T, D]
 
 
-class ModelTensors(Protocol):
-    """The tensors of a model on the device that computes it."""
+class Mixer(Protocol):
+    """The part of a layer that mixes tokens."""
 
-    def tensor(self, spec: TensorSpec) -> torch.Tensor: ...
+    def __call__(
+        self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
+    ) -> torch.Tensor:
+        """Map x [T, D] to [T, D]."""
 
-    def linear(self, spec: LinearSpec) -> Linear:
-        """Return a matrix."""
+    def has_stages(self, dtype: torch.dtype) -> bool:
+        """Return whether kernels take hidden states of this type. Matrices are not asked."""
 
-    def expert(self, spec: ExpertSpec) -> Expert:
-        """Return a layer's dense part, which has the form of an expert."""
+    def stages(self, context: SingleTokenContext) -> list[Stage]:
+        """Return `__call__` for one token, from `normed` to `added`."""
+
+    def record_inputs(self, records: Mapping[str, RecordRows]) -> None:
+        """Record the inputs of matrices, by their roles in `MixerSpec`, from now on.
+
+        No step can be made then.
+        """
+
+
+class _MixerClass(Protocol):
+    def build(
+        self, layer: int, used: Blueprint, tensors: ModelTensors, rope: RotaryEmbedding | None
+    ) -> Mixer: ...
+
+
+_MIXERS: dict[MixerType, _MixerClass] = {"attention": Attention}
 
 
 class Block:
-    """One layer, attention and then experts, a dense part, or both."""
+    """One layer, a mixer and then experts, a dense part, or both."""
 
     def __init__(
         self,
-        attention_norm: RMSNorm,
-        attention: Attention,
+        mixer_norm: RMSNorm,
+        mixer: Mixer,
         mlp_norm: RMSNorm,
         moe: SparseMoE | None,
         mlp: DenseMLP | None,
     ) -> None:
-        self.attention_norm, self.attention = attention_norm, attention
+        self.mixer_norm, self.mixer = mixer_norm, mixer
         self.mlp_norm, self._moe, self.mlp = mlp_norm, moe, mlp
 
     @property
@@ -69,7 +87,7 @@ class Block:
 
     @property
     def device(self) -> torch.device:
-        return self.attention_norm.weight.device
+        return self.mixer_norm.weight.device
 
     @property
     def is_dense(self) -> bool:
@@ -81,27 +99,24 @@ class Block:
         layer: int,
         used: Blueprint,
         tensors: ModelTensors,
-        rope: RotaryEmbedding,
+        rope: RotaryEmbedding | None,
         runner: ExpertRunner,
     ) -> Block:
         config = used.config
-        attention_norm, mlp_norm, *qk_norms = (
-            RMSNorm(tensors.tensor(spec), config.rms_norm_eps)
-            for spec in (*used.norms(layer), *used.qk_norms(layer))
+        mixer_norm, mlp_norm = (
+            RMSNorm(tensors.tensor(spec), config.rms_norm_eps) for spec in used.norms(layer)
         )
-        qkv_proj, o_proj = (tensors.linear(spec) for spec in (used.qkv(layer), used.o(layer)))
-        sinks = tensors.tensor(used.sinks(layer)) if config.attention_sinks else None
-        attention = Attention(layer, config, qkv_proj, o_proj, rope, qk_norms, sinks)
+        mixer = _MIXERS[config.mixer(layer)].build(layer, used, tensors, rope)
         moe, first = None, config.first_k_dense_replace
         if layer >= first:
             moe = SparseMoE(layer - first, _router(layer, used, tensors), runner)
-        return cls(attention_norm, attention, mlp_norm, moe, _mlp(layer, used, tensors))
+        return cls(mixer_norm, mixer, mlp_norm, moe, _mlp(layer, used, tensors))
 
     def __call__(
         self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
     ) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
-        x = x + self.attention(self.attention_norm(x), context, exact=exact)
+        x = x + self.mixer(self.mixer_norm(x), context, exact=exact)
         normed = self.mlp_norm(x)
         outputs = [network(normed, exact=exact) for network in (self._moe, self.mlp) if network]
         # Both outputs are added first, as in transformers, since sums in bf16 depend on the order.
@@ -121,8 +136,8 @@ class Block:
     def _stages_up_to_experts(self, context: SingleTokenContext) -> list[Stage]:
         x, normed = context.x, context.normed
         return [
-            self.attention_norm.stage(x, normed),
-            *self.attention.stages(context),
+            self.mixer_norm.stage(x, normed),
+            *self.mixer.stages(context),
             alone(rows.add_step(x, context.added, x)),
             self.mlp_norm.stage(x, normed),
             *(self.mlp.stages(context) if self.mlp else ()),
@@ -234,15 +249,15 @@ class Transformer:
         self._decoder = decoder
 
     def record_inputs(self, used: Blueprint, record: Callable[[str, torch.Tensor], object]) -> None:
-        """Record the inputs [T, C] of attention, dense parts and head, with their matrices' names.
+        """Record the inputs [T, C] of mixers, dense parts and head, with their matrices' names.
 
         All tokens are recorded for the head, although it computes few.
         """
         # Its programs call kernels, and not the matrices that record.
         self._decoder = None
         for layer, block in enumerate(self.blocks):
-            names = used.qkv(layer).name, used.o(layer).name
-            block.attention.record_inputs(*(partial(record, name) for name in names))
+            mixer = used.mixer(layer).matrices
+            block.mixer.record_inputs({x: partial(record, mixer[x].name) for x in mixer})
             if block.mlp is not None and (matrices := used.mlp(layer)):
                 block.mlp.record_inputs(*(partial(record, spec.name) for spec in matrices))
         self._record_head = lambda rows: record(HEAD, self.output.norm(rows))

@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from mixchat.base.model_config import ModelConfig, RopeParameters
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.rope_parameters import RopeParameters
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.program import Step
 
@@ -62,13 +63,17 @@ class RotaryEmbedding:
 
 def rotary_embeddings(
     config: ModelConfig, context: int, dtype: torch.dtype, device: torch.device
-) -> list[RotaryEmbedding]:
-    """Return each layer's rotary embedding. Layers with the same parameters share one."""
+) -> list[RotaryEmbedding | None]:
+    """Return each layer's rotary embedding, which layers with the same parameters share.
+
+    Layers whose mixer does not rotate have none.
+    """
     shared = {
-        parameters: RotaryEmbedding(parameters, config.head_dim, context, dtype, device)
-        for parameters in config.ropes
+        (parameters, columns): RotaryEmbedding(parameters, columns, context, dtype, device)
+        for parameters, columns in config.rotations
     }
-    return [shared[config.rope(layer)] for layer in range(config.num_hidden_layers)]
+    layers = range(config.num_hidden_layers)
+    return [shared.get((config.rope(n), config.rotating_columns(n))) for n in layers]
 
 
 def _powers(theta: float | torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -172,8 +172,8 @@ def chunks_are_exact(blueprint: Blueprint, device: torch.device) -> bool:
     """Return whether prefill gives a token the same bits alone as in a chunk."""
     if device.type != "cpu" or not kernels_available():
         return False
-    norms = (*blueprint.norms(0), *blueprint.qk_norms(0))
-    return all(rows.can_compute(norm.dtype, norm.shape[-1]) for norm in norms) and all(
+    dtype = blueprint.quantization.dtype
+    return all(rows.can_compute(dtype, columns) for columns in blueprint.norm_columns) and all(
         matrix.can_be_exact for matrix in blueprint.typical_matrices
     )
 

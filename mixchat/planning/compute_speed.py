@@ -39,7 +39,8 @@ ROWS = (1, 8, 64, 512)
 # With this in each byte, codes, scales and weights are ordinary numbers, which slow no arithmetic.
 _FILLING = 0x3C
 _CONTEXT = 128  # tokens before the one that a layer computes
-_COPIES = 4  # layers in turn, so that no CPU cache holds one
+# Layers in turn, so that no CPU cache holds one. Layers of several forms may need more.
+_COPIES, _MAX_COPIES = 4, 8
 # The kernels read a band of such a matrix once, and its products with all tokens out of the caches.
 _PRODUCT_ROWS, _PRODUCT_COLUMNS, _PRODUCT_TOKENS = 4096, 4096, 512
 
@@ -159,10 +160,24 @@ def _filled_experts(blueprint: Blueprint, pool_bytes: int) -> list[Expert]:
 
 
 def layer_probe(blueprint: Blueprint) -> Callable[[], None]:
-    """Return a function that computes one token through a layer without experts."""
-    layers = _Layers(blueprint, [(0, _PoolRunner())] * _COPIES)
+    """Return a function that computes one token through a layer without experts.
+
+    Its calls compute layers of all forms, as often as the model has them.
+    """
+    layers = _Layers(blueprint, [(layer, _PoolRunner()) for layer in _mixture(blueprint)])
     turns = itertools.cycle([layers.computing([block]) for block in layers.blocks])
     return lambda: next(turns)()
+
+
+def _mixture(blueprint: Blueprint) -> list[int]:
+    """Return layers with experts, counted from 0, of each form in about its proportion."""
+    first, total = blueprint.config.first_k_dense_replace, blueprint.config.num_moe_layers
+    counts = {layer - first: n for layer, n in blueprint.layer_forms.items() if layer >= first}
+    sizes = range(_COPIES, _MAX_COPIES + 1)
+    exact = (size for size in sizes if all(n * size % total == 0 for n in counts.values()))
+    size = next(exact, _MAX_COPIES)
+    copies = {layer: max(1, round(n * size / total)) for layer, n in counts.items()}
+    return [layer for layer, count in copies.items() for _ in range(count)]
 
 
 class PromptProducts:

@@ -57,7 +57,7 @@ def estimate(blueprint: Blueprint, gpus: Sequence[torch.device]) -> Measurement:
         _DISK_BANDWIDTH,
         memory_bandwidth=memory,
         expert_seconds={str(CPU): {1: expert_s, ROWS[-1]: ROWS[-1] * expert_s}},
-        layer_seconds=LAYER_START_S + blueprint.attention_size / memory,
+        layer_seconds=LAYER_START_S + blueprint.mean_layer / memory,
         gpus=tuple(map(_by_name, gpus)),
     )
     return Measurement(time.time(), (sample,), machine.cpu_name())
@@ -128,7 +128,7 @@ def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device)
     """Return all that a measurement depends on, as a line."""
     expert, forms = blueprint.expert, blueprint.expert_forms
     mixed = [f"{blueprint.mean_expert} on average"] if len(forms) > 1 else []
-    gate_up, (qkv, _, *beside) = expert.gate_up, blueprint.dense_matrices()
+    gate_up, layers = expert.gate_up, blueprint.layer_forms
     gpus = [gpu.name(device) for device in gpus_with(device)]
     return "; ".join(
         (
@@ -141,10 +141,14 @@ def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device)
             f"experts {gate_up.rows}x{gate_up.columns} {gate_up.quant_type} {gate_up.dtype} "
             f"{expert.stride}",
             *mixed,
-            f"attention {qkv.rows}x{qkv.columns} {qkv.quant_type}",
-            *(f"beside it {matrix.rows}x{matrix.columns}" for matrix in beside),
+            *(f"{count} layers of {_shapes(blueprint, layer)}" for layer, count in layers.items()),
         )
     )
+
+
+def _shapes(blueprint: Blueprint, layer: int) -> str:
+    matrices = blueprint.dense_matrices(layer)
+    return " ".join(f"{spec.rows}x{spec.columns} {spec.quant_type}" for spec in matrices)
 
 
 def measurement_file() -> Path:

@@ -145,7 +145,7 @@ def scaled(measurement: Measurement, measured: Blueprint, blueprint: Blueprint) 
     An expert takes bytes / bandwidth, and a layer that plus a constant.
     """
     expert_ratio = blueprint.mean_expert / measured.mean_expert
-    layer_ratio = blueprint.attention_size / measured.attention_size
+    layer_ratio = blueprint.mean_layer / measured.mean_layer
     samples = []
     for sample in measurement.samples:
         by_rows = sample.expert_seconds["cpu"].items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -74,8 +75,8 @@ class _Bench:
         if of_experts:
             yield "up", lambda: self._experts(blueprint, is_up=True)
             yield "down", lambda: self._experts(blueprint, is_up=False)
-        yield "qkv", lambda: self._product(blueprint.qkv(0))
-        yield "o", lambda: self._product(blueprint.o(0))
+        for role, matrix in blueprint.mixer(0).matrices.items():
+            yield role, partial(self._product, matrix)
         if (head := blueprint.head) is not None:
             yield "head", lambda: self._product(head)
         if blueprint.quantization.quant_type == "none":  # once for a shape

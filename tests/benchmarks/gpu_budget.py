@@ -156,7 +156,7 @@ def bytes_read(quant_type: QuantType) -> float:
         ]
         memory = [block]
     else:
-        spec = blueprint.qkv(0)
+        spec = blueprint.mixer(0).matrices["qkv_proj"]
         memory = [torch.zeros(tensor.nbytes, dtype=torch.uint8) for tensor in spec.tensors]
         parts = zip(memory, spec.tensors, strict=True)
         linear = build_on_gpu(spec, [part.view(t.dtype).view(t.shape) for part, t in parts])

@@ -261,7 +261,7 @@ def rounded_bits(blueprint: Blueprint, rounded: str) -> float:
             expert = blueprint.expert_of(layer)
             specs += [expert.gate_up, expert.down]
         if rounded != "experts":
-            specs += [blueprint.qkv(layer), blueprint.o(layer)]
+            specs += blueprint.mixer(layer).matrices.values()
     if rounded != "experts" and blueprint.head is not None:
         specs.append(blueprint.head)
     nbytes = sum(tensor.nbytes for spec in specs for tensor in spec.tensors)

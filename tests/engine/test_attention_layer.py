@@ -11,7 +11,8 @@ import transformers
 from cache_tools import in_pages, in_tensors
 from torch.nn import functional
 
-from mixchat.base.model_config import ModelConfig, RopeParameters
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.rope_parameters import RopeParameters
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.attention import Attention
 from mixchat.engine.decoder import new_decoder

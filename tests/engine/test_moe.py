@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from mixchat.base.model_config import ModelConfig, RopeParameters
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.rope_parameters import RopeParameters
 from mixchat.engine.attention import SingleTokenContext
 from mixchat.engine.moe import SparseMoE
 from mixchat.experts.cache import ExpertKey

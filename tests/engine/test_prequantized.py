@@ -167,6 +167,6 @@ def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(
     save_file(tensors, quantized / "model.safetensors")
     with InstalledModel(install(quantized, attention=16)) as installed:
         assert installed.manifest.quantization["attention"] == "none"
-        o = installed.tensor(installed.blueprint.o(0).tensors[0])
+        o = installed.tensor(installed.blueprint.mixer(0).matrices["o_proj"].tensors[0])
         expected = meant["model.layers.0.self_attn.o_proj.weight"].to(torch.bfloat16)
         assert torch.equal(o, expected)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixchat.base.errors import CheckpointError, UsageError
-from mixchat.base.model_config import Context, RopeParameters
+from mixchat.base.model_config import Context
 from mixchat.base.options import LoadOptions
+from mixchat.base.rope_parameters import RopeParameters
 from mixchat.engine.prompt_cache import PromptCache
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.loading.loader import load_engine

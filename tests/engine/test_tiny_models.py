@@ -67,8 +67,8 @@ def test_the_inputs_of_dense_parts_are_recorded_for_each_token(kind, chunk, mode
         assert rows[name].shape == (TOKENS, spec.columns)
     assert torch.equal(model.output.head(rows["lm_head"]), expected)
     first = model.blocks[0]
-    normed = first.attention_norm(model._embedding(ids))
-    assert torch.equal(rows[used.qkv(0).name], normed)
+    normed = first.mixer_norm(model._embedding(ids))
+    assert torch.equal(rows[used.mixer(0).matrices["qkv_proj"].name], normed)
 
 
 @torch.inference_mode()

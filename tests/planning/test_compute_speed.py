@@ -51,8 +51,8 @@ def test_it_attends_to_the_tokens_before_however_often_it_is_called(blueprint, m
         before.append(cache.length)
         return attend(attention, x, cache, **how)
 
-    monkeypatch.setattr(Attention, "__call__", watch)
     compute = layer_probe(blueprint)
+    monkeypatch.setattr(Attention, "__call__", watch)
     for _ in range(3):
         compute()
     assert before == [compute_speed._CONTEXT] * 3
@@ -97,3 +97,21 @@ def test_the_limit_of_prompts_counts_each_type_by_its_operations(monkeypatch):
     operations = 2 * 128 * 128 * 512
     assert products.rate() == pytest.approx(4_000 / (3_000 / operations + 1_000 * 2 / operations))
     assert shapes == [(512, 128)] * 2
+
+
+@pytest.mark.parametrize(
+    ("types", "first", "expected"),
+    [
+        (["full_attention"] * 8, 2, [0, 0, 0, 0]),
+        ((["conv"] * 3 + ["full_attention"]) * 12, 0, [0, 0, 0, 3]),
+        ((["conv"] * 5 + ["full_attention"]) * 5, 0, [0, 0, 0, 0, 0, 5]),
+        (["conv"] * 47 + ["full_attention"], 1, [0] * 8 + [46]),
+    ],
+)
+def test_layers_of_several_forms_are_measured_as_often_as_the_model_has_them(
+    blueprint, types, first, expected
+):
+    features = {"num_hidden_layers": len(types), "layer_types": tuple(types), "conv_L_cache": 3}
+    features |= {"first_k_dense_replace": first, "dense_intermediate_size": 64}
+    model = Blueprint(replace(blueprint.config, **features), blueprint.quantization)
+    assert compute_speed._mixture(model) == expected

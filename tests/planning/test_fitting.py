@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from mixchat.base.errors import UsageError
-from mixchat.base.model_config import ModelConfig, RopeParameters
+from mixchat.base.model_config import ModelConfig
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
+from mixchat.base.rope_parameters import RopeParameters
 from mixchat.experts.placement import Demand, reserve_of
 from mixchat.planning.fitting import FreeMemory, MemoryPlan, fit_model
 from mixchat.weights.families.read_config import read_config

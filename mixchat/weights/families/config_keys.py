@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from mixchat.base.errors import CheckpointError
-from mixchat.base.model_config import LayerType, RopeParameters, RopeType
+from mixchat.base.model_config import LayerType
+from mixchat.base.rope_parameters import RopeParameters, RopeType
 
 _SHAPE = (
     "vocab_size",

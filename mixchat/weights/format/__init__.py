@@ -1,6 +1,7 @@
 """The format on disk of an installed model.
 
 - blueprint.py: the tensors of an installed model, by file
+- mixers.py: the tensors of the part of a layer that mixes tokens
 - expert.py: the block of an expert, and how it is computed
 - gpu_expert.py: the block of an expert, for the kernels of GPUs
 - own_files.py: the names by which mixchat knows its own files

@@ -2,10 +2,10 @@
 
 `shared.safetensors` has all that every token needs. Each layer with experts has one
 `experts-LLL.safetensors`. These layers are counted from 0, without dense layers before them.
-Some matrices are fused, because one large multiplication is faster. `qkv_proj` is q above k above
-v, and an expert's `w13` is w1 (gate) above w3 (up). w2 is the down projection, out = w2(silu(w1 x)
-* w3 x), or another product of w1 x and w3 x. A bias of a matrix comes after it, fp32. If a matrix's
-shape does not fit its type, the matrix is dense.
+Some matrices are fused, because one large multiplication is faster. An expert's `w13` is w1 (gate)
+above w3 (up). w2 is the down projection, out = w2(silu(w1 x) * w3 x), or another product of w1 x
+and w3 x. A bias of a matrix comes after it, fp32. If a matrix's shape does not fit its type, the
+matrix is dense.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import Header, TensorSpec
 from mixchat.weights.format.expert import ExpertSpec, swiglu_of
+from mixchat.weights.format.mixers import MixerSpec, mixer_spec
 from mixchat.weights.matrix.linear import TYPES, LinearSpec, Scales
 from mixchat.weights.matrix.quant_type import QuantType
 
@@ -119,8 +120,8 @@ class Blueprint:
         up, scales, bias = form.quant_type, form.scales, self.config.moe_bias
         down, own = form.down or up, Blueprint(self.config, form)
         return ExpertSpec(
-            replace(own._linear("w13", 2 * inner, hidden, up, 2), scales=scales, bias=bias),
-            replace(own._linear("w2", hidden, inner, down), scales=scales, bias=bias),
+            replace(own.linear("w13", 2 * inner, hidden, up, 2), scales=scales, bias=bias),
+            replace(own.linear("w2", hidden, inner, down), scales=scales, bias=bias),
             swiglu_of(self.config),
         )
 
@@ -140,29 +141,19 @@ class Blueprint:
         """Return the bytes of an expert, averaged over all layers."""
         return self.experts_size // self.expert_count
 
-    def qkv(self, layer: int) -> LinearSpec:
-        """Return the fused q, k and v projection of a layer."""
-        config = self.config
-        rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-        name = f"{layer_prefix(layer)}self_attn.qkv_proj"
-        bias = config.attention_bias or config.qkv_bias
-        return self._dense(name, rows, config.hidden_size, bias=bias)
-
-    def o(self, layer: int) -> LinearSpec:
-        columns = self.config.num_attention_heads * self.config.head_dim
-        name = f"{layer_prefix(layer)}self_attn.o_proj"
-        bias = self.config.attention_bias
-        return self._dense(name, self.config.hidden_size, columns, bias=bias)
+    def mixer(self, layer: int) -> MixerSpec:
+        """Return the tensors of the part of a layer that mixes tokens."""
+        return mixer_spec(_LayerSpecs(self, layer))
 
     def mlp(self, layer: int) -> tuple[LinearSpec, LinearSpec] | None:
         """Return w13 and w2 of a layer's dense part, if it has one."""
         inner, hidden = self.config.mlp_intermediate_size(layer), self.config.hidden_size
         if not inner:
             return None
-        name = f"{layer_prefix(layer)}mlp"
+        specs = _LayerSpecs(self, layer)
         return (
-            self._dense(f"{name}.w13", 2 * inner, hidden, parts=2),
-            self._dense(f"{name}.w2", hidden, inner),
+            specs.matrix("mlp.w13", 2 * inner, hidden, parts=2),
+            specs.matrix("mlp.w2", hidden, inner),
         )
 
     def mlp_expert(self, layer: int) -> ExpertSpec | None:
@@ -170,16 +161,37 @@ class Blueprint:
         matrices = self.mlp(layer)
         return None if matrices is None else ExpertSpec(*matrices, swiglu_of(self.config))
 
-    def dense_matrices(self, layer: int | None = None) -> list[LinearSpec]:
-        """Return the matrices of a layer that every token passes, the last layer's if None."""
-        layer = self.config.num_hidden_layers - 1 if layer is None else layer
-        return [self.qkv(layer), self.o(layer), *(self.mlp(layer) or ())]
+    def dense_matrices(self, layer: int) -> list[LinearSpec]:
+        """Return the matrices of a layer that every token passes."""
+        return [*self.mixer(layer).matrices.values(), *(self.mlp(layer) or ())]
+
+    @cached_property
+    def layer_forms(self) -> dict[int, int]:
+        """Return the first layer of each form, with the count of layers of this form.
+
+        Layers of a form have mixers and dense parts of the same kinds and shapes. Layers with
+        experts have none of the forms of those without.
+        """
+        layers: dict[tuple[object, ...], list[int]] = {}
+        for layer in range(self.config.num_hidden_layers):
+            matrices = (replace(matrix, name="") for matrix in self.dense_matrices(layer))
+            is_dense = layer < self.config.first_k_dense_replace
+            form = is_dense, self.config.mixer(layer), *matrices
+            layers.setdefault(form, []).append(layer)
+        return {alike[0]: len(alike) for alike in layers.values()}
 
     @property
     def typical_matrices(self) -> list[LinearSpec]:
-        """Return the matrices of an expert of each form, and of the first and last layer."""
+        """Return the matrices of an expert and of a layer, of each form."""
         experts = [spec for form in self.expert_forms for spec in (form.gate_up, form.down)]
-        return [*experts, *self.dense_matrices(0), *self.dense_matrices()]
+        layers = [spec for layer in self.layer_forms for spec in self.dense_matrices(layer)]
+        return [*experts, *layers]
+
+    @property
+    def norm_columns(self) -> set[int]:
+        """Return the counts of numbers that the layers' norms take together."""
+        norms = (norm for layer in self.layer_forms for norm in self.mixer(layer).norms)
+        return {self.config.hidden_size, *(norm.shape[-1] for norm in norms)}
 
     def expert_arithmetic(self, device: torch.device, *, exact: bool) -> str:
         """Return a name of the arithmetic of experts there. Equal names give equal bits."""
@@ -190,7 +202,7 @@ class Blueprint:
     def head(self) -> LinearSpec | None:
         """Return the output head, or None if it is the embedding (tied, not quantized)."""
         config = self.config
-        head = self._linear(HEAD, config.vocab_size, config.hidden_size, self.quantization.head)
+        head = self.linear(HEAD, config.vocab_size, config.hidden_size, self.quantization.head)
         return None if config.head_is_embedding and head.quant_type == "none" else head
 
     @cached_property
@@ -202,47 +214,31 @@ class Blueprint:
 
     def norms(self, layer: int) -> tuple[TensorSpec, TensorSpec]:
         """Return the weights of a layer's norms before attention and experts."""
-        hidden = self.config.hidden_size
+        specs, hidden = _LayerSpecs(self, layer), self.config.hidden_size
         return (
-            self._tensor(layer, "input_layernorm.weight", hidden),
-            self._tensor(layer, "post_attention_layernorm.weight", hidden),
+            specs.norm("input_layernorm.weight", hidden),
+            specs.norm("post_attention_layernorm.weight", hidden),
         )
-
-    def qk_norms(self, layer: int) -> list[TensorSpec]:
-        """Return the weights of the norms of queries and keys, if the model has them."""
-        config, heads = self.config, {"q": 1, "k": 1}
-        if config.qk_norm is None:
-            return []
-        if config.qk_norm == "projection":
-            heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-        return [
-            self._tensor(layer, f"self_attn.{x}_norm.weight", count * config.head_dim)
-            for x, count in heads.items()
-        ]
-
-    def sinks(self, layer: int) -> TensorSpec:
-        """Return a logit for each head of a layer, which joins the sum of the head's softmax."""
-        return self._tensor(layer, "self_attn.sinks", self.config.num_attention_heads)
 
     def gate(self, layer: int) -> TensorSpec:
         """Return the matrix of a layer's router, which is never quantized."""
         # It is small, 64 KB in Mixtral, and an error in it chooses other experts.
         shape = self.config.num_local_experts, self.config.hidden_size
-        return self._tensor(layer, f"{_ROUTER}.weight", *shape)
+        return _LayerSpecs(self, layer).tensor(f"{_ROUTER}.weight", *shape)
 
     def gate_bias(self, layer: int) -> TensorSpec:
         """Return the bias of a layer's router, which only models with `moe_bias` have."""
-        return self._tensor(layer, f"{_ROUTER}.bias", self.config.num_local_experts)
+        return _LayerSpecs(self, layer).tensor(f"{_ROUTER}.bias", self.config.num_local_experts)
 
     def score_correction(self, layer: int) -> TensorSpec:
         """Return the correction that a layer's router adds to scores, fp32."""
         # transformers keeps it in fp32 in models in bf16, too.
         name, count = f"{_ROUTER}.e_score_correction_bias", self.config.num_local_experts
-        return replace(self._tensor(layer, name, count), dtype=torch.float32)
+        return _LayerSpecs(self, layer).tensor(name, count, dtype=torch.float32)
 
     def mlp_gate(self, layer: int) -> TensorSpec:
         """Return the gate of a layer's dense part, which only some models have."""
-        return self._tensor(layer, "mlp.gate.weight", 1, self.config.hidden_size)
+        return _LayerSpecs(self, layer).tensor("mlp.gate.weight", 1, self.config.hidden_size)
 
     def router(self, layer: int) -> Iterator[TensorSpec]:
         """Yield the tensors that route a layer's tokens to experts, and weigh its dense part."""
@@ -261,18 +257,19 @@ class Blueprint:
 
     @property
     def norm(self) -> TensorSpec:
-        return TensorSpec(NORM, self.quantization.dtype, (self.config.hidden_size,))
+        return TensorSpec(NORM, self.norm_dtype, (self.config.hidden_size,))
+
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        """Return the type of the weights of norms."""
+        return torch.float32 if self.config.fp32_norms else self.quantization.dtype
 
     def shared_tensors(self) -> Iterator[TensorSpec]:
         """Yield the tensors of `shared.safetensors`, in their order."""
         yield self.embedding
         for layer in range(self.config.num_hidden_layers):
             yield from self.norms(layer)
-            yield from self.qkv(layer).tensors
-            yield from self.o(layer).tensors
-            yield from self.qk_norms(layer)
-            if self.config.attention_sinks:
-                yield self.sinks(layer)
+            yield from self.mixer(layer).all_tensors()
             if layer >= self.config.first_k_dense_replace:
                 yield from self.router(layer)
             for matrix in self.mlp(layer) or ():
@@ -316,9 +313,17 @@ class Blueprint:
         return count + self.expert_count * sum(prod(spec.shape) for spec in experts)
 
     @property
-    def attention_size(self) -> int:
-        """Return the bytes of the matrices of a layer's attention and dense part."""
-        return sum(spec.nbytes for matrix in self.dense_matrices() for spec in matrix.tensors)
+    def mean_layer(self) -> int:
+        """Return the bytes of `dense_matrices`, averaged over the layers with experts."""
+        first = self.config.first_k_dense_replace
+        layers = {layer: count for layer, count in self.layer_forms.items() if layer >= first}
+        size = sum(
+            count * tensor.nbytes
+            for layer, count in layers.items()
+            for matrix in self.dense_matrices(layer)
+            for tensor in matrix.tensors
+        )
+        return size // self.config.num_moe_layers
 
     @property
     def shared_size(self) -> int:
@@ -331,16 +336,7 @@ class Blueprint:
     def expert_count(self) -> int:
         return self.config.num_moe_layers * self.config.num_local_experts
 
-    def _tensor(self, layer: int, name: str, *shape: int) -> TensorSpec:
-        return TensorSpec(f"{layer_prefix(layer)}{name}", self.quantization.dtype, shape)
-
-    def _dense(
-        self, name: str, rows: int, columns: int, *, bias: bool = False, parts: int = 1
-    ) -> LinearSpec:
-        matrix = self._linear(name, rows, columns, self.quantization.attention, parts)
-        return replace(matrix, bias=bias)
-
-    def _linear(
+    def linear(
         self, name: str, rows: int, columns: int, quant_type: QuantType, parts: int = 1
     ) -> LinearSpec:
         """Return a matrix of this type, or a dense one if its shape does not fit the type.
@@ -354,6 +350,26 @@ class Blueprint:
         if scales == "calibrated" and not TYPES[quant_type].calibrated_dense_parts:
             scales = "search"
         return LinearSpec(name, rows, columns, quant_type, stored.dtype, scales)
+
+
+class _LayerSpecs:
+    """Makes the specs of one layer's tensors (`LayerSpecs` of mixers.py)."""
+
+    def __init__(self, used: Blueprint, layer: int) -> None:
+        self._used, self.config, self.layer = used, used.config, layer
+
+    def matrix(
+        self, name: str, rows: int, columns: int, *, bias: bool = False, parts: int = 1
+    ) -> LinearSpec:
+        own, quant_type = f"{layer_prefix(self.layer)}{name}", self._used.quantization.attention
+        return replace(self._used.linear(own, rows, columns, quant_type, parts), bias=bias)
+
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> TensorSpec:
+        dtype = dtype or self._used.quantization.dtype
+        return TensorSpec(f"{layer_prefix(self.layer)}{name}", dtype, shape)
+
+    def norm(self, name: str, columns: int) -> TensorSpec:
+        return self.tensor(name, columns, dtype=self._used.norm_dtype)
 
 
 def layers_unlike(shared: Quantization, layers: Iterable[Quantization]) -> tuple[Quantization, ...]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gpu_tools import kv_tensors, length_of, stored
 
-from mixchat.base.model_config import RopeParameters
+from mixchat.base.rope_parameters import RopeParameters
 from mixchat.engine.norm import RMSNorm
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.kernels.gpu.heads import heads

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mixchat.base.model_config import ModelConfig, RopeParameters
+from mixchat.base.errors import CheckpointError
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.rope_parameters import RopeParameters
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.known_models import KNOWN
@@ -65,8 +67,8 @@ def test_a_block_of_any_size_holds_an_expert_in_place(hidden, inner, kind, bias,
 
 def coded(blueprint: Blueprint) -> dict[str, bool]:
     """Return whether each matrix of the last layer has codes."""
-    expert = blueprint.expert
-    matrices = [expert.gate_up, expert.down, *blueprint.dense_matrices(), blueprint.head]
+    expert, last = blueprint.expert, blueprint.config.num_hidden_layers - 1
+    matrices = [expert.gate_up, expert.down, *blueprint.dense_matrices(last), blueprint.head]
     return {matrix.name.split(".", 3)[-1]: matrix.quant_type != "none" for matrix in matrices}
 
 
@@ -131,3 +133,69 @@ def test_parameters_are_counted_as_transformers_counts_them(name):
     count = sum(parameter.numel() for parameter in oracle.parameters())
     for quantization in (Quantization("nf4", head="int8"), Quantization("none")):
         assert Blueprint(read_config(raw), quantization).parameter_count == count
+
+
+LINEAR = {
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24}
+# The features of layers with different mixers, and the layers of each form.
+MIXED = {
+    "linear": (
+        {"layer_types": (*["linear_attention"] * 3, "full_attention") * 2, **LINEAR},
+        [6, 2],
+    ),
+    "conv": ({"layer_types": ("conv", "full_attention") * 4, "conv_L_cache": 3}, [4, 4]),
+    "latent": ({**LATENT, "first_k_dense_replace": 1, "dense_intermediate_size": 64}, [1, 7]),
+    "wide full layers": (
+        {"layer_types": (*["sliding_attention"] * 3, "full_attention") * 2, "global_head_dim": 64},
+        [6, 2],
+    ),
+    "windows": ({"layer_types": ("sliding_attention", "full_attention") * 4}, [8]),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_layers_are_counted_by_the_forms_of_their_matrices(name):
+    features, counts = MIXED[name]
+    base = blueprint(64, 64, "nf4", bias=False, dtype=torch.bfloat16)
+    model = replace(base, config=replace(base.config, num_hidden_layers=8, **features))
+    model.config.check()
+    assert [*model.layer_forms.values()] == counts
+    sizes = [
+        sum(tensor.nbytes for matrix in model.dense_matrices(layer) for tensor in matrix.tensors)
+        for layer in range(model.config.first_k_dense_replace, 8)
+    ]
+    assert model.mean_layer == sum(sizes) // len(sizes)
+    names = [matrix.name for matrix in model.typical_matrices]
+    for layer in model.layer_forms:
+        assert {matrix.name for matrix in model.dense_matrices(layer)} <= {*names}
+    stored = [spec.name for spec in model.shared_tensors()]
+    assert len(stored) == len({*stored})
+    for layer in range(8):
+        assert {spec.name for spec in model.mixer(layer).all_tensors()} <= {*stored}
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (
+            {"layer_types": ("linear_attention",) * 2, **LINEAR, "linear_num_key_heads": 0},
+            "missing",
+        ),
+        ({"layer_types": ("linear_attention",) * 2, **LINEAR, "linear_num_key_heads": 3}, "share"),
+        ({"layer_types": ("conv",) * 2}, "conv_L_cache"),
+        ({**LATENT, "v_head_dim": 0}, "v_head_dim"),
+        ({**LATENT, "qk_rope_head_dim": 7}, "pairs"),
+        ({"num_global_key_value_heads": 3}, "share"),
+        ({"global_head_dim": 33}, "odd"),
+    ],
+)
+def test_numbers_of_a_mixer_that_do_not_fit_are_refused(features, message):
+    base = blueprint(64, 64, "nf4", bias=False, dtype=torch.bfloat16).config
+    with pytest.raises(CheckpointError, match=message):
+        replace(base, **features).check()

@@ -78,7 +78,8 @@ def test_the_gate_and_the_attention_keep_their_values(tiny_checkpoint, tmp_path)
         gate = installed.tensor(installed.blueprint.gate(1))
         name = "model.layers.1.block_sparse_moe.gate.weight"
         assert torch.equal(gate, source[name].to(torch.bfloat16))
-        qkv = installed.tensor(installed.blueprint.qkv(0).tensors[0])
+        spec = installed.blueprint.mixer(0).matrices["qkv_proj"]
+        qkv = installed.tensor(spec.tensors[0])
         parts = [source[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv"]
         assert torch.equal(qkv, torch.cat(parts).to(torch.bfloat16))
 

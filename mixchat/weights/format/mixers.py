@@ -1,0 +1,146 @@
+"""The tensors of the part of a layer that mixes tokens, its mixer.
+
+A layer has one of four: attention, attention to latents (MLA), a Gated DeltaNet ("linear
+attention"), or a short convolution. D = hidden_size, H = num_attention_heads, h = head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from mixchat.base.model_config import MixerType, ModelConfig
+from mixchat.base.safetensors import TensorSpec
+from mixchat.weights.matrix.linear import LinearSpec
+
+
+@dataclass(frozen=True)
+class MixerSpec:
+    """The matrices and the other tensors of a mixer, by their roles, in their order on disk.
+
+    A role is a name in the mixer's class, such as "qkv_proj". The names of all weights of norms end
+    with "norm".
+    """
+
+    matrices: dict[str, LinearSpec]
+    tensors: dict[str, TensorSpec]
+
+    def all_tensors(self) -> Iterator[TensorSpec]:
+        for matrix in self.matrices.values():
+            yield from matrix.tensors
+        yield from self.tensors.values()
+
+    @property
+    def norms(self) -> list[TensorSpec]:
+        return [tensor for role, tensor in self.tensors.items() if role.endswith("norm")]
+
+
+class LayerSpecs(Protocol):
+    """Makes the specs of one layer's tensors."""
+
+    config: ModelConfig
+    layer: int
+
+    def matrix(self, name: str, rows: int, columns: int, *, bias: bool = False) -> LinearSpec:
+        """Return a matrix in the type of attention."""
+
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> TensorSpec:
+        """Return a tensor that is never quantized, by default in the model's type."""
+
+    def norm(self, name: str, columns: int) -> TensorSpec:
+        """Return the weights of a norm."""
+
+
+def mixer_spec(specs: LayerSpecs) -> MixerSpec:
+    """Return the tensors of a layer's mixer."""
+    return _MIXERS[specs.config.mixer(specs.layer)](specs)
+
+
+def _attention(specs: LayerSpecs) -> MixerSpec:
+    """Return q above k above v, and above the gates if attention has an output gate."""
+    config, hidden = specs.config, specs.config.hidden_size
+    heads, groups, width = config.attention_shape(specs.layer)
+    rows = (heads * (2 if config.attn_output_gate else 1) + 2 * groups) * width
+    bias, own = config.attention_bias, "self_attn."
+    qkv = specs.matrix(f"{own}qkv_proj", rows, hidden, bias=bias or config.qkv_bias)
+    out = specs.matrix(f"{own}o_proj", hidden, heads * width, bias=bias)
+    tensors = {}
+    if config.qk_norm is not None:
+        together = config.qk_norm == "projection"
+        for role, count in (("q_norm", heads), ("k_norm", groups)):
+            columns = count * width if together else width
+            tensors[role] = specs.norm(f"{own}{role}.weight", columns)
+    if config.attention_sinks:  # a logit for each head, which joins the sum of its softmax
+        tensors["sinks"] = specs.tensor(f"{own}sinks", heads)
+    return MixerSpec({"qkv_proj": qkv, "o_proj": out}, tensors)
+
+
+def _latent_attention(specs: LayerSpecs) -> MixerSpec:
+    """Return the latents of queries above those of keys and values, and what is made of them.
+
+    Without a latent of queries, `a_proj` has the queries themselves there.
+    """
+    config, hidden, own = specs.config, specs.config.hidden_size, "self_attn."
+    heads, latent = config.num_attention_heads, config.kv_lora_rank
+    queries = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    bias, rows = config.attention_bias, latent + config.qk_rope_head_dim
+    a_rows = (config.q_lora_rank or queries) + rows
+    matrices = {"a_proj": specs.matrix(f"{own}a_proj", a_rows, hidden, bias=bias)}
+    tensors = {}
+    if config.q_lora_rank:
+        matrices["q_b_proj"] = specs.matrix(f"{own}q_b_proj", queries, config.q_lora_rank)
+        tensors["q_a_norm"] = specs.norm(f"{own}q_a_norm.weight", config.q_lora_rank)
+    columns = config.qk_nope_head_dim + config.v_head_dim
+    matrices["kv_b_proj"] = specs.matrix(f"{own}kv_b_proj", heads * columns, latent)
+    values = heads * config.v_head_dim
+    matrices["o_proj"] = specs.matrix(f"{own}o_proj", hidden, values, bias=bias)
+    tensors["kv_a_norm"] = specs.norm(f"{own}kv_a_norm.weight", latent)
+    return MixerSpec(matrices, tensors)
+
+
+def _delta_net(specs: LayerSpecs) -> MixerSpec:
+    """Return q above k above v above z, which gates the output, and the small matrix of b and a.
+
+    The norm rounds before it multiplies by its weights, whatever the other norms do.
+    """
+    config, hidden, own = specs.config, specs.config.hidden_size, "linear_attn."
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    heads, width = config.linear_num_value_heads, config.linear_value_head_dim
+    channels, values = 2 * keys + heads * width, heads * width
+    matrices = {
+        "in_proj": specs.matrix(f"{own}in_proj", channels + values, hidden),
+        "out_proj": specs.matrix(f"{own}out_proj", hidden, values),
+    }
+    tensors = {
+        "ba_proj": specs.tensor(f"{own}ba_proj.weight", 2 * heads, hidden),
+        "conv1d": specs.tensor(f"{own}conv1d.weight", channels, config.linear_conv_kernel_dim),
+        "dt_bias": specs.tensor(f"{own}dt_bias", heads, dtype=torch.float32),
+        "A_log": specs.tensor(f"{own}A_log", heads, dtype=torch.float32),
+        "norm": specs.tensor(f"{own}norm.weight", width),
+    }
+    return MixerSpec(matrices, tensors)
+
+
+def _short_conv(specs: LayerSpecs) -> MixerSpec:
+    """Return the projection to b above c above x, the convolution, and the output's."""
+    config, hidden, own = specs.config, specs.config.hidden_size, "conv."
+    bias = config.conv_bias
+    matrices = {
+        "in_proj": specs.matrix(f"{own}in_proj", 3 * hidden, hidden, bias=bias),
+        "out_proj": specs.matrix(f"{own}out_proj", hidden, hidden, bias=bias),
+    }
+    tensors = {"conv": specs.tensor(f"{own}conv.weight", hidden, config.conv_L_cache)}
+    if bias:
+        tensors["conv_bias"] = specs.tensor(f"{own}conv.bias", hidden)
+    return MixerSpec(matrices, tensors)
+
+
+_MIXERS: dict[MixerType, Callable[[LayerSpecs], MixerSpec]] = {
+    "attention": _attention,
+    "latent_attention": _latent_attention,
+    "linear_attention": _delta_net,
+    "conv": _short_conv,
+}
