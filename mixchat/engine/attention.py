@@ -90,6 +90,7 @@ class SingleTokenContext:
 class Attention:
     """Causal grouped-query attention of one layer.
 
+    qkv_proj: gives queries, keys and values, and gates of the output if the model has them.
     qk_norms: of queries and of keys, before they rotate. sinks: one logit a head [H].
     """
 
@@ -104,7 +105,7 @@ class Attention:
         sinks: torch.Tensor | None = None,
     ) -> None:
         self._layer, self._config = layer, config
-        self._heads, self._groups, self._width = config.attention_shape(layer)
+        self.shape = self._heads, self._groups, self._width = config.attention_shape(layer)
         self.qkv_proj, self.o_proj, self.rope = qkv_proj, o_proj, rope
         self.qk_norms, self.sinks = qk_norms, None if sinks is None else sinks.float()
 
@@ -135,16 +136,19 @@ class Attention:
         config, tokens = self._config, x.shape[0]
         heads, groups = self._heads, self._groups
         qkv = self.qkv_proj(x, exact=exact)
-        qkv = qkv.view(tokens, heads + 2 * groups, self._width)  # [T, H + 2G, h]
+        qkv = qkv.view(tokens, -1, self._width)  # [T, H + 2G, h], or [T, 2H + 2G, h] with gates
         for norm, normed in self._normed(qkv):
             norm.normalize_heads(normed)
         if config.clip_qkv is not None:
             qkv.clamp_(-config.clip_qkv, config.clip_qkv)
         rotated = self.rope(qkv[:, : heads + groups], context.positions(tokens))  # [T, H + G, h]
         queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
-        values = qkv[:, heads + groups :]  # [T, G, h]
+        values = qkv[:, heads + groups : heads + 2 * groups]  # [T, G, h]
         attended = self._attend(context, queries, keys, values)  # [T, H, h]
-        return self.o_proj(attended.reshape(tokens, -1), exact=exact)
+        attended = attended.reshape(tokens, -1)
+        if config.attn_output_gate:
+            attended = rows.gated(attended, qkv[:, heads + 2 * groups :].flatten(1))
+        return self.o_proj(attended, exact=exact)
 
     def _attend(
         self,
@@ -175,7 +179,8 @@ class Attention:
     def stages(self, context: SingleTokenContext) -> list[Stage]:
         """Return `__call__` for one token, from `normed` to `added`."""
         config, heads, groups, width = self._config, self._heads, self._groups, self._width
-        qkv = context.tensor("qkv", 1, heads + 2 * groups, width)
+        gates = heads if config.attn_output_gate else 0
+        qkv = context.tensor("qkv", 1, heads + 2 * groups + gates, width)
         rotated = context.tensor("rotated", 1, heads + groups, width)
         attended = context.tensor("attended", 1, heads, width)
         round_x, project = as_packed(self.qkv_proj).steps(context.normed, qkv.view(1, -1))
@@ -185,17 +190,19 @@ class Attention:
             prepare.append(rows.clamp_step(qkv.view(1, -1), config.clip_qkv))
         rotate = context.rotate(self.rope, qkv[:, : heads + groups], rotated)
         queries, keys = rotated[:, :heads], rotated[:, heads:]
-        values = qkv[:, heads + groups :]
+        values = qkv[:, heads + groups : heads + 2 * groups]
         steps = context.attend(self._layer, queries, keys, values, self.sinks, attended)
+        row = attended.view(1, -1)
+        gate = [rows.gate_step(row, qkv[:, -gates:].flatten(1), row)] if gates else []
         o_proj = as_packed(self.o_proj)
-        round_attended, project_out = o_proj.steps(attended.view(1, -1), context.added)
+        round_attended, project_out = o_proj.steps(row, context.added)
         return [
             alone(round_x),
             together(project),
             alone(*prepare, rotate, steps.store),
             together(steps.attend),
             together(steps.merge),
-            alone(round_attended),
+            alone(*gate, round_attended),
             together(project_out),
         ]
 

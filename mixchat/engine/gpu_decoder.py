@@ -91,7 +91,8 @@ def new_gpu_decoder(
     matrices = [*used.shared_matrices.values()]
     if not on_gpus or not all(experts_taken):
         return None
-    if not all(isinstance(block.mixer, Attention) for block in model.blocks):
+    mixers = [block.mixer for block in model.blocks]
+    if used.config.attn_output_gate or not all(isinstance(each, Attention) for each in mixers):
         return None
     if not all(form_of(matrix).is_supported for matrix in matrices):
         return None

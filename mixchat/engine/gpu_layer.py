@@ -91,7 +91,8 @@ def attention_kernels(
     """
     attention, stored, window = block.mixer, cache.tensors, cache.window
     assert isinstance(attention, Attention)
-    heads_shape = 1, config.num_attention_heads, config.head_dim
+    count, _, width = attention.shape
+    heads_shape = 1, count, width
     qkv, out = as_gpu(attention.qkv_proj).matrix, as_gpu(attention.o_proj).matrix
     sums, outputs = (
         tokens.tensor(name, split(matrix.form).count, 1, matrix.form.rows, dtype=torch.float32)

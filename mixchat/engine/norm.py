@@ -12,7 +12,7 @@ from mixchat.kernels.cpu.program import Stage, Step, alone
 
 
 class RMSNorm:
-    """x / rms(x) times the weight."""
+    """x / rms(x) times the weight. A weight in fp32 multiplies before the quotient is rounded."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         self.weight, self.eps = weight, eps

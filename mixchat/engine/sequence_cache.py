@@ -212,8 +212,7 @@ def _layers(
 
 def kv_shape(config: ModelConfig, layer: int, bits: Bits) -> CacheShape:
     """Return the shape of a layer's keys and values."""
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    return CacheShape(heads, groups, config.head_dim, bits)
+    return CacheShape(*config.attention_shape(layer), bits)
 
 
 def state_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:

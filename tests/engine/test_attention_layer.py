@@ -54,6 +54,12 @@ FEATURES: dict[str, dict[str, Any]] = {
     "Olmoe": {"qk_norm": "projection", "clip_qkv": 0.9},
     "Mellum": {**WINDOWS, "qk_norm": "head", "sliding_rope_parameters": RopeParameters(1e4)},
     "GptOss": {**WINDOWS, "attention_sinks": True, "attention_bias": True},
+    "Qwen3Next": {
+        "qk_norm": "head",
+        "attn_output_gate": True,
+        "fp32_norms": True,
+        "rope_parameters": RopeParameters(5e5, partial_rotary_factor=0.25),
+    },
 }
 SIZES = {  # heads, of keys and values, of a head
     "few kv heads": (6, 2, 32),
@@ -73,7 +79,10 @@ def oracle(name: str, config: ModelConfig, layer: int) -> tuple[Any, Any]:
     """Return transformers' attention of a layer with random weights, and its rotary embedding."""
     module = importlib.import_module(getattr(transformers, f"{name}Config").__module__)
     module = importlib.import_module(module.__name__.replace("configuration", "modeling"))
-    rope = {"rope_type": "default", "rope_theta": config.rope_parameters.rope_theta}
+    rope: dict[str, Any] = {"rope_type": "default"}
+    rope |= {
+        key: getattr(config.rope_parameters, key) for key in ("rope_theta", "partial_rotary_factor")
+    }
     ropes = {
         kind: {**rope, "rope_theta": config.rope(place).rope_theta}
         for place, kind in enumerate(LAYERS)
@@ -107,7 +116,11 @@ def expected(name: str, config: ModelConfig, layer: int, x: torch.Tensor) -> tup
 def ours(config: ModelConfig, layer: int, theirs: Any) -> Attention:
     """Return our attention with the weights of transformers' own."""
     parts = [theirs.q_proj, theirs.k_proj, theirs.v_proj]
-    weight = torch.cat([part.weight for part in parts])
+    weights = [part.weight for part in parts]
+    if config.attn_output_gate:  # transformers has a head's gate after its query
+        heads = weights[0].unflatten(0, (-1, 2, config.head_dim))
+        weights = [heads[:, 0].flatten(0, 1), *weights[1:], heads[:, 1].flatten(0, 1)]
+    weight = torch.cat(weights)
     bias = torch.cat([part.bias for part in parts]) if config.attention_bias else None
 
     def qkv_proj(x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
@@ -116,7 +129,8 @@ def ours(config: ModelConfig, layer: int, theirs: Any) -> Attention:
     def o_proj(x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         return theirs.o_proj(x)
 
-    norms = [RMSNorm(norm.weight, config.rms_norm_eps) for norm in _norms(config, theirs)]
+    added = 1 if config.fp32_norms else 0
+    norms = [RMSNorm(added + norm.weight, config.rms_norm_eps) for norm in _norms(config, theirs)]
     rope = rotary_embeddings(config, CONTEXT, torch.float32, CPU)[layer]
     sinks = theirs.sinks if config.attention_sinks else None
     return Attention(layer, config, qkv_proj, o_proj, rope, norms, sinks)
@@ -131,7 +145,10 @@ def _norms(config: ModelConfig, theirs: Any) -> Sequence[Any]:
 # The first layer has a window, if there is one.
 @pytest.mark.parametrize(
     ("name", "layer"),
-    [("Qwen3Moe", 0), ("Olmoe", 0), ("Mellum", 0), ("Mellum", 1), ("GptOss", 0), ("GptOss", 1)],
+    [
+        *[("Qwen3Moe", 0), ("Olmoe", 0), ("Qwen3Next", 0)],
+        *[("Mellum", 0), ("Mellum", 1), ("GptOss", 0), ("GptOss", 1)],
+    ],
 )
 @torch.inference_mode()
 def test_a_layer_equals_transformers(name, cache, size, layer):
@@ -194,6 +211,8 @@ def blocks(used: Blueprint) -> list[Block]:
 @torch.inference_mode()
 def test_steps_for_one_token_and_chunks_have_the_same_bits(name, dtype):
     config = replace(SHAPE, **FEATURES.get(name, {}))
+    if config.rope_parameters.partial_rotary_factor < 1:
+        config = replace(config, head_dim=128)  # the kernels take no fewer columns of them
     quantization = Quantization(attention="int8", dtype=dtype)
     used = Blueprint(config, quantization)
     layers = blocks(used)

@@ -54,12 +54,14 @@ def rms_norm(
 ) -> torch.Tensor:
     """Return x [T, D] / rms(x), rounded to the type of x, times weight [D].
 
-    Or of x [T, heads, D]. `out` is as in `rms_norm_step`.
+    Or of x [T, heads, D]. A weight in fp32 multiplies before the quotient is rounded. `out` is as
+    in `rms_norm_step`.
     """
     if not can_compute(x.dtype, x.shape[-1], x.device.type):
         wide = x.float()
         mean = (wide * wide).mean(-1, keepdim=True)
-        normed = (wide * torch.rsqrt(mean + eps)).to(x.dtype) * weight
+        normed = (wide * torch.rsqrt(mean + eps)).to(weight.dtype) * weight
+        normed = normed.to(x.dtype)
         return normed if out is None else out.copy_(normed)
     if out is None:
         x = x.contiguous()
@@ -75,7 +77,8 @@ def rms_norm_step(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.
     """
     arguments = {"weight": weight.data_ptr(), "columns": x.shape[-1], "eps": fp32_bits(eps)}
     heads = x.shape[1] if x.dim() == 3 else 1
-    return _step("rms_norm", x, out, weight, **arguments, count=heads, stride=x.stride(0))
+    name = "rms_norm" if weight.dtype == x.dtype else "unrounded_rms_norm"
+    return _step(name, x, out, weight, **arguments, count=heads, stride=x.stride(0))
 
 
 def clamp_step(x: torch.Tensor, limit: float) -> Step:
@@ -143,6 +146,22 @@ class Swiglu:
         return _step("limited_swiglu", gate_up, out, columns=out.shape[-1], **arguments)
 
 
+def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Return x [T, D] times sigmoid(gate), of the gate's shape [T, D]."""
+    if not can_compute(x.dtype, x.shape[-1], x.device.type):
+        return (x.float() * torch.sigmoid(gate.float())).to(x.dtype)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    gate_step(x, gate, out).run()
+    return out
+
+
+def gate_step(x: torch.Tensor, gate: torch.Tensor, out: torch.Tensor) -> Step:
+    """Return `gated` as a step. The numbers of a token's gate follow one another."""
+    arguments = {"columns": x.shape[-1], "stride": gate.stride(0)}
+    return _step("gate", x, out, gate, weight=gate.data_ptr(), **arguments)
+
+
 def weighted_sum(
     x: torch.Tensor, weights: torch.Tensor, places: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -186,7 +205,8 @@ def _step(
 
 @compiled_here
 def _compiled(module: ir.Module, lanes: int, bf16: bool) -> None:
-    for operation in (_RMSNorm, _Clamp, _Rotate, _Swiglu, _LimitedSwiglu, _WeightedSum, _Add):
+    norms, products = (_RMSNorm, _UnroundedRMSNorm), (_Swiglu, _LimitedSwiglu, _Gate)
+    for operation in (*norms, *products, _Clamp, _Rotate, _WeightedSum, _Add):
         operation(module, lanes, bf16).write()
 
 
@@ -242,9 +262,19 @@ class _RMSNorm(_Rows):
             root = function.call("llvm.sqrt.f32", f32, mean)
             factor = (function.constant(f32, 1.0) / root).broadcast(lanes)
             with function.loop(0, self.columns, lanes) as (column, _):
-                normed = self.rounded(self.load(self.x, first + column) * factor)
-                weights = self.load(args.pointer("weight"), column)
-                self.store(normed * weights, first + column)
+                normed = self.load(self.x, first + column) * factor
+                self.store(self.weighted(normed, column), first + column)
+
+    def weighted(self, normed: Value, column: Value) -> Value:
+        return self.rounded(normed) * self.load(self.args.pointer("weight"), column)
+
+
+class _UnroundedRMSNorm(_RMSNorm):
+    name = "unrounded_rms_norm"  # of which the weights are in fp32
+
+    def weighted(self, normed: Value, column: Value) -> Value:
+        weight = self.args.pointer("weight")
+        return normed * as_fp32(weight, column, bf16=False, count=self.lanes)
 
 
 class _Clamp(_Rows):
@@ -308,6 +338,18 @@ class _LimitedSwiglu(_Swiglu):
         gate = function.minimum(limit, gate)
         up = function.maximum(-limit, function.minimum(limit, up))
         return gate * sigmoid(function, gate * alpha) * (up + 1.0)
+
+
+class _Gate(_Rows):
+    name = "gate"
+
+    def row(self, token: Value) -> None:
+        function, gates = self.function, self.args.pointer("weight")
+        first = token * self.args.number("stride")
+        with function.loop(0, self.columns, self.lanes) as (column, _):
+            index = token * self.columns + column
+            gate = self.load(gates, first + column)
+            self.store(self.load(self.x, index) * sigmoid(function, gate), index)
 
 
 class _WeightedSum(_Rows):

@@ -32,7 +32,8 @@ def heads(
 
     qkv: partial sums [S, (H + 2 * G) * h], fp32. past: int32 on the GPU. rope: cos and sin
     [context, at most h], as `RotaryEmbedding.tables`. norms: the weights of queries and keys, of
-    each head [h] or of all together [H * h] and [G * h]. All is rounded where CPUs round.
+    each head [h] or of all together [H * h] and [G * h]. All is rounded where CPUs round, which is
+    not before a weight in fp32 multiplies.
     """
     (count, width), groups = queries.shape, tensors.numbers.shape[1]
     query_norm, key_norm = norms or (None, None)
@@ -102,8 +103,8 @@ def _heads(
             mean = tl.sum(x * x) / WIDTH
             first_weight = 0
         factor = tl.where(head < H + G, tl.rsqrt(mean + eps), 1.0)
-        x = (x * factor).to(dtype).to(tl.float32)
-        y = (y * factor).to(dtype).to(tl.float32)
+        x = (x * factor).to(query_norm.dtype.element_ty).to(tl.float32)
+        y = (y * factor).to(query_norm.dtype.element_ty).to(tl.float32)
         # Products with 1 change nothing, so values need no code of their own.
         of_query = columns < tl.where(is_query, WIDTH, 0)
         of_key = columns < tl.where(is_query | (head >= H + G), 0, WIDTH)

@@ -28,9 +28,9 @@ def add_norm(
     """Add the sum of partials [P, D], fp32, to x [D]. Store rms_norm(x) * weight in normed [D].
 
     D is a multiple of 16, and P may be 0. The sum is rounded to the type of x before it is added,
-    and the norm before it is multiplied, as on CPUs. But partial sums of two parts are rounded once
-    and not each: x then differs by one rounding. `finished`, int32, is a counter that is 0 between
-    two calls.
+    and the norm before it is multiplied, as on CPUs, unless the weight is in fp32. But partial sums
+    of two parts are rounded once and not each: x then differs by one rounding. `finished`, int32,
+    is a counter that is 0 between two calls.
     """
     count, columns = partials.shape
     alone = count * columns <= _MOST_OF_ONE_PROGRAM
@@ -89,8 +89,9 @@ def _add_norm(
 def _normalize(numbers, weight, normed, columns, inside, eps, D: tl.constexpr):
     wide = numbers.to(tl.float32)
     factor = tl.rsqrt(tl.sum(wide * wide) / D + eps)
-    scaled = (wide * factor).to(numbers.dtype).to(tl.float32)
-    weights = tl.load(weight + columns, inside, 0.0).to(tl.float32)
+    weights = tl.load(weight + columns, inside, 0.0)
+    scaled = (wide * factor).to(weights.dtype).to(tl.float32)
+    weights = weights.to(tl.float32)
     tl.store(normed + columns, scaled * weights, inside)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.compile import instruction_set
@@ -37,6 +38,36 @@ def test_the_norm_is_rounded_as_transformers_rounds_it(dtype):
         result = rows.rms_norm(x, weight, 1e-5)
         assert result.dtype == dtype
         assert (result - expected).abs().max() <= (5e-6 if dtype == torch.float32 else 0.0)
+
+
+@pytest.mark.parametrize("columns", [256, 2048, 15])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_a_norm_with_weights_in_fp32_is_rounded_once_as_transformers_rounds_it(dtype, columns):
+    theirs = Qwen3NextRMSNorm(columns, 1e-6)
+    torch.nn.init.normal_(theirs.weight)
+    theirs = theirs.to(dtype)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, columns).to(dtype)
+        with torch.inference_mode():
+            expected = theirs(x)
+            result = rows.rms_norm(x, 1 + theirs.weight.float(), 1e-6)
+        assert result.dtype == dtype
+        # The sums of squares differ in their last bits, so a number may fall on the other side.
+        assert (result != expected).float().mean() < (0.002 if dtype != torch.float32 else 0.9)
+        within = 5e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(result, expected, rtol=within, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_are_multiplied_by_gates_in_wider_rows(dtype):
+    for tokens, columns in itertools.product(TOKENS, (96, 10)):
+        x, around = torch.randn(tokens, columns).to(dtype), torch.randn(tokens, 300).to(dtype)
+        gate = around[:, 7 : 7 + columns]
+        assert_near(rows.gated(x, gate), x.double() * gate.double().sigmoid())
+        if columns == 96:
+            expected = rows.gated(x, gate)
+            rows.gate_step(x, gate, x).run()
+            assert torch.equal(x, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

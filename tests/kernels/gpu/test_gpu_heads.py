@@ -65,6 +65,19 @@ def test_heads_are_those_of_a_cpu(dtype, bits, count, width, rotated, splits, no
     assert (tensors.numbers != 0).any(-1).sum() == 4
 
 
+def test_norms_with_weights_in_fp32_are_rounded_once():
+    """Rounded before they were multiplied, a tenth of the numbers differed."""
+    rotation = RotaryEmbedding(RopeParameters(1e4), 64, 64, torch.bfloat16, CPU)
+    norms = [RMSNorm(torch.randn(64), 1e-5) for _ in range(2)]
+    partials = torch.randn(1, 8 * 64)
+    qkv = partials.bfloat16().view(1, 8, 64)
+    norms[0].normalize_heads(qkv[:, :4])
+    queries, tensors = torch.empty(4, 64).bfloat16(), kv_tensors(2, 32, 64, torch.bfloat16, 16)
+    weights = [norm.weight for norm in norms]
+    heads(partials, queries, tensors, length_of(0), rotation.tables, weights, 1e-5, None)
+    assert (queries != rotation(qkv[:, :4], slice(1))[0]).float().mean() < 0.01
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize(("tokens", "past"), [(1, 0), (17, 5), (40, 39), (3, 79)])
 def test_keys_and_values_are_stored_in_a_ring(bits, tokens, past):

@@ -35,10 +35,11 @@ def test_a_sum_is_added_and_normalized_as_on_a_cpu(dtype, count, columns):
         assert torch.equal(summed, added[0])
 
 
-def test_the_norm_is_rounded_before_it_is_multiplied():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_norm_is_rounded_before_it_is_multiplied_unless_weights_are_in_fp32(dtype):
     """The CPU rounds twice, as transformers does. Rounded once, a hundred numbers differ."""
-    x, weight = torch.randn(1, 2048).bfloat16(), torch.randn(2048).bfloat16()
-    normed, finished = torch.empty_like(weight), torch.zeros(1, dtype=torch.int32)
+    x, weight = torch.randn(1, 2048).bfloat16(), torch.randn(2048).to(dtype)
+    normed, finished = torch.empty_like(x[0]), torch.zeros(1, dtype=torch.int32)
     add_norm(x.view(-1), torch.empty(0, 2048), weight, normed, 1e-5, finished)
     expected = rows.rms_norm(x, weight, 1e-5).view(-1)
     assert (normed != expected).sum() < 5
