@@ -11,7 +11,13 @@ from typing import Any
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families import config_keys as read
-from mixchat.weights.families.family import MLP_EXPERTS, Family, with_correction, with_shared_expert
+from mixchat.weights.families.family import (
+    MLP_EXPERTS,
+    Family,
+    attention,
+    with_correction,
+    with_shared_expert,
+)
 
 _EXPERTS = with_shared_expert(
     with_correction(MLP_EXPERTS, "mlp.moe_statics.e_score_correction_bias", 1), "mlp.shared_experts"
@@ -46,4 +52,6 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
-ERNIE4_5_MOE = Family("ernie4_5_moe", _read_config, _EXPERTS, rotates_neighbours=True)
+ERNIE4_5_MOE = Family(
+    "ernie4_5_moe", _read_config, _EXPERTS, {"attention": attention(rotates_neighbours=True)}
+)

@@ -5,17 +5,19 @@ An installed model has q above k above v in one matrix, and an expert's gate (w1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Any, TypeAlias
 
-from mixchat.base.model_config import ModelConfig
+from mixchat.base.model_config import MixerType, ModelConfig
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows of a checkpoint's tensor, which is transposed first if need be, times `factor`.
+    """Rows of a checkpoint's tensor, which is transposed first if need be.
+
+    The numbers are multiplied by `factor`, and then `added` is added.
 
     name: the tensor's name, or `X[3]` for the fourth part of a stacked tensor X.
     shape: the stored shape of the tensor or part.
@@ -27,11 +29,13 @@ class Slice:
     rows: range | None = None
     transposed: bool = False
     factor: float = 1.0
+    added: float = 0.0
 
     @property
     def is_whole(self) -> bool:
         """Return whether the slice is the stored tensor without a change."""
-        return self.rows is None and not self.transposed and self.factor == 1
+        is_changed = self.transposed or self.factor != 1 or self.added != 0
+        return self.rows is None and not is_changed
 
 
 Tensors: TypeAlias = Iterator[tuple[str, tuple[Slice, ...]]]
@@ -42,6 +46,56 @@ LayerTensors: TypeAlias = Callable[[ModelConfig, str], Tensors]
 """Yields tensors of a layer, whose prefix ends with a dot."""
 
 
+MixerTensors: TypeAlias = Callable[[ModelConfig, int], Tensors]
+"""Yields the tensors of a layer's mixer, for the layer's number."""
+
+
+def attention(*, rotates_neighbours: bool = False, norm_offset: float = 0.0) -> MixerTensors:
+    """Describe attention with Llama's names.
+
+    rotates_neighbours: a checkpoint's queries and keys have the two columns of a rotated pair side
+    by side. norm_offset: as in `Family`.
+    """
+
+    def tensors(config: ModelConfig, layer: int) -> Tensors:
+        own, hidden = f"model.layers.{layer}.self_attn.", config.hidden_size
+        heads, groups, width = config.attention_shape(layer)
+        columns, step = heads * width, 2 if rotates_neighbours else 1
+        # Granite multiplies scores by a number of its own. The engine divides by the root. A norm
+        # of queries would undo a factor of the matrix.
+        scale, normed = config.attention_multiplier, config.qk_norm is not None
+        q_factor = 1.0 if scale is None else scale * sqrt(width)
+        kinds = 2 if config.attn_output_gate else 1  # a head's gate comes after its query
+        counts = {"q": kinds * columns, "k": groups * width, "v": groups * width}
+        parts = [
+            ("q", _head_rows(columns, width, step, kinds), 1.0 if normed else q_factor),
+            ("k", _head_rows(groups * width, width, step), 1.0),
+            ("v", [None], 1.0),
+        ]
+        if config.attn_output_gate:
+            parts.append(("q", _head_rows(columns, width, 1, kinds, first=width), 1.0))
+        for parameter, shape in _parameters(config.attention_bias or config.qkv_bias, hidden):
+            qkv = (
+                Slice(f"{own}{x}_proj.{parameter}", (counts[x], *shape), rows, factor=factor)
+                for x, every, factor in parts
+                for rows in every
+            )
+            yield f"{own}qkv_proj.{parameter}", tuple(qkv)
+        for parameter, shape in _parameters(config.attention_bias, columns):
+            name = f"{own}o_proj.{parameter}"
+            yield name, (Slice(name, (hidden, *shape), factor=config.residual_multiplier),)
+        if normed:
+            # One norm of all heads of a projection (OLMoE), or a norm that heads share (Qwen3).
+            together = config.qk_norm == "projection"
+            for x, count, factor in (("q", columns, q_factor), ("k", groups * width, 1.0)):
+                name, size = f"{own}{x}_norm.weight", count if together else width
+                yield norm(name, size, factor=factor, offset=norm_offset)
+        if config.attention_sinks:
+            yield f"{own}sinks", (Slice(f"{own}sinks", (heads,)),)
+
+    return tensors
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of models, by config.json's `model_type`.
@@ -50,38 +104,58 @@ class Family:
     moe: yields the tensors of a layer's router, experts and dense part with their slices. Expert 3
     of layer 0 has `model.layers.0.block_sparse_moe.experts.3.w13.weight`, and `w2`. All other
     tensors are `decoder_tensors`.
-    rotates_neighbours: a checkpoint's queries and keys have the two columns of a rotated pair side
-    by side.
+    mixers: yield the tensors of a layer's mixer, by its kind.
+    names: parts of the names of tensors, which are Llama's, and the checkpoint's names for them. A
+    later one finds what an earlier one has renamed.
+    norm_offset: what a checkpoint's weights of norms lack, 1 if it has w - 1.
     """
 
     model_type: str
     read_config: Callable[[dict[str, Any]], ModelConfig]
     moe: LayerTensors
-    rotates_neighbours: bool = False
+    mixers: Mapping[MixerType, MixerTensors] = field(
+        default_factory=lambda: {"attention": attention()}
+    )
+    names: Mapping[str, str] = field(default_factory=dict)
+    norm_offset: float = 0.0
 
 
-def decoder_tensors(
-    config: ModelConfig, moe: LayerTensors, *, rotates_neighbours: bool = False
-) -> Tensors:
-    """Yield all tensors of a model whose layers have the routers and experts of `moe`.
+def decoder_tensors(config: ModelConfig, family: Family) -> Tensors:
+    """Yield all tensors of a model of a family."""
+    for installed, slices in _with_usual_names(config, family):
+        yield installed, tuple(_renamed(source, family.names) for source in slices)
 
-    Dense layers have the names of Llama's. rotates_neighbours: as in `Family`.
-    """
-    norm, vocabulary = (config.hidden_size,), (config.vocab_size, config.hidden_size)
-    embedding = "model.embed_tokens.weight"
+
+def _renamed(source: Slice, names: Mapping[str, str]) -> Slice:
+    name = source.name
+    for usual, own in names.items():
+        name = name.replace(usual, own)
+    return source if name == source.name else replace(source, name=name)
+
+
+def _with_usual_names(config: ModelConfig, family: Family) -> Tensors:
+    hidden, vocabulary = config.hidden_size, (config.vocab_size, config.hidden_size)
+    offset, embedding = family.norm_offset, "model.embed_tokens.weight"
     yield embedding, (Slice(embedding, vocabulary, factor=config.embedding_multiplier),)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
-        yield _same(f"{prefix}input_layernorm.weight", norm)
-        yield _same(f"{prefix}post_attention_layernorm.weight", norm)
-        yield from _attention(config, f"{prefix}self_attn.", 2 if rotates_neighbours else 1)
+        yield norm(f"{prefix}input_layernorm.weight", hidden, offset=offset)
+        yield norm(f"{prefix}post_attention_layernorm.weight", hidden, offset=offset)
+        yield from family.mixers[config.mixer(layer)](config, layer)
         if layer >= config.first_k_dense_replace:
-            yield from moe(config, prefix)
+            yield from family.moe(config, prefix)
         else:
             yield from _mlp(config, prefix, "mlp", config.dense_intermediate_size)
-    yield _same("model.norm.weight", norm)
+    yield norm("model.norm.weight", hidden, offset=offset)
     head = embedding if config.tie_word_embeddings else "lm_head.weight"
     yield "lm_head.weight", (Slice(head, vocabulary, factor=1 / config.logits_scaling),)
+
+
+def norm(
+    name: str, columns: int, *, factor: float = 1.0, offset: float = 0.0
+) -> tuple[str, tuple[Slice, ...]]:
+    """Describe the weights of a norm. offset: as in `Family`."""
+    return name, (Slice(name, (columns,), factor=factor, added=factor * offset),)
 
 
 def router(config: ModelConfig, prefix: str, name: str) -> Tensors:
@@ -152,47 +226,20 @@ MLP_EXPERTS = separate_experts("mlp", "gate_proj", "down_proj", "up_proj")
 MLP_WITH_SHARED = with_shared_expert(MLP_EXPERTS, "mlp.shared_experts")
 
 
-def _attention(config: ModelConfig, prefix: str, step: int) -> Tensors:
-    hidden, columns = config.hidden_size, config.num_attention_heads * config.head_dim
-    key_value = config.num_key_value_heads * config.head_dim
-    scale, residual = config.attention_multiplier, config.residual_multiplier
-    # Granite multiplies scores by a number of its own. The engine divides by the root.
-    q_factor = 1 if scale is None else scale * sqrt(config.head_dim)
-    parts = {"q": (columns, q_factor, step), "k": (key_value, 1, step), "v": (key_value, 1, 1)}
-    for parameter, width in _parameters(config.attention_bias or config.qkv_bias, hidden):
-        qkv = (
-            Slice(f"{prefix}{x}_proj.{parameter}", (count, *width), rows, factor=factor)
-            for x, (count, factor, step) in parts.items()
-            for rows in _rows(count, config.head_dim, step)
-        )
-        yield f"{prefix}qkv_proj.{parameter}", tuple(qkv)
-    for parameter, width in _parameters(config.attention_bias, columns):
-        name = f"{prefix}o_proj.{parameter}"
-        yield name, (Slice(name, (hidden, *width), factor=residual),)
-    if config.qk_norm:
-        # One norm over all heads of a projection (OLMoE), or a norm that all heads share (Qwen3).
-        widths = (columns, key_value) if config.qk_norm == "projection" else (config.head_dim,) * 2
-        for x, count in zip("qk", widths, strict=True):
-            yield _same(f"{prefix}{x}_norm.weight", (count,))
-    if config.attention_sinks:
-        yield _same(f"{prefix}sinks", (config.num_attention_heads,))
+def _head_rows(
+    count: int, width: int, step: int, kinds: int = 1, first: int = 0
+) -> list[range] | list[None]:
+    """Return `count` rows of heads of `width` rows in the order of an installed model.
 
-
-def _rows(count: int, head_dim: int, step: int) -> list[range] | list[None]:
-    """Return the rows in the order of an installed model, each `step`th one of a head first.
-
-    With 4 rows in a head and a step of 2, the order is 0 2 1 3.
+    Of each head each `step`th one comes first. With 4 rows in a head and a step of 2, the order is
+    0 2 1 3. kinds: heads of so many kinds take turns. first: the first row of this kind.
     """
-    if step == 1:
+    if step == kinds == 1:
         return [None]
-    heads = range(0, count, head_dim)
-    return [range(head + at, head + head_dim, step) for head in heads for at in range(step)]
+    heads = range(first, first + kinds * count, kinds * width)
+    return [range(head + at, head + width, step) for head in heads for at in range(step)]
 
 
 def _parameters(bias: bool, columns: int) -> list[tuple[str, tuple[int, ...]]]:
     """Return the names of a linear map's parameters, and their shapes without the rows."""
     return [("weight", (columns,)), *([("bias", ())] if bias else [])]
-
-
-def _same(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[Slice, ...]]:
-    return name, (Slice(name, shape),)

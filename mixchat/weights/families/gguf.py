@@ -13,13 +13,16 @@ from typing import Any
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families.family import (
+    Family,
     Slice,
     Tensors,
+    attention,
     decoder_tensors,
     expert_prefix,
     router,
     with_shared_expert,
 )
+from mixchat.weights.families.read_config import FAMILIES
 
 EMBEDDING, HEAD, ROUTER = "token_embd.weight", "output.weight", "ffn_gate_inp"
 # llama.cpp's name for each name of Hugging Face, in a layer and outside of them.
@@ -234,8 +237,11 @@ def gguf_tensors(config: ModelConfig, available: Collection[str]) -> Tensors:
         yield from _experts(config, prefix, stacked=stacked)
 
     moe = with_shared_expert(experts, "mlp.shared_expert")
-    neighbours = config.model_type in _ROTATES_NEIGHBOURS
-    for installed, slices in decoder_tensors(config, moe, rotates_neighbours=neighbours):
+    family, neighbours = FAMILIES[config.model_type], config.model_type in _ROTATES_NEIGHBOURS
+    mixers = {**family.mixers, "attention": attention(rotates_neighbours=neighbours)}
+    # llama.cpp's converter adds the offsets of norms.
+    as_stored = Family(config.model_type, family.read_config, moe, mixers)
+    for installed, slices in decoder_tensors(config, as_stored):
         yield installed, tuple(_renamed(source, other_norm=norm) for source in slices)
 
 

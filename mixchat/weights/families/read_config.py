@@ -84,5 +84,4 @@ def read_config_file(path: Path) -> ModelConfig:
 @lru_cache(maxsize=4)  # a large model has 20,000
 def slices(config: ModelConfig) -> Mapping[str, tuple[Slice, ...]]:
     """Return the slices of a checkpoint's tensors that make each tensor of the installed model."""
-    family = FAMILIES[config.model_type]
-    return dict(decoder_tensors(config, family.moe, rotates_neighbours=family.rotates_neighbours))
+    return dict(decoder_tensors(config, FAMILIES[config.model_type]))

@@ -65,8 +65,9 @@ class ModelPart:
     def dense(self, index: CheckpointIndex, read: Read) -> torch.Tensor:
         """Return the checkpoint's matrices, one above the other."""
         if self.linear is None:
-            (only,), spec = _read(index.slices(self.name), index, read), self.tensors[0]
-            return only.to(spec.dtype).view(spec.shape)
+            pieces, spec = [*_read(index.slices(self.name), index, read)], self.tensors[0]
+            whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            return whole.to(spec.dtype).view(spec.shape)
         return self._stacked(self.linear, index, read)
 
     def read_bias(self, index: CheckpointIndex, read: Read) -> torch.Tensor | None:
@@ -161,7 +162,9 @@ def _cut(matrix: torch.Tensor, source: Slice) -> torch.Tensor:
         matrix = matrix.T
     if source.rows is not None:
         matrix = matrix[source.rows.start : source.rows.stop : source.rows.step]
-    return matrix if source.factor == 1 else matrix.float() * source.factor
+    if source.factor == 1 and source.added == 0:
+        return matrix
+    return matrix.float() * source.factor + source.added
 
 
 def _cut_4bit(matrix: Quantized4bit, source: Slice) -> Quantized4bit:

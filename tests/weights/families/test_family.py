@@ -1,0 +1,85 @@
+"""The slices of a checkpoint's tensors that families have in common."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.rope_parameters import RopeParameters
+from mixchat.weights.families.family import MLP_EXPERTS, Family, Slice, attention, decoder_tensors
+
+HEADS, GROUPS, WIDTH, HIDDEN = 3, 1, 4, 6
+CONFIG = ModelConfig(
+    "any", 10, HIDDEN, 8, 2, HEADS, GROUPS, WIDTH, 2, 1, 32, 1e-5, RopeParameters(1e4)
+)
+
+
+def stacked(slices: tuple[Slice, ...], tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    pieces = []
+    for source in slices:
+        tensor = tensors[source.name]
+        assert tensor.shape == source.shape
+        pieces.append(tensor if source.rows is None else tensor[[*source.rows]])
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_gates_that_follow_each_query_lie_below_the_values(neighbours):
+    config = replace(CONFIG, attn_output_gate=True, qkv_bias=True)
+    described = dict(attention(rotates_neighbours=neighbours)(config, 1))
+    own = "model.layers.1.self_attn."
+    counts = {"q": 2 * HEADS, "k": GROUPS, "v": GROUPS}
+    for parameter, shape in (("weight", (HIDDEN,)), ("bias", ())):
+        stored = {
+            f"{own}{x}_proj.{parameter}": torch.randn(count * WIDTH, *shape)
+            for x, count in counts.items()
+        }
+        q, k, v = stored.values()
+        heads = q.view(HEADS, 2, WIDTH, *shape)
+        queries, keys = heads[:, 0], k.view(GROUPS, WIDTH, *shape)
+        if neighbours:
+            queries, keys = (
+                torch.cat((part[:, ::2], part[:, 1::2]), 1) for part in (queries, keys)
+            )
+        expected = [part.flatten(0, 1) for part in (queries, keys)]
+        result = stacked(described[f"{own}qkv_proj.{parameter}"], stored)
+        assert torch.equal(result, torch.cat([*expected, v, heads[:, 1].flatten(0, 1)]))
+
+
+def test_norms_get_what_a_checkpoint_lacks():
+    config = replace(CONFIG, qk_norm="head", fp32_norms=True)
+    mixers = {"attention": attention(norm_offset=1.0)}
+    family = Family("any", lambda raw: config, MLP_EXPERTS, mixers, norm_offset=1.0)
+    tensors = dict(decoder_tensors(config, family))
+    norms = {name: slices for name, slices in tensors.items() if "norm" in name}
+    assert len(norms) == 2 * 4 + 1
+    assert all([source.added for source in slices] == [1.0] for slices in norms.values())
+    others = (source for name in tensors.keys() - norms for source in tensors[name])
+    assert all(source.added == 0 for source in others)
+
+
+def test_a_factor_of_scores_is_one_of_the_norm_if_queries_have_one():
+    """Of the matrix it would have no effect, because the norm divides by the size."""
+    scaled = replace(CONFIG, attention_multiplier=1.0)
+    for config, name in (
+        (scaled, "qkv_proj"),
+        (replace(scaled, qk_norm="head"), "q_norm"),
+    ):
+        factors = {
+            installed: source.factor
+            for installed, slices in attention()(config, 0)
+            for source in slices
+            if source.factor != 1
+        }
+        assert factors == {f"model.layers.0.self_attn.{name}.weight": 2.0}
+
+
+def test_names_are_replaced_one_after_the_other():
+    names = {"model.norm": "model.embedding_norm", "mlp.": "ffn.", "model.": "model.text."}
+    family = Family("any", lambda raw: CONFIG, MLP_EXPERTS, names=names)
+    tensors = dict(decoder_tensors(CONFIG, family))
+    assert tensors["model.norm.weight"][0].name == "model.text.embedding_norm.weight"
+    router = tensors["model.layers.0.block_sparse_moe.gate.weight"]
+    assert router[0].name == "model.text.layers.0.ffn.gate.weight"
+    assert tensors["lm_head.weight"][0].name == "lm_head.weight"
