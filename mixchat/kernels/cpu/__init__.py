@@ -19,6 +19,8 @@ Codes are quantized weights. Read emit.py first, then units.py, tile.py and quan
 - router.py: the best experts of a token
 - pages.py: stores keys and values in pages of memory
 - attention.py: attention over these pages
+- attend_kernel.py: its main part, scores and weighted values
+- latent_kernel.py: the same for latents, which all heads share
 - attention_products.py: products of keys and values, with the instructions of each kind of CPU
 - dense.py: x times a dense matrix
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i16, i32, vector
@@ -75,6 +76,25 @@ def reduced(function: Function, value: Value, how: Literal["fadd", "fmax"]) -> V
         high, low = value.half(1), value.half(0)
         value = low + high if how == "fadd" else function.maximum(low, high)
     return Value(function, function.builder.extract_element(value.raw, i32(0)))
+
+
+def totals(function: Function, vectors: Sequence[Value]) -> Value:
+    """Return the sum of each of 2^n vectors, by halves. Their lanes are at least as many."""
+    lanes = vectors[0].type.count
+    while lanes > 1:
+        half, size = lanes // 2, vectors[0].type.count
+        # Two vectors become one, whose halves are theirs, as long as there are two.
+        are_pairs = len(vectors) > 1
+        firsts = range(0, 2 * size if are_pairs else size, lanes)
+        low = [first + lane for first in firsts for lane in range(half)]
+        high = [lane + half for lane in low]
+        seconds = vectors[1::2] if are_pairs else [None]
+        vectors = [
+            first.shuffled(low, second) + first.shuffled(high, second)
+            for first, second in zip(vectors[::2], seconds, strict=True)
+        ]
+        lanes = half
+    return vectors[0]
 
 
 def _as_many(element: Any, value: Value) -> Any:

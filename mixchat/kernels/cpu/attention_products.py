@@ -4,6 +4,8 @@ A word of 32 bits holds 1, 2 or 4 numbers of a key, or of 1, 2 or 4 tokens' valu
 their order. Numbers that meet these (a query's, or weights of tokens) are factors, in words, too:
 
 - fp32 and bf16 keys and values: factors in fp32. AVX512-BF16 was no faster, as memory is the limit
+- bf16 latents: factors in bf16, if the CPU multiplies them. All heads share a latent, so that
+  products are the limit
 - 8 bits: factors of 15 bits and a sign, with a scale for each query and each row of weights.
   Products are added up exactly. For h = 128 that is 127 * 32767 * 128 = 532,660,352 < 2^31
 """
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from mixchat.kernels.cpu import compile as compiling
-from mixchat.kernels.cpu.arithmetic import as_fp32, reduced
+from mixchat.kernels.cpu.arithmetic import as_fp32, reduced, rounded_to_bf16
 from mixchat.kernels.cpu.compile import CPUS
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i16, i32, vector
 from mixchat.kernels.cpu.pages import CacheShape
@@ -84,6 +86,35 @@ class Products(ABC):
     def as_float(self, total: Value) -> Value:
         return total
 
+    # A latent is stored as a value, so scores are sums over its columns. Then numbers of one token
+    # have to be side by side in a word.
+
+    @property
+    def joined(self) -> int:
+        """Return how many columns of a token are side by side in a word of factors."""
+        return 4 // self.size
+
+    @property
+    def joined_type(self) -> Any:
+        """Return the type of a vector of such words."""
+        return self.floats
+
+    def of_tokens(self, words: Sequence[Value]) -> list[Value]:
+        """Return the numbers of each token in words of `joined` vectors of columns."""
+        return self.unpacked(words[0])
+
+    def as_factors(self, numbers: Sequence[Value]) -> Value:
+        """Return fp32 numbers of `joined` vectors of columns as factors for `of_tokens`."""
+        return numbers[0]
+
+    def add_joined(self, total: Value, numbers: Value, factors: Value) -> Value:
+        """Return the sum plus the products of `of_tokens` and `as_factors`."""
+        return self.add(total, numbers, factors)
+
+    def scaled(self, line: Pointer, columns: int) -> tuple[Value | None, Value]:
+        """Return what fp32 numbers are multiplied by before `as_factors`, and their scale."""
+        return None, self.function.constant(f32, 1.0)
+
 
 class _InFloats(Products):
     """fp32, or bf16 that is widened."""
@@ -105,6 +136,48 @@ class _InFloats(Products):
 
     def add(self, total: Value, numbers: Value, factor: Value) -> Value:
         return self.function.multiply_add(numbers, factor, total)
+
+
+class _InBf16(Products):
+    """bf16 with AVX512-BF16, twice as fast as fp32, and nothing has to be widened."""
+
+    size = 2
+
+    def _store(self, target: Pointer, numbers: Value, index: Value | int) -> None:
+        target.store(rounded_to_bf16(numbers), index * 2)
+
+    def store_weights(
+        self, weights: Sequence[Value], scales: Sequence[Value] | None, target: Pointer
+    ) -> tuple[Value, Value]:
+        # The sum is of rounded weights, so that the weights of a token's values add up to 1.
+        rounded = [rounded_to_bf16(weight) for weight in weights]
+        for number, weight in enumerate(rounded):
+            target.store(weight, number * self.lanes * 2)
+        weights = [(w.widened(self.integers) << 16).bits_as(self.floats) for w in rounded]
+        return functools.reduce(Value.__add__, weights), self.function.constant(f32, 1.0)
+
+    def unpacked(self, words: Value) -> list[Value]:
+        return [words]
+
+    def factors(self, source: Pointer, word: Value) -> list[Value]:
+        return [source.load(i32, word * 4).broadcast(self.lanes)]
+
+    def add(self, total: Value, numbers: Value, factor: Value) -> Value:
+        # LLVM reads this declaration, of before it had bf16, as its own.
+        name = "llvm.x86.avx512bf16.dpbf16ps.512"
+        return self.function.call(name, self.floats, total, numbers, factor)
+
+    @property
+    def joined_type(self) -> Any:
+        return self.integers
+
+    def of_tokens(self, words: Sequence[Value]) -> list[Value]:
+        first, second = words
+        return [first & 0xFFFF | second << 16, first >> 16 | second & 0xFFFF0000]
+
+    def as_factors(self, numbers: Sequence[Value]) -> Value:
+        first, second = (rounded_to_bf16(part).widened(self.integers) for part in numbers)
+        return first | second << 16
 
 
 class _InWords(Products):
@@ -193,9 +266,51 @@ class _InWords(Products):
         return total + self.function.call(self._add_words, self.integers, numbers, factor)
 
     def as_float(self, total: Value) -> Value:
-        return total.as_float(self.floats)
+        return total.as_float(vector(f32, total.type.count))
+
+    @property
+    def joined_type(self) -> Any:
+        return self.words
+
+    def of_tokens(self, words: Sequence[Value]) -> list[Value]:
+        tokens = []
+        for token in range(4):
+            # The token's byte comes to the top of each half of a word, and its sign from there.
+            first, second = (word << 24 - 8 * token for word in words)
+            halves = (first >> 16 & 0xFF00) | (second & 0xFF000000)
+            tokens.append(halves.bits_as(self.words).arithmetic_shift(8))
+        return tokens
+
+    def as_factors(self, numbers: Sequence[Value]) -> Value:
+        first, second = (self.function.rounded(part).as_integer(self.integers) for part in numbers)
+        return (first & 0xFFFF | second << 16).bits_as(self.words)
+
+    def add_joined(self, total: Value, numbers: Value, factors: Value) -> Value:
+        if self._add_words is not None:
+            return self.add(total, numbers, factors)
+        for shift in (16, 0):
+            first, second = (
+                (words.bits_as(self.integers) << shift).arithmetic_shift(16)
+                for words in (numbers, factors)
+            )
+            total = total + first * second
+        return total
+
+    def scaled(self, line: Pointer, columns: int) -> tuple[Value | None, Value]:
+        start = self.function.constant(self.integers, 0)
+        with self.function.loop(0, columns, self.lanes, [start]) as (column, largest):
+            bits = line.load(self.integers, column * 4) & 0x7FFFFFFF
+            largest[0] = self.function.maximum(bits, largest[0])
+        name = f"llvm.vector.reduce.umax.v{self.lanes}i32"
+        bits = self.function.call(name, i32, largest[0])
+        return self._scaled(bits.bits_as(f32), self._largest_query)
 
 
 def products_of(function: Function, shape: CacheShape, lanes: int) -> Products:
     """Return the products for the bits of a cache."""
-    return (_InWords if shape.bits == 8 else _InFloats)(function, shape, lanes)
+    if shape.bits == 8:
+        return _InWords(function, shape, lanes)
+    has_bf16 = lanes == 16 and compiling.has_feature("avx512bf16")
+    if shape.latent_dim and shape.bits == 16 and has_bf16:
+        return _InBf16(function, shape, lanes)
+    return _InFloats(function, shape, lanes)

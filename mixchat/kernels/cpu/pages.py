@@ -8,6 +8,9 @@ its values, in words of 32 bits that hold 1, 2 or 4 numbers (fp32, bf16, 8 bits)
 
 With 8 bits each key and each value has a scale, after the values.
 
+Latents are keys whose first numbers are their values (`latent_dim`). They are stored once, as
+values, and have one scale for these numbers and one for the others.
+
 With bf16 and h = 128, take token 37 of a page. Its key's numbers 6 and 7 are the word 3 of block 2,
 lane 5. Its value's number 6 is the upper half of word 18, lane 6.
 
@@ -38,12 +41,18 @@ _SIGNATURE = Signature("pages", "keys", "values", "past", "tokens")
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The layout of keys and values in a page. `bits` is the size of a stored number."""
+    """The layout of keys and values in a page. `bits` is the size of a stored number.
+
+    latent_dim: the numbers of a key that are its value, 0 if values are apart. Then `groups` is 1.
+    scale: multiplies the scores, None for 1 / sqrt(head_dim).
+    """
 
     heads: int
     groups: int
     head_dim: int
     bits: Bits
+    latent_dim: int = 0
+    scale: float | None = None
 
     @property
     def shared(self) -> int:
@@ -51,9 +60,23 @@ class CacheShape:
         return self.heads // self.groups
 
     @property
+    def score_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def value_dim(self) -> int:
+        """Return the numbers of a value."""
+        return self.latent_dim or self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Return the numbers of a value, with padding."""
+        return _padded(self.value_dim)
+
+    @property
     def width(self) -> int:
-        """Return the numbers of a key, with padding."""
-        return -(-self.head_dim // _WIDTH) * _WIDTH
+        """Return the numbers of a key, with padding. A latent has it after both of its parts."""
+        return self.value_width + _padded(self.head_dim - self.value_dim)
 
     @property
     def per_word(self) -> int:
@@ -62,12 +85,15 @@ class CacheShape:
     @property
     def values_at(self) -> int:
         """Return the offset of the values in a group's part of a page, in bytes."""
-        return PAGE * self.width * self.bits // 8
+        return 0 if self.latent_dim else PAGE * self.width * self.bits // 8
 
     @property
     def scales_at(self) -> int:
-        """Return the offset of the keys' scales, in bytes. The values' scales follow."""
-        return 2 * self.values_at
+        """Return the offset of the keys' scales, in bytes. The values' scales follow.
+
+        A latent has its scales in the same order, that of the numbers of its key alone first.
+        """
+        return self.values_at + PAGE * self.width * self.bits // 8
 
     @property
     def group_bytes(self) -> int:
@@ -78,22 +104,32 @@ class CacheShape:
         return self.groups * self.group_bytes
 
 
+def _padded(columns: int) -> int:
+    return -(-columns // _WIDTH) * _WIDTH
+
+
 def store(
-    shape: CacheShape, pages: torch.Tensor, past: int, keys: torch.Tensor, values: torch.Tensor
+    shape: CacheShape,
+    pages: torch.Tensor,
+    past: int,
+    keys: torch.Tensor,
+    values: torch.Tensor | None = None,
 ) -> None:
     """Store keys and values [T, G, h], fp32 or bf16, after the first `past` tokens.
 
-    `pages`, int64, are the addresses of a layer's pages, which hold zeros at first.
+    `pages`, int64, are the addresses of a layer's pages, which hold zeros at first. Latents have no
+    `values`.
     """
-    step = store_step(shape, keys.contiguous(), values.contiguous())
+    step = store_step(shape, keys.contiguous(), None if values is None else values.contiguous())
     step.set(pages=pages.data_ptr(), past=past)
     step.run()
 
 
-def store_step(shape: CacheShape, keys: torch.Tensor, values: torch.Tensor) -> Step:
+def store_step(shape: CacheShape, keys: torch.Tensor, values: torch.Tensor | None = None) -> Step:
     """Return `store` as a step. The address `pages` and `past` are still to be set."""
-    tokens = keys.shape[0]
-    numbers = _SIGNATURE.numbers(keys=keys.data_ptr(), values=values.data_ptr(), tokens=tokens)
+    assert (values is None) == bool(shape.latent_dim)
+    tokens, address = keys.shape[0], 0 if values is None else values.data_ptr()
+    numbers = _SIGNATURE.numbers(keys=keys.data_ptr(), values=address, tokens=tokens)
     function = _compiled(shape, keys.dtype == torch.bfloat16).function("store")
     threads = 1 if tokens == 1 else None
     return Step(function, _SIGNATURE, numbers, (keys, values), threads)
@@ -120,44 +156,60 @@ class _StoreKernel:
 
     def write(self) -> None:
         function, args, shape = self.function, self._args, self.shape
-        size = shape.bits // 8
+        keys, values = args.pointer("keys"), args.pointer("values")
         with function.each_item(function.pointer, args.number("tokens")) as token:
             position = args.number("past") + token
             line = position % PAGE
-            block = line // KEY_BLOCK * (KEY_BLOCK * shape.width * size) + line % KEY_BLOCK * 4
-            word = line // shape.per_word * (shape.width * 4) + line % shape.per_word * size
             with function.loop(0, shape.groups, 1) as (group, _):
                 target = group_part(args, shape, position, group)
                 first = (token * shape.groups + group) * shape.head_dim
-                keys, values = args.pointer("keys"), args.pointer("values")
-                scale = target.plus(line * 4 + shape.scales_at)
-                with self._encoded(keys, first, scale) as (number, key):
-                    lane = (
-                        number // shape.per_word * (KEY_BLOCK * 4) + number % shape.per_word * size
+                if shape.latent_dim:
+                    apart = shape.head_dim - shape.latent_dim
+                    self._store_value(keys, first, shape.latent_dim, target, line, 0)
+                    self._store_value(
+                        keys, first + shape.latent_dim, apart, target, line, shape.value_width
                     )
-                    target.store(key, block + lane)
-                with self._encoded(values, first, scale.plus(PAGE * 4)) as (number, value):
-                    target.store(value, word + number * 4 + shape.values_at)
+                else:
+                    self._store_key(keys, first, target, line)
+                    self._store_value(values, first, shape.head_dim, target, line, 0)
         function.finish()
+
+    def _store_key(self, keys: Pointer, first: Value, target: Pointer, line: Value) -> None:
+        shape, size = self.shape, self.shape.bits // 8
+        block = line // KEY_BLOCK * (KEY_BLOCK * shape.width * size) + line % KEY_BLOCK * 4
+        scale = target.plus(line * 4 + shape.scales_at)
+        with self._encoded(keys, first, shape.head_dim, scale) as (number, key):
+            word = number // shape.per_word * (KEY_BLOCK * 4)
+            target.store(key, block + word + number % shape.per_word * size)
+
+    def _store_value(
+        self, source: Pointer, first: Value, count: int, target: Pointer, line: Value, column: int
+    ) -> None:
+        """Store `count` numbers from a column on, which is 0 but for a latent's second part."""
+        shape, size = self.shape, self.shape.bits // 8
+        word = line // shape.per_word * (shape.width * 4) + line % shape.per_word * size
+        scale = target.plus(line * 4 + shape.scales_at + (0 if column else PAGE * 4))
+        with self._encoded(source, first, count, scale) as (number, value):
+            target.store(value, word + number * 4 + (shape.values_at + column * 4))
 
     @contextmanager
     def _encoded(
-        self, source: Pointer, first: Value, scale: Pointer
+        self, source: Pointer, first: Value, count: int, scale: Pointer
     ) -> Iterator[tuple[Value, Value]]:
-        """Yield the index of each number of a head, and the number as it is stored.
+        """Yield the index of each of `count` numbers, and the number as it is stored.
 
         With 8 bits, store their scale first.
         """
-        function, head_dim = self.function, self.shape.head_dim
+        function = self.function
         if self.shape.bits == 8:
-            with function.loop(0, head_dim, 1, [function.constant(f32, 0.0)]) as (index, largest):
+            with function.loop(0, count, 1, [function.constant(f32, 0.0)]) as (index, largest):
                 number = as_fp32(source, first + index, self._bf16)
                 largest[0] = function.maximum(function.maximum(number, -number), largest[0])
             scale.store(largest[0] * (1 / _LARGEST))
-            # A head of zeros, or of numbers whose factor would be infinite, is stored as zeros.
+            # Numbers that are all 0, or whose factor would be infinite, are stored as zeros.
             factor = function.constant(f32, _LARGEST) / largest[0]
             factor = largest[0].compare(">", 1e-30).choose(factor, 0.0)
-        with function.loop(0, head_dim, 1) as (index, _):
+        with function.loop(0, count, 1) as (index, _):
             number = as_fp32(source, first + index, self._bf16)
             if self.shape.bits == 8:
                 stored = function.rounded(number * factor).as_integer(i32).narrowed(i8)

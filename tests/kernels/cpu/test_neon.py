@@ -98,16 +98,23 @@ def test_norms_have_the_bits_of_avx2(use: Use, tmp_path: Path, dtype: torch.dtyp
 
 @under_qemu
 @pytest.mark.parametrize("bits", [16, 8])
-def test_attention_has_the_bits_of_avx2(use: Use, tmp_path: Path, bits: Bits) -> None:
-    shape = CacheShape(8, 2, 48, bits)
+@pytest.mark.parametrize("latent_dim", [0, 32])
+def test_attention_has_the_bits_of_avx2(
+    use: Use, tmp_path: Path, bits: Bits, latent_dim: int
+) -> None:
+    groups = 1 if latent_dim else 2
+    shape = CacheShape(8, groups, 48, bits, latent_dim)
     page = torch.zeros(shape.page_bytes, dtype=torch.uint8)
     addresses = torch.tensor([page.data_ptr()])
-    keys, values, queries = (random(20, heads, 48, seed=heads).bfloat16() for heads in (2, 2, 8))
+    keys, values, queries = (
+        random(20, heads, 48, seed=seed).bfloat16()
+        for seed, heads in enumerate((groups, groups, 8))
+    )
     use("avx2")
-    pages.store(shape, addresses, 0, keys, values)
+    pages.store(shape, addresses, 0, keys, None if latent_dim else values)
     expected = attention.attend(shape, addresses, 0, queries, 7)
     use("neon")
-    out = torch.empty_like(queries)
+    out = torch.empty_like(expected)
     steps = attention.attend_steps(shape, queries, out, PAGE)
     for step in steps:
         attention.set_window(shape, step, 7, None)
