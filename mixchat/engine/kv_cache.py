@@ -58,8 +58,12 @@ class KVCache(LayerCache):
         return max(self._first, oldest // PAGE * PAGE)
 
     def fill(self, tokens: int, dtype: torch.dtype) -> None:
-        shape = 2, tokens, self.shape.groups, self.shape.head_dim
-        self.store(*torch.randn(shape, device=self.device).to(dtype))
+        shape = self.shape
+        keys, values = (
+            torch.randn(tokens, shape.groups, columns, device=self.device).to(dtype)
+            for columns in (shape.key_dim, shape.value_dim)
+        )
+        self.store(keys, values)
 
     @property
     def device(self) -> torch.device:
@@ -79,6 +83,9 @@ class KVCache(LayerCache):
     ) -> torch.Tensor:
         """Store keys and values [T, G, h]. Return the attention [T, H, h] of queries.
 
+        If the cache holds latents, these are values [T, 1, v], and keys are their other numbers.
+        Queries [T, H, h] have the columns of values first. Then the attention is [T, H, v].
+
         A token attends to itself and to all before it, or to the last W of these in a layer with a
         window W. `sinks` are logits [H], fp32, of which each joins the sum of a head's softmax.
         """
@@ -95,5 +102,5 @@ def room_of(capacity: int, window: int | None) -> int:
 def token_bytes(shape: CacheShape) -> int:
     """Return the bytes of a token's keys and values, without padding."""
     # With 8 bits each key and each value of a group has a scale in fp32.
-    scale = 4 if shape.bits == 8 else 0
-    return 2 * shape.groups * (shape.head_dim * shape.bits // 8 + scale)
+    scales = 8 if shape.bits == 8 else 0
+    return shape.groups * ((shape.key_dim + shape.value_dim) * shape.bits // 8 + scales)

@@ -34,7 +34,9 @@ class PagedKVCache(KVCache):
         super().__init__(shape, capacity, window)
         row, scales = shape.width * shape.bits // 8, shape.scales_at
         # The start in a group's part of a page, and the bytes of one token.
-        self._parts = {"keys": (0, row), "values": (shape.values_at, row)}
+        self._parts = {"values": (shape.values_at, row)}
+        if not shape.latent_dim:
+            self._parts = {"keys": (0, row), **self._parts}
         if shape.bits == 8:
             self._parts |= {"key_scales": (scales, 4), "value_scales": (scales + PAGE * 4, 4)}
         self.clear()
@@ -189,7 +191,7 @@ class SequencesAttention:
         self._inputs = [
             torch.empty(rows.shape, dtype=rows.dtype) for rows in (queries, keys, values)
         ]
-        self._out = torch.empty_like(self._inputs[0])
+        self._out = queries.new_empty(*queries.shape[:2], caches[0].shape.value_dim)
         by_token = zip(*(torch.split(rows, 1) for rows in (*self._inputs, self._out)), strict=True)
         self._steps = [
             KVSteps(cache.shape, query, key, value, out, cache.length + 1)

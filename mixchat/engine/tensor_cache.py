@@ -40,9 +40,10 @@ class PlainKVCache(KVCache):
     def specs(self, extent: Extent) -> list[TensorSpec]:
         """Return specs of keys and values [G, tokens, h], and of scales [G, tokens, 1]."""
         shape = self.shape.groups, extent.tokens - self._start(extent)
-        names = ("keys", "values")
-        numbers = (*shape, self.shape.head_dim)
-        specs = [TensorSpec(name, self._stored_dtype, numbers) for name in names]
+        columns = {"keys": self.shape.key_dim, "values": self.shape.value_dim}
+        specs = [
+            TensorSpec(name, self._stored_dtype, (*shape, count)) for name, count in columns.items()
+        ]
         if self._quantized:
             scales = ("key_scales", "value_scales")
             specs += [TensorSpec(name, torch.float32, (*shape, 1)) for name in scales]
@@ -145,6 +146,8 @@ class TensorKVCache(PlainKVCache):
         if self._quantized:
             keys = (keys * self._part("key_scales", seen)).to(self._dtype)
             values = (values * self._part("value_scales", seen)).to(self._dtype)
+        if self.shape.latent_dim:
+            keys = torch.cat([values, keys], dim=-1)
         mask = self._masks.mask(self.length - start, tokens, self.window)
         # The R = H / G heads that share a key are joined like R times as many tokens. `enable_gqa`
         # would read each key R times.
@@ -155,9 +158,12 @@ class TensorKVCache(PlainKVCache):
                 keys[None],
                 values[None],
                 attn_mask=None if mask is None else mask.repeat(shared, 1),  # [R * T, P + T]
+                scale=self.shape.score_scale,
             )
         else:
-            attended = _attention_with_sinks(grouped, keys, values, mask, sinks)
+            attended = _attention_with_sinks(
+                grouped, keys, values, mask, sinks, self.shape.score_scale
+            )
         merged = attended.view(groups, shared, tokens, -1).permute(2, 0, 1, 3)  # [T, G, R, h]
         return merged.reshape(tokens, heads, -1)
 
@@ -168,17 +174,18 @@ def _attention_with_sinks(
     values: torch.Tensor,
     mask: torch.Tensor | None,
     sinks: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:
     """Return the attention [G, R, T, h] of queries over keys and values [G, P + T, h].
 
     torch's own attention has no sinks.
     """
-    groups, shared, tokens, width = queries.shape
+    groups, shared, tokens, _ = queries.shape
     attended = []
     # Scores take 4 bytes for each head and pair of tokens.
     for start in range(0, tokens, _SINK_TOKENS):
         chunk = slice(start, start + _SINK_TOKENS)
-        scores = queries[:, :, chunk] @ keys.mT[:, None] * width**-0.5  # [G, R, t, P + T]
+        scores = queries[:, :, chunk] @ keys.mT[:, None] * scale  # [G, R, t, P + T]
         if mask is not None:
             scores = scores.masked_fill(~mask[chunk], -torch.inf)
         # A sink takes a share of the softmax, but has no value to add.

@@ -9,7 +9,7 @@ its values, in words of 32 bits that hold 1, 2 or 4 numbers (fp32, bf16, 8 bits)
 With 8 bits each key and each value has a scale, after the values.
 
 Latents are keys whose first numbers are their values (`latent_dim`). They are stored once, as
-values, and have one scale for these numbers and one for the others.
+values, with the numbers of their keys alone after those of their values.
 
 With bf16 and h = 128, take token 37 of a page. Its key's numbers 6 and 7 are the word 3 of block 2,
 lane 5. Its value's number 6 is the upper half of word 18, lane 6.
@@ -64,6 +64,11 @@ class CacheShape:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
+    def key_dim(self) -> int:
+        """Return the numbers of a key that are stored as such, a latent's without its value."""
+        return self.head_dim - self.latent_dim
+
+    @property
     def value_dim(self) -> int:
         """Return the numbers of a value."""
         return self.latent_dim or self.head_dim
@@ -76,7 +81,7 @@ class CacheShape:
     @property
     def width(self) -> int:
         """Return the numbers of a key, with padding. A latent has it after both of its parts."""
-        return self.value_width + _padded(self.head_dim - self.value_dim)
+        return _padded(self.key_dim) + (self.value_width if self.latent_dim else 0)
 
     @property
     def per_word(self) -> int:
@@ -89,10 +94,7 @@ class CacheShape:
 
     @property
     def scales_at(self) -> int:
-        """Return the offset of the keys' scales, in bytes. The values' scales follow.
-
-        A latent has its scales in the same order, that of the numbers of its key alone first.
-        """
+        """Return the offset of the keys' scales, in bytes. The values' scales follow."""
         return self.values_at + PAGE * self.width * self.bits // 8
 
     @property
@@ -109,27 +111,22 @@ def _padded(columns: int) -> int:
 
 
 def store(
-    shape: CacheShape,
-    pages: torch.Tensor,
-    past: int,
-    keys: torch.Tensor,
-    values: torch.Tensor | None = None,
+    shape: CacheShape, pages: torch.Tensor, past: int, keys: torch.Tensor, values: torch.Tensor
 ) -> None:
     """Store keys and values [T, G, h], fp32 or bf16, after the first `past` tokens.
 
-    `pages`, int64, are the addresses of a layer's pages, which hold zeros at first. Latents have no
-    `values`.
+    `pages`, int64, are the addresses of a layer's pages, which hold zeros at first. Latents have
+    keys [T, 1, key_dim] and values [T, 1, value_dim].
     """
-    step = store_step(shape, keys.contiguous(), None if values is None else values.contiguous())
+    step = store_step(shape, keys.contiguous(), values.contiguous())
     step.set(pages=pages.data_ptr(), past=past)
     step.run()
 
 
-def store_step(shape: CacheShape, keys: torch.Tensor, values: torch.Tensor | None = None) -> Step:
+def store_step(shape: CacheShape, keys: torch.Tensor, values: torch.Tensor) -> Step:
     """Return `store` as a step. The address `pages` and `past` are still to be set."""
-    assert (values is None) == bool(shape.latent_dim)
-    tokens, address = keys.shape[0], 0 if values is None else values.data_ptr()
-    numbers = _SIGNATURE.numbers(keys=keys.data_ptr(), values=address, tokens=tokens)
+    tokens = keys.shape[0]
+    numbers = _SIGNATURE.numbers(keys=keys.data_ptr(), values=values.data_ptr(), tokens=tokens)
     function = _compiled(shape, keys.dtype == torch.bfloat16).function("store")
     threads = 1 if tokens == 1 else None
     return Step(function, _SIGNATURE, numbers, (keys, values), threads)
@@ -162,19 +159,16 @@ class _StoreKernel:
             line = position % PAGE
             with function.loop(0, shape.groups, 1) as (group, _):
                 target = group_part(args, shape, position, group)
-                first = (token * shape.groups + group) * shape.head_dim
+                number = token * shape.groups + group
+                first, of_value = number * shape.key_dim, number * shape.value_dim
                 if shape.latent_dim:
-                    apart = shape.head_dim - shape.latent_dim
-                    self._store_value(keys, first, shape.latent_dim, target, line, 0)
-                    self._store_value(
-                        keys, first + shape.latent_dim, apart, target, line, shape.value_width
-                    )
+                    self._store_row(keys, first, shape.key_dim, target, line, shape.value_width)
                 else:
-                    self._store_key(keys, first, target, line)
-                    self._store_value(values, first, shape.head_dim, target, line, 0)
+                    self._store_block(keys, first, target, line)
+                self._store_row(values, of_value, shape.value_dim, target, line, 0)
         function.finish()
 
-    def _store_key(self, keys: Pointer, first: Value, target: Pointer, line: Value) -> None:
+    def _store_block(self, keys: Pointer, first: Value, target: Pointer, line: Value) -> None:
         shape, size = self.shape, self.shape.bits // 8
         block = line // KEY_BLOCK * (KEY_BLOCK * shape.width * size) + line % KEY_BLOCK * 4
         scale = target.plus(line * 4 + shape.scales_at)
@@ -182,10 +176,10 @@ class _StoreKernel:
             word = number // shape.per_word * (KEY_BLOCK * 4)
             target.store(key, block + word + number % shape.per_word * size)
 
-    def _store_value(
+    def _store_row(
         self, source: Pointer, first: Value, count: int, target: Pointer, line: Value, column: int
     ) -> None:
-        """Store `count` numbers from a column on, which is 0 but for a latent's second part."""
+        """Store `count` numbers of a value, or from a column on those of a latent's key alone."""
         shape, size = self.shape, self.shape.bits // 8
         word = line // shape.per_word * (shape.width * 4) + line % shape.per_word * size
         scale = target.plus(line * 4 + shape.scales_at + (0 if column else PAGE * 4))

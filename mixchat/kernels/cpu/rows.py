@@ -38,6 +38,7 @@ _SIGNATURE = Signature(
     "alpha",
     "rotated",
     "places",
+    "out_stride",
 )
 
 
@@ -106,8 +107,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def rotate_step(x: torch.Tensor, out: torch.Tensor, rotated: int) -> Step:
-    """Return `rotate` of the first `rotated` columns as a step. `cos` and `sin` are not set yet."""
+    """Return `rotate` of the first `rotated` columns as a step. `cos` and `sin` are not set yet.
+
+    The heads of `out` may be parts of longer rows.
+    """
     arguments = {"columns": x.shape[2], "count": x.shape[1], "stride": x.stride(0)}
+    arguments["out_stride"] = out.stride(1)
     return _step("rotate", x, out, **arguments, rotated=rotated)
 
 
@@ -299,7 +304,7 @@ class _Rotate(_Rows):
         cos, sin = args.pointer("cos"), args.pointer("sin")
         with function.loop(0, heads, 1) as (head, _):
             source = token * args.number("stride") + head * width
-            target = (token * heads + head) * width
+            target = (token * heads + head) * args.number("out_stride")
             with function.loop(0, half, self.lanes) as (column, _):
                 low, high = (self.load(self.x, source + at) for at in (column, column + half))
                 for at, number, partner in ((column, low, high), (column + half, high, low)):

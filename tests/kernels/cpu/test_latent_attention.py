@@ -68,7 +68,7 @@ class Pages:
         self.latents = self.latents.to(dtype)
 
     def store(self, start: int, end: int) -> None:
-        store(self.shape, self.addresses, start, self.latents[start:end])
+        store_latents(self, self.latents[start:end], start)
 
     def queries(self, tokens: int) -> torch.Tensor:
         queries = random((tokens, self.shape.heads, self.shape.head_dim), 3)
@@ -86,6 +86,11 @@ class Pages:
         hidden = (back < 0) | (back >= (window or end))
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         return torch.einsum("hts,sd->thd", weights, latents[:, : self.shape.latent_dim])
+
+
+def store_latents(cache: Pages, latents: torch.Tensor, past: int = 0) -> None:
+    values, keys = latents.split([cache.shape.value_dim, cache.shape.key_dim], -1)
+    store(cache.shape, cache.addresses, past, keys, values)
 
 
 def random(size: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -128,7 +133,7 @@ def test_a_token_alone_sees_what_it_sees_among_others(
     shape = CacheShape(11, 1, 80, bits, 64)
     past, tokens = PAGE - 20, 60
     cache = Pages(shape, past + tokens, torch.bfloat16)
-    store(shape, cache.addresses, 0, cache.latents * 100)
+    store_latents(cache, cache.latents * 100)
     cache.store(0, past + tokens)
     queries = cache.queries(tokens)
     together = cache.attend(past, queries)

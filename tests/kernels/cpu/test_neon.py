@@ -107,11 +107,13 @@ def test_attention_has_the_bits_of_avx2(
     page = torch.zeros(shape.page_bytes, dtype=torch.uint8)
     addresses = torch.tensor([page.data_ptr()])
     keys, values, queries = (
-        random(20, heads, 48, seed=seed).bfloat16()
-        for seed, heads in enumerate((groups, groups, 8))
+        random(20, heads, columns, seed=seed).bfloat16()
+        for seed, (heads, columns) in enumerate(
+            ((groups, shape.key_dim), (groups, shape.value_dim), (8, 48))
+        )
     )
     use("avx2")
-    pages.store(shape, addresses, 0, keys, None if latent_dim else values)
+    pages.store(shape, addresses, 0, keys, values)
     expected = attention.attend(shape, addresses, 0, queries, 7)
     use("neon")
     out = torch.empty_like(expected)
