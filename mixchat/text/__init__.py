@@ -14,6 +14,7 @@
 - thinking.py: takes a model's thinking apart from its answer
 - tool_call.py: a tool, a call, and a piece of a call
 - tool_formats.py: the forms in which models call tools, and one for models that learned none
+- literals.py: values as literals of Python's or Gemma's form, and as JSON
 - tool_parser.py: takes calls out of an answer while it is generated
 - detokenizer.py: the bytes of tokens, and text from one id after the other, up to a stop string
 - form/: holds answers to a JSON schema or a grammar

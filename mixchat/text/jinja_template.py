@@ -65,7 +65,7 @@ class JinjaTemplate:
                 f"{self._file}: the chat template has an error: {short_message(error)}"
             ) from None
         self.thinking = format_of(template.source, unset)
-        self.tools = tool_format_of(template.source, unset)
+        self.tools = tool_format_of(template.source, unset, tokenizer.control_tokens)
         with suppress(PromptError):  # it may need other messages, which `encode` reports
             self._render([{"role": "user", "content": "Hi"}])
 
@@ -100,11 +100,12 @@ class JinjaTemplate:
             return messages
         # The ids of an answer are then those of its content and its calls, as a model writes them.
         encode, encoded = self._tokenizer.encode, []
-        opening = self._tokenizer.encode_template(format.opening)
+        opening, closing = map(self._tokenizer.encode_template, (format.opening, format.closing))
         for message in messages:
             if message.calls:
-                calls = encode(format.text_of(message.calls))
-                message = Message("assistant", "", (*encode(message.content), *opening, *calls))
+                calls = encode(format.text_of(message.calls).removesuffix(format.closing))
+                ids = (*encode(message.content), *opening, *calls, *closing)
+                message = Message("assistant", "", ids)
             encoded.append(message)
         return encoded
 

@@ -1,6 +1,7 @@
 """A model's thinking, taken apart from its answer while both are generated.
 
 - tags: `<think>`, the thinking, `</think>`, the answer. A prompt may end with the first tag.
+- channel: as tags, but with Gemma's `<|channel>thought` and `<channel|>`
 - harmony: messages in channels. `final` is the answer, all others are thinking.
 """
 
@@ -12,19 +13,27 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mixchat.text.tokenizer import TokenTexts
 from mixchat.text.tool_call import CallDelta, new_call_id
 
 if TYPE_CHECKING:
     from mixchat.text.tokenizer import Tokenizer
 
-_OPEN, _CLOSE = "<think>", "</think>"
+# By the kind of a format: the control token that opens a thinking, what follows it, the one that
+# closes the thinking, and the white space between it and the answer.
+_TAGS = {
+    "tags": ("<think>", "", "</think>", "\n\n"),
+    "channel": ("<|channel>", "thought", "<channel|>", ""),
+}
 _CHANNEL, _MESSAGE, _FINAL = "<|channel|>", "<|message|>", "final"
 _TO_FUNCTION, _FUNCTION = "to=functions", re.compile(r"to=functions\.([\w.-]+)")
 _TO_ANSWER = f"{_CHANNEL}{_FINAL}{_MESSAGE}"
 _CONSTRAIN = "<|constrain|>"  # between two words of a header
 # Marks that lead from a message to the next one, or into its header.
 _HARMONY = (_CONSTRAIN, _CHANNEL, _MESSAGE, "<|start|>", "<|end|>", "<|return|>", "<|call|>")
-_TAIL = 8  # tokens at a prompt's end that hold a tag and the newlines after it
+# Stands for a mark between characters. Half a surrogate pair is in no decoded text.
+_MARK_CHAR = re.compile("[\ud800-\udfff]")
+_TAIL = 16  # tokens at a prompt's end that hold a tag and the newlines after it
 SWITCHES = ("enable_thinking", "thinking")  # variables of templates, true or false
 EFFORT = "reasoning_effort"  # a variable of templates
 EFFORTS = ("minimal", "low", "medium", "high")
@@ -47,12 +56,12 @@ class AnswerText:
 class ThinkingFormat:
     """The form in which a model thinks, and the variables of its template that control it."""
 
-    kind: Literal["tags", "harmony"]
+    kind: Literal["tags", "channel", "harmony"]
     variables: tuple[str, ...] = ()
 
     @property
     def switch(self) -> str | None:
-        """Return the variable that turns thinking off, None if the template has none."""
+        """Return the variable that turns thinking on and off, None if the template has none."""
         return next((name for name in SWITCHES if name in self.variables), None)
 
     @property
@@ -64,8 +73,9 @@ class ThinkingFormat:
         """Return the ids that lead from a prompt to an answer without thinking."""
         if self.kind == "harmony":
             return tokenizer.encode_template(_TO_ANSWER)
-        is_open = _ends_open(tokenizer, prompt_ids)
-        return tokenizer.encode_template(f"{_CLOSE}\n\n") if is_open else []
+        tag, name, close, space = _TAGS[self.kind]
+        is_open = _ends_open(tokenizer, prompt_ids, tag + name)
+        return tokenizer.encode_template(close + space) if is_open else []
 
 
 def format_of(source: str, variables: Collection[str]) -> ThinkingFormat | None:
@@ -73,7 +83,11 @@ def format_of(source: str, variables: Collection[str]) -> ThinkingFormat | None:
     known = tuple(name for name in (*SWITCHES, EFFORT) if name in variables)
     if _CHANNEL in source and _MESSAGE in source:
         return ThinkingFormat("harmony", known)
-    return ThinkingFormat("tags", known) if _OPEN in source or _CLOSE in source else None
+    opening, name, closing, _ = _TAGS["channel"]
+    if opening + name in source and closing in source:
+        return ThinkingFormat("channel", known)
+    opening, _, closing, _ = _TAGS["tags"]
+    return ThinkingFormat("tags", known) if opening in source or closing in source else None
 
 
 class ThinkingParser(ABC):
@@ -105,6 +119,10 @@ class ThinkingParser(ABC):
 
     def ends_at(self, name: str) -> bool:
         """Return whether a mark ends the answer."""
+        return self.start is not None
+
+    def begin_answer(self) -> bool:
+        """Begin the answer here, unless a thinking is open. Return whether it has begun."""
         return self.start is not None
 
     def replay(self, tokenizer: Tokenizer, ids: Sequence[int]) -> None:
@@ -144,14 +162,26 @@ def parser_of(
         marks = {known[name]: name for name in _HARMONY if name in known}
         parser = _HarmonyParser(marks, finds_calls=harmony_calls)
     else:
-        parser = _TagParser(is_open=_ends_open(tokenizer, prompt_ids))
+        opening, name, closing, _ = _TAGS[format.kind]
+        tags = _unseen(tokenizer, opening, closing)
+        is_open = _ends_open(tokenizer, prompt_ids, opening + name)
+        parser = _TagParser(opening, name, closing, tags, is_open=is_open)
     if begun:
         parser.replay(tokenizer, begun)
     return parser
 
 
-def _ends_open(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
-    return tokenizer.decode(prompt_ids[-_TAIL:]).rstrip().endswith(_OPEN)
+def _ends_open(tokenizer: Tokenizer, prompt_ids: Sequence[int], opening: str) -> bool:
+    texts = TokenTexts(tokenizer)
+    end = b"".join(map(texts.bytes_of, prompt_ids[-_TAIL:]))
+    return end.decode(errors="replace").rstrip().endswith(opening)
+
+
+def _unseen(tokenizer: Tokenizer, *names: str) -> dict[int, str]:
+    """Return the names by id of those control tokens that a decoded text does not show."""
+    known, shown = tokenizer.control_tokens, tokenizer.token_bytes.names
+    ids = {known[name]: name for name in names if name in known}
+    return {token: name for token, name in ids.items() if token not in shown}
 
 
 class _NoThinking(ThinkingParser):
@@ -167,11 +197,17 @@ class _TagParser(ThinkingParser):
     r"""Finds the tags in the text. Only one at the answer's beginning opens a thinking.
 
     White space around the thinking is dropped. With "<think>\nHm" and "\n</think>\n\nA"
-    the parts are thinking "Hm", then the text "A", which starts at 22.
+    the parts are thinking "Hm", then the text "A", which starts at 22. The opening tag has a
+    `name` after it. `marks` are those tags that are tokens without text.
     """
 
-    def __init__(self, *, is_open: bool) -> None:
-        super().__init__()
+    def __init__(
+        self, opening: str, name: str, closing: str, marks: Mapping[int, str], *, is_open: bool
+    ) -> None:
+        super().__init__(marks)
+        self._chars = {tag: chr(0xD800 + n) for n, tag in enumerate(marks.values())}
+        self._open = self._chars.get(opening, opening) + name
+        self._close = self._chars.get(closing, closing)
         self._state: Literal["before", "thinking", "between", "answer"]
         self._state = "thinking" if is_open else "before"
         self._has_thought = False
@@ -179,39 +215,52 @@ class _TagParser(ThinkingParser):
     def add(self, text: str) -> AnswerText:
         self._held += text
         if self._state == "before":
-            self._open()
+            self._begin()
         thinking = self._think() if self._state == "thinking" else ""
         if self._state == "between":
             self._drop_space()
             if self._held:
                 self._state, self.start = "answer", self._place
         answer = self._take(len(self._held)) if self._state == "answer" else ""
-        return AnswerText(answer, thinking)
+        return AnswerText(_MARK_CHAR.sub("", answer), _MARK_CHAR.sub("", thinking))
+
+    def mark(self, name: str) -> AnswerText:
+        return self.add(self._chars.get(name, "\udfff"))
+
+    def ends_at(self, name: str) -> bool:
+        return False
+
+    def begin_answer(self) -> bool:
+        if self._state == "between" or (self._state == "before" and not self._held.strip()):
+            self._drop_space()
+            self.start = self._place if self._state == "between" else 0
+            self._state = "answer"
+        return super().begin_answer()
 
     def flush(self) -> AnswerText:
         if self._state != "before":
             return AnswerText()  # white space, or the beginning of the closing tag
         self._state, self.start = "answer", 0
-        return AnswerText(self._take(len(self._held)))
+        return AnswerText(_MARK_CHAR.sub("", self._take(len(self._held))))
 
-    def _open(self) -> None:
+    def _begin(self) -> None:
         begins = self._held.lstrip()
-        if begins.startswith(_OPEN):
+        if begins.startswith(self._open):
             self._drop_space()
-            self._take(len(_OPEN))
+            self._take(len(self._open))
             self._state = "thinking"
-        elif not _OPEN.startswith(begins):
+        elif not self._open.startswith(begins):
             self._state, self.start = "answer", 0
 
     def _think(self) -> str:
         if not self._has_thought:
             self._drop_space()
-        end = self._held.find(_CLOSE)
-        certain = len(self._held) - pending(self._held, _CLOSE) if end < 0 else end
+        end = self._held.find(self._close)
+        certain = len(self._held) - pending(self._held, self._close) if end < 0 else end
         thinking = self._take(certain)
         if end >= 0:
             thinking = thinking.rstrip()
-            self._take(len(_CLOSE))
+            self._take(len(self._close))
             self._state = "between"
         self._has_thought = self._has_thought or thinking != ""
         return thinking

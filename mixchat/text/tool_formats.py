@@ -4,6 +4,7 @@
 - list: an opening token, then a JSON list of calls
 - harmony: a message to `functions.NAME`, whose text is the arguments
 - markup: as tags, but with a tag around each argument, whose text may stand there without quotes
+- literals: `NAME(ARGUMENT=VALUE, ...)`, whose values are literals
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mixchat.text.literals import GEMMA, PYTHON, literal_of
 from mixchat.text.messages import Message
 from mixchat.text.tool_call import Tool, ToolCall
 
@@ -37,29 +39,41 @@ class ToolFormat:
 
     With `short_ids` the template takes only ids of 9 letters and digits. `markup` has the texts
     before and after a name, before and after an argument's name, after its value, and at the end.
+    Of literals, the text after a value is only between two of them, and `quote` is as in
+    literals.py. The literals of a form with `in_list` are a list between its two tokens.
     """
 
     name: str
-    kind: Literal["tags", "list", "harmony", "markup"]
+    kind: Literal["tags", "list", "harmony", "markup", "literals"]
     opening: str
     closing: str = ""
     short_ids: bool = False
     markup: Sequence[str] = ()
+    quote: str = ""
+    in_list: bool = False
 
     @property
     def marks(self) -> tuple[str, ...]:
         """Return the texts that may be control tokens."""
-        return (self.opening, self.closing, *_TAG.findall("".join(self.markup)))
+        quotes = (GEMMA,) if self.quote == GEMMA else ()
+        return (self.opening, self.closing, *quotes, *_TAG.findall("".join(self.markup)))
 
     def text_of(self, calls: Iterable[ToolCall]) -> str:
         """Return calls as a model writes them after the opening of the first one."""
-        texts = [
-            f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}' for call in calls
-        ]
-        if self.kind == "list":
-            return f"[{', '.join(texts)}]"
-        between = f"\n{self.closing}\n{self.opening}\n"
-        return f"\n{between.join(texts)}\n{self.closing}"
+        texts = [self._literals(call) if self.quote else _in_json(call) for call in calls]
+        if self.in_list or self.kind == "list":
+            return f"[{', '.join(texts)}]{self.closing}"
+        blank = "" if self.quote else "\n"
+        between = f"{blank}{self.closing}{blank}{self.opening}{blank}"
+        return f"{blank}{between.join(texts)}{blank}{self.closing}"
+
+    def _literals(self, call: ToolCall) -> str:
+        name_start, name_end, _, equals, comma, end = self.markup
+        arguments = (
+            f"{name}{equals}{literal_of(value, self.quote)}"
+            for name, value in json.loads(call.arguments).items()
+        )
+        return f"{name_start}{call.name}{name_end}{comma.join(arguments)}{end}"
 
     def with_its_ids(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return the conversation with ids of calls that the template takes."""
@@ -75,6 +89,10 @@ class ToolFormat:
         ]
 
 
+def _in_json(call: ToolCall) -> str:
+    return f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}'
+
+
 _TAG = re.compile(r"</?\w+>")
 PLAIN = ToolFormat("tags", "tags", "<tool_call>", "</tool_call>")
 MISTRAL = ToolFormat("mistral", "list", "[TOOL_CALLS]", short_ids=True)
@@ -87,13 +105,28 @@ _QWEN_CODER = ToolFormat("qwen-coder", "markup", "<tool_call>", "</tool_call>", 
 _GLM = ToolFormat("glm", "markup", "<tool_call>", "</tool_call>", markup=(
     "", "\n", "<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n", ""
 ))  # fmt: skip
-_ALL = (_HARMONY, MISTRAL, _GRANITE, _QWEN_CODER, _GLM, PLAIN, _GRANITE_TEXT)
+_GLM_INLINE = ToolFormat("glm-inline", "markup", "<tool_call>", "</tool_call>", markup=(
+    "", "", "<arg_key>", "</arg_key><arg_value>", "</arg_value>", ""  # since version 4.7
+))  # fmt: skip
+_GEMMA = ToolFormat("gemma", "literals", "<|tool_call>", "<tool_call|>", markup=(
+    "call:", "{", "", ":", ",", "}"
+), quote=GEMMA)  # fmt: skip
+_LFM = ToolFormat("lfm", "literals", "<|tool_call_start|>", "<|tool_call_end|>", markup=(
+    "", "(", "", "=", ", ", ")"
+), quote=PYTHON, in_list=True)  # fmt: skip
+_ALL = (
+    *(_HARMONY, MISTRAL, _GRANITE, _GEMMA, _LFM),
+    *(_QWEN_CODER, _GLM_INLINE, _GLM, PLAIN, _GRANITE_TEXT),
+)
 FORMATS = {each.name: each for each in _ALL}
+_LFM_TOOLS = "List of tools: "  # its templates name no token of a call
 _NAME = re.compile(r'\\?"name\\?": ')
 
 
-def tool_format_of(source: str, variables: Collection[str]) -> ToolFormat | None:
-    """Return the form of calls of a chat template, which knows these variables.
+def tool_format_of(
+    source: str, variables: Collection[str], control_tokens: Collection[str] = ()
+) -> ToolFormat | None:
+    """Return the form of calls of a chat template, which knows these variables and tokens.
 
     Returns None if the template knows no tools, or only calls of another form.
     """
@@ -101,9 +134,12 @@ def tool_format_of(source: str, variables: Collection[str]) -> ToolFormat | None
         return None
     if "<|channel|>" in source:
         return _HARMONY if "functions." in source else None
+    if _LFM_TOOLS in source and _LFM.opening in control_tokens:
+        return _LFM
     for format in _ALL[1:]:
         is_json = format is not PLAIN or _NAME.search(source)
-        texts = (format.opening, format.closing, *format.markup[2:3])
+        key_end = format.markup[3:4] if format is _GLM_INLINE else ()
+        texts = (format.opening, format.closing, *format.markup[2:3], *key_end)
         if all(text in source for text in texts) and is_json:
             return None if format is _GRANITE_TEXT and PLAIN.closing in source else format
     return None

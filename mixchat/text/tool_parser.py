@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from mixchat.text.literals import LiteralEnd, json_of
 from mixchat.text.thinking import AnswerText, ThinkingFormat, ThinkingParser, parser_of, pending
 from mixchat.text.tool_call import CallDelta, Tool, new_call_id
 from mixchat.text.tool_formats import ToolFormat
@@ -40,6 +41,8 @@ def answer_parser(
         return parser
     if tools.kind == "markup":
         return _MarkupParser(parser, tools, tokenizer, offered)
+    if tools.kind == "literals":
+        return _LiteralsParser(parser, tools, tokenizer, offered)
     return _CallParser(parser, tools.opening, tokenizer)
 
 
@@ -64,11 +67,10 @@ class _CallParser(ThinkingParser):
         return name != self._opening and self._inner.ends_at(name)
 
     def mark(self, name: str) -> AnswerText:
-        if name != self._opening:
-            return self._found(self._inner.mark(name))
-        if self.opens_call or not self.may_call or self._inner.start is None:
-            return AnswerText()  # its text has come, or it belongs to the thinking
-        return AnswerText(self._open(len(self._held), 0))
+        may_open = self.may_call and not self.opens_call  # else its text has come
+        if name == self._opening and may_open and self._inner.begin_answer():
+            return AnswerText(self._open(len(self._held), 0))
+        return self._found(self._inner.mark(name))
 
     def flush(self) -> AnswerText:
         last = self._found(self._inner.flush())
@@ -130,8 +132,8 @@ class _CallParser(ThinkingParser):
         return taken
 
 
-class _MarkupParser(_CallParser):
-    """Finds calls with a tag around each argument, which comes as soon as it is complete."""
+class _TaggedParser(_CallParser):
+    """Finds calls with other control tokens in them than the opening of the first one."""
 
     def __init__(
         self,
@@ -144,13 +146,6 @@ class _MarkupParser(_CallParser):
         known = tokenizer.control_tokens
         self._tags = [name for name in format.marks if name in known]
         self.marks = {**self.marks, **{known[name]: name for name in self._tags}}
-        name_start, name_end, key, value, end, last = map(re.escape, format.markup)
-        head = rf"[ \n]{{0,2}}{name_start}([\w.-]+){name_end}"
-        self._first, self._next = re.compile(head), re.compile(re.escape(format.opening) + head)
-        self._end = format.markup[4]
-        # Only tried once the end is there. For each token it took cubic time on a page of HTML.
-        self._argument = re.compile(f"{key}((?:(?!{value}).)*){value}(.*?){end}", re.DOTALL)
-        self._last = re.compile(rf"[ \n]{{0,2}}{last or re.escape(format.closing)}")
         self._tools = {tool.name: tool for tool in offered}
         self._name, self._count, self._came = "", 0, ""
 
@@ -168,30 +163,65 @@ class _MarkupParser(_CallParser):
             return self._found(AnswerText(name))
         return super().mark(name)
 
+    def _begin(self, head: re.Match[str] | None) -> list[CallDelta]:
+        """Return the name of the next call, if its head has come."""
+        if head is None:
+            return []
+        self._take(head.end())
+        self.calls, self._name, self._count = self.calls + 1, head[1], 0
+        return [CallDelta(self.calls - 1, id=new_call_id(), name=self._name)]
+
+    def _argument_of(self, name: str, value: str, as_text: str) -> list[CallDelta]:
+        """Return an argument, whose value is JSON, or a text if the tool takes only that."""
+        tool = self._tools.get(self._name)
+        if tool is not None and tool.takes_text(name) and not value.startswith('"'):
+            value = json.dumps(as_text)
+        self._count += 1
+        separator = "{" if self._count == 1 else ", "
+        return [CallDelta(self.calls - 1, f"{separator}{json.dumps(name)}: {value}")]
+
+    def _end_call(self, size: int) -> list[CallDelta]:
+        self._take(size)
+        self._name = ""
+        return [CallDelta(self.calls - 1, "}" if self._count else "{}")]
+
+
+class _MarkupParser(_TaggedParser):
+    """Finds calls with a tag around each argument, which comes as soon as it is complete."""
+
+    def __init__(
+        self,
+        inner: ThinkingParser,
+        format: ToolFormat,
+        tokenizer: Tokenizer,
+        offered: Sequence[Tool],
+    ) -> None:
+        super().__init__(inner, format, tokenizer, offered)
+        name_start, name_end, key, value, end, last = map(re.escape, format.markup)
+        last = rf"[ \n]{{0,2}}{last or re.escape(format.closing)}"
+        # A name without a text after it ends where an argument or the call's end begins.
+        name_end = name_end or rf"(?=[ \n]{{0,2}}{key}|{last})"
+        head = rf"[ \n]{{0,2}}{name_start}([\w.-]+){name_end}"
+        self._first, self._next = re.compile(head), re.compile(re.escape(format.opening) + head)
+        self._end = format.markup[4]
+        # Only tried once the end is there. For each token it took cubic time on a page of HTML.
+        self._argument = re.compile(
+            rf"[ \n]{{0,2}}{key}((?:(?!{value}).)*){value}(.*?){end}", re.DOTALL
+        )
+        self._last = re.compile(last)
+
     def _call(self) -> list[CallDelta]:
-        index = self.calls - 1
         if not self._name:
-            match = self._next.search(self._held) if self.calls else self._first.match(self._held)
-            if match is None:
-                return []
-            self._take(match.end())
-            self.calls, self._name, self._count = self.calls + 1, match[1], 0
-            return [CallDelta(index + 1, id=new_call_id(), name=self._name)]
+            return self._begin(
+                self._next.search(self._held) if self.calls else self._first.match(self._held)
+            )
         # A search for the end first, since this is asked for each token of a long argument.
         if self._end in self._held and (match := self._argument.match(self._held)):
             self._take(match.end())
-            self._count += 1
-            separator = "{" if self._count == 1 else ", "
-            return [
-                CallDelta(
-                    index, f"{separator}{json.dumps(match[1])}: {self._value(*match.groups())}"
-                )
-            ]
-        if match := self._last.match(self._held):
-            self._take(match.end())
-            self._name = ""
-            return [CallDelta(index, "}" if self._count else "{}")]
-        return []
+            name, text = match.groups()
+            return self._argument_of(name, self._value(name, text), text)
+        match = self._last.match(self._held)
+        return [] if match is None else self._end_call(match.end())
 
     def _value(self, argument: str, text: str) -> str:
         """Return an argument's value as JSON. What is no JSON is a string."""
@@ -200,6 +230,47 @@ class _MarkupParser(_CallParser):
             with suppress(ValueError, RecursionError):
                 return json.dumps(json.loads(text), allow_nan=False)
         return json.dumps(text)
+
+
+class _LiteralsParser(_TaggedParser):
+    """Finds calls whose arguments are literals. An argument comes as soon as it is complete."""
+
+    def __init__(
+        self,
+        inner: ThinkingParser,
+        format: ToolFormat,
+        tokenizer: Tokenizer,
+        offered: Sequence[Tool],
+    ) -> None:
+        super().__init__(inner, format, tokenizer, offered)
+        name_start, name_end, _, equals, _, end = map(re.escape, format.markup)
+        before, between = r"\s*\[", r"\s*,"
+        if not format.in_list:
+            before, between = "", rf"\s*{re.escape(format.closing)}\s*{re.escape(format.opening)}"
+        head = rf"\s*{name_start}\s*([\w.-]+)\s*{name_end}"
+        self._first, self._next = re.compile(before + head), re.compile(between + head)
+        self._key = re.compile(rf"\s*(?:,\s*)?([^\s:=,(){{}}]+)\s*{equals}\s*")
+        self._last = re.compile(rf"\s*(?:,\s*)?{end}")
+        self._quote, self._argument = format.quote, ""
+        self._literal = LiteralEnd(format.quote)
+
+    def _call(self) -> list[CallDelta]:
+        if not self._name:
+            return self._begin((self._next if self.calls else self._first).match(self._held))
+        if not self._argument:
+            if match := self._last.match(self._held):
+                return self._end_call(match.end())
+            match = self._key.match(self._held)
+            if match is None:
+                return []
+            self._take(match.end())
+            self._argument, self._literal = match[1], LiteralEnd(self._quote)
+        size = self._literal.find(self._held)
+        if size is None:
+            return []
+        name, self._argument = self._argument, ""
+        text = self._take(size).strip()
+        return self._argument_of(name, json_of(text, self._quote), text)
 
 
 class _ObjectEnd:

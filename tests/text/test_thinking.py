@@ -8,18 +8,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixchat.text.detokenizer import TokenBytes
 from mixchat.text.thinking import AnswerText, ThinkingFormat, format_of, parser_of
 
 MARKS = {f"<|{name}|>": 0xE000 + n for n, name in enumerate(
     ("channel", "message", "start", "end", "return", "call")
-)}  # fmt: skip
+)} | {"<|channel>": 0xE010, "<channel|>": 0xE011}  # fmt: skip
 TAGS, HARMONY = ThinkingFormat("tags"), ThinkingFormat("harmony")
+CHANNEL = ThinkingFormat("channel")
 
 
 class Characters:
     """A token is a character."""
 
     control_tokens = MARKS
+    token_bytes = TokenBytes([chr(i).encode(errors="ignore") for i in range(0xE000)], {})
 
     def decode(self, ids: Any) -> str:
         return "".join(chr(token) for token in ids if token not in MARKS.values())
@@ -153,11 +156,36 @@ def test_an_answer_is_continued_from_any_place(form, whole):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "answer", "thinking", "text"),
+    [
+        ("", "<|channel>thought\nHm.\n<channel|>Yes", "Hm.", "Yes"),
+        ("", "<|channel>thought\n<channel|>Yes", "", "Yes"),
+        ("<|channel>thought\n", "Hm.<channel|>\nYes", "Hm.", "Yes"),
+        ("", "Yes <|channel>thought\n", "", "Yes thought\n"),
+        ("", "<|channel>final\nYes<channel|>", "", "final\nYes"),
+        ("", "<|channel>thought\nHm", "Hm", ""),
+    ],
+)
+@settings(max_examples=30)
+@given(cuts=st.lists(st.integers(0, 60), max_size=60))
+def test_a_channel_is_found_though_its_marks_have_no_text(prompt, answer, thinking, text, cuts):
+    encoded = "".join(map(chr, TOKENIZER.encode_template(answer)))
+    marks = [i + n for i, char in enumerate(encoded) if char > "\ud800" for n in (0, 1)]
+    places = sorted({0, len(encoded), *marks, *(cut % (len(encoded) + 1) for cut in cuts)})
+    found, rest, start = parsed(CHANNEL, [encoded[a:b] for a, b in pairwise(places)], prompt)
+    assert (found, rest) == (thinking, text)
+    if text and thinking:
+        assert encoded[start:] == text
+
+
+@pytest.mark.parametrize(
     ("form", "prompt", "path"),
     [
         (TAGS, "<|start|>assistant\n<think>\n", "</think>\n\n"),
         (TAGS, "assistant\n<think>\n\n</think>\n\n", ""),
         (TAGS, "assistant\n", ""),
+        (CHANNEL, "<|channel>thought\n", "<channel|>"),
+        (CHANNEL, "<|channel>thought\n<channel|>", ""),
         (HARMONY, "<|start|>assistant", "<|channel|>final<|message|>"),
     ],
 )
@@ -175,5 +203,6 @@ def test_a_template_has_the_format_that_its_source_names():
     )
     assert format_of("<|channel|>final<|message|>", []) == HARMONY
     assert format_of("<|im_start|>", known) is None
+    assert format_of("<|channel>thought\n<channel|>", known).kind == "channel"
     assert ThinkingFormat("tags", ("thinking",)).switch == "thinking"
     assert HARMONY.switch is None

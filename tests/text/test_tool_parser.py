@@ -12,14 +12,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixchat.text.detokenizer import TokenBytes
+from mixchat.text.literals import GEMMA as GEMMA_QUOTE
+from mixchat.text.literals import literal_of
 from mixchat.text.thinking import AnswerText, ThinkingFormat
-from mixchat.text.tool_call import joined_calls
+from mixchat.text.tool_call import ToolCall, joined_calls
 from mixchat.text.tool_formats import FORMATS
 from mixchat.text.tool_parser import answer_parser
 
-NAMES = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>", "[TOOL_CALLS]")
+NAMES = (
+    *("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>", "[TOOL_CALLS]"),
+    *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>'),
+    *("<|tool_call_start|>", "<|tool_call_end|>"),
+)
 MARKS = {name: 0xE000 + number for number, name in enumerate(NAMES)}
 TAGS, HARMONY = ThinkingFormat("tags"), ThinkingFormat("harmony")
+CHANNEL = ThinkingFormat("channel")
 F = '{"name": "f", "arguments": {"a": "}\\"{", "b": [{"c": 1}]}}'
 F_CALL = ("f", '{"a": "}\\"{", "b": [{"c": 1}]}')
 G, G_CALL = '{"name": "g.h-i", "arguments": {}}', ("g.h-i", "{}")
@@ -30,6 +38,11 @@ QWEN = ('<function=f>\n<parameter=a>\n}"{\n</parameter>\n<parameter=b>\n[{"c": 1
 QWEN_G = "<function=g.h-i>\n</function>\n"
 GLM = ('<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>}"{</arg_value>\n<arg_key>b</arg_key>\n'
        '<arg_value>[{"c": 1}]</arg_value>\n</tool_call>')  # fmt: skip
+GLM_INLINE = ('<tool_call>f<arg_key>a</arg_key><arg_value>}"{</arg_value><arg_key>b</arg_key>'
+              '<arg_value>[{"c": 1}]</arg_value></tool_call>')  # fmt: skip
+GEMMA = '<|tool_call>call:f{a:<|"|>}"{<|"|>,b:[{c:1}]}<tool_call|>'
+GEMMA_G = "<|tool_call>call:g.h-i{}<tool_call|>"
+LFM = '<|tool_call_start|>[f(a=\'}"{\', b=[{"c": 1}]), g.h-i()]<|tool_call_end|>'
 CUT = '<tool_call>\n{"name": "f", "arguments": {"a": '
 
 
@@ -37,6 +50,7 @@ class Characters:
     """A token is a character."""
 
     control_tokens = MARKS
+    token_bytes = TokenBytes([chr(i).encode(errors="ignore") for i in range(0xE000)], {})
 
     def decode(self, ids: Any) -> str:
         return "".join(chr(token) for token in ids if token not in MARKS.values())
@@ -95,6 +109,15 @@ def parsed(tools: str | None, thinking: Any, answer: str, cuts: list[int]) -> An
         ("qwen-coder", None, "<tool_call>\nno", "<tool_call>\nno", []),
         ("glm", TAGS, f"<think>{GLM}</think>{GLM}\n<tool_call>g.h-i\n</tool_call>", "",
          [F_CALL, G_CALL]),
+        ("glm-inline", TAGS, f"<think>{GLM_INLINE}</think>{GLM_INLINE}<tool_call>g.h-i</tool_call>",
+         "", [F_CALL, G_CALL]),
+        ("gemma", CHANNEL, f"So: {GEMMA}{GEMMA_G}", "So:", [F_CALL, G_CALL]),
+        ("gemma", CHANNEL, f"<|channel>thought\n{GEMMA}\n<channel|>{GEMMA_G}", "", [G_CALL]),
+        ("gemma", CHANNEL, "<|tool_call>hm", "<|tool_call>hm", []),
+        ("gemma", None, GEMMA[:-13], "", [("f", '{"a": "}\\"{"')]),
+        ("lfm", None, LFM, "", [F_CALL, G_CALL]),
+        ("lfm", TAGS, f"<think>{LFM}</think>So:\n{LFM} [f(a=1)]", "So:", [F_CALL, G_CALL]),
+        ("lfm", None, "<|tool_call_start|>[f( ", "", [("f", "")]),
         (None, HARMONY, TO_G, "", []),
         (None, None, f"<tool_call>{F}</tool_call>", f"<tool_call>{F}</tool_call>", []),
     ],
@@ -108,6 +131,56 @@ def test_calls_are_found_in_any_pieces(
     assert [(call.name, call.arguments) for call in joined_calls(found.calls)] == calls
     assert found.text == text
     assert all(len(call.id) == 9 and call.id.isalnum() for call in joined_calls(found.calls))
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("True", True), ("None", None), ("-1.5e3", -1500.0), ("'it\\'s'", "it's"),
+        ('"a\\n\\u00fc\\\\"', "a\nü\\"), ("'it's, or \"x\"'", "it's, or \"x\""), ("''", ""),
+        ("{'a': (1, False)}", {"a": [1, False]}), ("'a\nb'", "a\nb"), ("a b", "a b"),
+    ],
+)  # fmt: skip
+def test_an_argument_may_be_any_python_literal(written: str, value: Any) -> None:
+    for answer in (f"f(a={written})", f"f(b=0, a={written}, c=0)"):
+        found = parsed("lfm", None, f"<|tool_call_start|>[{answer}]<|tool_call_end|>", [])
+        (call,) = joined_calls(found.calls)
+        assert json.loads(call.arguments)["a"] == value
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("true", True), ("None", None), ("null", None), ("-2", -2), ("Q\\nQ", "\\n"), ("QQ", ""),
+        ("Q{a,[Q", "{a,["), ("{a-b:[Q,Q,{}],c:{d:false}}", {"a-b": [",", {}], "c": {"d": False}}),
+        ("hello", "hello"),
+    ],
+)  # fmt: skip
+def test_an_argument_may_be_any_literal_of_gemma(written: str, value: Any) -> None:
+    written = written.replace("Q", '<|"|>')
+    answer = f"<|tool_call>call:f{{b:0,a:{written},c:1}}<tool_call|>"
+    (call,) = joined_calls(parsed("gemma", None, answer, []).calls)
+    assert json.loads(call.arguments) == {"b": 0, "a": value, "c": 1}
+    assert literal_of(value, GEMMA_QUOTE) in (
+        written,
+        written.replace("None", "null"),
+        '<|"|>hello<|"|>',
+    )
+
+
+@pytest.mark.parametrize("name", ["gemma", "lfm"])
+@given(value=st.recursive(
+    st.none() | st.booleans() | st.integers(-99, 99) | st.text("ab'\"\\\n,()[]{}ü: ", max_size=6),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["a", "b-c", "d1"]), inner, max_size=3),
+    max_leaves=6,
+))  # fmt: skip
+@settings(max_examples=60)
+def test_written_calls_are_read_again(name: str, value: Any) -> None:
+    format, call = FORMATS[name], ToolCall("", "f", json.dumps({"a": value, "b": [value]}))
+    answer = format.opening + format.text_of([call, call])
+    (first, second) = joined_calls(parsed(name, None, answer, []).calls)
+    assert json.loads(first.arguments) == json.loads(second.arguments) == json.loads(call.arguments)
 
 
 def test_thinking_stays_apart_from_calls() -> None:

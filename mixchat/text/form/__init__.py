@@ -5,5 +5,6 @@
 - grammar.py: the faults of a grammar, and llama.cpp's grammars as Lark grammars
 - constraint.py: the tokens that may come next in an answer, or in the calls of one
 - call_form.py: calls of tools, held to the tools' schemas
+- literal_form.py: arguments of calls that are literals
 - form_child.py: the inside of the sandbox
 """

@@ -6,11 +6,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from mixchat.base.errors import UsageError
 from mixchat.text.form.grammar import checked_lark
+from mixchat.text.form.literal_form import LiteralRules, unsupported
 from mixchat.text.form.schema import alone, check_schema, escaped, json_rule
+from mixchat.text.literals import GEMMA
 from mixchat.text.tool_call import Tool
 from mixchat.text.tool_formats import ToolFormat
 
@@ -60,8 +63,8 @@ def call_grammar(text: str) -> str:
     form = CallForm.parse(text)
     for tool in form.tools:
         _check(tool)
-        if form.format.kind == "markup":
-            _check_markup(tool)
+        if form.format.kind in ("markup", "literals"):
+            _check_arguments(tool, have_quotes=form.format.kind == "literals")
     if form.answer is not None:
         check_schema(dict(form.answer))
     checked_lark(_grammar(replace(form, control_tokens={})))
@@ -76,23 +79,19 @@ def _check(tool: Tool) -> None:
         raise UsageError(f"the arguments of {tool.name}: {error}", hint=error.hint) from None
 
 
-def _check_markup(tool: Tool) -> None:
-    """Raise `UsageError` for what has no effect if each argument has its own tag.
+def _check_arguments(tool: Tool, *, have_quotes: bool) -> None:
+    """Raise `UsageError` for what has no effect if each argument is written by itself.
 
     Without `strict` that is only what hides the arguments' names.
     """
     texts = [schema for name, schema in tool.arguments.items() if tool.takes_text(name)]
     unknown = {*(tool.parameters or {})} - _MARKUP_KEYS
-    if tool.strict:
+    if tool.strict and not have_quotes:
         unknown |= {key for schema in texts for key in schema} - _TEXT_KEYS
-    elif tool.arguments:
-        return
-    else:
-        unknown &= _HIDING_KEYS
+    if not tool.strict:
+        unknown &= set() if tool.arguments else _HIDING_KEYS
     if unknown:
-        names = ", ".join(sorted(unknown))
-        reason = f"not supported in this model's form of calls: {names}"
-        raise UsageError(f"the arguments of {tool.name}: {reason}")
+        raise UsageError(f"the arguments of {tool.name}: {unsupported(unknown)}")
 
 
 def _schema(tool: Tool) -> dict[str, Any]:
@@ -113,10 +112,14 @@ def _grammar(form: CallForm) -> str:
         rules.append(f"call_{number}: {_call(form, tool.name, f'arguments_{number}')}")
         if form.format.kind == "markup":
             rules += _markup_arguments(form, tool, number)
+        elif form.format.kind == "literals":
+            rules += _literal_arguments(form, tool, number)
         else:
             rules.append(f"arguments_{number}: {json_rule(_schema(tool), lenient=not tool.strict)}")
     if form.format.kind == "markup":
-        rules.append(_markup_text(form))
+        rules.append(_open_text(form, form.format.markup[4]))
+    elif form.format.quote == GEMMA:
+        rules.append(_open_text(form, GEMMA))
     return "\n".join(rules)
 
 
@@ -127,11 +130,26 @@ def _calls(form: CallForm) -> str:
     opening = _text(form, form.format.opening)
     is_control = form.format.opening in form.control_tokens
     first = opening if form.must_call else f"({opening} | before)" if is_control else "before"
-    if form.format.kind == "list":
+    blanks = "" if form.format.kind == "literals" else _BLANKS
+    closing = _text(form, form.format.closing)
+    if form.format.kind == "list" or form.format.in_list:
         more = '(", " call)*' if form.parallel else ""
-        return f'{first} {_BLANKS} "[" call {more} "]"'
-    call = f"{_BLANKS} call {_BLANKS} {_text(form, form.format.closing)}"
-    return f"{first} {call}" + (f" ({_BLANKS} {opening} {call})*" if form.parallel else "")
+        return f'{first} {blanks} "[" call {more} "]" {closing}'
+    call = f"{blanks} call {blanks} {closing}"
+    return f"{first} {call}" + (f" ({blanks} {opening} {call})*" if form.parallel else "")
+
+
+def _literal_arguments(form: CallForm, tool: Tool, number: int) -> list[str]:
+    *_, equals, comma, _ = form.format.markup
+    spell, quote = partial(_tags, form), form.format.quote
+    rules = LiteralRules(
+        *(_schema(tool), f"arguments_{number}", spell),
+        quote=quote, equals=equals, comma=comma, lenient=not tool.strict,
+    )  # fmt: skip
+    try:
+        return rules.rules()
+    except UsageError as error:
+        raise UsageError(f"the arguments of {tool.name}: {error}") from None
 
 
 def _markup_arguments(form: CallForm, tool: Tool, number: int) -> Iterator[str]:
@@ -164,9 +182,8 @@ def _markup_argument(form: CallForm, tool: Tool, name: str, rule: str) -> Iterat
         yield f"{rule}: {head} text"
 
 
-def _markup_text(form: CallForm) -> str:
-    """Return the rule of a text without quotes, which ends at the tag after it."""
-    end = form.format.markup[4]
+def _open_text(form: CallForm, end: str) -> str:
+    """Return the rule of a text without escapes, up to what ends it."""
     tag = next((tag for tag in form.control_tokens if tag in end), None)
     text_end = end if tag is None else end[: end.index(tag)]
     pattern = re.escape(text_end).replace("\\\n", "\\n").replace("/", "\\/")
@@ -188,7 +205,7 @@ def _answer(form: CallForm) -> str:
 
 
 def _call(form: CallForm, name: str, arguments: str) -> str:
-    if form.format.kind == "markup":
+    if form.format.kind in ("markup", "literals"):
         name_start, name_end, *_, call_end = (_tags(form, text) for text in form.format.markup)
         return f"{name_start} {json.dumps(name)} {name_end} {arguments} {call_end}"
     if form.format.kind != "harmony":

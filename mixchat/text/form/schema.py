@@ -103,7 +103,7 @@ def _deepest(schema: Schema, fault: str) -> tuple[str, str]:
             return pointer, fault
 
 
-def _target_of(node: Schema) -> str | None:
+def target_of(node: Schema) -> str | None:
     """Return the pointer to which a schema refers, None without one. A name is not a pointer."""
     target = node.get("$ref")
     if isinstance(target, str) and (target == "#" or target.startswith("#/")):
@@ -111,7 +111,7 @@ def _target_of(node: Schema) -> str | None:
     return None
 
 
-def _part_at(schema: Any, pointer: str) -> Any:
+def part_at(schema: Any, pointer: str) -> Any:
     """Return the part of a schema at a JSON pointer, None if there is none."""
     for step in pointer.split("/")[1:]:
         name = step.replace("~1", "/").replace("~0", "~")
@@ -126,10 +126,10 @@ def _part_at(schema: Any, pointer: str) -> Any:
 
 def _parts_of(schema: Schema, pointer: str) -> Iterator[str]:
     """Yield the pointers of the schemas that the one at `pointer` applies, itself left out."""
-    node = _part_at(schema, pointer)
+    node = part_at(schema, pointer)
     if not isinstance(node, dict):
         return
-    if (target := _target_of(node)) is not None:
+    if (target := target_of(node)) is not None:
         yield target
     for key in _IN_LISTS:
         if isinstance(node.get(key), list):
@@ -210,7 +210,7 @@ def _moved(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     moved = _with_parts(schema, _moved)
-    if _target_of(schema) is not None:
+    if target_of(schema) is not None:
         moved["$ref"] = f"#{_HOME}{schema['$ref'][1:]}"
     return moved
 

@@ -17,6 +17,7 @@ from mixchat.text.detokenizer import Detokenizer, TokenBytes
 from mixchat.text.form.call_form import CallForm, call_grammar
 from mixchat.text.form.constraint import CallConstraint, ConstraintCompiler
 from mixchat.text.form.output_constraint import OutputConstraint
+from mixchat.text.literals import literal_of
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tool_call import Tool, joined_calls
 from mixchat.text.tool_formats import FORMATS
@@ -86,7 +87,8 @@ def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer
             token = STOP
         else:
             allowed = mask.nonzero().flatten().tolist()
-            endings = [i for i in allowed if i in (STOP, *b'"},]')]
+            marks = tokens.control_tokens.values()
+            endings = [i for i in allowed if i in (STOP, *b'"},]', *marks)]
             token = choose.choice(endings if endings and choose.random() < 0.5 else allowed)
         constraint.accept(token)
         calls += answer.add(token).calls
@@ -108,6 +110,11 @@ def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer
         ("qwen-coder", ("<tool_call>", "</tool_call>")),
         ("glm", ()),
         ("glm", FORMATS["glm"].marks),
+        ("glm-inline", FORMATS["glm-inline"].marks),
+        ("gemma", ()),
+        ("gemma", FORMATS["gemma"].marks),
+        ("lfm", ()),
+        ("lfm", FORMATS["lfm"].marks),
         ("harmony", HARMONY),
     ],
 )
@@ -163,6 +170,13 @@ WRITTEN = {
 <arg_key>more</arg_key>
 <arg_value>"5"</arg_value>
 </tool_call>""",
+    "glm-inline": "<tool_call>write<arg_key>text</arg_key><arg_value>{}</arg_value>"
+    "<arg_key>lines</arg_key><arg_value>[1, 2]</arg_value>"
+    '<arg_key>more</arg_key><arg_value>"5"</arg_value></tool_call>',
+}
+LITERALS = {
+    "gemma": '<|tool_call>call:write{{lines:[1,2],more:<|"|>5<|"|>,text:{}}}<tool_call|>',
+    "lfm": '<|tool_call_start|>[write(text={}, lines=[1, 2], more="5")]<|tool_call_end|>',
 }
 
 
@@ -175,6 +189,63 @@ def test_texts_between_tags_stand_without_quotes(name: str, controls: bool, text
     answer, (call,) = walk(form, tokens, 0, WRITTEN[name].format(text))
     assert (call.name, answer.reason, answer.text) == ("write", "tool_calls", "")
     assert json.loads(call.arguments) == {"text": text, "lines": [1, 2], "more": "5"}
+
+
+@pytest.mark.parametrize("controls", [True, False])
+@pytest.mark.parametrize("name", LITERALS)
+@pytest.mark.parametrize("text", [TEXT, ""])
+def test_literals_stand_in_their_own_form(name: str, controls: bool, text: str) -> None:
+    format = FORMATS[name]
+    tokens = Tokens(*format.marks if controls else ())
+    form = CallForm(format, [WRITE], tokens.control_tokens, parallel=False)
+    said = LITERALS[name].format(literal_of(text, format.quote))
+    answer, (call,) = walk(form, tokens, 0, said)
+    assert (call.name, answer.reason, answer.text) == ("write", "tool_calls", "")
+    assert json.loads(call.arguments) == {"text": text, "lines": [1, 2], "more": "5"}
+    five, nothing, true = (literal_of(value, format.quote) for value in ("5", None, True))
+    walk(form, tokens, 0, said.replace(five, nothing))
+    with pytest.raises(AssertionError, match="call"):
+        walk(form, tokens, 0, said.replace(five, true))
+
+
+NESTED = {
+    "type": "object",
+    "properties": {
+        "point": {
+            "type": "object",
+            "properties": {"y": {"type": "integer"}, "X": {"type": "boolean"}},
+            "required": ["X"],
+        },
+        "tree": {"$ref": "#/$defs/tree"},
+        "either": {"anyOf": [{"type": "null"}, {"type": "array", "items": {"type": "string"}}]},
+        "any": {},
+        "one": {"enum": ["a", 1, None, ["b"]]},
+    },
+    "required": ["point", "one", "either"],
+    "additionalProperties": False,
+    "$defs": {"tree": {"type": "object", "properties": {"next": {"$ref": "#/$defs/tree"}}}},
+}
+
+
+@pytest.mark.parametrize("name", LITERALS)
+def test_random_literals_keep_to_a_nested_schema(name: str) -> None:
+    tokens = Tokens(*FORMATS[name].marks)
+    known = tokens.control_tokens
+    form = CallForm(FORMATS[name], [Tool("f", None, NESTED)], known, must_call=True, parallel=False)
+    for seed in range(6):
+        answer, calls = walk(form, tokens, seed, FORMATS[name].opening)
+        assert answer.reason == "tool_calls"
+        jsonschema.validate(json.loads(calls[0].arguments), NESTED)
+
+
+def test_gemmas_form_refuses_what_a_strict_tool_needs_and_it_cannot_keep() -> None:
+    inner = {"type": "array", "items": {"type": "string"}, "maxItems": 2}
+    schema = {"type": "object", "properties": {"a": {"anyOf": [inner, {"type": "null"}]}}}
+    strict = Tool("f", None, schema, strict=True)
+    with pytest.raises(UsageError, match=r"the arguments of f: not .* of calls: maxItems"):
+        call_grammar(CallForm(FORMATS["gemma"], [strict]).to_text())
+    call_grammar(CallForm(FORMATS["gemma"], [Tool("f", None, schema)]).to_text())
+    call_grammar(CallForm(FORMATS["lfm"], [strict]).to_text())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""The grammar of a call's arguments that are literals and keep to a JSON schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from mixchat.base.errors import UsageError
+from mixchat.text.form.schema import alone, escaped, json_rule, part_at, target_of
+from mixchat.text.literals import GEMMA, literal_of
+
+_NOTES = {"title", "description", "default", "examples", "$defs", "definitions", "$schema"}
+# The keys that have an effect in Gemma's form. Numbers and Python's literals are those of JSON.
+_KEYS = {
+    "string": {"type"},
+    "array": {"type", "items"},
+    "object": {"type", "properties", "required", "additionalProperties"},
+}
+_WORDS = {"boolean": (True, False), "null": (None,)}
+_NOTHING = '""'
+_KEY = '/[^\\s:,{}\\[\\]<"]{1,64}/'  # of an object that may have any
+
+
+def unsupported(keys: Iterable[str]) -> str:
+    """Return why a strict tool with these keys in its schema is refused."""
+    return f"not supported in this model's form of calls: {', '.join(sorted(keys))}"
+
+
+class LiteralRules:
+    """Makes the rules of one tool's arguments.
+
+    In Gemma's form a text is its quote and the rule `text`, which has the second quote. In Python's
+    form, all but its words is JSON.
+    """
+
+    def __init__(
+        self,
+        schema: dict[str, Any],
+        name: str,
+        spell: Callable[[str], str],
+        *,
+        quote: str,
+        equals: str,
+        comma: str,
+        lenient: bool,
+    ) -> None:
+        """Take the schema of the arguments, and the name of their rule.
+
+        spell: returns a text as a part of the grammar. quote: as in literals.py. If `lenient`, what
+        the form cannot keep to has no effect.
+        """
+        self._schema, self._name, self._spell = schema, name, spell
+        self._quote, self._equals, self._comma = quote, equals, spell(comma)
+        self._lenient = lenient
+        self._rules: list[str] = []
+        self._known: dict[str, str] = {}  # rules by the pointer of their schema
+
+    def rules(self) -> list[str]:
+        """Return all rules. Raises `UsageError` if they cannot keep to the schema."""
+        arguments = self._pairs(self._schema, "", self._equals)
+        return [*self._rules, f"{self._name}: {arguments}"]
+
+    def _add(self, rule: str) -> str:
+        """Add a rule, and return its name."""
+        name = f"{self._name}_{len(self._rules)}"
+        self._rules.append(f"{name}: {rule}")
+        return name
+
+    def _pairs(self, schema: dict[str, Any], pointer: str, equals: str) -> str:
+        """Return the rule of an object's properties, which may miss if they are not required."""
+        needed, properties = schema.get("required", ()), schema.get("properties") or {}
+        # Gemma's template sorts the names, so its models have seen no other order.
+        names = sorted(properties, key=str.lower) if self._quote == GEMMA else [*properties]
+        # empty: if nothing has come yet. more: if something has come.
+        empty = more = _NOTHING
+        for name in reversed(names):
+            value = self._value(properties[name], f"{pointer}/properties/{escaped(name)}")
+            pair = self._add(f"{self._spell(name + equals)} {value}")
+            first, next_pair = f"{pair} {more}", f"{self._comma} {pair}"
+            empty = first if name in needed else self._add(f"{first} | {empty}")
+            more = self._add(f"{next_pair if name in needed else f'({next_pair})?'} {more}")
+        return empty
+
+    def _value(self, schema: Any, pointer: str) -> str:
+        """Return the rule of a value with the schema at a pointer."""
+        schema = schema if isinstance(schema, dict) else {}
+        kind, refers = schema.get("type"), '"$ref"' in json.dumps(schema)
+        if "enum" in schema or "const" in schema:
+            return self._constants(schema.get("enum", [schema.get("const")]))
+        if isinstance(schema.get("anyOf"), list) and schema["anyOf"]:
+            parts = enumerate(schema["anyOf"])
+            return self._any([self._value(part, f"{pointer}/anyOf/{i}") for i, part in parts])
+        if isinstance(kind, list) and kind and not refers:
+            return self._any([self._value({**schema, "type": each}, pointer) for each in kind])
+        kind = kind if isinstance(kind, str) else ""
+        if kind in _WORDS:
+            return self._constants(_WORDS[kind])
+        if self._quote == GEMMA and kind not in ("integer", "number"):
+            return self._in_gemmas_form(schema, kind, pointer)
+        schema = alone(self._schema, pointer) if refers else schema
+        return self._add(json_rule(schema, lenient=self._lenient))
+
+    def _in_gemmas_form(self, schema: dict[str, Any], kind: str, pointer: str) -> str:
+        target = target_of(schema)
+        part = None if target is None else part_at(self._schema, target)
+        if target is not None and part is not None:
+            if target not in self._known:
+                # Named before its own rule is made, because that may contain it.
+                self._known[target] = name = f"{self._name}_of_{len(self._known)}"
+                self._rules.append(f"{name}: {self._value(part, target)}")
+            return self._known[target]
+        kind = "" if kind == "object" and not schema.get("properties") else kind
+        unknown = {*schema} - _KEYS.get(kind, {"type"}) - _NOTES
+        if unknown and not self._lenient:
+            raise UsageError(unsupported(unknown))
+        if kind == "string":
+            return f"{self._spell(self._quote)} text"
+        if kind == "array":
+            return self._many(self._add(self._value(schema.get("items"), f"{pointer}/items")), "[]")
+        if kind == "object":
+            return f'"{{" {self._add(self._pairs(schema, pointer, ":"))} "}}"'
+        return self._anything()
+
+    def _anything(self) -> str:
+        """Return the rule of any literal in Gemma's form."""
+        if "any" not in self._known:
+            self._known["any"] = name = f"{self._name}_any"
+            number = self._add(json_rule({"type": "number"}))
+            pair = self._add(f'{_KEY} ":" {name}')
+            text = f"{self._spell(self._quote)} text"
+            words = self._constants([True, False, None])
+            lists = (self._many(name, "[]"), self._many(pair, "{}"))
+            self._rules.append(f"{name}: {' | '.join([text, number, words, *lists])}")
+        return self._known["any"]
+
+    def _many(self, item: str, brackets: str) -> str:
+        opening, closing = map(json.dumps, brackets)
+        return f"{opening} ({item} ({self._comma} {item})*)? {closing}"
+
+    def _constants(self, values: Iterable[Any]) -> str:
+        return self._any([self._spell(literal_of(value, self._quote)) for value in values])
+
+    def _any(self, rules: list[str]) -> str:
+        return f"({' | '.join(rules)})"
