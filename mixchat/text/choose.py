@@ -26,7 +26,10 @@ from mixchat.text.tokenizer_files import (
 _SENTENCEPIECE_FILE = "tokenizer.model"
 _JSON_FILE = "tokenizer.json"
 # Tokens that close a turn, in the chat formats that fine-tunes use.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+_TURN_ENDS = (
+    *("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"),
+    *("<turn|>", "<|tool_response>"),  # Gemma 4's models would write the response, too
+)
 # Control markup in a template's source. Square brackets are usually Jinja's own there, so only
 # capitals count.
 _MARKUP = re.compile(r"<<\w+>>|<[^\s<>{}\w]*\w[^\s<>{}]*>|\[/?[A-Z][A-Z_]+\]|###")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -27,6 +28,7 @@ _SCHEMA_WORDS = frozenset(
     ]
 )
 _PRIVATE_USE = range(0x100000, 0x10FFFE)
+_ESCAPED_COVER = re.compile(r"\\udb[c-f][0-9a-f]\\ud[c-f][0-9a-f]{2}")  # escapes of these
 
 
 class JinjaTemplate:
@@ -213,16 +215,46 @@ class _Cover:
         """Return `content` with its dangerous characters replaced."""
         core = content.strip()
         whole = core != "" and any(core in token for token in self._tokens)
-        return "".join(
+        covered = "".join(
             self._replace(char) if (whole or char in self._ends) and not char.isspace() else char
             for char in content
         )
+        return content if covered == content else _CoveredText(covered, content, self._text)
 
     def _replace(self, char: str) -> str:
         if char not in self._replaced:
             self._replaced[char] = spare = next(self._spare)
             self.inserts[spare] = char
         return self._replaced[char]
+
+
+class _CoveredText(str):
+    """A covered text that sorts as the text itself does. Its `repr` is that of the text, covered.
+
+    Gemma's template sorts the names of arguments. LFM2's writes a list as Python does, which would
+    escape the characters of the cover.
+    """
+
+    # A template's sandbox denies it these names.
+    _plain: str
+    _cover: Callable[[str], str]
+
+    def __new__(cls, covered: str, plain: str, cover: Callable[[str], str]) -> _CoveredText:
+        text = super().__new__(cls, covered)
+        text._plain, text._cover = plain, cover
+        return text
+
+    def __lt__(self, other: str) -> bool:
+        return self._plain < getattr(other, "_plain", other)
+
+    def __gt__(self, other: str) -> bool:
+        return self._plain > getattr(other, "_plain", other)
+
+    def __repr__(self) -> str:
+        return self._cover(repr(self._plain))
+
+    def lower(self) -> str:
+        return self._cover(self._plain.lower())
 
 
 class TemplateRefusal(Exception):
@@ -270,6 +302,8 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes <, > and & for HTML.
-    return json.dumps(
+    text = json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    # The characters of a cover stand for ASCII.
+    return _ESCAPED_COVER.sub(lambda match: json.loads(f'"{match[0]}"'), text)

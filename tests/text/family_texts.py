@@ -193,4 +193,38 @@ FAMILIES = {
         tokenizer_class="GPTNeoXTokenizer",
         settings={"add_bos_token": False, "add_eos_token": False},
     ),
+    "gemma4": FamilyText(
+        {},
+        _split(_QWEN2),
+        (
+            *("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|think|>"),
+            *("<|channel>", "<channel|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>"),
+            *('<|"|>', "<|tool_response>", "<tool_response|>", "<|image|>", "<|audio|>"),
+        ),
+        {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
+    ),
+    "glm-4.7": FamilyText(
+        {},
+        _split(_QWEN2),
+        (
+            *("<|endoftext|>", "[MASK]", "[gMASK]", "<sop>", "<|system|>", "<|user|>"),
+            *("<|assistant|>", "<|observation|>"),
+        ),
+        {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+        (
+            *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>"),
+            *("</tool_response>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+        ),
+    ),
+    "lfm2": FamilyText(
+        {},
+        _split(_QWEN2),
+        (
+            *("<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+            *("<|tool_list_start|>", "<|tool_list_end|>", "<|tool_call_start|>"),
+            *("<|tool_call_end|>", "<|tool_response_start|>", "<|tool_response_end|>"),
+        ),
+        {"bos_token": "<|startoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"},
+        ("<think>", "</think>"),
+    ),
 }

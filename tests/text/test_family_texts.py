@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import text_builders as build
 from family_texts import FAMILIES
+from tool_texts import GEMMA
 
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.messages import Message
@@ -108,6 +109,15 @@ def loaded(directory: Path, family: str, name: str) -> tuple[Any, Any]:
 def test_a_template_tells_how_its_model_thinks_and_ends(family, name, thinking, ends, tmp_path):
     template, tokenizer = loaded(tmp_path, family, name)
     assert template.thinking == thinking
+    assert template.stop_ids == {tokenizer.control_tokens[token] for token in ends}
+
+
+def test_gemmas_answer_ends_with_its_turn_and_before_the_response_to_its_call(tmp_path):
+    directory = FAMILIES["gemma4"].write(tmp_path / "x", GEMMA)
+    tokenizer = load_tokenizer(directory)
+    template = load_template(directory, tokenizer)
+    assert template.thinking == ThinkingFormat("channel", ("enable_thinking",))
+    ends = ("<eos>", "<turn|>", "<|tool_response>")
     assert template.stop_ids == {tokenizer.control_tokens[token] for token in ends}
 
 

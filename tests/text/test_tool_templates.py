@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,10 @@ import tool_texts as texts
 from family_texts import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 from text_strategies import anything
 
+from mixchat.base.errors import CheckpointError
 from mixchat.text.checkpoint_text import CheckpointText
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.messages import Message
@@ -23,10 +27,20 @@ from mixchat.text.tool_call import Tool, ToolCall
 from mixchat.text.tool_formats import FORMATS, PLAIN, in_plain_text, tool_format_of
 
 TOOLS = (texts.WEATHER, texts.NOW)
+# Some of its names and values are parts of control tokens.
+ODD = ToolCall(
+    "call00003",
+    "now",
+    '{"unit": ["it\'s <b>", "turn", true, null], "image": {"Z": "<", "in": 1.5}, "City": "a"}',
+)
 CASES = {
     "tags": ("qwen3", texts.TAGS, 2),
     "granite": ("granite", texts.GRANITE, 2),
     "harmony": ("gpt-oss", texts.HARMONY, 1),
+    "qwen-coder": ("qwen3", texts.QWEN_CODER, 2),
+    "gemma": ("gemma4", texts.GEMMA, 2),
+    "glm-inline": ("glm-4.7", texts.GLM, 2),
+    "lfm": ("lfm2", texts.LFM, 2),
 }
 
 
@@ -55,7 +69,9 @@ def test_tools_and_calls_get_transformers_ids(name: str, tools: Any, directories
     with closing(CheckpointText(directories[name])) as text:
         template = text.template()
         assert template.tools == FORMATS[name]
-        for messages in texts.conversations(CASES[name][2]):
+        talk = texts.conversations(CASES[name][2])
+        odd = [Message("user", "Hi"), Message("assistant", "So: ", calls=(ODD,))]
+        for messages in (*talk, [*odd, Message("tool", "5", call_id=ODD.id)]):
             assert template.encode(messages, None, tools) == theirs.apply_chat_template(
                 texts.as_dicts(messages),
                 tools=[tool.to_json() for tool in tools] or None,
@@ -63,6 +79,49 @@ def test_tools_and_calls_get_transformers_ids(name: str, tools: Any, directories
                 add_generation_prompt=True,
                 return_dict=False,
             )
+
+
+PUBLISHED = sorted(Path(os.environ.get("MIXCHAT_TEST_TEMPLATES", "/nowhere")).glob("*.jinja"))
+_TOKEN = re.compile(r"""<[|/]?[a-zA-Z_"]+\|?>|\[[A-Za-z]*MASK\]""")
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
+def test_a_published_template_gets_transformers_ids(file: Path, tmp_path: Path) -> None:
+    """Needs a folder of templates, `*.jinja`, in MIXCHAT_TEST_TEMPLATES."""
+    from transformers import AutoTokenizer
+
+    source = file.read_text()
+    found = sorted({*_TOKEN.findall(source)} - {"<tools>", "</tools>", "<function>"})
+    special = ("<bos>", "<eos>", *(token for token in found if token.strip("<>/")[0] in "|["))
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>"}
+    plain = tuple(token for token in found if token not in special)
+    family = replace(FAMILIES["qwen3"], special=special, plain=plain, names=names)
+    directory = family.write(tmp_path / "x", source)
+    theirs = AutoTokenizer.from_pretrained(directory)
+    try:
+        template: Any = load_template(directory, load_tokenizer(directory))
+    except CheckpointError as error:
+        pytest.skip(f"needs more than messages: {error}")
+    talk = texts.conversations(1 if "<|channel|>" in source else 2)
+    shows_calls = template.tools is not None and template._takes_calls
+    switch = None if template.thinking is None else template.thinking.switch
+    if not template._takes_system:
+        talk = [messages[1:] for messages in talk]
+    for messages in talk if shows_calls else talk[:1]:
+        for tools in ((), TOOLS) if template.tools is not None else ((),):
+            for variables in ({}, {switch: True}, {switch: False}) if switch else ({},):
+                try:
+                    ids = theirs.apply_chat_template(
+                        texts.as_dicts(messages),
+                        tools=[tool.to_json() for tool in tools] or None,
+                        tokenize=True,
+                        add_generation_prompt=True,
+                        return_dict=False,
+                        **variables,
+                    )
+                except UndefinedError:  # the template itself is broken
+                    continue
+                assert template.encode(messages, variables, tools) == ids
 
 
 @pytest.mark.parametrize("tools", [(), TOOLS], ids=["none", "two"])
@@ -187,6 +246,16 @@ def test_nothing_in_tools_or_calls_adds_a_control_token(
 def test_the_form_of_calls_is_found_in_the_template(source: str, variables: Any, name: Any) -> None:
     found = tool_format_of(source, variables)
     assert (found and found.name) == name
+
+
+def test_a_template_that_escapes_json_gets_the_text_itself(tmp_path: Path) -> None:
+    """The escapes of the characters that covered < and > stood in the prompt."""
+    source = "{{ tools | tojson(ensure_ascii=True) }}{{ messages[0].content }}"
+    tokenizer = load_tokenizer(FAMILIES["qwen3"].write(tmp_path / "x", source))
+    template = load_template(tmp_path / "x", tokenizer)
+    shown = tokenizer.decode(template.encode([Message("user", "Hi")], None, [texts.WEATHER]))
+    assert "at a <place>, & more" in shown
+    assert "Z\\u00fcrich" in shown
 
 
 def test_a_template_without_tools_gets_them_as_text() -> None:

@@ -101,6 +101,126 @@ HARMONY = """\
 {%- endfor %}
 {%- if add_generation_prompt %}<|start|>assistant{%- endif %}"""
 
+_LITERAL = """\
+{%- macro literal(value) %}
+    {%- if value is string %}{{- '<|"|>' + value + '<|"|>' }}
+    {%- elif value is boolean %}{{- 'true' if value else 'false' }}
+    {%- elif value is mapping %}{{- '{' }}
+        {%- for key, inner in value | dictsort %}
+            {{- ',' if not loop.first }}{{- key }}:{{- literal(inner) }}
+        {%- endfor %}{{- '}' }}
+    {%- elif value is sequence %}{{- '[' }}
+        {%- for inner in value %}{{- ',' if not loop.first }}{{- literal(inner) }}{%- endfor %}
+        {{- ']' }}
+    {%- else %}{{- value }}{%- endif %}
+{%- endmacro %}
+"""
+GEMMA = (
+    _LITERAL
+    + """\
+{{- bos_token }}
+{%- set rest = messages %}
+{%- if tools or enable_thinking or messages[0].role == 'system' %}
+    {{- '<|turn>system\\n' }}{{- '<|think|>\\n' if enable_thinking | default(false) }}
+    {%- if messages[0].role == 'system' %}
+        {{- messages[0].content | trim }}{%- set rest = messages[1:] %}
+    {%- endif %}
+    {%- for tool in tools or [] %}
+        {{- '<|tool>' + tool.function.name + literal(tool.function.parameters) + '<tool|>' }}
+    {%- endfor %}
+    {{- '<turn|>\\n' }}
+{%- endif %}
+{%- set last = namespace(calls=false) %}
+{%- for message in rest %}
+    {%- if message.role == 'tool' %}
+        {{- '<|tool_response>' + literal(message.content) + '<tool_response|>' }}
+    {%- else %}
+        {%- set last.calls = message.tool_calls is defined %}
+        {{- '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}
+        {%- if message.reasoning_content %}
+            {{- '<|channel>thought\\n' + message.reasoning_content + '\\n<channel|>' }}
+        {%- endif %}
+        {%- for tool_call in message.tool_calls or [] %}
+            {{- '<|tool_call>call:' + tool_call.function.name }}
+            {{- literal(tool_call.function.arguments) + '<tool_call|>' }}
+        {%- endfor %}
+        {{- message.content | trim }}{{- '<turn|>\\n' if not last.calls }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and not last.calls %}
+    {{- '<|turn>model\\n' }}
+    {{- '<|channel>thought\\n<channel|>' if not enable_thinking | default(false) }}
+{%- endif %}"""
+)
+GLM = """\
+[gMASK]<sop>
+{%- for tool in tools or [] %}<|system|>{{ tool | tojson }}{%- endfor %}
+{%- if tools %}<tool_call>NAME<arg_key>a</arg_key><arg_value>b</arg_value></tool_call>{%- endif %}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {{- '<|assistant|>' }}
+        {{- '<think>' + m.reasoning_content if m.reasoning_content }}{{- '</think>' + m.content }}
+        {%- for call in m.tool_calls or [] %}
+            {{- '<tool_call>' + call.function.name }}
+            {%- for k, v in call.function.arguments.items() %}
+                {{- '<arg_key>' + k + '</arg_key>' }}
+                {{- '<arg_value>' + (v if v is string else v | tojson) + '</arg_value>' }}
+            {%- endfor %}
+            {{- '</tool_call>' }}
+        {%- endfor %}
+    {%- else %}
+        {{- ('<|observation|>' if m.role == 'tool' else '<|' + m.role + '|>') + m.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' + ('</think>' if enable_thinking is false else '<think>') }}
+{%- endif %}"""
+LFM = """\
+{{- bos_token }}
+{%- if tools %}
+    {{- '<|im_start|>system\\nList of tools: ' + tools | tojson + '<|im_end|>' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {{- '<think>' + message.thinking + '</think>' if message.thinking is defined }}
+    {{- message.content }}
+    {%- if message.tool_calls is defined %}
+        {{- '<|tool_call_start|>[' }}
+        {%- for call in message.tool_calls %}
+            {{- ', ' if not loop.first }}{{- call.function.name + '(' }}
+            {%- for key, value in call.function.arguments.items() %}
+                {{- ', ' if not loop.first }}{{- key + '=' }}
+                {{- "'" + value + "'" if value is string else value | string }}
+            {%- endfor %}
+            {{- ')' }}
+        {%- endfor %}
+        {{- ']<|tool_call_end|>' }}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+QWEN_CODER = """\
+{%- for tool in tools or [] %}
+    {{- '<function>' + tool.function.name + tool.function.parameters | tojson }}
+{%- endfor %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.reasoning_content %}
+        {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- message.content }}
+    {%- for tool_call in message.tool_calls or [] %}
+        {{- '\\n<tool_call>\\n<function=' + tool_call.function.name + '>\\n' }}
+        {%- for name, value in tool_call.function.arguments | items %}
+            {%- set shown = value | string if value is string else value | tojson | safe %}
+            {{- '<parameter=' + name + '>\\n' + shown + '\\n</parameter>\\n' }}
+        {%- endfor %}
+        {{- '</function>\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"""
+
 WEATHER = Tool(
     "get_weather",
     "The weather at a <place>, & more",
