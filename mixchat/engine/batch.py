@@ -259,9 +259,11 @@ class Batch:
         else:
             best = max(self._sequences, key=lambda sequence: sequence.shared_with(prompt))
             shared = best.shared_with(prompt)
-            enough = shared + _MIN_SHARED_TO_WAIT
-            if any(shared_beginning(reader.ids, prompt) >= enough for reader in reading):
-                return False
+            for reader in reading:
+                common = shared_beginning(reader.ids, prompt)
+                if reader.prefix and common >= shared + _MIN_SHARED_TO_WAIT:
+                    reader.prefix.cache.add_places({common})
+                    return False
             if shared >= _MIN_SHARED_TO_COPY:
                 targets = [sequence for sequence in self._free if sequence is not best]
                 # A cache that would lose most of its tokens is copied, if another one is free.
@@ -273,10 +275,11 @@ class Batch:
                         prefix.copy_from(best, shared)
         # Where two prompts part, a third one may, too.
         parted = max(shared_beginning(sequence.ids, prompt) for sequence in self._sequences)
-        answer.stats.reused_tokens = prefix.shared_with(prompt)
-        prefix.cut(answer.stats.reused_tokens)
-        places = answer.stats.reused_tokens, parted, len(prompt) - _ANSWER_START_TOKENS, len(prompt)
-        prefix.cache.begin(places)
+        reused = prefix.shared_with(prompt)
+        answer.stats.reused_tokens = reused
+        answer.stats.repeated_tokens = shared_beginning(prefix.ids, prompt) - reused
+        prefix.cut(reused)
+        prefix.cache.begin({reused, parted, len(prompt) - _ANSWER_START_TOKENS, len(prompt)})
         self._free.remove(prefix)
         answer.prefix = prefix
         answer.request.on_prefill(0, answer.tokens_to_read)

@@ -96,14 +96,19 @@ class SequenceCache:
         return length
 
     def begin(self, places: Collection[int]) -> None:
-        """Let passes make checkpoints at these lengths, and at multiples of N.
+        """Let passes make checkpoints at multiples of N, and at `places` alone beside these."""
+        self._lengths = [*range(self._spacing, self.capacity, self._spacing)]
+        self.add_places(places)
 
-        A later text may part from the sequence there. The present length may be among them.
+    def add_places(self, places: Collection[int]) -> None:
+        """Let passes make checkpoints at these lengths, too. The present length may be among them.
+
+        A later text may part from the sequence there.
         """
         if not self.needs_checkpoints:
             return
-        spaced = range(self._spacing, self.capacity, self._spacing)
-        self._lengths = sorted({n for n in (*places, *spaced) if n >= max(self.length, 1)})
+        least = max(self.length, 1)
+        self._lengths = sorted({n for n in (*self._lengths, *places) if n >= least})
         for layer in self.layers:
             layer.checkpoint_at(self._lengths)
         self._note_checkpoints(self.length)
@@ -132,7 +137,7 @@ class SequenceCache:
         for layer in self.layers:
             layer.advance(tokens)
         self.length += tokens
-        if self._lengths:
+        if self.needs_checkpoints:
             self._note_checkpoints(self.length - tokens + 1)
 
     def fill(self, tokens: int, dtype: torch.dtype) -> None:

@@ -24,6 +24,7 @@ class SpeculationStats:
 class GenerationStats:
     """Counts of tokens, seconds, and uses of experts.
 
+    repeated_tokens: of the prompt, that the cache held but could not be cut to.
     prefill_waiting_seconds: the part of prefill_seconds in which experts were on their way.
     prefill_bytes_read: from the disk until the first token.
     If a server answers, the seconds are measured here, and the experts have no counts.
@@ -31,6 +32,7 @@ class GenerationStats:
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    repeated_tokens: int = 0
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     prefill_waiting_seconds: float = 0.0

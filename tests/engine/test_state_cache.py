@@ -139,6 +139,18 @@ def test_undo_and_regenerate_compute_nothing_anew():
     assert text.prompt([*turn, *answer, 2], []) == 1  # as after /undo
 
 
+def test_a_place_can_be_added_while_a_prompt_is_computed():
+    """Another prompt waits for the beginning that it shares with this one."""
+    cache = new()
+    cache.begin({30})
+    add(cache, [1] * 10)
+    cache.advance(10)
+    cache.add_places({21})
+    add(cache, [1] * 20)
+    cache.advance(20)
+    assert cache.extent.checkpoints == (16, 21)
+
+
 def test_content_comes_back_with_its_checkpoints():
     text, ids = Text(new()), [number % 7 for number in range(20)]
     text.prompt(ids, [], places=(5, 9))

@@ -53,9 +53,10 @@ def generation_lines(
     new = stats.prompt_tokens - stats.reused_tokens
     prompt = ["prompt   the server does not tell its tokens"]
     if stats.prompt_tokens:
+        again = f", {stats.repeated_tokens} of them again" if stats.repeated_tokens else ""
         prompt = [
             f"prompt   {stats.prompt_tokens} tokens, {stats.reused_tokens} of them from the cache",
-            f"prefill  {new} tokens, {_rate(new, stats.prefill_seconds)}",
+            f"prefill  {new} tokens{again}, {_rate(new, stats.prefill_seconds)}",
         ]
     first_token = f"         first token after {stats.prefill_seconds:.1f} s"
     # The first turn reads experts from disk, unless something brought all of them before.
