@@ -5,7 +5,8 @@ An installed model has q above k above v in one matrix, and an expert's gate (w1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Any, TypeAlias
@@ -120,10 +121,56 @@ class Family:
     norm_offset: float = 0.0
 
 
-def decoder_tensors(config: ModelConfig, family: Family) -> Tensors:
-    """Yield all tensors of a model of a family."""
+@dataclass(frozen=True)
+class CheckpointForm:
+    """The forms that a family's checkpoints are published in.
+
+    is_nested: the tensors of the language model are beside those of others, such as vision's.
+    is_stacked: a tensor [E, rows, columns] has a matrix of all experts, gate above up.
+    """
+
+    is_nested: bool = False
+    is_stacked: bool = False
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> CheckpointForm:
+        """Return the form of a checkpoint that has tensors of these names."""
+        every = tuple(names)
+        return cls(
+            any(name.startswith(_NESTED) for name in every),
+            any(_STACKED.fullmatch(name) for name in every),
+        )
+
+    def is_other(self, name: str) -> bool:
+        """Return whether a tensor is of another model than the language model."""
+        return self.is_nested and not name.startswith((_NESTED, "lm_head."))
+
+
+_NESTED = "model.language_model."
+_STACKED = re.compile(r".+\.experts\.gate_up_proj")
+_SEPARATE = re.compile(r"(.+\.experts)\.(\d+)\.(gate|down)_proj\.weight")
+
+
+PLAIN = CheckpointForm()
+
+
+def decoder_tensors(config: ModelConfig, family: Family, form: CheckpointForm = PLAIN) -> Tensors:
+    """Yield all tensors of a model of a family, with their slices of a checkpoint of this form."""
+    names = {**family.names, **({"model.": _NESTED} if form.is_nested else {})}
     for installed, slices in _with_usual_names(config, family):
-        yield installed, tuple(_renamed(source, family.names) for source in slices)
+        own = _stacked(slices) if form.is_stacked else slices
+        yield installed, tuple(_renamed(source, names) for source in own)
+
+
+def _stacked(slices: tuple[Slice, ...]) -> tuple[Slice, ...]:
+    """Return the parts of stacked tensors for the matrices of an expert."""
+    match = _SEPARATE.fullmatch(slices[0].name)
+    if match is None:
+        return slices
+    stack, expert, kind = match.groups()
+    matrix = "gate_up" if kind == "gate" else kind
+    shape = sum(source.shape[0] for source in slices), slices[0].shape[1]
+    return (replace(slices[0], name=f"{stack}.{matrix}_proj[{expert}]", shape=shape),)
 
 
 def _renamed(source: Slice, names: Mapping[str, str]) -> Slice:

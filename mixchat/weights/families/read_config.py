@@ -12,7 +12,7 @@ from mixchat.base.files import read_json_object
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families.dots1 import DOTS1
 from mixchat.weights.families.ernie4_5_moe import ERNIE4_5_MOE
-from mixchat.weights.families.family import Family, Slice, decoder_tensors
+from mixchat.weights.families.family import PLAIN, CheckpointForm, Family, Slice, decoder_tensors
 from mixchat.weights.families.glm4_moe import GLM4_MOE
 from mixchat.weights.families.gpt_oss import GPT_OSS
 from mixchat.weights.families.granitemoe import GRANITEMOE
@@ -50,7 +50,11 @@ _MISSING = {
 
 
 def read_config(raw: dict[str, Any]) -> ModelConfig:
-    """Read the keys of a config.json. Raises `CheckpointError` if no family here has them."""
+    """Read the keys of a config.json. Raises `CheckpointError` if no family here has them.
+
+    Of a model for text and images, the language model is read.
+    """
+    raw = _of_language_model(raw)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         missing = _MISSING.get(str(model_type))
@@ -76,12 +80,28 @@ def read_config(raw: dict[str, Any]) -> ModelConfig:
     return config
 
 
+def _of_language_model(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a language model, which are in `text_config` if there is more than text.
+
+    Alone it may be saved under the same model_type with "_text".
+    """
+    text, model_type, whole = raw.get("text_config"), raw.get("model_type"), raw
+    if isinstance(text, dict):
+        raw = {**raw, **{key: value for key, value in text.items() if value is not None}}
+        # As in transformers, the whole model decides whether the head is the embedding.
+        if "tie_word_embeddings" in whole:
+            raw["tie_word_embeddings"] = whole["tie_word_embeddings"]
+    if isinstance(model_type, str) and (family := model_type.removesuffix("_text")) in FAMILIES:
+        return {**raw, "model_type": family}
+    return {**raw, "model_type": model_type}
+
+
 def read_config_file(path: Path) -> ModelConfig:
     """Read a config.json. Raises `CheckpointError`."""
     return read_config(read_json_object(path))
 
 
 @lru_cache(maxsize=4)  # a large model has 20,000
-def slices(config: ModelConfig) -> Mapping[str, tuple[Slice, ...]]:
+def slices(config: ModelConfig, form: CheckpointForm = PLAIN) -> Mapping[str, tuple[Slice, ...]]:
     """Return the slices of a checkpoint's tensors that make each tensor of the installed model."""
-    return dict(decoder_tensors(config, FAMILIES[config.model_type]))
+    return dict(decoder_tensors(config, FAMILIES[config.model_type], form))

@@ -18,7 +18,7 @@ import torch
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import Header, SafetensorsFile, TensorSpec, split_part
-from mixchat.weights.families.family import Slice, expert_prefix
+from mixchat.weights.families.family import CheckpointForm, Slice, expert_prefix
 from mixchat.weights.families.gguf import ROUTER, gguf_tensors
 from mixchat.weights.families.read_config import slices
 from mixchat.weights.format.blueprint import EMBEDDING, layer_prefix
@@ -61,8 +61,11 @@ class CheckpointIndex:
         if weight_map is None:
             weight_map = {spec.name: file for file in headers for spec in headers[file].specs}
         self._weight_map = dict(weight_map)
+        self._form = CheckpointForm.of(self._weight_map)
         self._slices = (
-            dict(gguf_tensors(config, self._weight_map)) if self._gguf else slices(config)
+            dict(gguf_tensors(config, self._weight_map))
+            if self._gguf
+            else slices(config, self._form)
         )
         self._shapes = _shapes_of(self._slices)
         self._check_tensors()
@@ -206,6 +209,8 @@ class CheckpointIndex:
         for name, shard in self._weight_map.items():
             self._headers[shard].spec(name)
             if name in known or name.startswith(prefixes) or _IGNORED.fullmatch(name):
+                continue
+            if self._form.is_other(name):
                 continue
             raise CheckpointError(
                 f"{self.where}: {name!r:.120} is not a tensor of a {config.model_type}"

@@ -1,13 +1,22 @@
 """The slices of a checkpoint's tensors that families have in common."""
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.rope_parameters import RopeParameters
+from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.weights.families.family import MLP_EXPERTS, Family, Slice, attention, decoder_tensors
+from mixchat.weights.families.read_config import read_config_file
+from mixchat.weights.make.parts import model_parts
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
 HEADS, GROUPS, WIDTH, HIDDEN = 3, 1, 4, 6
 CONFIG = ModelConfig(
@@ -15,7 +24,16 @@ CONFIG = ModelConfig(
 )
 
 
-def stacked(slices: tuple[Slice, ...], tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def made_parts(checkpoint: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the names of a model's parts, with the SHA-256 of their tensors."""
+    with SafetensorsFile(checkpoint / "model.safetensors") as file:
+        config = read_config_file(checkpoint / "config.json")
+        index = CheckpointIndex(config, {"model.safetensors": file.header}, None, "here")
+        for part in model_parts(make_blueprint(index, QuantizeOptions("none"))):
+            yield part.name, [*map(tensor_sha256, part.make(index, file.read))]
+
+
+def joined(slices: tuple[Slice, ...], tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     pieces = []
     for source in slices:
         tensor = tensors[source.name]
@@ -43,7 +61,7 @@ def test_gates_that_follow_each_query_lie_below_the_values(neighbours):
                 torch.cat((part[:, ::2], part[:, 1::2]), 1) for part in (queries, keys)
             )
         expected = [part.flatten(0, 1) for part in (queries, keys)]
-        result = stacked(described[f"{own}qkv_proj.{parameter}"], stored)
+        result = joined(described[f"{own}qkv_proj.{parameter}"], stored)
         assert torch.equal(result, torch.cat([*expected, v, heads[:, 1].flatten(0, 1)]))
 
 
@@ -83,3 +101,37 @@ def test_names_are_replaced_one_after_the_other():
     router = tensors["model.layers.0.block_sparse_moe.gate.weight"]
     assert router[0].name == "model.text.layers.0.ffn.gate.weight"
     assert tensors["lm_head.weight"][0].name == "lm_head.weight"
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_checkpoint_with_stacked_experts_or_with_more_than_text_makes_the_same_model(
+    make_checkpoint, tmp_path, stacked, nested
+):
+    """Qwen3.6 is published in 16 bits with stacks beside a vision model, and in FP8 without stacks.
+
+    transformers loads both.
+    """
+    plain = make_checkpoint(model_type="qwen2_moe", num_local_experts=3)
+    tensors = dict(load_file(plain / "model.safetensors"))
+    config = json.loads((plain / "config.json").read_text())
+    if stacked:
+        for layer in range(2):
+            own = f"model.layers.{layer}.mlp.experts."
+            parts = [
+                {x: tensors.pop(f"{own}{n}.{x}_proj.weight") for x in ("gate", "up", "down")}
+                for n in range(3)
+            ]
+            gate_up = [torch.cat((part["gate"], part["up"])) for part in parts]
+            tensors[f"{own}gate_up_proj"] = torch.stack(gate_up)
+            tensors[f"{own}down_proj"] = torch.stack([part["down"] for part in parts])
+    if nested:
+        names = {name: name.replace("model.", "model.language_model.") for name in tensors}
+        tensors = {names[name]: tensor for name, tensor in tensors.items()}
+        tensors["model.visual.blocks.0.norm1.weight"] = torch.ones(5)
+        kept = {key: config.pop(key) for key in ("model_type", "tie_word_embeddings")}
+        config = {**kept, "text_config": {**config, "model_type": "qwen2_moe_text"}}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    made = [[*made_parts(directory)] for directory in (plain, tmp_path)]
+    assert made[0] == made[1]

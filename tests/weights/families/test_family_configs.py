@@ -314,7 +314,7 @@ def test_a_well_known_type_is_refused_by_what_it_needs(model_type, missing):
 def test_every_other_type_of_transformers_is_refused_with_the_list_of_what_runs():
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    others = {*CONFIG_MAPPING_NAMES} - {*FAMILIES}
+    others = {name for name in CONFIG_MAPPING_NAMES if name.removesuffix("_text") not in FAMILIES}
     assert len(others) > 300
     for other in others:
         with pytest.raises(CheckpointError, match=f"model_type '{other}'") as caught:
