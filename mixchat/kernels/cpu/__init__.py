@@ -22,5 +22,7 @@ Codes are quantized weights. Read emit.py first, then units.py, tile.py and quan
 - attend_kernel.py: its main part, scores and weighted values
 - latent_kernel.py: the same for latents, which all heads share
 - attention_products.py: products of keys and values, with the instructions of each kind of CPU
+- convolution.py: short convolutions of each channel
+- delta_net.py: the states of gated DeltaNet
 - dense.py: x times a dense matrix
 """

@@ -175,6 +175,13 @@ class Pointer:
         address = self._builder.bitcast(self.plus(offset).raw, value.type.as_pointer())
         self._builder.store(value.raw, address, align=1)
 
+    def store_past_caches(self, value: Value, offset: Value | int = 0) -> None:
+        """Store a vector of floats that is not read again soon, at a multiple of its size."""
+        # A plain store reads the line from memory before it writes.
+        address = self._builder.bitcast(self.plus(offset).raw, value.type.as_pointer())
+        store = self._builder.store(value.raw, address, align=value.type.count * 4)
+        store.set_metadata("nontemporal", self._builder.module.add_metadata([i32(1)]))
+
     def prefetch(self, offset: Value | int, *, once: bool = False) -> None:
         """Prefetch the line into the first cache. The address need not exist.
 

@@ -15,7 +15,7 @@ import torch
 from llvmlite import ir
 from torch.nn import functional
 
-from mixchat.kernels.cpu.arithmetic import as_fp32, rounded_to_bf16, sigmoid, store_fp32
+from mixchat.kernels.cpu.arithmetic import as_fp32, rounded, sigmoid, store_fp32
 from mixchat.kernels.cpu.compile import LANES, compiled_here, instruction_set
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i64, vector
 from mixchat.kernels.cpu.program import Signature, Step, fp32_bits
@@ -240,14 +240,6 @@ class _Rows(ABC):
     def store(self, value: Value, index: Value) -> None:
         store_fp32(self.out, value, index, self._bf16)
 
-    def rounded(self, value: Value) -> Value:
-        """Round to the type of the rows, and return to fp32."""
-        # Transformers' norms round here, before they multiply with the weight.
-        if not self._bf16:
-            return value
-        whole = rounded_to_bf16(value).widened(vector(ir.IntType(32), self.lanes))
-        return (whole << 16).bits_as(value.type)
-
     @property
     def zeros(self) -> Value:
         return self.function.constant(vector(f32, self.lanes), 0.0)
@@ -271,7 +263,8 @@ class _RMSNorm(_Rows):
                 self.store(self.weighted(normed, column), first + column)
 
     def weighted(self, normed: Value, column: Value) -> Value:
-        return self.rounded(normed) * self.load(self.args.pointer("weight"), column)
+        # Transformers' norms round here, before they multiply with the weight.
+        return rounded(normed, self._bf16) * self.load(self.args.pointer("weight"), column)
 
 
 class _UnroundedRMSNorm(_RMSNorm):

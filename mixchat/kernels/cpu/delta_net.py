@@ -1,0 +1,419 @@
+"""Gated DeltaNet (arXiv:2412.06464): a state instead of keys and values, updated by each token.
+
+The state S [k, v] of a head is a linear map from keys to values. A token with query q, key k, value
+v, decay g and rate b (beta) does
+
+    S = g S;  S = S + k (b (v - S^T k))^T;  out = S^T q
+
+The columns of S do not depend on each other. So an item of work is a block of columns, which stays
+in the first cache for all tokens of a call. The order of operations is that of one token after the
+other, however many a call has. So a token has the bits that it has alone.
+
+T = tokens, K = heads of keys and queries, V = heads of values, k and v = their widths,
+C = 2 K k + V v channels: queries, keys, values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from llvmlite import ir
+
+from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.arithmetic import (
+    as_fp32,
+    exponential,
+    reduced,
+    rounded,
+    sigmoid,
+    softplus,
+    store_fp32,
+)
+from mixchat.kernels.cpu.compile import compiled_here
+from mixchat.kernels.cpu.convolution import silu
+from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, vector
+from mixchat.kernels.cpu.program import Signature, Step, copy_of, fp32_bits
+
+_BLOCK = 32  # columns of a state that follow one another. Of 128 rows they take 16 KiB.
+_TOGETHER = 4  # rows of a state in one turn of the innermost loop
+_LINE = 64  # bytes of the cache
+_NORM_EPS = 1e-6  # of queries and keys
+_FEW = 2**16  # numbers that one thread finishes before a second one has started
+_SIGNATURE = Signature(
+    "qkv",
+    "gates",
+    "before",
+    "after",
+    "out",
+    "rates",
+    "logits",
+    "biases",
+    "stride",
+    "logits_stride",
+    "tokens",
+    "key_heads",
+    "value_heads",
+    "key_dim",
+    "value_dim",
+    "scale",
+)
+_NORM = Signature("x", "gate", "weight", "out", "stride", "tokens", "heads", "width", "eps")
+
+
+@dataclass(frozen=True)
+class DeltaNetShape:
+    """The heads of a layer. The value heads of one key head follow one another."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def channels(self) -> int:
+        """Return C."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def block(self) -> int:
+        """Return the columns of a block."""
+        return math.gcd(self.value_dim, _BLOCK)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """Return the shape [V, v / block, k, block] of the states, in fp32."""
+        return self.value_heads, self.value_dim // self.block, self.key_dim, self.block
+
+    def can_compute(self, dtype: torch.dtype, device_type: str) -> bool:
+        """Return whether the kernels take these heads, with inputs of this type."""
+        whole = self.key_dim % _TOGETHER == 0 and rows.can_compute(dtype, self.key_dim, device_type)
+        return whole and rows.can_compute(dtype, self.value_dim, device_type)
+
+
+class DeltaRule:
+    """Updates the states of a layer, and reads them.
+
+    A_log, dt_bias: [V], as in a checkpoint.
+    """
+
+    def __init__(self, shape: DeltaNetShape, a_log: torch.Tensor, dt_bias: torch.Tensor) -> None:
+        self.shape = shape
+        self._rates, self._biases = -a_log.float().exp(), dt_bias.float().contiguous()
+
+    def __call__(
+        self, qkv: torch.Tensor, ba: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the read values [T, V * v], in the type of ba.
+
+        qkv: [T, C], fp32, rows of a matrix, overwritten. ba: [T, 2V], the logits of the rates, and
+        then what the decays depend on. `before` is the state before these tokens. The state after
+        them is written to `after`.
+        """
+        if not self.shape.can_compute(ba.dtype, ba.device.type):
+            return self._by_torch(qkv, ba, before, after)
+        out = torch.empty(
+            qkv.shape[0], self.shape.value_heads * self.shape.value_dim, dtype=ba.dtype
+        )
+        prepare, recur = self.steps(qkv, ba, out)
+        recur.set(before=before.data_ptr(), after=after.data_ptr())
+        prepare.run()
+        recur.run()
+        return out
+
+    def _by_torch(
+        self, qkv: torch.Tensor, ba: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+    ) -> torch.Tensor:
+        shape, tokens = self.shape, qkv.shape[0]
+        keys, repeats = shape.key_heads * shape.key_dim, shape.value_heads // shape.key_heads
+        heads = qkv[:, : 2 * keys].view(tokens, 2, shape.key_heads, shape.key_dim)
+        norms = torch.rsqrt((heads * heads).sum(-1, keepdim=True) + _NORM_EPS)
+        heads = (heads * norms).repeat_interleave(repeats, dim=2)[:, :, :, None, :, None]
+        queries, keys_of_heads = heads[:, 0] * shape.key_dim**-0.5, heads[:, 1]
+        blocks = shape.value_dim // shape.block
+        values = qkv[:, 2 * keys :].view(tokens, shape.value_heads, blocks, shape.block)
+        # At the end of a tensor, torch's sigmoid and softplus have other bits than within it.
+        beta, alpha = ba.float().chunk(2, dim=1)
+        alpha = alpha + self._biases
+        beta = (1 / (1 + (-beta).exp()))[:, :, None, None]
+        steps = (-alpha.abs()).exp().log1p() + alpha.clamp(min=0)
+        decay = (self._rates * steps).exp()[:, :, None, None]
+        state, read = before, []
+        for token in range(tokens):
+            key = keys_of_heads[token]  # [V, 1, k, 1]
+            state = state * decay[token][..., None]
+            delta = beta[token] * (values[token] - (state * key).sum(2))  # [V, blocks, block]
+            state = state + key * delta.unsqueeze(2)
+            read.append((state * queries[token]).sum(2))
+        after.copy_(state)
+        return torch.stack(read).reshape(tokens, -1).to(ba.dtype)
+
+    def steps(self, qkv: torch.Tensor, ba: torch.Tensor, out: torch.Tensor) -> tuple[Step, Step]:
+        """Return `__call__` as steps. `before` and `after` of the second one are not set yet."""
+        shape, tokens = self.shape, qkv.shape[0]
+        gates = torch.empty(tokens, shape.value_heads, 2)
+        numbers = _SIGNATURE.numbers(
+            qkv=qkv.data_ptr(),
+            gates=gates.data_ptr(),
+            out=out.data_ptr(),
+            rates=self._rates.data_ptr(),
+            logits=ba.data_ptr(),
+            biases=self._biases.data_ptr(),
+            stride=qkv.stride(0),
+            logits_stride=ba.stride(0),
+            tokens=tokens,
+            key_heads=shape.key_heads,
+            value_heads=shape.value_heads,
+            key_dim=shape.key_dim,
+            value_dim=shape.value_dim,
+            scale=fp32_bits(shape.key_dim**-0.5),
+        )
+        compiled = _compiled(ba.dtype == torch.bfloat16, shape.block)
+        keeps = qkv, ba, out, gates, self._rates, self._biases
+        threads = 1 if qkv.numel() <= _FEW else None
+        return (
+            Step(compiled.function("prepare"), _SIGNATURE, numbers, keeps, threads),
+            Step(compiled.function("recur"), _SIGNATURE, copy_of(numbers), keeps),
+        )
+
+
+class GatedNorm:
+    """The RMSNorm of each head, times the weight [v] and silu of a gate."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self.weight, self._eps = weight, eps
+
+    def __call__(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Return the product for x and gate, [T, heads * v], in their type."""
+        width = self.weight.shape[0]
+        if not rows.can_compute(x.dtype, width, x.device.type):
+            normed = rows.rms_norm(x.view(x.shape[0], -1, width), self.weight, self._eps)
+            gates = silu(gate.float()).view(normed.shape)
+            return (normed * gates).to(x.dtype).view(x.shape)
+        out = torch.empty_like(x)
+        self.step(x, gate, out).run()
+        return out
+
+    def step(self, x: torch.Tensor, gate: torch.Tensor, out: torch.Tensor) -> Step:
+        """Return `__call__` as a step. x and out are contiguous. `gate` has rows of a matrix."""
+        width = self.weight.shape[0]
+        numbers = _NORM.numbers(
+            x=x.data_ptr(),
+            gate=gate.data_ptr(),
+            weight=self.weight.data_ptr(),
+            out=out.data_ptr(),
+            stride=gate.stride(0),
+            tokens=x.shape[0],
+            heads=x.shape[1] // width,
+            width=width,
+            eps=fp32_bits(self._eps),
+        )
+        compiled = _compiled(x.dtype == torch.bfloat16, _BLOCK)
+        threads = 1 if x.numel() <= _FEW else None
+        keeps = x, gate, self.weight, out
+        return Step(compiled.function("gated_norm"), _NORM, numbers, keeps, threads)
+
+
+@compiled_here
+def _compiled(module: ir.Module, lanes: int, bf16: bool, block: int) -> None:
+    _Prepare(module, lanes, bf16).write()
+    _Recur(module, min(lanes, block), block, bf16).write()
+    _GatedNorm(module, lanes, bf16).write()
+
+
+class _Prepare:
+    """The function `prepare`, which normalizes queries and keys, and computes decays and rates.
+
+    An item of work is a token.
+    """
+
+    def __init__(self, module: ir.Module, lanes: int, bf16: bool) -> None:
+        self._function = Function(module, "prepare")
+        self._lanes, self._bf16 = lanes, bf16
+        self._args = _SIGNATURE.read_by(self._function)
+
+    def write(self) -> None:
+        function, args = self._function, self._args
+        key_heads, key_dim = args.number("key_heads"), args.number("key_dim")
+        value_heads = args.number("value_heads")
+        stride = args.number("stride")
+        scale, one = args.load("scale", f32), function.constant(f32, 1.0)
+        with function.each_item(function.pointer, args.number("tokens")) as token:
+            with function.loop(0, key_heads * 2, 1) as (head, _):
+                factor = head.compare("<", key_heads).choose(scale, one)
+                row = args.pointer("qkv").plus((token * stride + head * key_dim) * 4)
+                self._normalize(row, key_dim, factor)
+            with function.loop(0, value_heads, 1) as (head, _):
+                self._gates(token, head, value_heads)
+        function.finish()
+
+    def _normalize(self, row: Pointer, width: Value, factor: Value) -> None:
+        function, floats = self._function, vector(f32, self._lanes)
+        zeros = function.constant(floats, 0.0)
+        with function.loop(0, width, self._lanes, [zeros]) as (column, sums):
+            numbers = row.load(floats, column * 4)
+            sums[0] = function.multiply_add(numbers, numbers, sums[0])
+        total = reduced(function, sums[0], "fadd") + _NORM_EPS
+        root = function.call("llvm.sqrt.f32", f32, total)
+        scale = (factor / root).broadcast(self._lanes)
+        with function.loop(0, width, self._lanes) as (column, _):
+            row.store(row.load(floats, column * 4) * scale, column * 4)
+
+    def _gates(self, token: Value, head: Value, value_heads: Value) -> None:
+        function, args = self._function, self._args
+        at = token * args.number("logits_stride") + head
+        logit = as_fp32(args.pointer("logits"), at, self._bf16)
+        alpha = as_fp32(args.pointer("logits"), at + value_heads, self._bf16)
+        step = softplus(function, alpha + args.pointer("biases").load(f32, head * 4))
+        decay = exponential(function, args.pointer("rates").load(f32, head * 4) * step)
+        target = (token * value_heads + head) * 8
+        args.pointer("gates").store(decay, target)
+        args.pointer("gates").store(sigmoid(function, logit), target + 4)
+
+
+class _Recur:
+    """The function `recur`. An item of work is a block of columns of a head's state.
+
+    One pass over the block updates it by a token, and reads it for the token's query and for the
+    next token's key. Before the first token a pass reads it for the first key alone.
+    """
+
+    def __init__(self, module: ir.Module, lanes: int, block: int, bf16: bool) -> None:
+        self._function = Function(module, "recur")
+        self._lanes, self._block, self._bf16 = lanes, block, bf16
+        self._floats = vector(f32, lanes)
+        self._args = _SIGNATURE.read_by(self._function)
+        self._offsets = [number * lanes * 4 for number in range(block // lanes)]
+
+    def write(self) -> None:
+        function, args, block = self._function, self._args, self._block
+        key_heads, value_heads = args.number("key_heads"), args.number("value_heads")
+        key_dim, last = args.number("key_dim"), args.number("tokens") - 1
+        blocks, row_bytes = args.number("value_dim") // block, args.number("stride") * 4
+        with function.each_item(function.pointer, value_heads * blocks) as item:
+            head, start = item // blocks, item * key_dim * (block * 4)
+            key_head = head // (value_heads // key_heads)
+            before, after = (args.number(name) + start for name in ("before", "after"))
+            # Of the first token. The rows of the others follow.
+            queries = args.pointer("qkv").plus(key_head * key_dim * 4)
+            keys = queries.plus(key_heads * key_dim * 4)
+            values = args.pointer("qkv").plus((key_heads * key_dim * 2 + item * block) * 4)
+
+            def update(
+                token: Value,
+                predicted: list[Value],
+                next_keys: Pointer | None = None,
+                *,
+                past_caches: bool = False,
+            ) -> list[Value]:
+                offset = token * row_bytes
+                gates = args.pointer("gates").plus((token * value_heads + head) * 8)
+                decay, rate = (gates.load(f32, at).broadcast(self._lanes) for at in (0, 4))
+                deltas = [
+                    rate * (values.load(self._floats, offset + at) - decay * prediction)
+                    for at, prediction in zip(self._offsets, predicted, strict=True)
+                ]
+                source = function.address(token.compare("==", 0).choose(before, after))
+                factors = queries.plus(offset), keys.plus(offset), next_keys
+                target = function.address(after)
+                store = target.store_past_caches if past_caches else target.store
+                read, predicted = self._pass(source, store, factors, decay, deltas)
+                first = (token * value_heads * blocks + item) * block
+                for number, value in enumerate(read):
+                    index = first + number * self._lanes
+                    store_fp32(args.pointer("out"), value, index, self._bf16)
+                return predicted
+
+            predicted = self._predict(function.address(before), keys)
+            with function.loop(0, last, 1, predicted) as (token, carried):
+                carried[:] = update(token, list(carried), keys.plus((token + 1) * row_bytes))
+            # All layers' states of one token are larger than caches.
+            streams = last.compare("==", 0) & (args.number("after") % _LINE).compare("==", 0)
+            with function.when(streams):
+                update(last, carried, past_caches=True)
+            with function.when(streams.compare("==", 0)):
+                update(last, carried)
+        function.finish()
+
+    def _predict(self, state: Pointer, keys: Pointer) -> list[Value]:
+        """Return S^T k."""
+        function, zero = self._function, self._function.constant(self._floats, 0.0)
+        key_dim, zeros = self._args.number("key_dim"), [zero] * len(self._offsets)
+        with function.loop(0, key_dim, _TOGETHER, zeros) as (first, sums):
+            for row in range(_TOGETHER):
+                key = keys.load(f32, (first + row) * 4).broadcast(self._lanes)
+                for number, at in enumerate(self._offsets):
+                    state_row = state.load(self._floats, (first + row) * (self._block * 4) + at)
+                    sums[number] = function.multiply_add(state_row, key, sums[number])
+        return sums
+
+    def _pass(
+        self,
+        source: Pointer,
+        store: Callable[[Value, Value], None],
+        factors: tuple[Pointer, Pointer, Pointer | None],
+        decay: Value,
+        deltas: list[Value],
+    ) -> tuple[list[Value], list[Value]]:
+        """Update the block of `source`, and store it. Return S^T q, and S^T k of the next token.
+
+        factors: the query, the key and the next token's key, if there is one.
+        """
+        function, zero = self._function, self._function.constant(self._floats, 0.0)
+        count, lanes = len(deltas), self._lanes
+        queries, keys, next_keys = factors
+        zeros = [zero] * (count if next_keys is None else 2 * count)
+        with function.loop(0, self._args.number("key_dim"), _TOGETHER, zeros) as (first, sums):
+            for row in range(_TOGETHER):
+                at = (first + row) * 4
+                query, key = (pointer.load(f32, at).broadcast(lanes) for pointer in (queries, keys))
+                for number, offset in enumerate(self._offsets):
+                    column = at * self._block + offset
+                    state = source.load(self._floats, column) * decay
+                    state = function.multiply_add(key, deltas[number], state)
+                    store(state, column)
+                    sums[number] = function.multiply_add(state, query, sums[number])
+                    if next_keys is not None:
+                        next_key = next_keys.load(f32, at).broadcast(lanes)
+                        index = count + number
+                        sums[index] = function.multiply_add(state, next_key, sums[index])
+        return sums[:count], sums[count:]
+
+
+class _GatedNorm:
+    """The function `gated_norm`. An item of work is a token. It rounds where transformers does."""
+
+    def __init__(self, module: ir.Module, lanes: int, bf16: bool) -> None:
+        self._function = Function(module, "gated_norm")
+        self._lanes, self._bf16 = lanes, bf16
+        self._args = _NORM.read_by(self._function)
+
+    def write(self) -> None:
+        function, args = self._function, self._args
+        heads, width = args.number("heads"), args.number("width")
+        with (
+            function.each_item(function.pointer, args.number("tokens")) as token,
+            function.loop(0, heads, 1) as (head, _),
+        ):
+            first = (token * heads + head) * width
+            self._head(first, token * args.number("stride") + head * width, width)
+        function.finish()
+
+    def _head(self, first: Value, gate: Value, width: Value) -> None:
+        function, args, lanes, bf16 = self._function, self._args, self._lanes, self._bf16
+        zeros = function.constant(vector(f32, lanes), 0.0)
+        with function.loop(0, width, lanes, [zeros]) as (column, sums):
+            numbers = as_fp32(args.pointer("x"), first + column, bf16, lanes)
+            sums[0] = function.multiply_add(numbers, numbers, sums[0])
+        mean = reduced(function, sums[0], "fadd") / width.as_float(f32) + args.load("eps", f32)
+        root = function.call("llvm.sqrt.f32", f32, mean)
+        factor = (function.constant(f32, 1.0) / root).broadcast(lanes)
+        with function.loop(0, width, lanes) as (column, _):
+            numbers = as_fp32(args.pointer("x"), first + column, bf16, lanes)
+            weights = as_fp32(args.pointer("weight"), column, bf16, lanes)
+            normed = rounded(rounded(numbers * factor, bf16) * weights, bf16)
+            gates = as_fp32(args.pointer("gate"), gate + column, bf16, lanes)
+            product = normed * (gates * sigmoid(function, gates))
+            store_fp32(args.pointer("out"), product, first + column, bf16)
