@@ -140,6 +140,12 @@ class ModelConfig:
             width = self.global_head_dim or width
         return self.num_attention_heads, groups, width
 
+    @property
+    def delta_net_shape(self) -> tuple[int, int, int, int]:
+        """Return the heads of a DeltaNet's keys and of its values, and the columns of each."""
+        heads = self.linear_num_key_heads, self.linear_num_value_heads
+        return *heads, self.linear_key_head_dim, self.linear_value_head_dim
+
     def rotating_columns(self, layer: int) -> int:
         """Return the columns of a layer's heads, of which its rope rotates all or some."""
         if self.mixer(layer) == "latent_attention":

@@ -39,16 +39,17 @@ class SingleTokenContext:
         self.x, self.normed, self.added, self.dense = (
             torch.empty(1, hidden_size, dtype=dtype) for _ in range(4)
         )
-        self._tensors: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._tensors: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
         self._rotations: dict[RotaryEmbedding, Step] = {}
         self._attention: dict[CacheShape, KVSteps] = {}
         self._bound: dict[int, Callable[[LayerCache], None]] = {}
 
-    def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        """Return the tensor of this name, in the type of the hidden states."""
-        if (name, shape) not in self._tensors:
-            self._tensors[name, shape] = torch.empty(shape, dtype=self._dtype)
-        return self._tensors[name, shape]
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the tensor of this name, by default in the type of the hidden states."""
+        key = name, shape, dtype or self._dtype
+        if key not in self._tensors:
+            self._tensors[key] = torch.empty(shape, dtype=key[2])
+        return self._tensors[key]
 
     def rotate(self, rope: RotaryEmbedding, x: torch.Tensor, out: torch.Tensor) -> Step:
         """Return the step that rotates x to the token's position."""

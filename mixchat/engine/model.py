@@ -15,6 +15,7 @@ from mixchat.base import gpu
 from mixchat.base.model_config import MixerType, ModelConfig
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.attention import Attention, SingleTokenContext
+from mixchat.engine.delta_net import GatedDeltaNet
 from mixchat.engine.mlp import DenseMLP
 from mixchat.engine.model_tensors import ModelTensors
 from mixchat.engine.moe import Routing, SparseMoE
@@ -62,7 +63,10 @@ class _MixerClass(Protocol):
     ) -> Mixer: ...
 
 
-_MIXERS: dict[MixerType, _MixerClass] = {"attention": Attention}
+_MIXERS: dict[MixerType, _MixerClass] = {
+    "attention": Attention,
+    "linear_attention": GatedDeltaNet,
+}
 
 
 class Block:

@@ -19,6 +19,7 @@ from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.engine.state_cache import StateCache, state_bytes
 from mixchat.engine.tensor_cache import Masks, TensorKVCache
 from mixchat.kernels.cpu.compile import kernels_available
+from mixchat.kernels.cpu.delta_net import DeltaNetShape
 from mixchat.kernels.cpu.pages import Bits, CacheShape
 
 # The bytes of all checkpoints together. A state of Qwen3.6 takes 63 MB, so it has 8 of them.
@@ -221,8 +222,20 @@ def kv_shape(config: ModelConfig, layer: int, bits: Bits) -> CacheShape:
 
 
 def state_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of a layer's state, none if the layer has keys and values."""
-    return {}
+    """Return the tensors of a layer's state, none if the layer has keys and values.
+
+    "conv" has the last inputs of a convolution.
+    """
+    mixer = config.mixer(layer)
+    if mixer == "conv":
+        return {"conv": (config.conv_L_cache - 1, config.hidden_size)}
+    if mixer != "linear_attention":
+        return {}
+    shape = DeltaNetShape(*config.delta_net_shape)
+    return {
+        "conv": (config.linear_conv_kernel_dim - 1, shape.channels),
+        "state": shape.state_shape,
+    }
 
 
 def cache_bytes(

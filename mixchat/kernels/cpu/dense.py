@@ -18,7 +18,7 @@ from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.arithmetic import as_fp32, reduced, store_fp32
 from mixchat.kernels.cpu.compile import compiled_here, multiplies_bf16
 from mixchat.kernels.cpu.emit import Function, f32, vector
-from mixchat.kernels.cpu.program import Signature
+from mixchat.kernels.cpu.program import Signature, Step
 
 _MANY = 32  # tokens from which on widening the weights to fp32 pays
 _WIDENED = 2**23  # weights that are widened at once
@@ -63,21 +63,26 @@ def exact_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     fp32 or bf16, added up in fp32.
     """
     height, columns = weight.shape
-    weight = weight.contiguous()
-    flat = x.reshape(-1, columns).contiguous()
     out = torch.empty(*x.shape[:-1], height, dtype=x.dtype)
+    flat = x.reshape(-1, columns).contiguous()
+    matmul_step(flat, weight.contiguous(), out.view(-1, height)).run()
+    return out
+
+
+def matmul_step(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Step:
+    """Return `exact_matmul` as a step, from x [N, C] to `out` [N, R]. All are contiguous."""
+    height, columns = weight.shape
     numbers = _SIGNATURE.numbers(
-        x=flat.data_ptr(),
+        x=x.data_ptr(),
         weight=weight.data_ptr(),
         out=out.data_ptr(),
         rows=height,
         columns=columns,
-        tokens=flat.shape[0],
+        tokens=x.shape[0],
         chunk=max(8, _X_BYTES // (x.element_size() * columns)),
     )
     multiply = _compiled(x.dtype == torch.bfloat16).function("multiply")
-    multiply.run(numbers, torch.get_num_threads())
-    return out
+    return Step(multiply, _SIGNATURE, numbers, (x, weight, out))
 
 
 @compiled_here

@@ -1,0 +1,118 @@
+"""Gated DeltaNet of one layer, which keeps a state of fixed size in place of keys and values.
+
+T = tokens of this call, D = hidden_size, V = value heads, v = their width, C = channels of queries,
+keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from mixchat.engine.attention import SingleTokenContext
+from mixchat.engine.model_tensors import ModelTensors
+from mixchat.engine.rope import RotaryEmbedding
+from mixchat.engine.sequence_cache import TokenContext
+from mixchat.engine.state_cache import StateCache
+from mixchat.kernels.cpu.convolution import Convolution
+from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule, GatedNorm
+from mixchat.kernels.cpu.dense import dense_matmul, matmul_step
+from mixchat.kernels.cpu.program import Stage, alone, together
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.matrix.linear import as_packed
+from mixchat.weights.matrix.quant_type import Linear, RecordingLinear, RecordRows
+
+
+class GatedDeltaNet:
+    """A recurrent mixer. It computes one token after the other, however many a call has.
+
+    in_proj: to queries, keys, values and the gate of the output. ba_proj: [2V, D], to the logits of
+    rates and decays.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        in_proj: Linear,
+        out_proj: Linear,
+        ba_proj: torch.Tensor,
+        convolution: Convolution,
+        rule: DeltaRule,
+        norm: GatedNorm,
+    ) -> None:
+        self._layer, self._ba_proj = layer, ba_proj
+        self.in_proj, self.out_proj = in_proj, out_proj
+        self._convolution, self._rule, self._norm = convolution, rule, norm
+
+    @classmethod
+    def build(
+        cls, layer: int, used: Blueprint, tensors: ModelTensors, rope: RotaryEmbedding | None
+    ) -> GatedDeltaNet:
+        spec, config = used.mixer(layer), used.config
+        in_proj, out_proj = map(tensors.linear, spec.matrices.values())
+        own = {role: tensors.tensor(tensor) for role, tensor in spec.tensors.items()}
+        shape = DeltaNetShape(*config.delta_net_shape)
+        return cls(
+            layer,
+            in_proj,
+            out_proj,
+            own["ba_proj"].contiguous(),
+            Convolution(own["conv1d"]),
+            DeltaRule(shape, own["A_log"], own["dt_bias"]),
+            GatedNorm(own["norm"].contiguous(), config.rms_norm_eps),
+        )
+
+    def record_inputs(self, records: Mapping[str, RecordRows]) -> None:
+        self.in_proj = RecordingLinear(self.in_proj, records["in_proj"])
+        self.out_proj = RecordingLinear(self.out_proj, records["out_proj"])
+
+    def has_stages(self, dtype: torch.dtype) -> bool:
+        return self._rule.shape.can_compute(dtype, "cpu")
+
+    def __call__(
+        self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
+    ) -> torch.Tensor:
+        """Map x [T, D] to [T, D]."""
+        projected = self.in_proj(x, exact=exact)  # [T, C + V * v]
+        ba = dense_matmul(x, self._ba_proj, exact=exact)  # [T, 2V]
+        channels = self._rule.shape.channels
+        inputs, read = projected[:, :channels], []
+        for rows, cache in context.pieces(self._layer):
+            assert isinstance(cache, StateCache)
+            sequence, logits = inputs[rows], ba[rows]
+            for segment, before, after in cache.segments(sequence.shape[0]):
+                qkv = self._convolution(sequence[segment], before["conv"], after["conv"])
+                states = before["state"], after["state"]
+                read.append(self._rule(qkv, logits[segment], *states))
+        values = read[0] if len(read) == 1 else torch.cat(read)  # [T, V * v]
+        return self.out_proj(self._norm(values, projected[:, channels:]), exact=exact)
+
+    def stages(self, context: SingleTokenContext) -> list[Stage]:
+        """Return `__call__` for one token, from `normed` to `added`."""
+        shape = self._rule.shape
+        channels, values = shape.channels, shape.value_heads * shape.value_dim
+        projected = context.tensor("projected", 1, channels + values)
+        ba = context.tensor("ba", 1, 2 * shape.value_heads)
+        qkv = context.tensor("convolved", 1, channels, dtype=torch.float32)
+        read, normed = (context.tensor(name, 1, values) for name in ("read", "normed values"))
+        round_x, project = as_packed(self.in_proj).steps(context.normed, projected)
+        convolve = self._convolution.step(projected[:, :channels], qkv)
+        prepare, recur = self._rule.steps(qkv, ba, read)
+        norm = self._norm.step(read, projected[:, channels:], normed)
+        round_values, project_out = as_packed(self.out_proj).steps(normed, context.added)
+
+        def set_place(cache: StateCache) -> None:
+            for _, before, after in cache.segments(1):
+                for name, step in (("conv", convolve), ("state", recur)):
+                    step.set(before=before[name].data_ptr(), after=after[name].data_ptr())
+
+        context.bind(self._layer, set_place)
+        return [
+            alone(round_x),
+            together(project, matmul_step(context.normed, self._ba_proj, ba)),
+            alone(convolve, prepare),
+            together(recur),
+            alone(norm, round_values),
+            together(project_out),
+        ]
