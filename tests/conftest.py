@@ -51,6 +51,19 @@ TINY: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Three heads of keys, and nine of values, which are not as wide.
+HYBRID: dict[str, Any] = {
+    "num_experts": 4,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 9,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 64,
+}
 # The changes that make a family's tiny model of `TINY`, with all that the family has.
 TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
@@ -88,6 +101,8 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.5,
     },
     "minimax_m2": {"rotary_dim": 8},
+    "qwen3_next": HYBRID,
+    "qwen3_5_moe_text": HYBRID,
     "mellum": {
         "moe_intermediate_size": 128,
         "layer_types": ["sliding_attention", "full_attention"],

@@ -55,6 +55,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "minimax_m2",
         {"rotary_dim": None, "num_key_value_heads": 1, "head_dim": 32, **SPARSE},
     ),
+    "qwen3_next": ("qwen3_next", {}),
+    "qwen3_next, weights not normalized": (
+        "qwen3_next",
+        {"norm_topk_prob": False, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 3},
+    ),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", {}),
+    "qwen3_5_moe_text, other heads": (
+        "qwen3_5_moe_text",
+        {"linear_num_key_heads": 5, "linear_num_value_heads": 10, "num_key_value_heads": 1},
+    ),
     "mellum": ("mellum", {}),
     "mellum, full attention": ("mellum", {"layer_types": ["full_attention"] * 2, **SPARSE}),
     "mellum, another rope": (

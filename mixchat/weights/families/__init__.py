@@ -6,5 +6,6 @@
 - config_keys.py: reads and checks single keys of a config.json
 - mixtral.py, qwen3_moe.py, mellum.py, olmoe.py, granitemoe.py, gpt_oss.py: a family each
 - minimax_m2.py: a family, with a correction of its router's choice
+- qwen3_next.py, qwen3_5_moe.py: families with gated DeltaNets beside attention
 - qwen2_moe.py, ernie4_5_moe.py, dots1.py, glm4_moe.py: a family each, with dense parts
 """

@@ -127,16 +127,17 @@ def no_dense_layers(raw: dict[str, Any]) -> None:
 
 
 def layer_types(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return `ModelConfig`'s arguments for the windows of the layers in `layer_types`."""
+    """Return `ModelConfig`'s arguments for the mixers and windows of `layer_types`."""
     types = raw["layer_types"]
     known = get_args(LayerType)
     if not isinstance(types, list) or not all(name in known for name in types):
         raise CheckpointError(
             f"config.json: layer_types is {types!r:.80}, not a list of {' or '.join(known)}"
         )
-    if "sliding_attention" not in types:
+    if {*types} <= {"full_attention"}:
         return {}
-    return {"sliding_window": positive_int(raw, "sliding_window"), "layer_types": tuple(types)}
+    window = positive_int(raw, "sliding_window") if "sliding_attention" in types else None
+    return {"sliding_window": window, "layer_types": tuple(types)}
 
 
 def types_of_layers(raw: dict[str, Any], is_sliding: Callable[[int], bool]) -> list[str]:

@@ -97,6 +97,27 @@ def attention(*, rotates_neighbours: bool = False, norm_offset: float = 0.0) -> 
     return tensors
 
 
+def delta_net(in_proj: LayerTensors) -> MixerTensors:
+    """Describe a gated DeltaNet. `in_proj` yields both input projections of a layer."""
+
+    def tensors(config: ModelConfig, layer: int) -> Tensors:
+        own = f"model.layers.{layer}.linear_attn."
+        keys, heads, key, value = config.delta_net_shape
+        channels = 2 * keys * key + heads * value
+        yield from in_proj(config, own)
+        shapes: dict[str, tuple[int, ...]] = {
+            "out_proj.weight": (config.hidden_size, heads * value),
+            "conv1d.weight": (channels, 1, config.linear_conv_kernel_dim),
+            "dt_bias": (heads,),
+            "A_log": (heads,),
+            "norm.weight": (value,),
+        }
+        for name, shape in shapes.items():
+            yield f"{own}{name}", (Slice(f"{own}{name}", shape),)
+
+    return tensors
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of models, by config.json's `model_type`.

@@ -21,25 +21,26 @@ from mixchat.weights.families.minimax_m2 import MINIMAX_M2
 from mixchat.weights.families.mixtral import MIXTRAL
 from mixchat.weights.families.olmoe import OLMOE
 from mixchat.weights.families.qwen2_moe import QWEN2_MOE
+from mixchat.weights.families.qwen3_5_moe import QWEN3_5_MOE
 from mixchat.weights.families.qwen3_moe import QWEN3_MOE
+from mixchat.weights.families.qwen3_next import QWEN3_NEXT
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         *(MIXTRAL, QWEN3_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS),
         *(QWEN2_MOE, ERNIE4_5_MOE, DOTS1, GLM4_MOE, MINIMAX_M2),
+        *(QWEN3_NEXT, QWEN3_5_MOE),
     )
 }
 
-_LATENT, _DELTA_NET, _MAMBA = "multi-head latent attention", "Gated DeltaNet layers", "Mamba layers"
+_LATENT, _MAMBA = "multi-head latent attention", "Mamba layers"
 # Needs of well-known models that no family here has.
 _MISSING = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "glm4_moe_lite": _LATENT,
     "kimi_k2": _LATENT,
-    "qwen3_next": _DELTA_NET,
-    "qwen3_5_moe": _DELTA_NET,
     "jamba": _MAMBA,
     "granitemoehybrid": _MAMBA,
     "nemotron_h": _MAMBA,

@@ -129,13 +129,15 @@ class CheckpointIndex:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Return the types of all tensors that are not quantized.
+        """Return the types of all matrices that are not quantized.
 
-        llama.cpp's converter makes all vectors and routers fp32. In GGUF these are left out.
+        Vectors may be in fp32 in a checkpoint in bf16. llama.cpp's converter makes routers fp32,
+        too.
         """
-        dense = (name for name in self._shapes if self.quant_type(name) is None)
+        matrices = (name for name, shape in self._shapes.items() if len(shape) > 1)
+        dense = (name for name in matrices if self.quant_type(name) is None)
         if self._gguf:
-            dense = (name for name in dense if len(self._shapes[name]) > 1 and ROUTER not in name)
+            dense = (name for name in dense if ROUTER not in name)
         return {self._dtype(name) for name in dense}
 
     def read_dense(self, matrix: str, read: Read) -> torch.Tensor:

@@ -299,7 +299,6 @@ def test_what_does_not_run_is_refused_in_one_line(model_type, change, message):
     ("model_type", "missing"),
     [
         ("deepseek_v2", "multi-head latent attention"),
-        ("qwen3_next", "Gated DeltaNet"),
         ("jamba", "Mamba"),
         ("llama4", "attention in chunks"),
     ],
