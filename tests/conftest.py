@@ -64,6 +64,17 @@ HYBRID: dict[str, Any] = {
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 64,
 }
+_LATENT = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 128,
+    "intermediate_size": 192,
+}
 # The changes that make a family's tiny model of `TINY`, with all that the family has.
 TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
@@ -99,6 +110,32 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "use_qk_norm": True,
         "routed_scaling_factor": 2.5,
+    },
+    "glm4_moe_lite": {**_LATENT, "q_lora_rank": 48, "routed_scaling_factor": 1.8},
+    "deepseek_v2": {
+        **_LATENT,
+        "q_lora_rank": None,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "deepseek_v3": {
+        **_LATENT,
+        "q_lora_rank": 48,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_mtp_layers": 0,
     },
     "minimax_m2": {"rotary_dim": 8},
     "qwen3_next": HYBRID,

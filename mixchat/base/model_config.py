@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import log, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +49,8 @@ class ModelConfig:
     norm_topk_prob: whether the weights of the chosen experts sum to one.
     scoring_func: makes these weights of the router's logits. routed_scaling_factor multiplies them.
     e_score_correction_bias: whether a number for each expert joins the scores for the choice.
+    n_group, topk_group: the groups of experts, and those that a token chooses its experts of. A
+    group's score is that of its best expert, or with corrections the sum of its two best.
     shared_expert_intermediate_size: of a dense part of each layer, which all tokens go through
     beside the experts, 0 for none. shared_expert_gate: whether its output is multiplied by the
     sigmoid of a gate.
@@ -104,6 +107,8 @@ class ModelConfig:
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     routed_scaling_factor: float = 1.0
     e_score_correction_bias: bool = False
+    n_group: int = 1
+    topk_group: int = 1
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
     first_k_dense_replace: int = 0
@@ -151,6 +156,18 @@ class ModelConfig:
         if self.mixer(layer) == "latent_attention":
             return self.qk_rope_head_dim
         return self.attention_shape(layer)[2]
+
+    @property
+    def latent_scale(self) -> float:
+        """Return what scores of latent attention are multiplied by.
+
+        A rope of type "yarn" with `mscale_all_dim` sharpens them.
+        """
+        rope, width = self.rope_parameters, self.qk_nope_head_dim + self.qk_rope_head_dim
+        sharper = 1.0
+        if rope.mscale_all_dim and rope.factor > 1:
+            sharper += 0.1 * rope.mscale_all_dim * log(rope.factor)
+        return sharper**2 / sqrt(width)
 
     def window(self, layer: int) -> int | None:
         """Return how many of the last tokens a layer attends to, or None for all."""
@@ -245,8 +262,11 @@ class ModelConfig:
                 f"experts with biases need a hidden_size ({self.hidden_size}) times "
                 f"intermediate_size ({self.intermediate_size}) that is a multiple of 128"
             )
-        if self.num_experts_per_tok > experts:
-            yield f"{self.num_experts_per_tok} experts per token of only {experts}"
+        if experts % self.n_group or self.topk_group > self.n_group:
+            yield f"{experts} experts in {self.n_group} groups, of which {self.topk_group} count"
+        choice = experts // self.n_group * self.topk_group
+        if self.num_experts_per_tok > choice:
+            yield f"{self.num_experts_per_tok} experts per token of only {choice}"
         if self.layer_types and len(self.layer_types) != layers:
             yield f"{len(self.layer_types)} layer_types for {layers} layers"
         yield from self._mixer_faults()

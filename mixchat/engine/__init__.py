@@ -10,6 +10,7 @@
 - model.py: the transformer, from token ids to logits
 - model_tensors.py: the tensors of which it is built
 - norm.py: the RMSNorm
+- latent_attention.py: attention to latents, of which keys and values would be made
 - attention.py: attention of a layer
 - rope.py: rotary position embedding
 - decoder.py: computes one token faster than model.py, with the same bits, by kernels

@@ -40,7 +40,7 @@ class SingleTokenContext:
             torch.empty(1, hidden_size, dtype=dtype) for _ in range(4)
         )
         self._tensors: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
-        self._rotations: dict[RotaryEmbedding, Step] = {}
+        self._rotations: dict[tuple[RotaryEmbedding, int], Step] = {}
         self._attention: dict[CacheShape, KVSteps] = {}
         self._bound: dict[int, Callable[[LayerCache], None]] = {}
 
@@ -53,9 +53,10 @@ class SingleTokenContext:
 
     def rotate(self, rope: RotaryEmbedding, x: torch.Tensor, out: torch.Tensor) -> Step:
         """Return the step that rotates x to the token's position."""
-        if rope not in self._rotations:
-            self._rotations[rope] = rows.rotate_step(x, out, rope.width)
-        return self._rotations[rope]
+        key = rope, x.data_ptr()
+        if key not in self._rotations:
+            self._rotations[key] = rows.rotate_step(x, out, rope.width)
+        return self._rotations[key]
 
     def bind(self, layer: int, set_place: Callable[[Any], None]) -> None:
         """Call `set_place` with a layer's cache before each token, to set its steps' addresses."""
@@ -82,10 +83,38 @@ class SingleTokenContext:
 
     def set_place(self, cache: SequenceCache) -> None:
         """Let all steps compute the next token of this cache."""
-        for rope, step in self._rotations.items():
+        for (rope, _), step in self._rotations.items():
             rope.set_position(step, cache.length)
         for layer, set_place in self._bound.items():
             set_place(cache.layers[layer])
+
+
+def attend(
+    layer: int,
+    context: TokenContext,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return `KVCache.attend` of a layer for the tokens of all sequences in the pass."""
+    pieces = context.pieces(layer)
+    caches = [cache for _, cache in pieces if isinstance(cache, KVCache)]
+    if len(caches) == 1:
+        return caches[0].attend(queries, keys, values, sinks)
+    paged = [cache for cache in caches if isinstance(cache, PagedKVCache)]
+    # One program for all sequences, unless a prompt is among them.
+    if len(paged) == len(pieces) == len(queries):
+        shape = paged[0].shape
+        if shape not in context.programs:
+            context.programs[shape] = SequencesAttention(paged, queries, keys, values)
+        program: SequencesAttention = context.programs[shape]
+        return program.attend(paged, queries, keys, values, sinks)
+    attended = [
+        cache.attend(queries[rows], keys[rows], values[rows], sinks)
+        for cache, (rows, _) in zip(caches, pieces, strict=True)
+    ]
+    return torch.cat(attended)
 
 
 class Attention:
@@ -145,37 +174,11 @@ class Attention:
         rotated = self.rope(qkv[:, : heads + groups], context.positions(tokens))  # [T, H + G, h]
         queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
         values = qkv[:, heads + groups : heads + 2 * groups]  # [T, G, h]
-        attended = self._attend(context, queries, keys, values)  # [T, H, h]
+        attended = attend(self._layer, context, queries, keys, values, self.sinks)  # [T, H, h]
         attended = attended.reshape(tokens, -1)
         if config.attn_output_gate:
             attended = rows.gated(attended, qkv[:, heads + 2 * groups :].flatten(1))
         return self.o_proj(attended, exact=exact)
-
-    def _attend(
-        self,
-        context: TokenContext,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> torch.Tensor:
-        """Return `KVCache.attend` for the tokens of all sequences in the pass."""
-        pieces = context.pieces(self._layer)
-        caches = [cache for _, cache in pieces if isinstance(cache, KVCache)]
-        if len(caches) == 1:
-            return caches[0].attend(queries, keys, values, self.sinks)
-        paged = [cache for cache in caches if isinstance(cache, PagedKVCache)]
-        # One program for all sequences, unless a prompt is among them.
-        if len(paged) == len(pieces) == len(queries):
-            shape = paged[0].shape
-            if shape not in context.programs:
-                context.programs[shape] = SequencesAttention(paged, queries, keys, values)
-            program: SequencesAttention = context.programs[shape]
-            return program.attend(paged, queries, keys, values, self.sinks)
-        attended = [
-            cache.attend(queries[rows], keys[rows], values[rows], self.sinks)
-            for cache, (rows, _) in zip(caches, pieces, strict=True)
-        ]
-        return torch.cat(attended)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
         """Return `__call__` for one token, from `normed` to `added`."""

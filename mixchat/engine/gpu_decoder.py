@@ -92,7 +92,11 @@ def new_gpu_decoder(
     if not on_gpus or not all(experts_taken):
         return None
     mixers = [block.mixer for block in model.blocks]
-    if used.config.attn_output_gate or not all(isinstance(each, Attention) for each in mixers):
+    if (
+        used.config.n_group > 1
+        or used.config.attn_output_gate
+        or not all(isinstance(each, Attention) for each in mixers)
+    ):
         return None
     if not all(form_of(matrix).is_supported for matrix in matrices):
         return None

@@ -16,6 +16,7 @@ from mixchat.base.model_config import MixerType, ModelConfig
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.attention import Attention, SingleTokenContext
 from mixchat.engine.delta_net import GatedDeltaNet
+from mixchat.engine.latent_attention import LatentAttention
 from mixchat.engine.mlp import DenseMLP
 from mixchat.engine.model_tensors import ModelTensors
 from mixchat.engine.moe import Routing, SparseMoE
@@ -66,6 +67,7 @@ class _MixerClass(Protocol):
 _MIXERS: dict[MixerType, _MixerClass] = {
     "attention": Attention,
     "linear_attention": GatedDeltaNet,
+    "latent_attention": LatentAttention,
 }
 
 
@@ -178,6 +180,8 @@ def _router(layer: int, used: Blueprint, tensors: ModelTensors) -> Router:
         config.scoring_func,
         correction,
         config.routed_scaling_factor,
+        config.n_group,
+        config.topk_group,
     )
 
 

@@ -20,5 +20,8 @@ class ModelTensors(Protocol):
     def linear(self, spec: LinearSpec) -> Linear:
         """Return a matrix."""
 
+    def parts(self, spec: LinearSpec, count: int) -> list[Linear]:
+        """Return a matrix as `count` matrices, which lie one above the other."""
+
     def expert(self, spec: ExpertSpec) -> Expert:
         """Return a layer's dense part, which has the form of an expert."""

@@ -218,7 +218,11 @@ def _layers(
 
 def kv_shape(config: ModelConfig, layer: int, bits: Bits) -> CacheShape:
     """Return the shape of a layer's keys and values."""
-    return CacheShape(*config.attention_shape(layer), bits)
+    heads, groups, width = config.attention_shape(layer)
+    if config.mixer(layer) != "latent_attention":
+        return CacheShape(heads, groups, width, bits)
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    return CacheShape(heads, 1, width, bits, config.kv_lora_rank, config.latent_scale)
 
 
 def state_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:

@@ -229,6 +229,9 @@ class _InstalledTensors:
     def linear(self, spec: LinearSpec) -> Linear:
         return self._installed.linear(spec, self._device)
 
+    def parts(self, spec: LinearSpec, count: int) -> list[Linear]:
+        return self._installed.parts(spec, count, self._device)
+
     def expert(self, spec: ExpertSpec) -> Expert:
         if not gpu.is_gpu(self._device):
             return Expert(self.linear(spec.gate_up), self.linear(spec.down), spec.swiglu)

@@ -32,7 +32,7 @@ from mixchat.planning.machine_speeds import interpolate
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.expert import Expert, ExpertSpec
 from mixchat.weights.matrix.linear import LinearSpec
-from mixchat.weights.matrix.on_device import build_linear
+from mixchat.weights.matrix.on_device import build_linear, build_parts
 from mixchat.weights.matrix.quant_type import Linear, QuantType
 
 ROWS = (1, 8, 64, 512)
@@ -286,6 +286,9 @@ class FilledTensors:
     def linear(self, spec: LinearSpec) -> Linear:
         tensors = [self.tensor(tensor) for tensor in spec.tensors]
         return build_linear(spec, tensors, in_place=False)
+
+    def parts(self, spec: LinearSpec, count: int) -> list[Linear]:
+        return build_parts(spec, [self.tensor(tensor) for tensor in spec.tensors], count)
 
     def expert(self, spec: ExpertSpec) -> Expert:
         return Expert(self.linear(spec.gate_up), self.linear(spec.down), spec.swiglu)

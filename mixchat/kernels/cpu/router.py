@@ -47,6 +47,29 @@ Scoring = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
+class _Limits:
+    """Groups of experts, of which some are chosen by the sum of their `best` best experts."""
+
+    groups: int
+    chosen: int
+    best: Literal[1, 2]
+
+    def limited(self, ranks: torch.Tensor) -> torch.Tensor:
+        """Return ranks [T, E] with the lowest number for the experts of other groups."""
+        if self.groups == 1:
+            return ranks
+        grouped = ranks.view(len(ranks), self.groups, -1)
+        best = min(self.best, grouped.shape[-1])
+        order = grouped.topk(best, dim=-1).values.sum(dim=-1).sort(descending=True, stable=True)
+        hidden = torch.ones(grouped.shape[:2], dtype=torch.bool, device=ranks.device)
+        hidden.scatter_(1, order.indices[:, : self.chosen], False)
+        return grouped.masked_fill(hidden[..., None], -torch.inf).view_as(ranks)
+
+
+_NO_LIMITS = _Limits(1, 1, 1)
+
+
+@dataclass(frozen=True)
 class Router:
     """Chooses the experts [T, K] with the largest logits, the first of equal ones.
 
@@ -55,6 +78,9 @@ class Router:
     scoring: makes an expert's weight of the logits.
     correction: fp32 [E], which is added to these scores for the choice, and not for the weights.
     scaling: multiplies the weights.
+    groups: the experts, in their order, are so many groups of equal size. The experts are chosen of
+    `chosen_groups` of these, those with the best expert, or with a correction those whose two best
+    experts have the largest sum.
     """
 
     gate: torch.Tensor
@@ -64,12 +90,18 @@ class Router:
     scoring: Scoring = "softmax"
     correction: torch.Tensor | None = None
     scaling: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
 
     @property
     def _scores(self) -> Scoring | None:
         """Return the scores that the choice is made by, or None if it is made by the logits."""
         plain = self.scoring == "softmax" and self.correction is None and self.scaling == 1
-        return None if plain else self.scoring
+        return None if plain and self.groups == 1 else self.scoring
+
+    @property
+    def _limits(self) -> _Limits:
+        return _Limits(self.groups, self.chosen_groups, 1 if self.correction is None else 2)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the experts [T, K], int64, best first, and their weights [T, K], fp32.
@@ -90,6 +122,7 @@ class Router:
         if self._scores is not None:
             scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(dim=-1)
             ranks = scores if self.correction is None else scores + self.correction
+            ranks = self._limits.limited(ranks)
             order = ranks.sort(dim=-1, descending=True, stable=True).indices[:, : self.choices]
             chosen = scores.gather(1, order)
             if self.normalized:
@@ -127,7 +160,7 @@ class Router:
             scaling=fp32_bits(self.scaling),
         )
         bf16 = x.dtype == torch.bfloat16, self.gate.dtype == torch.bfloat16
-        compiled = _compiled(*bf16, self.bias is not None, self._scores)
+        compiled = _compiled(*bf16, self.bias is not None, self._scores, self._limits)
         keeps = (x, self.gate, self.bias, correction, experts, weights, logits, ranks)
         score, choose = (compiled.function(name) for name in ("score", "choose"))
         threads = 1 if tokens <= _FEW else None
@@ -150,7 +183,7 @@ def look_up_step(experts: torch.Tensor, table: torch.Tensor, targets: torch.Tens
         choices=targets.shape[0],
         columns=targets.shape[1],
     )
-    function = _compiled(False, False, False, None).function("look_up")
+    function = _compiled(False, False, False, None, _NO_LIMITS).function("look_up")
     return Step(function, _LOOK_UP, numbers, (experts, table, targets), threads=1)
 
 
@@ -162,9 +195,10 @@ def _compiled(
     gate_bf16: bool,
     biased: bool,
     scores: Scoring | None,
+    limits: _Limits,
 ) -> None:
     _Score(module, lanes, x_bf16, gate_bf16, biased).write()
-    (_Choose(module) if scores is None else _ChooseByScores(module, scores)).write()
+    (_Choose(module) if scores is None else _ChooseByScores(module, scores, limits)).write()
     _write_look_up(module)
 
 
@@ -297,9 +331,10 @@ class _Choose:
 class _ChooseByScores(_Choose):
     """A function that turns logits into scores, and chooses experts by them and a correction."""
 
-    def __init__(self, module: ir.Module, scores: Scoring) -> None:
+    def __init__(self, module: ir.Module, scores: Scoring, limits: _Limits) -> None:
         super().__init__(module)
-        self._scores = scores
+        self._scores, self._limits = scores, limits
+        self._group_scores = self._function.scratch(limits.groups * 4)
 
     def _score(self, first: Value, count: Value) -> None:
         function, args = self._function, self._args
@@ -323,6 +358,32 @@ class _ChooseByScores(_Choose):
             logits.store(score, offset)
             corrected = score + args.pointer("correction").load(f32, expert * 4)
             ranks.store(_rank(function, corrected), offset)
+        if self._limits.groups > 1:
+            self._limit(first, count)
+
+    def _limit(self, first: Value, count: Value) -> None:
+        """Leave only the experts of the best groups to the choice."""
+        function, limits, scores = self._function, self._limits, self._group_scores
+        ranks, size = self._args.pointer("ranks"), count // limits.groups
+        with function.loop(0, limits.groups, 1) as (group, _):
+            start, lowest = first + group * size, function.constant(f32, _CHOSEN)
+            with function.loop(start, start + size, 1, [lowest, lowest]) as (index, best):
+                rank = ranks.load(f32, index * 4)
+                best[1] = function.maximum(function.minimum(rank, best[0]), best[1])
+                best[0] = function.maximum(rank, best[0])
+            scores.store(best[0] if limits.best == 1 else best[0] + best[1], group * 4)
+        with function.loop(0, limits.groups, 1) as (group, _):
+            score = scores.load(f32, group * 4)
+            with function.loop(0, limits.groups, 1, [function.constant(i64, 0)]) as (rival, before):
+                own = scores.load(f32, rival * 4)
+                # Of equal groups, the first one.
+                is_first = own.compare("==", score) & rival.compare("<", group)
+                is_before = own.compare(">", score) | is_first
+                before[0] = before[0] + is_before.choose(function.constant(i64, 1), 0)
+            with function.when(before[0].compare(">=", limits.chosen)):
+                start = first + group * size
+                with function.loop(start, start + size, 1) as (index, _):
+                    ranks.store(function.constant(f32, _CHOSEN), index * 4)
 
     def _soften(self, token: Value, first: Value, choices: Value) -> None:
         """Normalize the scores of the chosen experts, if asked, and scale them."""

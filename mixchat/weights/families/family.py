@@ -22,7 +22,7 @@ class Slice:
 
     name: the tensor's name, or `X[3]` for the fourth part of a stacked tensor X.
     shape: the stored shape of the tensor or part.
-    rows: the rows to take after a transposition, all if None.
+    rows, columns: those to take after a transposition, all if None.
     """
 
     name: str
@@ -31,12 +31,13 @@ class Slice:
     transposed: bool = False
     factor: float = 1.0
     added: float = 0.0
+    columns: range | None = None
 
     @property
     def is_whole(self) -> bool:
         """Return whether the slice is the stored tensor without a change."""
         is_changed = self.transposed or self.factor != 1 or self.added != 0
-        return self.rows is None and not is_changed
+        return self.rows is None and self.columns is None and not is_changed
 
 
 Tensors: TypeAlias = Iterator[tuple[str, tuple[Slice, ...]]]
@@ -116,6 +117,51 @@ def delta_net(in_proj: LayerTensors) -> MixerTensors:
             yield f"{own}{name}", (Slice(f"{own}{name}", shape),)
 
     return tensors
+
+
+def latent_attention(config: ModelConfig, layer: int) -> Tensors:
+    """Describe latent attention with DeepSeek's names.
+
+    The two columns of a rotated pair are side by side in a checkpoint.
+    """
+    own, hidden = f"model.layers.{layer}.self_attn.", config.hidden_size
+    heads, latent, value = config.num_attention_heads, config.kv_lora_rank, config.v_head_dim
+    kept, width = config.qk_nope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim
+    starts = range(0, heads * width, width)
+    of_queries = [
+        *(range(start, start + kept) for start in starts),
+        *(range(start + kept + at, start + width, 2) for start in starts for at in range(2)),
+    ]
+    columns, name = config.q_lora_rank or hidden, f"{own}q_{'b_' if config.q_lora_rank else ''}proj"
+    queries = [Slice(f"{name}.weight", (heads * width, columns), rows) for rows in of_queries]
+    ends = latent + config.qk_rope_head_dim
+    of_latents = [range(latent), range(latent, ends, 2), range(latent + 1, ends, 2)]
+    for parameter, shape in _parameters(config.attention_bias, hidden):
+        first = [Slice(f"{own}q_a_proj.{parameter}", (config.q_lora_rank, *shape))]
+        a_name = f"{own}kv_a_proj_with_mqa.{parameter}"
+        a_proj = [Slice(a_name, (ends, *shape), rows) for rows in of_latents]
+        yield f"{own}a_proj.{parameter}", (*(first if config.q_lora_rank else queries), *a_proj)
+        o_shape = (hidden, heads * value) if shape else (hidden,)
+        yield f"{own}o_proj.{parameter}", (Slice(f"{own}o_proj.{parameter}", o_shape),)
+    if config.q_lora_rank:
+        yield f"{own}q_b_proj.weight", tuple(queries)
+        yield f"{own}q_a_norm.weight", norm(f"{own}q_a_layernorm.weight", config.q_lora_rank)[1]
+    yield f"{own}kv_a_norm.weight", norm(f"{own}kv_a_layernorm.weight", latent)[1]
+    b_name, b_shape = f"{own}kv_b_proj.weight", (heads * (kept + value), latent)
+    firsts = range(0, b_shape[0], kept + value)
+    yield (
+        f"{own}k_b_proj.weight",
+        tuple(
+            Slice(b_name, b_shape, transposed=True, columns=range(first, first + kept))
+            for first in firsts
+        ),
+    )
+    yield (
+        f"{own}v_b_proj.weight",
+        tuple(
+            Slice(b_name, b_shape, range(first + kept, first + kept + value)) for first in firsts
+        ),
+    )
 
 
 @dataclass(frozen=True)

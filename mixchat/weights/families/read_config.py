@@ -10,10 +10,13 @@ from typing import Any
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import read_json_object
 from mixchat.base.model_config import ModelConfig
+from mixchat.weights.families.deepseek_v2 import DEEPSEEK_V2
+from mixchat.weights.families.deepseek_v3 import DEEPSEEK_V3
 from mixchat.weights.families.dots1 import DOTS1
 from mixchat.weights.families.ernie4_5_moe import ERNIE4_5_MOE
 from mixchat.weights.families.family import PLAIN, CheckpointForm, Family, Slice, decoder_tensors
 from mixchat.weights.families.glm4_moe import GLM4_MOE
+from mixchat.weights.families.glm4_moe_lite import GLM4_MOE_LITE
 from mixchat.weights.families.gpt_oss import GPT_OSS
 from mixchat.weights.families.granitemoe import GRANITEMOE
 from mixchat.weights.families.mellum import MELLUM
@@ -30,17 +33,14 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(MIXTRAL, QWEN3_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS),
         *(QWEN2_MOE, ERNIE4_5_MOE, DOTS1, GLM4_MOE, MINIMAX_M2),
-        *(QWEN3_NEXT, QWEN3_5_MOE),
+        *(QWEN3_NEXT, QWEN3_5_MOE, GLM4_MOE_LITE, DEEPSEEK_V2, DEEPSEEK_V3),
     )
 }
 
-_LATENT, _MAMBA = "multi-head latent attention", "Mamba layers"
+_MAMBA = "Mamba layers"
 # Needs of well-known models that no family here has.
 _MISSING = {
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
-    "glm4_moe_lite": _LATENT,
-    "kimi_k2": _LATENT,
+    "mistral4": "queries that are scaled by their position",
     "jamba": _MAMBA,
     "granitemoehybrid": _MAMBA,
     "nemotron_h": _MAMBA,

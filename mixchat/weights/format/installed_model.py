@@ -25,7 +25,7 @@ from mixchat.weights.format.manifest import (
     repair_hint,
 )
 from mixchat.weights.matrix.linear import LinearSpec
-from mixchat.weights.matrix.on_device import build_linear
+from mixchat.weights.matrix.on_device import build_linear, build_parts
 from mixchat.weights.matrix.quant_type import Linear
 
 
@@ -90,8 +90,14 @@ class InstalledModel:
 
     def linear(self, spec: LinearSpec, device: torch.device) -> Linear:
         """Read a shared matrix to `device`."""
-        tensors = [self._shared.read(tensor.name).to(device) for tensor in spec.tensors]
-        return build_linear(spec, tensors, in_place=False)
+        return build_linear(spec, self._read(spec, device), in_place=False)
+
+    def parts(self, spec: LinearSpec, count: int, device: torch.device) -> list[Linear]:
+        """Read a shared matrix to `device`, as `count` matrices that lie one above the other."""
+        return build_parts(spec, self._read(spec, device), count)
+
+    def _read(self, spec: LinearSpec, device: torch.device) -> list[torch.Tensor]:
+        return [self._shared.read(tensor.name).to(device) for tensor in spec.tensors]
 
     def open_direct(self) -> bool:
         """Prepare `direct` reads and return whether they are possible."""

@@ -44,8 +44,10 @@ class LayerSpecs(Protocol):
     config: ModelConfig
     layer: int
 
-    def matrix(self, name: str, rows: int, columns: int, *, bias: bool = False) -> LinearSpec:
-        """Return a matrix in the type of attention."""
+    def matrix(
+        self, name: str, rows: int, columns: int, *, bias: bool = False, parts: int = 1
+    ) -> LinearSpec:
+        """Return a matrix in the type of attention. parts: how many parts of it are used apart."""
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> TensorSpec:
         """Return a tensor that is never quantized, by default in the model's type."""
@@ -81,7 +83,9 @@ def _attention(specs: LayerSpecs) -> MixerSpec:
 def _latent_attention(specs: LayerSpecs) -> MixerSpec:
     """Return the latents of queries above those of keys and values, and what is made of them.
 
-    Without a latent of queries, `a_proj` has the queries themselves there.
+    Without a latent of queries, `a_proj` has the queries themselves there. Queries are the columns
+    of all heads that do not rotate, then those that do. Each head has a matrix from its query to
+    the latent of keys, one above the other in `k_b_proj`, and one from the latent to its value.
     """
     config, hidden, own = specs.config, specs.config.hidden_size, "self_attn."
     heads, latent = config.num_attention_heads, config.kv_lora_rank
@@ -93,9 +97,9 @@ def _latent_attention(specs: LayerSpecs) -> MixerSpec:
     if config.q_lora_rank:
         matrices["q_b_proj"] = specs.matrix(f"{own}q_b_proj", queries, config.q_lora_rank)
         tensors["q_a_norm"] = specs.norm(f"{own}q_a_norm.weight", config.q_lora_rank)
-    columns = config.qk_nope_head_dim + config.v_head_dim
-    matrices["kv_b_proj"] = specs.matrix(f"{own}kv_b_proj", heads * columns, latent)
-    values = heads * config.v_head_dim
+    columns, values = config.qk_nope_head_dim, heads * config.v_head_dim
+    matrices["k_b_proj"] = specs.matrix(f"{own}k_b_proj", heads * latent, columns, parts=heads)
+    matrices["v_b_proj"] = specs.matrix(f"{own}v_b_proj", values, latent, parts=heads)
     matrices["o_proj"] = specs.matrix(f"{own}o_proj", hidden, values, bias=bias)
     tensors["kv_a_norm"] = specs.norm(f"{own}kv_a_norm.weight", latent)
     return MixerSpec(matrices, tensors)

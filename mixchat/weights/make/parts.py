@@ -57,8 +57,11 @@ class ModelPart:
         if linear is None:
             return [self.dense(index, read)]
         bias = self.read_bias(index, read)
-        if {index.quant_type(matrix) for matrix in self.matrices(index)} == {linear.quant_type}:
-            matrices = [*_read_4bit(index.slices(self.name), index, read)]
+        sources = index.slices(self.name)
+        have_type = {index.quant_type(source.name) for source in sources} == {linear.quant_type}
+        # A block of codes has columns of one row, so columns cannot be cut.
+        if have_type and all(source.columns is None for source in sources):
+            matrices = [*_read_4bit(sources, index, read)]
             return self._padded(linear.stack_quantized(matrices, bias))
         return self.encoded(self.dense(index, read), bias=bias)
 
@@ -162,6 +165,8 @@ def _cut(matrix: torch.Tensor, source: Slice) -> torch.Tensor:
         matrix = matrix.T
     if source.rows is not None:
         matrix = matrix[source.rows.start : source.rows.stop : source.rows.step]
+    if source.columns is not None:
+        matrix = matrix[:, source.columns.start : source.columns.stop : source.columns.step]
     if source.factor == 1 and source.added == 0:
         return matrix
     return matrix.float() * source.factor + source.added

@@ -6,7 +6,7 @@ R = rows (out features), C = columns (in features).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -225,6 +225,23 @@ class LinearSpec:
             codes, absmax, quantization.level_table, shape, quantization.units, bias
         )
         return PackedLinear(matrix if in_place else matrix.of_bands, self.rows)
+
+    def parts(
+        self, tensors: Sequence[torch.Tensor], count: int
+    ) -> tuple[LinearSpec, list[list[torch.Tensor]]]:
+        """Return the spec of each of `count` matrices that lie one above the other.
+
+        Also return the tensors of each. Codes are views of those of the whole matrix.
+        """
+        assert not self.bias
+        spec = replace(self, rows=self.rows // count)
+        if self.quant_type == "none":
+            return spec, [[part] for part in torch.chunk(tensors[0], count)]
+        absmax, codes = tensors
+        assert self.rows == self.stored_rows == count * spec.stored_rows
+        scales = self._codes.unpacked_scales(absmax, self.rows)  # [R, C / blocksize]
+        pairs = zip(torch.chunk(scales, count), torch.chunk(codes, count), strict=True)
+        return spec, [[self._codes.packed_scales(part).reshape(-1), own] for part, own in pairs]
 
     def dequantized(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the matrix [R, C] as `dtype`."""

@@ -23,3 +23,9 @@ def build_linear(
         if linear is not None:
             return linear
     return spec.build(tensors, in_place=in_place)
+
+
+def build_parts(spec: LinearSpec, tensors: Sequence[torch.Tensor], count: int) -> list[Linear]:
+    """Return the maps of `count` matrices that lie one above the other in these tensors."""
+    own, parts = spec.parts(tensors, count)
+    return [build_linear(own, part, in_place=False) for part in parts]

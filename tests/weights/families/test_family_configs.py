@@ -266,7 +266,8 @@ def test_a_window_of_qwen_is_that_of_all_layers_if_it_is_used():
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size"),
         ("ernie4_5_moe", {"moe_layer_interval": 2}, "moe_layer_interval is 2: dense layers after"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias is true"),
-        ("dots1", {"n_group": 8}, "n_group is 8: routers that choose groups"),
+        ("dots1", {"n_group": 7}, "128 experts in 7 groups, of which 1 count"),
+        ("dots1", {"n_group": 32}, "6 experts per token of only 4"),
         ("dots1", {"first_k_dense_replace": 62}, "none of 62 layers has experts"),
         ("dots1", {"max_window_layers": -1, "sliding_window": 5}, "max_window_layers is -1"),
         ("glm4_moe", {"partial_rotary_factor": 1.5}, "partial_rotary_factor of 1.5 cannot"),
@@ -298,7 +299,6 @@ def test_what_does_not_run_is_refused_in_one_line(model_type, change, message):
 @pytest.mark.parametrize(
     ("model_type", "missing"),
     [
-        ("deepseek_v2", "multi-head latent attention"),
         ("jamba", "Mamba"),
         ("llama4", "attention in chunks"),
     ],
