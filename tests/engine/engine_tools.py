@@ -10,6 +10,15 @@ from mixchat.engine.generate import Engine
 from mixchat.engine.speculation import Speculation
 
 GREEDY = SamplingOptions(temperature=0)
+# Latent attention with matrices that the kernels take.
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "head_dim": 32,
+}
 # Tiny models by a family's features, with matrices that the kernels take.
 FAMILIES: dict[str, dict[str, Any]] = {
     "norms of heads": {"model_type": "qwen3_moe", "moe_intermediate_size": 128},
@@ -43,6 +52,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "sinks and biases": {"model_type": "gpt_oss"},
     "sinks, biases and experts in mxfp4": {"model_type": "gpt_oss", "stored_as": "mxfp4"},
     "multipliers": {"model_type": "granitemoe"},
+    "latents": {"model_type": "glm4_moe_lite", **_LATENT, "q_lora_rank": 64},
+    "latents of keys alone": {"model_type": "deepseek_v2", **_LATENT},
+    "latents and groups of experts": {
+        "model_type": "deepseek_v3",
+        **_LATENT,
+        "q_lora_rank": 64,
+        "num_local_experts": 8,
+    },
 }
 
 # Of these, a model for each way through a pass. How each feature is computed is tested with layers.
@@ -54,6 +71,7 @@ WAYS = {
         "half of a head rotated",
         "sinks, biases and experts in mxfp4",
         "multipliers",
+        "latents",
     )
 }
 
