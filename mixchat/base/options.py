@@ -14,7 +14,7 @@ from mixchat.base.quantities import MemoryBudget, parse_size
 
 CacheBits = Literal[8, 16]
 Overflow = Literal["stop", "drop-oldest"]
-Think = Literal["show", "hide", "off"]
+Think = Literal["show", "hide", "on", "off"]
 DEFAULT_POLICY = "layered"  # of `experts.cache.POLICIES`
 
 _MOST_BITS = 16  # of a weight

@@ -198,6 +198,10 @@ class ChatSession:
         """Ask the last question again, to replace its answer. Raises `PromptError` without one."""
         return self._answer(self.history[: self._last_question() + 1])
 
+    @property
+    def shows_thinking(self) -> bool:
+        return self.think in ("show", "on")
+
     def continue_answer(self) -> Iterator[Event]:
         """Continue the last answer. Raises `PromptError` without one."""
         question = self._last_question()
@@ -224,7 +228,7 @@ class ChatSession:
             max_tokens=self.max_tokens,
             stop=self.stop,
             overflow=self.overflow,
-            think=self.think != "off",
+            think={"on": True, "off": False}.get(self.think),
             form=self.form,
         )
         self._events = events = self.model.ask(request)

@@ -160,7 +160,7 @@ class Model:
           logit_bias, seed: as in `SamplingOptions`, by default the advice of the model's makers
         - max_tokens: of the answer, thinking included. 0 for as many as fit.
         - stop: a string or several that end the answer and are not shown
-        - think: False turns thinking off if the model can do without
+        - think: True and False turn thinking on and off if the model has a switch
         - tools: functions in OpenAI's form. `Piece.calls` and `End.message.calls` have the calls.
         - form: a JSON schema (a dict) or a grammar (GBNF or Lark) that the answer has to match
         - overflow: "drop-oldest" leaves out old turns that do not fit

@@ -97,15 +97,15 @@ class PromptMaker:
         thinking, variables = self._template.thinking, dict(request.variables)
         tools = None if request.tools is None else self._template.tools or PLAIN
         constraint, must_match = self._constraint(request, tools, begun, at_end)
-        skips_thinking = must_match or not request.think
-        if thinking is not None and thinking.switch is not None and skips_thinking:
-            variables[thinking.switch] = False
+        think = False if must_match else request.think
+        if thinking is not None and thinking.switch is not None and think is not None:
+            variables[thinking.switch] = think
 
         # Calls in harmony's channels follow a prompt that leads to no channel yet.
         has_channel = tools is not None and tools.kind == "harmony" and must_match
         leads = thinking is not None and (answered is not None or must_match) and not has_channel
         thought = answered is not None and answered.thinking_tokens and answered.ids
-        if thought and not skips_thinking:
+        if thought and think is not False:
             begun, leads = thought, False
         system = list(takewhile(lambda message: message.role == "system", messages))
         talk = messages[len(system) :]

@@ -45,7 +45,8 @@ class Request:
     - max_tokens: None for the usual length, 0 for as many as fit
     - stop: strings that end the answer and are not shown
     - overflow: "drop-oldest" leaves out old turns that do not fit
-    - think: False turns thinking off if the model can do without
+    - think: True and False turn thinking on and off if the model has a switch. None leaves it to
+      the model's template.
     - variables: of the chat template, those in its `ThinkingFormat`
     - tools: None if the answer may call none
     - form: what the answer has to match
@@ -59,7 +60,7 @@ class Request:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     overflow: Overflow = "stop"
-    think: bool = True
+    think: bool | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     tools: ToolOffer | None = None
     form: Form | None = None

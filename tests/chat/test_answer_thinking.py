@@ -112,13 +112,15 @@ def test_an_interrupted_thinking_can_be_continued(session_of):
     ("form", "think", "variables"),
     [
         (TAGS, "off", {"enable_thinking": False}),
+        (TAGS, "on", {"enable_thinking": True}),
         (TAGS, "hide", {}),
         (TAGS, "show", {}),
         (HARMONY, "off", {}),
+        (HARMONY, "on", {}),
         (None, "off", {}),
     ],
 )
-def test_off_uses_the_switch_of_the_template(session_of, form, think, variables):
+def test_on_and_off_use_the_switch_of_the_template(session_of, form, think, variables):
     session = session_of("Yes", thinking=form, think=think)
     listen(session.ask("Hi"))
     assert session.model.template.variables[-1] == variables

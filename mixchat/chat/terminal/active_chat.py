@@ -167,7 +167,7 @@ class ActiveChat:
                     events,
                     said,
                     lambda: self._figures.line(is_answering=True),
-                    shows_thinking=self.session.think == "show",
+                    shows_thinking=self.session.shows_thinking,
                     expected=self._reading.seconds,
                 )
         except KeyboardInterrupt:

@@ -182,8 +182,9 @@ def _set(chat: ActiveChat, argument: str) -> None:
     parameters.change(chat.session, name, value.strip())
     chat.saver.save()
     session, note = chat.session, "takes effect with the next answer"
-    if name == "think" and session.think == "off" and not session.model.can_skip_thinking:
-        note = "the model has no switch that turns thinking off; if it thinks, that is hidden"
+    if name == "think" and session.think in ("on", "off") and not session.model.can_skip_thinking:
+        note = f"the model has no switch that turns thinking {session.think}"
+        note += "; if it thinks, that is hidden" if session.think == "off" else ""
     chat.screen.say(f"({note})")
 
 

@@ -164,7 +164,7 @@ class RunFlags(LoadFlags):
     )
     think: str = setting(
         "--think MODE",
-        "Show a model's thinking faintly (show), hide it (hide), or ask for none (off).",
+        "Show thinking faintly (show), hide it (hide), ask for it (on) or for none (off).",
         OUTPUT,
         "show",
         check=partial(checked_word, THINKS, "--think"),

@@ -98,7 +98,7 @@ def _collect(session: ChatSession, question: str, take: Callable[[str], object],
 def _draw(session: ChatSession, question: str, raw: bool) -> End:
     from mixchat.chat.terminal.screen import Screen
 
-    return Screen(raw=raw).show(session.ask(question), shows_thinking=session.think == "show")
+    return Screen(raw=raw).show(session.ask(question), shows_thinking=session.shows_thinking)
 
 
 def _pipe(session: ChatSession, question: str, note: Note) -> End:

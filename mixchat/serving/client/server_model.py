@@ -102,8 +102,8 @@ class ServerModel:
             body["max_tokens"] = request.max_tokens
         if request.stop:
             body["stop"] = list(request.stop)
-        if not request.think:
-            body["chat_template_kwargs"] = {"enable_thinking": False}
+        if request.think is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": request.think}
         if isinstance(request.form, OutputConstraint):
             body |= request.form.request_fields()
         return {

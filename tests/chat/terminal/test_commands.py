@@ -312,7 +312,8 @@ def test_raw_switches_markdown_off_and_on(session_of):
     [
         (ThinkingFormat("tags", ("enable_thinking",)), "off", "takes effect"),
         (ThinkingFormat("harmony"), "hide", "takes effect"),
-        (None, "off", "no switch"),
+        (None, "off", "no switch that turns thinking off; if it thinks, that is hidden"),
+        (None, "on", "no switch that turns thinking on)"),
     ],
 )
 def test_set_think_says_what_it_does(session_of, thinking, argument, said):
