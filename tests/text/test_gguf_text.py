@@ -20,7 +20,7 @@ from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.messages import Message
 from mixchat.text.spm import _user_defined
 from mixchat.text.tokenizer import Tokenizer
-from mixchat.weights.source.gguf_text import text_files
+from mixchat.weights.source.gguf_text import generation_config, text_files
 
 DATA = Path(mistral_common.__file__).parent / "data"
 MISTRAL = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
@@ -109,6 +109,20 @@ def test_sentencepiece_is_the_original_s(file: str, tmp_path: Path) -> None:
     made = written(files, tmp_path / "made")
     original = written({**files, "tokenizer.model": data}, tmp_path / "original")
     assert_same(load_tokenizer(made), load_tokenizer(original))
+
+
+def test_sampling_is_what_the_makers_advise() -> None:
+    metadata = {
+        "tokenizer.ggml.eos_token_id": 2,
+        "general.sampling.temp": 0.6000000238418579,
+        "general.sampling.top_k": 20,
+        "general.sampling.top_p": "high",
+        "general.sampling.min_p": float("nan"),
+        "general.sampling.penalty_repeat": 1.0499999523162842,
+    }
+    assert generation_config(metadata) == {
+        "eos_token_id": [2], "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -87,13 +87,14 @@ def read_gguf(
     shapes = {s.name: s.weights if isinstance(s, GgufSpec) else s.shape for s in specs}
     if len(shapes) < len(specs):
         raise CheckpointError(f"{where}: two of its files have the same tensor")
-    ends = generation_config(metadata)
+    generation = generation_config(metadata)
+    ends = {"eos_token_id": generation["eos_token_id"]}
     raw = {**gguf_config(metadata, shapes, where), **ends}
     index = CheckpointIndex(read_config(raw), headers, None, where)
     files = text_files(
         metadata, index.config.max_position_embeddings, index.config.vocab_size, where
     )
-    documents = {CONFIG: raw, "generation_config.json": ends}
+    documents = {CONFIG: raw, "generation_config.json": generation}
     written = {
         name: (json.dumps(document, indent=2) + "\n").encode()
         for name, document in documents.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from typing import Any
 
 from mixchat.base.errors import CheckpointError
@@ -20,6 +21,14 @@ _TYPES = range(1, 7)
 _PIECES = {"unk": 45, "bos": 46, "eos": 47, "pad": 48}  # fields of the model's trainer
 _NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _ENDS = ("eos", "eot", "eom")  # of an answer
+# llama.cpp's converter copies these from generation_config.json.
+_SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
 
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n%s]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -88,9 +97,16 @@ def text_files(
 
 
 def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the generation_config.json, with the tokens that end an answer."""
+    """Return the generation_config.json, with the ends of an answer and the makers' sampling."""
     ids = (metadata.get(f"{_KEY}{name}_token_id") for name in _ENDS)
-    return {"eos_token_id": [*dict.fromkeys(i for i in ids if isinstance(i, int))]}
+    numbers = {key: metadata.get(f"general.sampling.{name}") for key, name in _SAMPLING.items()}
+    # 0.95 comes as a float of 32 bits.
+    sampling = {
+        key: round(number, 6)
+        for key, number in numbers.items()
+        if isinstance(number, (int, float)) and isfinite(number)
+    }
+    return {"eos_token_id": [*dict.fromkeys(i for i in ids if isinstance(i, int))], **sampling}
 
 
 class _Vocabulary:
