@@ -13,9 +13,9 @@ from mixchat.text.detokenizer import Detokenizer, TokenBytes
 Insert: TypeAlias = "str | tuple[int, ...]"
 
 # <...>, <|...|> or [...] with one word in it that has a letter or digit, so that prose and code do
-# not match. Only one part of a pattern can take the first letter, or a text without an end would
-# take hours.
-_MARKUP = re.compile(r"<[^\s<>\w]*\w[^\s<>]*>|\[[^\s\[\]\w]*\w[^\s\[\]]*\]")
+# not match, or Gemma's quote. Only one part of a pattern can take the first letter, or a text
+# without an end would take hours.
+_MARKUP = re.compile(r"<[^\s<>\w]*\w[^\s<>]*>|\[[^\s\[\]\w]*\w[^\s\[\]]*\]|<\|\"\|>")
 
 
 class Tokenizer(Protocol):

@@ -16,6 +16,8 @@ _QWEN2 = (
     _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN35 = _QWEN2.replace(r"]?\p{L}+", r"]?[\p{L}\p{M}]+").replace(r"^\s\p{L}", r"^\s\p{L}\p{M}")
+_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}?"
@@ -203,9 +205,17 @@ FAMILIES = {
         ),
         {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
     ),
+    "qwen3.6": FamilyText(
+        {},
+        _split(_QWEN35),
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        ("<tool_call>", "</tool_call>", "<think>", "</think>"),
+        nfc=True,
+    ),
     "glm-4.7": FamilyText(
         {},
-        _split(_QWEN2),
+        _split(_LLAMA3),
         (
             *("<|endoftext|>", "[MASK]", "[gMASK]", "<sop>", "<|system|>", "<|user|>"),
             *("<|assistant|>", "<|observation|>"),
@@ -218,7 +228,7 @@ FAMILIES = {
     ),
     "lfm2": FamilyText(
         {},
-        _split(_QWEN2),
+        _split(_LLAMA3),
         (
             *("<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
             *("<|tool_list_start|>", "<|tool_list_end|>", "<|tool_call_start|>"),
@@ -226,5 +236,6 @@ FAMILIES = {
         ),
         {"bos_token": "<|startoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"},
         ("<think>", "</think>"),
+        settings={"add_bos_token": True},
     ),
 }

@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import mistral_common
 import pytest
+import text_builders as build
 from family_texts import FAMILIES
 from sentencepiece import SentencePieceProcessor
 from test_family_texts import WORDS
 from text_strategies import CONTROL, SHARDS
 from tiny_tokenizer import metadata
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from mixchat.base.errors import CheckpointError
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.messages import Message
 from mixchat.text.spm import _user_defined
-from mixchat.text.tokenizer import Tokenizer
+from mixchat.text.tokenizer import Tokenizer as OurTokenizer
 from mixchat.weights.source.gguf_text import generation_config, text_files
 
 DATA = Path(mistral_common.__file__).parent / "data"
 MISTRAL = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
-RULES = {"qwen3": "qwen2", "gpt-oss": "gpt-4o", "granite": "refact", "olmoe": "olmo"}
+RULES = {
+    "qwen3": "qwen2",
+    "gpt-oss": "gpt-4o",
+    "granite": "refact",
+    "olmoe": "olmo",
+    "qwen3.6": "qwen35",
+    "lfm2": "lfm2",
+    "glm-4.7": "glm4",
+}
 _NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
@@ -41,7 +60,7 @@ def written(files: dict[str, bytes], directory: Path) -> Path:
     return directory
 
 
-def assert_same(made: Tokenizer, original: Tokenizer) -> None:
+def assert_same(made: OurTokenizer, original: OurTokenizer) -> None:
     assert made.control_tokens == original.control_tokens
     assert (made.bos_id, made.eos_id) == (original.bos_id, original.eos_id)
     assert (made.adds_bos, made.vocab_size) == (original.adds_bos, original.vocab_size)
@@ -55,28 +74,77 @@ def assert_same(made: Tokenizer, original: Tokenizer) -> None:
 @pytest.mark.parametrize("family", RULES)
 def test_byte_pairs_are_the_original_s(family: str, tmp_path: Path) -> None:
     text = FAMILIES[family]
-    name, template = next(iter(text.templates.items()))
+    name, template = next(iter(text.templates.items()), (family, MISTRAL))
     original = text.write(tmp_path / "original", template)
     spec = json.loads((original / "tokenizer.json").read_bytes())
-    added = {token["id"]: 3 if token["special"] else 4 for token in spec["added_tokens"]}
-    ids = {token: number for token, number in spec["model"]["vocab"].items()}
-    ids |= {token["content"]: token["id"] for token in spec["added_tokens"]}
-    found: dict[str, Any] = {
+    found = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": RULES[family],
-        "tokenizer.ggml.tokens": sorted(ids, key=ids.__getitem__),
-        "tokenizer.ggml.token_type": [added.get(n, 1) for n in range(len(ids))],
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],
         "tokenizer.chat_template": template,
+        **merging(spec, text.names),
     }
-    for short, theirs in _NAMES.items():
-        if token := text.names.get(f"{short}_token"):
-            found[f"tokenizer.ggml.{theirs}_token_id"] = ids[token]
-    made = written(text_files(found, 512, len(ids), name), tmp_path / "made")
+    tokens = len(found["tokenizer.ggml.tokens"])
+    made = written(text_files(found, 512, tokens, name), tmp_path / "made")
     assert_same(load_tokenizer(made), load_tokenizer(original))
     talk = [Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "12 + 34?")]
     encoded = [load_template(d, load_tokenizer(d)).encode(talk) for d in (made, original)]
     assert encoded[0] == encoded[1]
+
+
+def merging(spec: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """The metadata of a tokenizer.json with merges, and with special tokens of these names."""
+    added = {token["id"]: 3 if token["special"] else 4 for token in spec["added_tokens"]}
+    ids = {token: number for token, number in spec["model"]["vocab"].items()}
+    ids |= {token["content"]: token["id"] for token in spec["added_tokens"]}
+    is_byte = {ids[token] for token in ids if re.fullmatch("<0x..>", token)}
+    special = {
+        f"tokenizer.ggml.{theirs}_token_id": ids[names[f"{short}_token"]]
+        for short, theirs in _NAMES.items()
+        if f"{short}_token" in names
+    }
+    return {
+        "tokenizer.ggml.tokens": sorted(ids, key=ids.__getitem__),
+        "tokenizer.ggml.token_type": [
+            6 if n in is_byte else added.get(n, 1) for n in range(len(ids))
+        ],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],
+        **special,
+    }
+
+
+def test_gemma_4_s_merges_of_characters_are_the_original_s(tmp_path: Path) -> None:
+    """Its quote is in no list of special tokens there, and text may not have it all the same."""
+    original = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    original.normalizer = normalizers.Replace(" ", "\u2581")
+    original.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    original.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    original.train_from_iterator(build.CORPUS, trainer)
+    original.add_tokens([AddedToken('<|"|>', normalized=False)])
+    spec = json.loads(original.to_str())
+    kept = [token for token in spec["added_tokens"] if not token["content"].startswith("<0x")]
+    spec["added_tokens"] = kept
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "tokenizer.json").write_text(json.dumps(spec))
+    settings = {**names, "add_bos_token": True, "clean_up_tokenization_spaces": False}
+    (tmp_path / "original" / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.add_bos_token": True,
+        **merging(spec, names),
+    }
+    tokens = len(found["tokenizer.ggml.tokens"])
+    made = load_tokenizer(written(text_files(found, 512, tokens, "g"), tmp_path / "made"))
+    assert_same(made, load_tokenizer(tmp_path / "original"))
+    assert made.encode('<|"|>') != made.encode_template('<|"|>')
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,11 @@ _SAMPLING = {
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n%s]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = _SUFFIX + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s|" + _REST % ""
+_MARKED_WORDS = (  # with the accents that are characters of their own
+    _SUFFIX
+    + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    + r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}?"
@@ -64,12 +69,15 @@ _SPLITS: dict[str, list[dict[str, Any]]] = {
     **{name: [_DIGITS, _GPT2] for name in ("smollm", "refact", "starcoder")},
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _split(_WORDS % "")),
     **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "chatglm-bpe", "glm4"), _split(_WORDS % "{1,3}")
+        ("llama-bpe", "llama3", "llama-v3", "chatglm-bpe", "glm4", "lfm2"),
+        _split(_WORDS % "{1,3}"),
     ),
+    "qwen35": _split(_MARKED_WORDS),
     "gpt-4o": _split(_CASED),
 }
-_NORMALIZED = ("qwen2", "deepseek-r1-qwen", "olmo")  # to NFC
-_WHOLE_TOKENS = ("llama-bpe", "llama3", "llama-v3")  # a token in the vocabulary needs no merges
+_NORMALIZED = ("qwen2", "qwen35", "deepseek-r1-qwen", "olmo")  # to NFC
+# A token in the vocabulary needs no merges.
+_WHOLE_TOKENS = ("llama-bpe", "llama3", "llama-v3", "lfm2")
 
 
 def text_files(
@@ -85,8 +93,9 @@ def text_files(
         raise CheckpointError(f"{where}: its tokenizer has more tokens than the model embeds")
     if vocabulary.model == "llama":
         files = {"tokenizer.model": _sentencepiece_model(metadata, vocabulary)}
-    elif vocabulary.model == "gpt2":
-        tokenizer = json.dumps(_byte_pairs(metadata, vocabulary), indent=2, ensure_ascii=False)
+    elif vocabulary.model in ("gpt2", "gemma4"):
+        form = _characters() if vocabulary.model == "gemma4" else _bytes(metadata, where)
+        tokenizer = json.dumps(_merging(vocabulary, form), indent=2, ensure_ascii=False)
         files = {"tokenizer.json": tokenizer.encode()}
     else:
         raise CheckpointError(
@@ -145,15 +154,41 @@ class _Vocabulary:
                 yield name, token_id
 
 
-def _byte_pairs(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, Any]:
-    """Return the tokenizer.json of a vocabulary with merges."""
+def _bytes(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the parts of a tokenizer.json that splits a text into words, and these into bytes."""
     pre = metadata.get(f"{_KEY}pre")
     if not isinstance(pre, str) or pre not in _SPLITS:
         raise CheckpointError(
-            f"{vocabulary.where}: its rules for splitting text, {pre!r:.80}, are not known",
+            f"{where}: its rules for splitting text, {pre!r:.80}, are not known",
             hint=f"It knows {', '.join(_SPLITS)}.",
         )
     steps = _SPLITS[pre]
+    sequence = {"type": "Sequence", "pretokenizers": steps}
+    return {
+        "normalizer": {"type": "NFC"} if pre in _NORMALIZED else None,
+        "pre_tokenizer": steps[0] if len(steps) == 1 else sequence,
+        "decoder": {**_GPT2, "add_prefix_space": True},
+        "model": {"ignore_merges": pre in _WHOLE_TOKENS},
+    }
+
+
+def _characters() -> dict[str, Any]:
+    """Return the parts of Gemma 4's tokenizer.json. Its blanks are the character \u2581."""
+    blank = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    shown = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    return {
+        "normalizer": blank,
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [shown, {"type": "ByteFallback"}, {"type": "Fuse"}],
+        },
+        "model": {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True},
+    }
+
+
+def _merging(vocabulary: _Vocabulary, form: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tokenizer.json of a vocabulary with merges, whose other parts are in `form`."""
     tokens, added = vocabulary.tokens, (_CONTROL, _USER_DEFINED)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
@@ -165,12 +200,8 @@ def _byte_pairs(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[st
             for number, (token, token_type) in enumerate(zip(tokens, vocabulary.types, strict=True))
             if token_type in added
         ],
-        "normalizer": {"type": "NFC"} if pre in _NORMALIZED else None,
-        "pre_tokenizer": steps[0]
-        if len(steps) == 1
-        else {"type": "Sequence", "pretokenizers": steps},
         "post_processor": None,
-        "decoder": {**_GPT2, "add_prefix_space": True},
+        **form,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -179,9 +210,10 @@ def _byte_pairs(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[st
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": pre in _WHOLE_TOKENS,
+            "ignore_merges": False,
             "vocab": {token: number for number, token in enumerate(tokens)},
             "merges": [merge.split(" ", 1) for merge in vocabulary.texts("merges")],
+            **form["model"],
         },
     }
 
