@@ -39,7 +39,7 @@ class Job(NamedTuple):
     """The work of a load: to fill a slot.
 
     Pieces of one slot's jobs are never in flight together. pieces: called when the job's turn
-    comes. finish: called after the last piece.
+    comes, under the queue's lock. finish: called after the last piece.
     """
 
     slot: Hashable
@@ -107,7 +107,8 @@ class LoadQueue:
         self._waiting: list[tuple[int, int, int, ExpertLoad]] = []
         self._arrivals = count(1)
         self._changed = threading.Condition()
-        self._threads = self._idle = self._pieces_in_flight = 0
+        self._threads: set[threading.Thread] = set()
+        self._idle = self._pieces_in_flight = 0
         self._pause_until = 0.0  # of all fills but one
         self._filling: dict[Hashable, ExpertLoad] = {}  # by slot: the load with pieces in flight
         self._counted_until = 0.0
@@ -137,11 +138,12 @@ class LoadQueue:
     def _call_thread(self) -> None:
         """Wake up a thread, or start one if all are busy and there may be more."""
         self._changed.notify()
-        if self._idle or self._threads == self._limit:
+        if self._idle or len(self._threads) == self._limit:
             return
         try:
-            threading.Thread(target=self._work).start()
-            self._threads += 1
+            thread = threading.Thread(target=self._work)
+            thread.start()
+            self._threads.add(thread)
         except RuntimeError:
             if not self._threads:
                 raise ResourceError(
@@ -157,7 +159,7 @@ class LoadQueue:
         except BaseException as error:
             # All loads end, so that nobody waits. A later one gets a new thread.
             with self._changed:
-                self._threads -= 1
+                self._threads.discard(threading.current_thread())
                 for *_, load in self._waiting:
                     if not load.ended:
                         load.end(error)
@@ -180,7 +182,7 @@ class LoadQueue:
                 self._idle -= 1
                 if not was_called and not self._waiting:
                     break
-            self._threads -= 1
+            self._threads.discard(threading.current_thread())
             return None
 
     def _next_piece(self, now: float) -> tuple[ExpertLoad, Job, Piece] | None:
@@ -246,17 +248,24 @@ class LoadQueue:
                 load.pieces.clear()
             if error is not None and not load.failed:
                 load.end(error)
-            if not load.in_flight:
+            is_whole = not (load.in_flight or load.pieces or load.ended or load.cancelled)
+            if not load.in_flight and not is_whole:
                 del self._filling[job.slot]
-                if not (load.pieces or load.ended or load.cancelled):
-                    self._finish(load, job)
+        if is_whole:
+            self._finish(load, job)
 
     def _finish(self, load: ExpertLoad, job: Job) -> None:
+        """End a load outside the lock, while its slot is still taken.
+
+        Under the lock, a prompt's thread waited half of a cold start for others to build experts.
+        """
         try:
             job.finish()
             load.end()
         except BaseException as error:
             load.end(error)
+        with self._changed:
+            del self._filling[job.slot]
 
 
 def _program_is_over() -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from queue_doubles import PATIENCE, Work, arrivals
+from queue_doubles import PATIENCE, Stop, Work, arrivals
 
 from mixchat.base import interrupts
 from mixchat.base.errors import ResourceError
@@ -219,6 +219,20 @@ def test_a_job_that_cannot_begin_or_finish_fails_its_load_alone(work, step):
     work.begin("b").wait()
 
 
+def test_another_load_begins_while_one_is_finished_but_not_in_its_slot(short_idle):
+    """A prompt waited half of a cold start, while threads built experts under the lock."""
+    work, stop = Work(threads=2), Stop()
+    finished = ExpertLoad(ExpertKey(0, 0))
+    work.queue.begin(finished, Job("slot", lambda: [lambda: 0], stop.reach))
+    stop.wait()
+    after = work.begin("a", slot="slot")
+    work.begin("b").wait()
+    assert not finished.ended
+    stop.go()
+    after.wait()
+    assert arrivals(work.finish()) == "ba"
+
+
 def test_the_thread_goes_when_there_is_nothing_to_do_and_comes_back(work):
     others = set(threading.enumerate())
     for name in "abc":
@@ -370,6 +384,35 @@ def test_a_thread_that_fails_lets_nobody_wait():
         queue.begin(load, Job("slot", lambda: [lambda: 0]))
         with pytest.raises(MemoryError):
             load.wait()
+
+
+def test_a_thread_whose_context_fails_at_its_end_counts_once(short_idle):
+    """It counted twice, and the queue started more threads than it may."""
+
+    @contextmanager
+    def inside():
+        yield
+        raise MemoryError("no stream")
+
+    queue, others = LoadQueue(1, inside), set(threading.enumerate())
+    for _ in range(2):
+        load = ExpertLoad(ExpertKey(0, 0))
+        queue.begin(load, Job("slot", lambda: [lambda: 0]))
+        load.wait()
+        for thread in set(threading.enumerate()) - others:
+            thread.join(PATIENCE)
+    in_flight = threading.Barrier(2)
+
+    def meet() -> int:
+        with pytest.raises(threading.BrokenBarrierError):
+            in_flight.wait(0.1)
+        return 0
+
+    loads = [ExpertLoad(ExpertKey(0, number)) for number in range(3)]
+    for load in loads:
+        queue.begin(load, Job(load.key, lambda: [meet]))
+    for load in loads:
+        load.wait()
 
 
 def test_ctrl_c_ends_the_wait_for_a_transfer_that_does_not_come(work):

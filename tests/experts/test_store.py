@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from queue_doubles import PATIENCE
 from source_tools import EXPERTS, KEYS, A, B, digest, disk
 
 from mixchat.base.errors import CheckpointError
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats
 from mixchat.experts.load_queue import PREDICTED, REQUESTED, ExpertLoad, LoadQueue
-from mixchat.experts.store import ExpertStore
+from mixchat.experts.store import ExpertStore, new_block
 from mixchat.weights.format.installed_model import InstalledModel
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
@@ -142,7 +144,8 @@ def test_a_load_into_a_slot_that_was_freed_does_not_reach_the_next_expert(instal
     memory.store.release(0)
     memory.load(B)  # into the same slot, in new memory
     for piece in others:
-        piece()
+        with pytest.raises(MemoryError):
+            piece()
     with pytest.raises(MemoryError):
         job.finish()
     assert memory.contents() == {B: truth[B]}
@@ -152,8 +155,29 @@ def test_a_load_whose_slot_is_freed_before_its_turn_fails(installed):
     memory = Slots(installed, 2)
     job = memory.store.job(A, 0)
     memory.store.release(0)
-    with pytest.raises(MemoryError):
-        job.pieces()
+    for piece in job.pieces():
+        with pytest.raises(MemoryError):
+            piece()
+
+
+def test_a_load_begins_while_the_system_gives_memory_to_another(installed, truth, monkeypatch):
+    """Memory was taken under the queue's lock, and a prompt waited for it half of a cold start."""
+    asked, go = threading.Event(), threading.Event()
+
+    def slow(size: int) -> torch.Tensor:
+        asked.set()
+        assert go.wait(PATIENCE)
+        return new_block(size)
+
+    monkeypatch.setattr("mixchat.experts.store.new_block", slow)
+    memory = Slots(installed, 2)
+    memory.prefetch(A)
+    asked.wait()
+    memory._begin(B, REQUESTED)
+    go.set()
+    memory.load(A)
+    memory.load(B)
+    assert memory.contents() == {A: truth[A], B: truth[B]}
 
 
 def test_a_load_that_failed_leaves_no_half_expert(installed, truth, monkeypatch):
