@@ -43,6 +43,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], LoadOptions]] = {
     **{
         name: ({**changes, "std": 0.03, "seed": 2}, {}, LoadOptions())
         for name, changes in WAYS.items()
+        if "states" not in name  # which cannot be cut back to the accepted tokens
     },
     "multipliers": (WAYS["multipliers"], {}, LoadOptions()),  # else all proposals are accepted
 }
