@@ -30,11 +30,17 @@ from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 STACKED = "granitemoe", "gpt_oss"
 LAYER, EXPERT = 1, 2
+# What these families cannot have beside three experts and biases.
+CHANGES = {
+    "deepseek_v2": {"attention_bias": False},
+    "deepseek_v3": {"n_group": 1, "topk_group": 1},
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
-    return make_checkpoint(model_type=request.param, num_local_experts=3, attention_bias=True)
+    changes = {"num_local_experts": 3, "attention_bias": True, **CHANGES.get(request.param, {})}
+    return make_checkpoint(model_type=request.param, **changes)
 
 
 def specs_of(checkpoint: Path) -> list[TensorSpec]:
