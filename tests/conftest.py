@@ -139,7 +139,7 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
     },
     "minimax_m2": {"rotary_dim": 8},
     "qwen3_next": HYBRID,
-    "qwen3_5_moe_text": HYBRID,
+    "qwen3_5_moe": HYBRID,
     "mellum": {
         "moe_intermediate_size": 128,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -230,7 +230,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         stored_as: str = "float32",
         **changes: Any,
     ) -> Path:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
@@ -241,7 +241,9 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         names |= {"n_routed_experts": "num_local_experts", "moe_k": "num_experts_per_tok"}
         for name in names.keys() & values.keys():  # transformers has one name or both
             values[name] = values[names[name]]
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+        # Of a model for text and images, the language model alone.
+        own_type = f"{model_type}_text" if f"{model_type}_text" in CONFIG_MAPPING else model_type
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(own_type, **values))
         if model_type != "mixtral":  # transformers begins with norms of ones and biases of zeros
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 1 or name.endswith("bias"):

@@ -94,9 +94,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_next",
         {"norm_topk_prob": False, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 3},
     ),
-    "qwen3_5_moe_text": ("qwen3_5_moe_text", {}),
-    "qwen3_5_moe_text, other heads": (
-        "qwen3_5_moe_text",
+    "qwen3_5_moe": ("qwen3_5_moe", {}),
+    "qwen3_5_moe, other heads": (
+        "qwen3_5_moe",
         {"linear_num_key_heads": 5, "linear_num_value_heads": 10, "num_key_value_heads": 1},
     ),
     "mellum": ("mellum", {}),
