@@ -114,7 +114,7 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {**_LATENT, "q_lora_rank": 48, "routed_scaling_factor": 1.8},
     "deepseek_v2": {
         **_LATENT,
-        "q_lora_rank": None,
+        "q_lora_rank": 48,
         "first_k_dense_replace": 1,
         "n_shared_experts": 2,
         "rope_parameters": {
@@ -132,9 +132,8 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         **_LATENT,
         "q_lora_rank": 48,
         "first_k_dense_replace": 1,
-        "n_routed_experts": 8,
-        "n_group": 4,
-        "topk_group": 2,
+        "n_group": 1,
+        "topk_group": 1,
         "num_mtp_layers": 0,
     },
     "minimax_m2": {"rotary_dim": 8},

@@ -10,8 +10,9 @@
 - model.py: the transformer, from token ids to logits
 - model_tensors.py: the tensors of which it is built
 - norm.py: the RMSNorm
-- latent_attention.py: attention to latents, of which keys and values would be made
 - attention.py: attention of a layer
+- latent_attention.py: attention to latents, which keys and values would be made of
+- delta_net.py: a gated DeltaNet
 - rope.py: rotary position embedding
 - decoder.py: computes one token faster than model.py, with the same bits, by kernels
 - gpu_decoder.py: computes one token on GPUs as CUDA graphs
@@ -19,7 +20,7 @@
 - moe.py: the router, and the steps of experts
 - mlp.py: the dense part of a layer
 - layer_cache.py: the contract of what a layer keeps of the tokens of a sequence
-- kv_cache.py: keys and values, in paged_cache.py, tensor_cache.py and device_cache.py
+- kv_cache.py, paged_cache.py, tensor_cache.py, device_cache.py: keys and values, or latents
 - state_cache.py: recurrent states with their checkpoints
 - sequence_cache.py: the caches of all layers for a sequence, and the choice of their kinds
 - prompt_cache.py: the caches of a sequence in a file

@@ -66,11 +66,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek_v2": ("deepseek_v2", {"num_key_value_heads": 4}),
+    "deepseek_v2, queries without a latent": (
+        "deepseek_v2",
+        {"num_key_value_heads": 4, "q_lora_rank": None},
+    ),
     "deepseek_v2, groups": (
         "deepseek_v2",
         {
             "num_key_value_heads": 4,
-            "q_lora_rank": 48,
             "topk_method": "group_limited_greedy",
             "num_local_experts": 24,
             "num_experts_per_tok": 6,
@@ -79,10 +82,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "routed_scaling_factor": 4.0,
         },
     ),
-    "deepseek_v3": ("deepseek_v3", {"num_key_value_heads": 4, "num_local_experts": 8}),
-    "deepseek_v3, one group": (
+    "deepseek_v3": ("deepseek_v3", {"num_key_value_heads": 4}),
+    "deepseek_v3, groups": (
         "deepseek_v3",
-        {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+        {
+            "num_key_value_heads": 4,
+            "num_local_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": False,
+        },
     ),
     "minimax_m2": ("minimax_m2", {}),
     "minimax_m2, whole heads rotated": (
