@@ -26,7 +26,7 @@ from mixchat.text.sandbox_protocol import MAX_MEMORY, receive, to_frame
 
 _MAX_CALL = 2_000_000  # bytes of a call; encoding them takes up to 800 MB
 _CPU_S, _CPU_S_PER_BYTE = 2, 2e-6  # a MB of text takes 1 s
-_VOCABULARY_CPU_S = 5  # one of 256,000 tokens takes 2 s, and their bytes another
+_VOCABULARY_CPU_S = 10  # one of 262,000 tokens with as many merges takes 3 s
 _WALL_S_PER_CPU_S = 10  # a busy machine may give a process a tenth of a core
 
 # With -I nothing in the current directory is imported, and no PYTHON* variable has an effect.
