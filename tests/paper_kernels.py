@@ -162,6 +162,7 @@ def heads(
     cos: Tensor,
     sin: Tensor,
     queries: Tensor,
+    gates: Tensor | None,
     numbers: Tensor,
     scales: Tensor | None,
     past: Tensor,
@@ -172,7 +173,8 @@ def heads(
 ) -> None:
     count, groups, width = shape["H"], shape["G"], shape["WIDTH"]
     whole = qkv.view(shape["S"], -1).sum(0).to(queries.dtype).view(1, -1, width)
-    for norm, part in ((query_norm, whole[:, :count]), (key_norm, whole[:, count:-groups])):
+    keys = whole[:, count : count + groups]
+    for norm, part in ((query_norm, whole[:, :count]), (key_norm, keys)):
         if norm is not None:
             apart = part.reshape(1, -1, len(norm))
             part.copy_(rows.rms_norm(apart, norm, eps).view(part.shape))
@@ -181,7 +183,9 @@ def heads(
     place = past.long()
     rotated = rows.rotate(whole[:, : count + groups], cos[place], sin[place])[0]
     queries.copy_(rotated[:count])
-    for number, new in enumerate((rotated[count:], whole[0, count + groups :])):
+    if gates is not None:
+        gates.copy_(whole[0, -count:])
+    for number, new in enumerate((rotated[count:], whole[0, count + groups :][:groups])):
         at_place = numbers[number, :, int(place) % room]
         if scales is None:
             at_place.copy_(new)

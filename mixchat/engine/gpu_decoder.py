@@ -91,12 +91,9 @@ def new_gpu_decoder(
     matrices = [*used.shared_matrices.values()]
     if not on_gpus or not all(experts_taken):
         return None
-    mixers = [block.mixer for block in model.blocks]
-    if (
-        used.config.n_group > 1
-        or used.config.attn_output_gate
-        or not all(isinstance(each, Attention) for each in mixers)
-    ):
+    if used.config.n_group > 1:
+        return None
+    if not all(isinstance(block.mixer, Attention) for block in model.blocks):
         return None
     if not all(form_of(matrix).is_supported for matrix in matrices):
         return None

@@ -99,6 +99,7 @@ def attention_kernels(
         for name, matrix in (("qkv", qkv), ("attention", out))
     )
     queries, attended = (tokens.tensor(name, *heads_shape) for name in ("queries", "attended"))
+    gates = tokens.tensor("gates", *heads_shape[1:]) if config.attn_output_gate else None
     parts = Parts.for_tokens(1, heads_shape[1], stored, window)
     norms = [norm.weight for norm in attention.qk_norms]
     rope, clip, eps = attention.rope.tables, config.clip_qkv, config.rms_norm_eps
@@ -106,8 +107,8 @@ def attention_kernels(
     return [
         partial(add_norm, x, added, block.mixer_norm.weight, normed, eps, finished),
         partial(product, normed[None], qkv, sums),
-        partial(heads, sums[:, 0], queries[0], stored, past, rope, norms, eps, clip),
-        partial(attend, queries, stored, past, attended, parts, window, attention.sinks),
+        partial(heads, sums[:, 0], queries[0], stored, past, rope, norms, eps, clip, gates),
+        partial(attend, queries, stored, past, attended, parts, window, attention.sinks, gates),
         partial(product, attended.view(1, -1), out, outputs),
         partial(add_norm, x, outputs[:, 0], block.mlp_norm.weight, normed, eps, finished),
     ]

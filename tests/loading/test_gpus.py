@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -15,6 +16,7 @@ from paper_tools import (
     GREEDY,
     KINDS,
     LAYERS,
+    PASSES,
     PROMPT,
     SPREADS,
     TOLERANCES,
@@ -22,6 +24,7 @@ from paper_tools import (
     installed_case,
     load,
     logits,
+    random_case,
     settled,
     spread_out,
     text,
@@ -29,6 +32,7 @@ from paper_tools import (
 )
 
 from mixchat.base import gpu, interrupts
+from mixchat.base.model_config import ModelConfig
 from mixchat.base.options import LoadOptions
 from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.generate import Engine
@@ -37,6 +41,8 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.loading import loader
 from mixchat.loading.loader import load_engine, speed_predictor
+from mixchat.weights.families.mixtral import MIXTRAL
+from mixchat.weights.families.read_config import FAMILIES as FAMILIES_BY_TYPE
 
 FAMILIES = (
     "qwen3_moe",
@@ -89,6 +95,30 @@ def test_every_family_gives_the_cpu_s_logits(paper, make_checkpoint, install, fa
     experts = known.blueprint.expert_count
     engine = load(known, experts // 2 + 2, experts)
     assert apart(logits(engine, passes), known.expected) < 1e-5
+
+
+# Features that no family has alone.
+FEATURES: dict[str, dict[str, Any]] = {
+    "gates": {"attn_output_gate": True, "qk_norm": "head", "fp32_norms": True},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("slots", [EXPERTS, EXPERTS // 2])
+def test_graphs_compute_every_feature(paper, tmp_path, monkeypatch, feature, slots):
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        return replace(MIXTRAL.read_config(raw), **FEATURES[feature])
+
+    monkeypatch.setitem(FAMILIES_BY_TYPE, "mixtral", replace(MIXTRAL, read_config=read_config))
+    case = random_case(tmp_path / "model", "fp32", PASSES)
+    engine = load(case, slots, EXPERTS)
+    assert apart(logits(engine), case.expected) < 1e-5
+    engine.forget()
+    expected = text(engine)
+    launches = paper.launches
+    assert text(engine) == expected
+    # Without graphs, each layer of each token has ten at least.
+    assert paper.launches - launches < 8 * 10 * LAYERS
 
 
 @pytest.mark.parametrize("name", ["one holds all", "two over RAM for some"])

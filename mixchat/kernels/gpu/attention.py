@@ -97,8 +97,11 @@ def attend(
     parts: Parts,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
 ) -> None:
     """Store the attention of `queries` [T, H, h] in `out` [T, H, h].
+
+    If there are `gates`, of the same shape, their sigmoids multiply it.
 
     The cache holds the keys and values of these tokens already, after `past` tokens, int32 on the
     GPU. A token attends to itself and all before it, or to the last `window` of these. `sinks` are
@@ -114,14 +117,15 @@ def attend(
         _attend,
         (triton.cdiv(tokens * shared, tile.rows), groups, parts.splits),
         *(queries, *tensors, past, out, *parts[:2]),
-        *(sinks if parts.splits == 1 else None, tokens, tensors.room, parts.splits),
+        *((sinks, gates) if parts.splits == 1 else (None, None)),
+        *(tokens, tensors.room, parts.splits),
         **shape,
         WHOLE=parts.splits == 1,
         **tile.options,
     )
     if parts.splits > 1:
         grid = (tokens * heads,)
-        arguments = *parts[:2], past, out, sinks, tokens, parts.splits
+        arguments = *parts[:2], past, out, sinks, gates, tokens, parts.splits
         launch(_merge, grid, *arguments, **shape, PARTS=_PARTS, SPLITS=_MOST_SPLITS)
 
 
@@ -152,6 +156,7 @@ def _attend(
     part_sums,
     part_weights,
     sinks,
+    gates,
     tokens,
     room,
     splits,
@@ -220,7 +225,8 @@ def _attend(
             sums *= factor[:, None]
         # A row that no token has may have seen no key.
         sums /= tl.maximum(weights, 1e-30)[:, None]
-        tl.store(out + row[:, None] * WIDTH + columns[None, :], sums, inside)
+        places = row[:, None] * WIDTH + columns[None, :]
+        tl.store(out + places, _gated(sums, gates, out, places, inside), inside)
     else:
         place = row.to(tl.int64) * splits + split
         tl.store(part_sums + place[:, None] * WIDTH + columns[None, :], sums, inside)
@@ -235,6 +241,7 @@ def _merge(
     past,
     out,
     sinks,
+    gates,
     tokens,
     splits,
     WINDOW: tl.constexpr,
@@ -273,4 +280,14 @@ def _merge(
         place = (row.to(tl.int64) * splits + some)[:, None] * WIDTH + columns[None, :]
         mask = held[:, None] & (columns[None, :] < WIDTH)
         sums += tl.load(part_sums + place, mask, 0.0) * factor[:, None]
-    tl.store(out + row * WIDTH + columns, tl.sum(sums, 0) / total, columns < WIDTH)
+    places, inside = row * WIDTH + columns, columns < WIDTH
+    tl.store(out + places, _gated(tl.sum(sums, 0) / total, gates, out, places, inside), inside)
+
+
+@triton.jit
+def _gated(attended, gates, out, places, inside):
+    if gates is not None:
+        # Rounded first, as on CPUs.
+        attended = attended.to(out.dtype.element_ty).to(tl.float32)
+        attended *= tl.sigmoid(tl.load(gates + places, inside, 0.0).to(tl.float32))
+    return attended

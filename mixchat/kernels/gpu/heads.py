@@ -27,20 +27,23 @@ def heads(
     norms: Sequence[torch.Tensor] = (),
     eps: float = 0.0,
     clip: float | None = None,
+    gates: torch.Tensor | None = None,
 ) -> None:
     """Store a token's queries in `queries` [H, h], and its key and value after `past` tokens.
 
-    qkv: partial sums [S, (H + 2 * G) * h], fp32. past: int32 on the GPU. rope: cos and sin
-    [context, at most h], as `RotaryEmbedding.tables`. norms: the weights of queries and keys, of
-    each head [h] or of all together [H * h] and [G * h]. All is rounded where CPUs round, which is
-    not before a weight in fp32 multiplies.
+    qkv: partial sums [S, (H + 2 * G) * h], fp32. If there are `gates` [H, h], they are stored, too.
+    The sums then have H more heads, which are neither normalized nor rotated. past: int32 on the
+    GPU. rope: cos and sin [context, at most h], as `RotaryEmbedding.tables`. norms: the weights of
+    queries and keys, of each head [h] or of all together [H * h] and [G * h]. All is rounded where
+    CPUs round, which is not before a weight in fp32 multiplies.
     """
     (count, width), groups = queries.shape, tensors.numbers.shape[1]
     query_norm, key_norm = norms or (None, None)
     launch(
         _heads,
-        (count + 2 * groups,),
-        *(qkv, query_norm, key_norm, *rope, queries, *tensors, past, eps, clip, tensors.room),
+        (count + 2 * groups + (0 if gates is None else count),),
+        *(qkv, query_norm, key_norm, *rope, queries, gates, *tensors),
+        *(past, eps, clip, tensors.room),
         H=count,
         G=groups,
         WIDTH=width,
@@ -61,6 +64,7 @@ def _heads(
     cos,
     sin,
     queries,
+    gates,
     numbers,
     scales,
     past,
@@ -77,8 +81,8 @@ def _heads(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Compute one head of the queries, keys or values."""
-    R: tl.constexpr = (H + 2 * G) * WIDTH
+    """Compute one head of the queries, keys, values or gates."""
+    R: tl.constexpr = (H + 2 * G + (0 if gates is None else H)) * WIDTH
     dtype: tl.constexpr = queries.dtype.element_ty
     head = tl.program_id(0)
     is_query = head < H
@@ -105,7 +109,7 @@ def _heads(
         factor = tl.where(head < H + G, tl.rsqrt(mean + eps), 1.0)
         x = (x * factor).to(query_norm.dtype.element_ty).to(tl.float32)
         y = (y * factor).to(query_norm.dtype.element_ty).to(tl.float32)
-        # Products with 1 change nothing, so values need no code of their own.
+        # Products with 1 change nothing, so values and gates need no code of their own.
         of_query = columns < tl.where(is_query, WIDTH, 0)
         of_key = columns < tl.where(is_query | (head >= H + G), 0, WIDTH)
         query_norm += first_weight
@@ -124,6 +128,9 @@ def _heads(
     x = (x + y * tl.load(sin + angles, turns, 0.0).to(tl.float32)).to(dtype)
     if is_query:
         tl.store(queries + head * WIDTH + columns, x, inside)
+    elif head >= H + 2 * G:
+        if gates is not None:
+            tl.store(gates + (head - H - 2 * G) * WIDTH + columns, x, inside)
     else:
         place = (head - H).to(tl.int64) * room + position % room
         places = place + tl.zeros((1,), tl.int64)

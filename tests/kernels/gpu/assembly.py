@@ -150,13 +150,16 @@ def kv_tensors(groups: int, width: int, bits: int) -> KVTensors:
     return KVTensors(numbers, empty(2, groups, 2**15, dtype=FP32) if bits == 8 else None)
 
 
-def call_heads(count: int, groups: int, width: int, norms: Sequence[int], bits: int = 16) -> None:
+def call_heads(
+    count: int, groups: int, width: int, norms: Sequence[int], bits: int = 16, gated: bool = False
+) -> None:
     """Norms are named by the sizes of their weights."""
-    qkv = empty(4, (count + 2 * groups) * width, dtype=FP32)
+    qkv = empty(4, (count * (2 if gated else 1) + 2 * groups) * width, dtype=FP32)
     rope = empty(4096, width), empty(4096, width)
     own, past = [empty(size) for size in norms], empty(1, dtype=INT32)
     tensors = kv_tensors(groups, width, bits)
-    heads(qkv, empty(count, width), tensors, past, rope, own, 1e-6)
+    queries, gates = empty(count, width), empty(count, width) if gated else None
+    heads(qkv, queries, tensors, past, rope, own, 1e-6, gates=gates)
 
 
 def call_store(groups: int, width: int, bits: int) -> None:
@@ -174,6 +177,7 @@ class Attention:
     tokens: int = 1
     window: int | None = None
     sinks: bool = False
+    gated: bool = False
     bits: int = 16
 
     def __call__(self) -> None:
@@ -181,8 +185,8 @@ class Attention:
         queries = empty(self.tokens, self.heads, self.width)
         parts = Parts.for_tokens(self.tokens, self.heads, cache, self.window)
         sinks = empty(self.heads, dtype=FP32) if self.sinks else None
-        past = empty(1, dtype=INT32)
-        attend(queries, cache, past, torch.empty_like(queries), parts, self.window, sinks)
+        gates, past = empty(*queries.shape) if self.gated else None, empty(1, dtype=INT32)
+        attend(queries, cache, past, torch.empty_like(queries), parts, self.window, sinks, gates)
 
 
 TYPES = [name for name in codes.TILES if name != "none32"]
@@ -212,12 +216,14 @@ CALLS: dict[str, Callable[[], None]] = {
     "add_norm of few gpt-oss": partial(call_add_norm, 2880, 4),
     "heads qwen3": partial(call_heads, 32, 4, 128, [128, 128]),
     "heads olmoe in 8 bits": partial(call_heads, 16, 16, 128, [2048, 2048], bits=8),
+    "heads qwen3-next": partial(call_heads, 16, 2, 256, [256, 256], gated=True),
     "store qwen3": partial(call_store, 4, 128, 16),
     "store qwen3 in 8 bits": partial(call_store, 4, 128, 8),
     "attend qwen3": Attention(32, 4, 128),
     "attend qwen3 in 8 bits": Attention(32, 4, 128, bits=8),
     "attend gpt-oss": Attention(64, 8, 64, window=128, sinks=True),
     "attend gpt-oss in 8 bits": Attention(64, 8, 64, bits=8, sinks=True),
+    "attend qwen3-next": Attention(16, 2, 256, gated=True),
     "attend heads of 80 columns": Attention(32, 8, 80),
     "prompt attend qwen3": Attention(32, 4, 128, tokens=512),
     "prompt attend qwen3 in 8 bits": Attention(32, 4, 128, tokens=512, bits=8),

@@ -5,6 +5,7 @@ import torch
 from gpu_tools import kv_tensors, length_of
 
 from mixchat.engine.tensor_cache import attention_mask
+from mixchat.kernels.cpu.rows import gated as gated_rows
 from mixchat.kernels.gpu import attention
 from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.kv_store import KVTensors, store
@@ -37,17 +38,39 @@ def expected(queries, rows, window, sinks):
     return (scores.softmax(-1)[..., : keys.shape[1]] @ values).transpose(0, 1)
 
 
-def check(heads, groups, width, room, past, tokens, *, window=None, sinks=None, bits=16, dtype):
+def check(
+    heads,
+    groups,
+    width,
+    room,
+    past,
+    tokens,
+    *,
+    window=None,
+    sinks=None,
+    gated=False,
+    bits=16,
+    dtype,
+):
     tensors = kv_tensors(groups, room, width, dtype, bits)
     rows = filled(tensors, past + tokens, dtype)
     queries = (2 * torch.randn(tokens, heads, width)).to(dtype)
     out = torch.full_like(queries, torch.nan)
     parts = Parts.for_tokens(tokens, heads, tensors, window)
-    attend(queries, tensors, length_of(past), out, parts, window, sinks)
+    gates = torch.randn_like(queries) if gated else None
+    attend(queries, tensors, length_of(past), out, parts, window, sinks, gates)
     within = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 1e-5}[dtype]
     right = expected(queries, rows, window, sinks).to(dtype)
+    if gates is not None:
+        right = gated_rows(right.flatten(1), gates.flatten(1)).view(right.shape)
     torch.testing.assert_close(out, right, rtol=within, atol=within)
     return parts.splits
+
+
+@pytest.mark.parametrize(("past", "splits"), [(1, 1), (69, 2)])
+def test_gates_multiply_the_output(past, splits):
+    shape = 4, 2, 64, past + 1, past, 1
+    assert check(*shape, gated=True, dtype=torch.bfloat16) == splits
 
 
 @pytest.mark.parametrize("width", [16, 64, 80, 96, 128, 256])

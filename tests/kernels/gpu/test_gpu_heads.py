@@ -65,6 +65,21 @@ def test_heads_are_those_of_a_cpu(dtype, bits, count, width, rotated, splits, no
     assert (tensors.numbers != 0).any(-1).sum() == 4
 
 
+def test_gates_are_stored_as_they_are():
+    rotation = RotaryEmbedding(RopeParameters(1e4), 64, 64, torch.bfloat16, CPU)
+    norms, partials = [torch.randn(64).bfloat16() for _ in range(2)], torch.randn(3, 12 * 64)
+    found = []
+    for gates in (None, torch.empty(4, 64).bfloat16()):
+        queries, tensors = torch.empty(4, 64).bfloat16(), kv_tensors(2, 8, 64, torch.bfloat16, 16)
+        sums = partials[:, : 8 * 64].contiguous() if gates is None else partials
+        place = length_of(5), rotation.tables
+        heads(sums, queries, tensors, *place, norms, 1e-5, None, gates)
+        found.append(torch.cat([queries.flatten(), tensors.numbers.flatten()]))
+    assert gates is not None
+    torch.testing.assert_close(gates.flatten(), partials.sum(0)[8 * 64 :].bfloat16())
+    assert torch.equal(*found)
+
+
 def test_norms_with_weights_in_fp32_are_rounded_once():
     """Rounded before they were multiplied, a tenth of the numbers differed."""
     rotation = RotaryEmbedding(RopeParameters(1e4), 64, 64, torch.bfloat16, CPU)
