@@ -38,8 +38,9 @@ from mixchat.weights.format.manifest import Manifest
 _FORMAT = 3
 _DESCRIPTION, _IDS, _DIGEST = "mixchat_prompt_cache", "ids", "sha256"
 _MAX_DESCRIPTION_BYTES = 4096
-# In a file, which has the state of each. With two, /undo and /regen work at once after a resume.
-_MAX_CHECKPOINTS = 2
+# In a file, which has the state of each. A turn makes three, so that /undo and /regen compute
+# nothing again after a resume.
+_MAX_CHECKPOINTS = 3
 
 
 def identity_of(manifest: Manifest) -> str:

@@ -209,7 +209,19 @@ DESCRIPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"tokens": 2**30}, "its tensors do not match"),
     *(
         ({"checkpoints": lengths}, "its checkpoints are wrong")
-        for lengths in (None, 5, [0], [-1], [23], [5, 5], [9, 8], [1, 2, 3], ["5"], [True], [2**70])
+        for lengths in (
+            None,
+            5,
+            [0],
+            [-1],
+            [23],
+            [5, 5],
+            [9, 8],
+            [1, 2, 3, 4],
+            ["5"],
+            [True],
+            [2**70],
+        )
     ),
     *(({"tokens": n}, "count of tokens is wrong") for n in (2**70, 0, -1, True, "23", None)),
     ({"more": "x" * 5000}, "its description is missing"),
