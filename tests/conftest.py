@@ -139,6 +139,15 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 8},
     "qwen3_next": HYBRID,
     "qwen3_5_moe": HYBRID,
+    "lfm2_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 4,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv", "conv"],
+        "routed_scaling_factor": 1.5,
+    },
     "mellum": {
         "moe_intermediate_size": 128,
         "layer_types": ["sliding_attention", "full_attention"],

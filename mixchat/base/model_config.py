@@ -38,8 +38,7 @@ class ModelConfig:
     global_head_dim, num_global_key_value_heads: of full layers, if they differ from sliding ones.
     linear_conv_kernel_dim, linear_key_head_dim, linear_value_head_dim, linear_num_key_heads,
     linear_num_value_heads: of "linear_attention", which is a Gated DeltaNet.
-    conv_L_cache: the tokens that the short convolution of a layer "conv" reads. conv_bias: of it
-    and of its projections.
+    conv_L_cache: the tokens that the short convolution of a layer "conv" reads.
     kv_lora_rank: the width of the latent that keys and values are made of, 0 for none. Then all
     layers have latent attention. Its heads are of qk_nope_head_dim + qk_rope_head_dim columns, of
     which the last ones rotate, and values of v_head_dim. q_lora_rank: the width of the latent of
@@ -95,7 +94,6 @@ class ModelConfig:
     linear_num_key_heads: int = 0
     linear_num_value_heads: int = 0
     conv_L_cache: int = 0
-    conv_bias: bool = False
     kv_lora_rank: int = 0
     q_lora_rank: int = 0
     qk_nope_head_dim: int = 0

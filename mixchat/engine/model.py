@@ -23,6 +23,7 @@ from mixchat.engine.moe import Routing, SparseMoE
 from mixchat.engine.norm import RMSNorm
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.engine.sequence_cache import TokenContext
+from mixchat.engine.short_conv import ShortConv
 from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.program import Stage, alone
@@ -67,6 +68,7 @@ class _MixerClass(Protocol):
 _MIXERS: dict[MixerType, _MixerClass] = {
     "attention": Attention,
     "linear_attention": GatedDeltaNet,
+    "conv": ShortConv,
     "latent_attention": LatentAttention,
 }
 

@@ -52,6 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "partial_rotary_factor": 0.5,
     },
+    "short convolutions": {"model_type": "lfm2_moe", "head_dim": 32, "num_attention_heads": 2},
     "norms of projections": {"model_type": "olmoe", "num_attention_heads": 2, "head_dim": 32},
     "window and rope of a layer": {"model_type": "mellum", "moe_intermediate_size": 128},
     "sinks and biases": {"model_type": "gpt_oss"},
@@ -77,11 +78,16 @@ WAYS = {
         "correction and dense layer",
         "half of a head rotated",
         "states beside gated attention",
+        "short convolutions",
         "sinks, biases and experts in mxfp4",
         "multipliers",
         "latents",
     )
 }
+
+
+# Those with states, which can be cut back to checkpoints alone.
+RECURRENT = "states beside gated attention", "short convolutions"
 
 
 class Always(Speculation):

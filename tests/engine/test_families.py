@@ -108,6 +108,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_5_moe",
         {"linear_num_key_heads": 5, "linear_num_value_heads": 10, "num_key_value_heads": 1},
     ),
+    "lfm2_moe": ("lfm2_moe", {}),
+    "lfm2_moe, no bias": (
+        "lfm2_moe",
+        {"use_expert_bias": False, "norm_topk_prob": False, "conv_L_cache": 4, **SPARSE},
+    ),
     "mellum": ("mellum", {}),
     "mellum, full attention": ("mellum", {"layer_types": ["full_attention"] * 2, **SPARSE}),
     "mellum, another rope": (

@@ -10,7 +10,7 @@ from typing import Any
 import engine_tools
 import pytest
 import torch
-from engine_tools import GREEDY, WAYS, Always, cache_content
+from engine_tools import GREEDY, RECURRENT, WAYS, Always, cache_content
 
 from mixchat.base import interrupts
 from mixchat.base.errors import CheckpointError
@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], LoadOptions]] = {
     **{
         name: ({**changes, "std": 0.03, "seed": 2}, {}, LoadOptions())
         for name, changes in WAYS.items()
-        if "states" not in name  # which cannot be cut back to the accepted tokens
+        if name not in RECURRENT  # which cannot be cut back to the accepted tokens
     },
     "multipliers": (WAYS["multipliers"], {}, LoadOptions()),  # else all proposals are accepted
 }

@@ -34,6 +34,11 @@ class Convolution:
         self.weight, self.gated = weight.float().t().contiguous(), gated  # [L, C]
 
     @property
+    def channels(self) -> int:
+        """Return C."""
+        return self.weight.shape[1]
+
+    @property
     def state_shape(self) -> tuple[int, int]:
         """Return the shape of the state in fp32, the last L - 1 inputs, the oldest first."""
         taps, channels = self.weight.shape
@@ -45,12 +50,14 @@ class Convolution:
         x and the result are rows of matrices. `before` is the state before these tokens. The state
         after them is written to `after`.
         """
-        channels = self.weight.shape[1]
+        channels = self.channels
         if not rows.can_compute(x.dtype, channels, x.device.type):
             return self._by_torch(x, before, after)
-        dtype = x.dtype if self.gated else torch.float32
-        # With rows of a power of two bytes, few tokens' heads would find room in a cache.
-        out = torch.empty(x.shape[0], channels + _PAD, dtype=dtype)[:, :channels]
+        if self.gated:
+            out = torch.empty(x.shape[0], channels, dtype=x.dtype)
+        else:
+            # With rows of a power of two bytes, few tokens' heads would find room in a cache.
+            out = torch.empty(x.shape[0], channels + _PAD)[:, :channels]
         step = self.step(x, out)
         step.set(before=before.data_ptr(), after=after.data_ptr())
         step.run()

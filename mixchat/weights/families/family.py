@@ -164,6 +164,18 @@ def latent_attention(config: ModelConfig, layer: int) -> Tensors:
     )
 
 
+def short_conv(config: ModelConfig, layer: int) -> Tensors:
+    """Yield the tensors of a short convolution with LFM2's names."""
+    own, hidden = f"model.layers.{layer}.conv.", config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "in_proj": (3 * hidden, hidden),
+        "conv": (hidden, 1, config.conv_L_cache),
+        "out_proj": (hidden, hidden),
+    }
+    for name, shape in shapes.items():
+        yield f"{own}{name}.weight", (Slice(f"{own}{name}.weight", shape),)
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of models, by config.json's `model_type`.

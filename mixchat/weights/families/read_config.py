@@ -19,6 +19,7 @@ from mixchat.weights.families.glm4_moe import GLM4_MOE
 from mixchat.weights.families.glm4_moe_lite import GLM4_MOE_LITE
 from mixchat.weights.families.gpt_oss import GPT_OSS
 from mixchat.weights.families.granitemoe import GRANITEMOE
+from mixchat.weights.families.lfm2_moe import LFM2_MOE
 from mixchat.weights.families.mellum import MELLUM
 from mixchat.weights.families.minimax_m2 import MINIMAX_M2
 from mixchat.weights.families.mixtral import MIXTRAL
@@ -33,7 +34,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(MIXTRAL, QWEN3_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS),
         *(QWEN2_MOE, ERNIE4_5_MOE, DOTS1, GLM4_MOE, MINIMAX_M2),
-        *(QWEN3_NEXT, QWEN3_5_MOE, GLM4_MOE_LITE, DEEPSEEK_V2, DEEPSEEK_V3),
+        *(LFM2_MOE, QWEN3_NEXT, QWEN3_5_MOE, GLM4_MOE_LITE, DEEPSEEK_V2, DEEPSEEK_V3),
     )
 }
 

@@ -131,15 +131,12 @@ def _delta_net(specs: LayerSpecs) -> MixerSpec:
 def _short_conv(specs: LayerSpecs) -> MixerSpec:
     """Return the projection to b above c above x, the convolution, and the output's."""
     config, hidden, own = specs.config, specs.config.hidden_size, "conv."
-    bias = config.conv_bias
     matrices = {
-        "in_proj": specs.matrix(f"{own}in_proj", 3 * hidden, hidden, bias=bias),
-        "out_proj": specs.matrix(f"{own}out_proj", hidden, hidden, bias=bias),
+        "in_proj": specs.matrix(f"{own}in_proj", 3 * hidden, hidden),
+        "out_proj": specs.matrix(f"{own}out_proj", hidden, hidden),
     }
-    tensors = {"conv": specs.tensor(f"{own}conv.weight", hidden, config.conv_L_cache)}
-    if bias:
-        tensors["conv_bias"] = specs.tensor(f"{own}conv.bias", hidden)
-    return MixerSpec(matrices, tensors)
+    conv = specs.tensor(f"{own}conv.weight", hidden, config.conv_L_cache)
+    return MixerSpec(matrices, {"conv": conv})
 
 
 _MIXERS: dict[MixerType, Callable[[LayerSpecs], MixerSpec]] = {

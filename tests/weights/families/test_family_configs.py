@@ -21,6 +21,60 @@ def _known(name: str) -> dict[str, Any]:
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        **SHARED,
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 262144,
+        "partial_rotary_factor": 0.25,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e7,
+        "rope_scaling": None,
+        "eos_token_id": 151645,
+    },
+    "lfm2_moe": {
+        "vocab_size": 65536,
+        "hidden_size": 2048,
+        "intermediate_size": 7168,
+        "moe_intermediate_size": 1792,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "num_dense_layers": 2,
+        "norm_topk_prob": True,
+        "use_expert_bias": True,
+        "routed_scaling_factor": 1.0,
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 128000,
+        "tie_embedding": True,
+        "eos_token_id": 7,
+        "layer_types": [
+            "full_attention" if layer in (2, 6, 10, 14, 18, 21) else "conv" for layer in range(24)
+        ],
+    },
     "qwen3_moe": {
         **_known("qwen3"),
         "decoder_sparse_step": 1,
@@ -292,7 +346,8 @@ def test_a_published_config_is_read_as_transformers_reads_it(model_type):
     theirs = AutoConfig.for_model(model_type, **PUBLISHED[model_type])
     ours = read(model_type)
     for key in SAME:
-        name = "num_experts" if key == "num_local_experts" and not hasattr(theirs, key) else key
+        others = {"num_local_experts": "num_experts", "rms_norm_eps": "norm_eps"}
+        name = key if hasattr(theirs, key) else others[key]
         assert getattr(ours, key) == getattr(theirs, name), key
     for key, default in OPTIONAL.items():
         assert getattr(ours, key) == getattr(theirs, key, default), key
@@ -301,7 +356,8 @@ def test_a_published_config_is_read_as_transformers_reads_it(model_type):
     inner = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
     heads = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (ours.intermediate_size, ours.head_dim) == (inner, heads)
-    first = getattr(theirs, "moe_layer_start_index", getattr(theirs, "first_k_dense_replace", 0))
+    counts_dense = "moe_layer_start_index", "num_dense_layers", "first_k_dense_replace"
+    first = next((getattr(theirs, key) for key in counts_dense if hasattr(theirs, key)), 0)
     first = first or getattr(theirs, "mlp_layer_types", []).count("dense")
     assert ours.first_k_dense_replace == first
     assert not first or ours.dense_intermediate_size == theirs.intermediate_size
@@ -341,6 +397,11 @@ def test_a_config_that_transformers_5_wrote_is_the_same(model_type):
         ("deepseek_v3", ("n_group", "topk_group", "q_lora_rank", "first_k_dense_replace")),
         ("minimax_m2", ("num_key_value_heads", "head_dim", "num_local_experts", "rope_theta")),
         ("mellum", ("sliding_window", "mlp_layer_types", "head_dim", "norm_topk_prob")),
+        ("qwen3_next", ("num_experts", "num_key_value_heads", "head_dim", "norm_topk_prob")),
+        ("qwen3_next", ("full_attention_interval", "partial_rotary_factor", "mlp_only_layers")),
+        ("qwen3_next", ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim")),
+        ("lfm2_moe", ("num_dense_layers", "use_expert_bias", "norm_eps", "conv_L_cache")),
+        ("lfm2_moe", ("tie_embedding", "rope_theta", "num_experts", "conv_bias")),
         ("olmoe", ("clip_qkv", "norm_topk_prob", "attention_bias")),
         ("gpt_oss", ("layer_types", "sliding_window", "swiglu_limit", "rope_scaling")),
     ],
@@ -348,6 +409,28 @@ def test_a_config_that_transformers_5_wrote_is_the_same(model_type):
 def test_missing_keys_are_those_of_transformers(model_type, keys):
     raw = {"model_type": model_type, **PUBLISHED[model_type]}
     assert read_config({key: raw[key] for key in raw if key not in keys}) == read_config(raw)
+
+
+def test_the_language_model_of_qwen3_5_is_read_alone_or_beside_vision():
+    from transformers import AutoConfig
+
+    text = {**PUBLISHED["qwen3_next"], "vocab_size": 248320, "num_experts": 256}
+    text |= {"num_hidden_layers": 40, "num_experts_per_tok": 8}
+    rope = {"rope_theta": 1e7, "rope_type": "default", "partial_rotary_factor": 0.25}
+    rope |= {"mrope_interleaved": True, "mrope_section": [11, 11, 10]}
+    text["rope_parameters"] = rope
+    whole = AutoConfig.for_model("qwen3_5_moe", text_config=text).to_dict()
+    alone = AutoConfig.for_model("qwen3_5_moe_text", **text).to_dict()
+    ours = read_config(whole)
+    assert (
+        ours
+        == read_config(alone)
+        == read_config({"model_type": "qwen3_5_moe", "text_config": text})
+    )
+    assert (ours.num_local_experts, ours.num_experts_per_tok, ours.norm_topk_prob) == (256, 8, True)
+    assert ours.layer_types.count("full_attention") == 10
+    assert ours.layer_type(39) == "full_attention"
+    assert ours.rope(3).partial_rotary_factor == 0.25
 
 
 def test_mellum_without_types_of_layers_has_full_attention():
@@ -386,6 +469,12 @@ def test_a_window_of_qwen_is_that_of_all_layers_if_it_is_used():
         ("minimax_m2", {"rotary_dim": "64"}, "rotary_dim is '64'"),
         ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob"),
         ("qwen3_moe", {"num_experts": None}, "num_local_experts is None"),
+        ("qwen3_next", {"mlp_only_layers": [3]}, "models with dense layers do not run"),
+        ("qwen3_next", {"linear_num_value_heads": 24}, "24 value heads cannot share 16 key heads"),
+        ("qwen3_next", {"full_attention_interval": 0}, "full_attention_interval is 0"),
+        ("lfm2_moe", {"conv_bias": True}, "conv_bias is not supported"),
+        ("lfm2_moe", {"layer_types": ["conv"] * 3}, "3 layer_types for 24 layers"),
+        ("lfm2_moe", {"conv_L_cache": 0}, "conv_L_cache is 0"),
         ("mellum", {"mlp_layer_types": ["dense"] + ["sparse"] * 27}, "mlp_layer_types"),
         ("mellum", {"mlp_layer_types": 3}, "mlp_layer_types"),
         ("mellum", {"layer_types": ALTERNATING}, "2 layer_types for 28"),
