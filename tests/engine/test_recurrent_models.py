@@ -10,7 +10,7 @@ from engine_tools import FAMILIES, RECURRENT, answer
 
 from mixchat.base.options import LoadOptions
 from mixchat.engine.generate import Engine
-from mixchat.engine.layer_cache import Extent
+from mixchat.engine.state_cache import StateCache
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.loading.loader import load_engine
 
@@ -34,11 +34,10 @@ def load(model_of: Callable[..., Path]) -> Callable[..., Engine]:
     return load
 
 
-def content(engine: Engine) -> list[torch.Tensor]:
-    """Return what the layers hold, without checkpoints."""
-    _, cache = engine.held()
-    layers = (layer.content(Extent(cache.length)) for layer in cache.layers)
-    return [tensor for tensors in layers for tensor in tensors.values()]
+def states(engine: Engine) -> list[torch.Tensor]:
+    layers = [layer for layer in engine.held()[1].layers if isinstance(layer, StateCache)]
+    assert layers
+    return [tensor for layer in layers for tensor in layer.state.values()]
 
 
 @pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2 or NEON")
@@ -48,11 +47,10 @@ def test_a_text_that_parts_from_the_one_before_has_the_bits_of_a_new_one(kind, l
     first = ids_of(TOKENS)
     answer(engine, first)
     for kept in (TOKENS, 220, 130, 2):
-        # The caches hold an even count of tokens after it. Pages keep the pair of a last one.
         text = [*first[:kept], *ids_of(41, seed=kept)]
         other.forget()
         assert answer(engine, text) == answer(other, text)
-        assert all(map(torch.equal, *(content(each) for each in (engine, other))))
+        assert all(map(torch.equal, *(states(each) for each in (engine, other))))
 
 
 @each_kind
