@@ -118,7 +118,7 @@ def _check_shape(shape: str, layers: int) -> None:
         raise UsageError(
             f"--shape cannot be {shape!r:.80}", hint=f"It is one of {', '.join(KNOWN)}."
         )
-    if layers > (most := KNOWN[shape].config["num_hidden_layers"]):
+    if layers > (most := KNOWN[shape].layers):
         raise UsageError(
             f"--synthetic has to be at most {most}, the layers of {shape}, not {layers}"
         )

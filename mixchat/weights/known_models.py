@@ -30,12 +30,16 @@ class KnownModel:
         """Return the type of the experts' matrices in the checkpoint, None for bf16."""
         return "mxfp4" if "quantization_config" in self.config else None
 
+    @property
+    def layers(self) -> int:
+        return read_config(self.config).num_hidden_layers
+
     def with_layers(self, layers: int) -> dict[str, Any]:
         """Return the config.json of the first layers alone."""
-        config = {**self.config, "num_hidden_layers": layers}
-        if "layer_types" in config:
-            config["layer_types"] = config["layer_types"][:layers]
-        return config
+        text = {**self.config.get("text_config", self.config), "num_hidden_layers": layers}
+        if "layer_types" in text:
+            text["layer_types"] = text["layer_types"][:layers]
+        return {**self.config, "text_config": text} if "text_config" in self.config else text
 
     @property
     def fetched_gb(self) -> int:
@@ -65,6 +69,10 @@ KNOWN: dict[str, KnownModel] = {
     "mellum2": KnownModel("JetBrains/Mellum2-12B-A2.5B-Instruct", "mellum2"),
     # The experts are half as wide as the class has them.
     "olmoe": KnownModel("allenai/OLMoE-1B-7B-0125-Instruct", "olmoe"),
+    # All is the repositories', as other programs quote it.
+    "qwen3.6": KnownModel("Qwen/Qwen3.6-35B-A3B", "qwen3.6"),
+    "qwen3-coder-next": KnownModel("Qwen/Qwen3-Coder-Next", "qwen3-coder-next"),
+    "glm-4.7-flash": KnownModel("zai-org/GLM-4.7-Flash", "glm-4.7-flash"),
     # All is the repository's, as other programs quote it. The multipliers are also those of 1B.
     "granite": KnownModel("ibm-granite/granite-3.1-3b-a800m-instruct", "granite"),
 }

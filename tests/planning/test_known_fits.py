@@ -42,11 +42,14 @@ def test_the_known_models_come_by_their_size_with_the_same_prediction_as_a_plan(
         "olmoe",
         "mellum2",
         "gpt-oss",
+        "glm-4.7-flash",
         "qwen3",
+        "qwen3.6",
         "instruct",
+        "qwen3-coder-next",
         "8x22b",
     ]
-    assert sorted(name for row in found for name in row.names)[:3] == ["8x22b", "base", "gpt-oss"]
+    assert sorted(name for row in found for name in row.names)[:2] == ["8x22b", "base"]
     for row, blueprint in zip(
         found, sorted(known_blueprints().values(), key=lambda each: each.size), strict=True
     ):

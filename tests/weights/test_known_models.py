@@ -22,6 +22,10 @@ PUBLISHED = {
     "mellum2": (12.1, 24),
     "olmoe": (6.9, 14),
     "granite": (3.3, 7),
+    # Without what is left out, which is 1.3 billion of 36 in Qwen3.6.
+    "qwen3.6": (34.7, 69),
+    "qwen3-coder-next": (79.7, 159),
+    "glm-4.7-flash": (29.9, 60),
 }
 
 
@@ -39,6 +43,26 @@ def test_transformers_reads_the_same_in_a_known_config(name):
     raw = KNOWN[name].config
     theirs = CONFIG_MAPPING[raw["model_type"]](**raw)
     assert read_config(theirs.to_dict()) == read_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("qwen3.6", ("images", "predicting further tokens")),
+        ("glm-4.7-flash", ("predicting further tokens",)),
+        ("qwen3-coder-next", ()),
+    ],
+)
+def test_a_known_model_says_what_is_left_out(name, parts):
+    assert read_config(KNOWN[name].config).left_out == parts
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_first_layers_of_a_known_model_are_its_own(name):
+    config = read_config(KNOWN[name].config)
+    part = read_config(KNOWN[name].with_layers(5))
+    assert part.num_hidden_layers == 5
+    assert [*map(part.layer_type, range(5))] == [*map(config.layer_type, range(5))]
 
 
 @pytest.mark.parametrize(("names", "blueprint"), known_blueprints().items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,12 @@ _MISSING = {
     "minimax": "lightning attention",
     "phimoe": "SparseMixer routing",
 }
+# What a model has parts for beside its language model, and the keys of config.json that show it.
+_OTHER_PARTS = {
+    "images": ("vision_config",),
+    "sound": ("audio_config",),
+    "predicting further tokens": ("mtp_num_hidden_layers", "num_nextn_predict_layers"),
+}
 
 
 def read_config(raw: dict[str, Any]) -> ModelConfig:
@@ -79,7 +86,9 @@ def read_config(raw: dict[str, Any]) -> ModelConfig:
         )
     config = FAMILIES[model_type].read_config(raw)
     config.check()
-    return config
+    keys = {**raw, "num_nextn_predict_layers": config.num_nextn_predict_layers}
+    parts = [part for part, names in _OTHER_PARTS.items() if any(keys.get(key) for key in names)]
+    return replace(config, left_out=tuple(parts))
 
 
 def _of_language_model(raw: dict[str, Any]) -> dict[str, Any]:

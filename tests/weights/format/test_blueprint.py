@@ -125,7 +125,9 @@ def test_only_models_with_biases_have_one_of_their_router(bias):
         assert replace(specs[name], name="") == replace(model.gate_bias(0), name="")
 
 
-@pytest.mark.parametrize("name", ["instruct", "qwen3", "gpt-oss", "olmoe", "granite", "mellum2"])
+@pytest.mark.parametrize(
+    "name", ["instruct", "qwen3", "gpt-oss", "olmoe", "granite", "mellum2", "qwen3-coder-next"]
+)
 def test_parameters_are_counted_as_transformers_counts_them(name):
     raw = KNOWN[name].config
     with torch.device("meta"):
