@@ -7,12 +7,11 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from itertools import cycle, islice
 from pathlib import Path
-from statistics import harmonic_mean
 from typing import NamedTuple
 
 import torch
@@ -119,6 +118,16 @@ def _starts(size: int, block: int) -> range:
     return range(0, size - block + 1, block // ALIGNMENT * ALIGNMENT)
 
 
+class _Round(NamedTuple):
+    size: int  # bytes
+    seconds: float
+
+
+def _rate(rounds: Sequence[_Round]) -> float:
+    """Return bytes a second. While the disk is fast, a round reads more of them."""
+    return sum(each.size for each in rounds) / sum(each.seconds for each in rounds)
+
+
 class _Disk:
     """Reads blocks that are not in the page cache."""
 
@@ -145,28 +154,26 @@ class _Disk:
         return time.perf_counter() >= self._until
 
     def measure(self, work: Callable[[], None]) -> DiskRates:
-        busy: dict[bool, list[float]] = {}
-        idle: dict[bool, list[float]] = {}
+        busy: dict[bool, list[_Round]] = {}
+        idle: dict[bool, list[_Round]] = {}
         ways = self._ways()
         until = time.perf_counter() + 6 * self._seconds
         for number in range(_ROUNDS * len(ways)):
             way = ways[number % len(ways)]
             with ThreadPoolExecutor(1) as pool:
-                reading = pool.submit(self._rate, way)
+                reading = pool.submit(self._round, way)
                 while not reading.done():  # as in use, the main thread computes
                     work()
                 busy.setdefault(way, []).append(reading.result())
-            idle.setdefault(way, []).append(self._rate(way))
+            idle.setdefault(way, []).append(self._round(way))
             has_tried_all = (number + 1) % len(ways) == 0
             if self._is_over or (has_tried_all and time.perf_counter() > until):
                 break
-        direct = max(busy, key=lambda way: harmonic_mean(busy[way]))
-        # Each round reads as many bytes.
-        computing, alone = harmonic_mean(busy[direct]), harmonic_mean(idle[direct])
-        return DiskRates(computing, alone, self._fresh_rate(direct))
+        direct = max(busy, key=lambda way: _rate(busy[way]))
+        return DiskRates(_rate(busy[direct]), _rate(idle[direct]), _rate([self._fresh(direct)]))
 
-    def _fresh_rate(self, direct: bool) -> float:
-        """Return bytes a second into fresh memory. The first may be what was just given back."""
+    def _fresh(self, direct: bool) -> _Round:
+        """Read into fresh memory. The first may be what was just given back."""
         most = machine.free_memory() // 8  # as much may go into the page cache
         taken: list[torch.Tensor] = []  # kept, so that the next memory is fresh, too
 
@@ -174,15 +181,15 @@ class _Disk:
             taken.append(new_block(self._together * self._block))
             return taken[-1].numpy().data
 
-        return self._rate(direct, fresh, _FRESH * self._seconds, most)
+        return self._round(direct, fresh, _FRESH * self._seconds, most)
 
-    def _rate(
+    def _round(
         self,
         direct: bool,
         memory: Callable[[], memoryview] | None = None,
         seconds: float | None = None,
         most: float = math.inf,
-    ) -> float:
+    ) -> _Round:
         self._set_direct(direct)
         seconds = seconds or self._seconds
         done, spent, unread = 0, 0.0, self._count
@@ -194,7 +201,7 @@ class _Disk:
             done += count * self._block
             spent += took
             if spent > seconds or done > most or self._is_over or not unread:
-                return done / spent
+                return _Round(done, spent)
             if took < _SHORT * seconds and count < self._most_together:
                 self._together = min(2 * count, self._most_together)
                 done, spent = 0, 0.0

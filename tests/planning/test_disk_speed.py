@@ -163,6 +163,12 @@ def test_a_busy_disk_is_read_no_longer_than_it_may_take(tmp_path, monkeypatch, u
     assert round(clock.now) == 3 * reads
 
 
+def test_rounds_of_a_disk_that_changes_count_by_their_bytes():
+    """Rounds counted as if they read as many bytes, and the slowest one had too much weight."""
+    fast, slow = disk_speed._Round(3000, 1.0), disk_speed._Round(500, 1.0)
+    assert disk_speed._rate([fast, slow]) == 3500 / 2
+
+
 def test_a_slow_disk_is_measured_with_less_than_an_expert(tmp_path, monkeypatch):
     written = spy_on_writing(monkeypatch, largest=4096)
     monkeypatch.setattr(os, "fsync", lambda fd: time.sleep(0.05))
