@@ -24,12 +24,11 @@ from mixchat.engine.norm import RMSNorm
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.engine.sequence_cache import TokenContext
 from mixchat.engine.short_conv import ShortConv
-from mixchat.experts.holder import ExpertRunner
+from mixchat.experts.holder import ExpertRunner, LayerExperts
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.program import Stage, alone
 from mixchat.kernels.cpu.router import Router
 from mixchat.weights.format.blueprint import HEAD, Blueprint
-from mixchat.weights.format.expert import Expert
 from mixchat.weights.matrix.quant_type import Linear, RecordRows
 
 LAST = slice(-1, None)
@@ -152,7 +151,7 @@ class Block:
         ]
 
     def expert_stages(
-        self, routing: Routing, context: SingleTokenContext, experts: Sequence[Expert]
+        self, routing: Routing, context: SingleTokenContext, experts: LayerExperts
     ) -> list[Stage]:
         """Return the stages after the router, if all experts are in memory."""
         x, added = context.x, context.added

@@ -5,17 +5,15 @@ T = tokens, D = hidden_size, E = num_local_experts, K = num_experts_per_tok.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from mixchat.engine.attention import SingleTokenContext
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.holder import ExpertRunner
+from mixchat.experts.holder import ExpertRunner, LayerExperts
 from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.arrange import arrange_step
 from mixchat.kernels.cpu.program import Stage, alone, together
-from mixchat.kernels.cpu.router import Router, look_up_step
-from mixchat.weights.format.expert import Expert
+from mixchat.kernels.cpu.router import Router
 
 Routing = tuple[torch.Tensor, torch.Tensor]  # selected experts [T, K], int64, and weights, fp32
 
@@ -45,21 +43,21 @@ class SparseMoE:
         return [together(score), alone(choose)]
 
     def expert_stages(
-        self, routing: Routing, context: SingleTokenContext, experts: Sequence[Expert]
+        self, routing: Routing, context: SingleTokenContext, experts: LayerExperts
     ) -> list[Stage]:
         """Return a runner's work for one token as stages that map `normed` to `added`.
 
         `experts` are the layer's E.
         """
         selected, weights = routing
-        outputs = context.tensor("outputs", 1, self.router.choices, context.x.shape[1])
-        stages, places = experts[0].stages(context.normed, outputs[0])
-        addresses = torch.tensor([expert.addresses for expert in experts])
-        return [
-            alone(look_up_step(selected, addresses, torch.tensor(places))),
-            *stages,
-            alone(rows.weighted_sum_step(outputs, weights, context.added)),
-        ]
+        outputs = context.tensor("outputs", self.choices, context.x.shape[1])
+        stages, slots = experts[0].stages(context.normed, outputs)
+        order = torch.empty(2, selected.numel(), dtype=torch.int64)
+        arrange = arrange_step(
+            selected.view(-1), torch.zeros_like(order[0]), experts.addresses, slots, order
+        )
+        weighted_sum = rows.weighted_sum_step(outputs, weights, context.added, order[1:])
+        return [alone(arrange), *stages, alone(weighted_sum)]
 
     def run_routed(self, routing: Routing, context: SingleTokenContext) -> torch.Tensor:
         """Return what the runner adds for `normed`."""

@@ -13,28 +13,35 @@ import torch
 from mixchat.base import interrupts
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.fetcher import Fetcher
+from mixchat.experts.holder import LayerExperts
 from mixchat.experts.layer_rows import LayerRows
+from mixchat.kernels.cpu.arrange import arrange_step
 from mixchat.kernels.cpu.program import Program, alone
-from mixchat.kernels.cpu.router import look_up_step
+from mixchat.kernels.cpu.rows import weighted_sum
+from mixchat.kernels.cpu.units import MANY
 from mixchat.weights.format.expert import Expert, compute_together
 
 _LOADS_AHEAD = 2  # experts on their way while one is computed
 # Numbers of x for experts that are computed together, which fit in a CPU's cache.
 _MAX_X_NUMBERS = 2**21
+# Of rows and experts that a program computes. Others have programs of their own in each call.
+_MAX_PAIRS = 256
+_MAX_PROGRAMS = 8  # that are kept, each with some megabytes
 
 
 class HostCompute:
     """Computes experts out of slots in RAM. Two slots are enough.
 
-    forms: a number for each layer. Layers whose experts have the same form have the same number.
-    None if all layers do.
+    experts: of a layer. forms: a number for each layer. Layers whose experts have the same form
+    have the same number. None if all layers do.
     """
 
-    def __init__(self, fetcher: Fetcher, forms: Sequence[int] | None = None) -> None:
-        self.fetcher, self._forms = fetcher, forms
+    def __init__(self, fetcher: Fetcher, experts: int, forms: Sequence[int] | None = None) -> None:
+        self.fetcher, self._experts, self._forms = fetcher, experts, forms
         self._order: list[ExpertKey] = []  # those that are still to be computed
         self._unrequested: list[ExpertKey] = []
-        self._programs: dict[tuple[int, int], RowExperts] = {}  # by count and form of experts
+        # By rows, pairs and the form of the experts. The most recently used one comes last.
+        self._programs: dict[tuple[int, int, int], RowExperts] = {}
 
     def begin(self, rows: LayerRows, keys: Collection[ExpertKey]) -> None:
         """Start loading these experts, for `compute_next`, as far as there are slots."""
@@ -75,26 +82,63 @@ class HostCompute:
         return True
 
     def _compute_together(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
-        experts = [self.fetcher.ready(key) for key in keys]
-        if not experts[0].has_stages(rows.hidden_states):
+        experts = LayerExperts(self.fetcher.ready(key) for key in keys)
+        counts = [rows.counts[key] for key in keys]
+        x, pairs = rows.hidden_states, rows.memory.shape[0]
+        if not experts[0].has_stages(x):
             for key, expert in zip(keys, experts, strict=True):
                 interrupts.check()
                 rows.put(key, expert(rows.of(key), exact=rows.exact))
-        elif rows.is_one_token:
-            outputs = self._program(rows, experts)(rows.hidden_states, experts)
-            for key, output in zip(keys, torch.split(outputs, 1), strict=True):
+        elif self._is_few(x, pairs, exact=rows.exact):
+            program = self._program(rows.layer, experts[0], x, pairs)
+            numbers = torch.arange(len(keys)).repeat_interleave(torch.tensor(counts))
+            outputs = program(x, experts.addresses, numbers, rows.tokens_of(keys))
+            for key, output in zip(keys, torch.split(outputs, counts), strict=True):
                 rows.put(key, output)
         else:
-            x, x_rows = rows.hidden_states, rows.tokens_of(keys)
             outs = [rows.output_of(key) for key in keys]
-            compute_together(experts, x, x_rows, outs, exact=rows.exact)
+            compute_together(experts, x, rows.tokens_of(keys), outs, exact=rows.exact)
 
-    def _program(self, rows: LayerRows, experts: Sequence[Expert]) -> RowExperts:
+    def run_resident(
+        self,
+        layer: int,
+        hidden_states: torch.Tensor,
+        selected: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        exact: bool,
+    ) -> torch.Tensor | None:
+        """Return `ExpertRunner.run` of few rows if the layer's experts are in memory, else None.
+
+        Nothing is asked of each expert, which would take as long as to compute it.
+        """
+        if not self._is_few(hidden_states, selected.numel(), exact=exact):
+            return None
+        keys = [ExpertKey(layer, expert) for expert in range(self._experts)]
+        resident = self.fetcher.resident([keys])
+        if not resident or not resident[0][0].has_stages(hidden_states):
+            return None
+        pairs, experts = selected.numel(), resident[0]
+        program = self._program(layer, experts[0], hidden_states, pairs)
+        tokens = torch.arange(pairs) // selected.shape[1]
+        outputs = program(hidden_states, experts.addresses, selected.flatten(), tokens)
+        self.fetcher.note_hits(layer, [[*{*selected.flatten().tolist()}]])
+        return weighted_sum(outputs, weights, program.places.view(selected.shape))
+
+    def _is_few(self, x: torch.Tensor, pairs: int, *, exact: bool) -> bool:
+        """Return whether a program computes the pairs of rows and experts."""
+        # Of more rows an expert may round x otherwise.
+        return pairs <= _MAX_PAIRS and (exact or x.shape[0] < MANY)
+
+    def _program(self, layer: int, expert: Expert, x: torch.Tensor, pairs: int) -> RowExperts:
         # A program has the form of its experts, and gets their addresses with each call.
-        program_key = len(experts), self._forms[rows.layer] if self._forms else 0
-        if program_key not in self._programs:
-            self._programs[program_key] = RowExperts(experts[0], rows.hidden_states, len(experts))
-        return self._programs[program_key]
+        program_key = len(x), pairs, self._forms[layer] if self._forms else 0
+        program = self._programs.pop(program_key, None)
+        program = program or RowExperts(expert, x, pairs, self._experts)
+        self._programs[program_key] = program
+        if len(self._programs) > _MAX_PROGRAMS:
+            del self._programs[next(iter(self._programs))]
+        return program
 
     def _request(self, in_use: Sequence[ExpertKey] = ()) -> None:
         if self._unrequested:
@@ -103,21 +147,32 @@ class HostCompute:
 
 
 class RowExperts:
-    """Computes `count` experts for the same row [1, D] in one program, on the CPU.
+    """Computes experts for rows of x [N, D] in one program, on the CPU.
 
-    `expert` is any of their form, and `x` any row of their type.
+    `expert` is any of their form, and `x` are any rows of their type. A pair is a row and an expert
+    that it has chosen. A call has up to `pairs` pairs and `experts` experts. `places` are those of
+    the last call's pairs among its outputs.
     """
 
-    def __init__(self, expert: Expert, x: torch.Tensor, count: int) -> None:
-        self._x, self._outputs = torch.empty_like(x), x.new_empty(count, x.shape[1])
-        stages, places = expert.stages(self._x, self._outputs)
-        self._addresses = torch.zeros(len(places), len(places[0]), dtype=torch.int64)
-        fill = look_up_step(torch.arange(count), self._addresses, torch.tensor(places))
-        self._program = Program([alone(fill), *stages])
+    def __init__(self, expert: Expert, x: torch.Tensor, pairs: int, experts: int) -> None:
+        self._x, self._outputs = torch.empty_like(x), x.new_empty(pairs, x.shape[1])
+        self._pairs, order = torch.zeros(2, 2, pairs, dtype=torch.int64)
+        x_rows, self.places = order
+        stages, slots = expert.stages(self._x, self._outputs, x_rows if len(x) > 1 else None)
+        table = torch.zeros(experts, len(expert.addresses), dtype=torch.int64)
+        self._arrange = arrange_step(self._pairs[0], self._pairs[1], table, slots, order)
+        self._program = Program([alone(self._arrange), *stages])
 
-    def __call__(self, x: torch.Tensor, experts: Sequence[Expert]) -> torch.Tensor:
-        """Return the experts' outputs [K, D], which the next call overwrites."""
+    def __call__(
+        self, x: torch.Tensor, addresses: torch.Tensor, experts: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the outputs of all pairs, expert by expert, which the next call overwrites.
+
+        addresses: of the experts' matrices [E, n]. experts, rows: their numbers in each pair.
+        """
+        count = len(rows)
         self._x.copy_(x)
-        self._addresses.copy_(torch.tensor([expert.addresses for expert in experts]))
+        self._pairs[0, :count], self._pairs[1, :count] = experts, rows
+        self._arrange.set(table=addresses.data_ptr(), count=len(addresses), pairs=count)
         self._program.run()
-        return self._outputs
+        return self._outputs[:count]

@@ -5,12 +5,13 @@ T = tokens, D = hidden_size, K = num_experts_per_tok.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from mixchat.experts.cache import ExpertKey, ExpertStats
     from mixchat.weights.format.expert import Expert
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 
 class LayerExperts(list["Expert"]):
     """The experts of a layer. Unlike a list, it can have weak references."""
+
+    @cached_property
+    def addresses(self) -> torch.Tensor:
+        """Return the addresses of each expert's matrices [E, n], for packed ones."""
+        return torch.tensor([expert.addresses for expert in self])
 
 
 class ExpertRunner(Protocol):

@@ -73,7 +73,9 @@ class LayerRows:
         return self.hidden_states[self.tokens_of(keys)]
 
     def tokens_of(self, keys: Sequence[ExpertKey]) -> torch.Tensor:
-        """Return the numbers of the rows that `of` returns for several tokens."""
+        """Return the numbers of the rows of an expert, or of several, [n]."""
+        if self.is_one_token:
+            return torch.zeros(len(keys), dtype=torch.int64)
         return torch.cat([self._tokens[self._parts[key]] for key in keys])
 
     def output_of(self, key: ExpertKey) -> torch.Tensor:

@@ -100,9 +100,9 @@ def _in_ram(
     store = ExpertStore(read, blueprint.expert_of, sizes.of, stats)
     cache = ExpertCache(placement.slots, POLICIES[policy](passes), sizes.of)
     fetcher = Fetcher(cache, store, placement, passes, stats, _watch(installed, placement))
-    layers = range(installed.config.num_moe_layers)
+    forms = [id(blueprint.expert_of(layer)) for layer in range(installed.config.num_moe_layers)]
     return Dispatcher(
-        HostCompute(fetcher, [id(blueprint.expert_of(layer)) for layer in layers]),
+        HostCompute(fetcher, installed.config.num_local_experts, forms),
         stats,
         prefetch=_prefetch(installed, stats) if predicts else None,
         workers=share.workers,

@@ -139,8 +139,14 @@ class ExpertTimer:
     def _seconds_for(self, x: torch.Tensor) -> float:
         first, count = next(self._turns), self._choices
         if x.shape[0] == 1 and self._are_alike and first.has_stages(x):
-            program = RowExperts(first, x, count)  # as a token's experts are computed
-            return self.mean_of(lambda: program(x, [*itertools.islice(self._turns, count)])) / count
+            # As a token's experts are computed.
+            program, numbers = RowExperts(first, x, count, count), torch.arange(count)
+
+            def compute() -> None:
+                experts = LayerExperts(itertools.islice(self._turns, count))
+                program(x, experts.addresses, numbers, torch.zeros_like(numbers))
+
+            return self.mean_of(compute) / count
         return self.mean_of(lambda: next(self._turns)(x))
 
     def mean_of(self, run: Callable[[], object]) -> float:

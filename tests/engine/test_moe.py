@@ -16,6 +16,7 @@ from mixchat.base.rope_parameters import RopeParameters
 from mixchat.engine.attention import SingleTokenContext
 from mixchat.engine.moe import SparseMoE
 from mixchat.experts.cache import ExpertKey
+from mixchat.experts.holder import LayerExperts
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.kernels.cpu.program import Program
@@ -184,7 +185,7 @@ def test_a_program_has_the_bits_of_the_layer_for_any_choices(
     context: Any = SingleTokenContext(None, 64, dtype)  # type: ignore[arg-type]
     routing = torch.empty(1, choices, dtype=torch.int64), torch.empty(1, choices)
     runner: Any = moe.runner
-    stages = moe.expert_stages(routing, context, runner.experts)
+    stages = moe.expert_stages(routing, context, LayerExperts(runner.experts))
     program = Program([*moe.router_stages(routing, context), *stages])
     for x in torch.randn(6, 1, 64, generator=torch.Generator().manual_seed(1)).to(dtype):
         context.normed.copy_(x)

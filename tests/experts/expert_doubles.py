@@ -32,7 +32,7 @@ def runner(
         stats,
     )
     fetcher = Fetcher(ExpertCache(slots), store, Placement(slots, 0, 8), Passes(2), stats)
-    return Dispatcher(HostCompute(fetcher), stats, workers=workers, copies=frozenset(copies))
+    return Dispatcher(HostCompute(fetcher, 4), stats, workers=workers, copies=frozenset(copies))
 
 
 def fetcher_of(dispatcher: Dispatcher) -> Fetcher:

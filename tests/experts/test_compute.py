@@ -123,13 +123,48 @@ def test_for_one_token_experts_in_their_slots_are_computed_together_with_the_sam
 
 
 @needs_kernels
+@pytest.mark.parametrize("quant_type", ["nf4", "trellis3"])
+@torch.inference_mode()
+def test_rows_of_several_answers_have_the_bits_that_each_has_alone(
+    make_checkpoint, install, quant_type
+):
+    """A program runs again and again, with other experts and other counts of rows for each."""
+    installed = InstalledModel(
+        install(make_checkpoint(intermediate_size=128), quant_type=quant_type)
+    )
+    whole, few = runner(installed, 8), runner(installed, 3)
+    for layer, expert in product((0, 1), range(4)):
+        whole.load(ExpertKey(layer, expert), [])
+    for seed, tokens in enumerate((1, 5, 8, 5, 2, 8, 1)):
+        inputs = routing(tokens, 1 + seed % 3, seed)
+        rows = zip(*(torch.split(tensor, 1) for tensor in inputs), strict=True)
+        expected = torch.cat([runner(installed, 8).run(seed % 2, *row) for row in rows])
+        for each in (whole, few):
+            assert torch.equal(each.run(seed % 2, *inputs, exact=True), expected)
+    assert whole.stats.misses.total() == 8
+
+
+@needs_kernels
+@torch.inference_mode()
+def test_a_layer_in_memory_counts_each_chosen_expert_once(make_checkpoint, install):
+    installed = InstalledModel(install(make_checkpoint(intermediate_size=128)))
+    one, inputs = runner(installed, 8), routing(6)
+    for expert in range(4):
+        one.load(ExpertKey(1, expert), [])
+    before = one.stats
+    one.run(1, *inputs, exact=True)
+    hits = one.stats.since(before).hits
+    assert hits == {ExpertKey(1, expert): 1 for expert in set(inputs[1].flatten().tolist())}
+
+
+@needs_kernels
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("slots", [3, 8])  # for the four experts that are needed
 def test_a_prompts_experts_are_computed_together_with_the_same_bits(
     make_checkpoint, install, slots, exact, monkeypatch
 ):
     installed = InstalledModel(install(make_checkpoint(intermediate_size=128)))
-    inputs, together = routing(90), []
+    inputs, together = routing(150), []
 
     def watched(experts, *rest, **how):
         together.append(len(experts))
@@ -137,7 +172,7 @@ def test_a_prompts_experts_are_computed_together_with_the_same_bits(
 
     monkeypatch.setattr(compute, "compute_together", watched)
     results = []
-    for rows in (0, 100, 10**6):  # one expert has up to 70 rows
+    for rows in (0, 150, 10**6):  # one expert has up to 110 rows
         monkeypatch.setattr(compute, "_MAX_X_NUMBERS", rows * 64)
         one = runner(installed, slots)
         results += [one.run(1, *inputs, exact=exact) for _ in range(2)]

@@ -72,9 +72,9 @@ def test_experts_for_one_row_are_measured_as_a_token_computes_them(
     counts: list[int] = []
     call = RowExperts.__call__
 
-    def watch(program, x, experts):
-        counts.append(len(experts))
-        return call(program, x, experts)
+    def watch(program, x, addresses, *pairs):
+        counts.append(len(addresses))
+        return call(program, x, addresses, *pairs)
 
     monkeypatch.setattr(RowExperts, "__call__", watch)
     seconds = ExpertTimer(blueprint, Effort(pool_bytes=0, seconds=0.01)).seconds()

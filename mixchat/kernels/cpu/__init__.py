@@ -17,6 +17,7 @@ Codes are quantized weights. Read emit.py first, then units.py, tile.py and quan
 - quantized_matmul.py: x times a matrix of codes
 - rows.py: norms, rotary positions, gates and weighted sums of rows
 - router.py: the best experts of a token
+- arrange.py: slots of a program for the experts that rows have chosen
 - pages.py: stores keys and values in pages of memory
 - attention.py: attention over these pages
 - attend_kernel.py: its main part, scores and weighted values

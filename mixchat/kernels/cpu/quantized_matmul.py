@@ -105,13 +105,15 @@ def grouped_matmul_steps(
     x_rows: torch.Tensor | None = None,
     *,
     exact: bool = False,
+    most: int = 1,
 ) -> tuple[list[Step], list[list[Step]]]:
     """Return steps that round rows of x [N, C], and steps that write each `out` [n, R], by stages.
 
     Rows of x are in the order of the matrices, as many as each `out` has. Or x has one row, for all
     of them. `x_rows`, int64, choose the rows of x instead. All matrices have the same form. The
-    steps do not keep codes, absmax and bias alive, which may be replaced. If each `out` has one
-    row, they can run again.
+    steps do not keep codes, absmax and bias alive, which may be replaced. So may their rows, by up
+    to `most` rows of x and `out` that follow one another. If each `out` has one row, they can run
+    again. With more rows `slots_taken` has to be set to 0 before.
     """
     shared = x_rows is None and flat.shape[0] == 1
     rounds: list[Step] = []
@@ -125,8 +127,8 @@ def grouped_matmul_steps(
         end = first + sum(counts[number] for number in group)
         source = flat if shared or x_rows is not None else flat[first:end]
         chosen = None if x_rows is None else x_rows[first:end]
-        most = max(counts[number] for number in group)
-        round_x, multiply = _steps(source, chosen, matrices[0], unit, len(group), most)
+        most_rows = max(most, *(counts[number] for number in group))
+        round_x, multiply = _steps(source, chosen, matrices[0], unit, len(group), most_rows)
         rounds.append(round_x)
         parts, row = _Parts(multiply), 0
         for index, number in enumerate(group):
@@ -135,7 +137,8 @@ def grouped_matmul_steps(
             row += 0 if shared else counts[number]
         first = end
     # All units of a trellis are the same.
-    together = _DECODING if issubclass(units[0], Trellis) and max(counts) > 1 else len(products)
+    decodes = issubclass(units[0], Trellis) and max(most, *counts) > 1
+    together = _DECODING if decodes else len(products)
     return rounds, [products[at : at + together] for at in range(0, len(products), together)]
 
 

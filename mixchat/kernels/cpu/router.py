@@ -41,7 +41,6 @@ _SIGNATURE = Signature(
     "correction",
     "scaling",
 )
-_LOOK_UP = Signature("experts", "table", "targets", "choices", "columns")
 
 Scoring = Literal["softmax", "sigmoid"]
 
@@ -170,23 +169,6 @@ class Router:
         )
 
 
-def look_up_step(experts: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> Step:
-    """Return a step that writes, for each chosen expert, the numbers that a table has for it.
-
-    All are contiguous int64. `experts` [K] choose rows of `table` [E, n]. `targets` [K, n] are the
-    addresses to write to.
-    """
-    numbers = _LOOK_UP.numbers(
-        experts=experts.data_ptr(),
-        table=table.data_ptr(),
-        targets=targets.data_ptr(),
-        choices=targets.shape[0],
-        columns=targets.shape[1],
-    )
-    function = _compiled(False, False, False, None, _NO_LIMITS).function("look_up")
-    return Step(function, _LOOK_UP, numbers, (experts, table, targets), threads=1)
-
-
 @compiled_here
 def _compiled(
     module: ir.Module,
@@ -199,23 +181,6 @@ def _compiled(
 ) -> None:
     _Score(module, lanes, x_bf16, gate_bf16, biased).write()
     (_Choose(module) if scores is None else _ChooseByScores(module, scores, limits)).write()
-    _write_look_up(module)
-
-
-def _write_look_up(module: ir.Module) -> None:
-    function = Function(module, "look_up")
-    args = _LOOK_UP.read_by(function)
-    experts, table, targets = (args.pointer(name) for name in ("experts", "table", "targets"))
-    columns = args.number("columns")
-    with (
-        function.each_item(function.pointer, function.constant(i64, 1)),
-        function.loop(0, args.number("choices"), 1) as (choice, _),
-        function.loop(0, columns, 1) as (column, _),
-    ):
-        number = table.load(i64, (experts.load(i64, choice * 8) * columns + column) * 8)
-        target = targets.load(i64, (choice * columns + column) * 8)
-        function.address(target).store(number)
-    function.finish()
 
 
 class _Score:

@@ -18,11 +18,16 @@ import torch
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import ALIGNMENT, TensorSpec
+from mixchat.kernels.cpu.arrange import Slots
 from mixchat.kernels.cpu.program import Program, Stage, Step, alone, together
 from mixchat.kernels.cpu.rows import Swiglu, can_compute
 from mixchat.weights.matrix.linear import LinearSpec, PackedLinear, as_packed
 from mixchat.weights.matrix.on_device import build_linear
 from mixchat.weights.matrix.quant_type import Linear
+
+# Arguments of a product: those that an expert has, and those that its rows give.
+_OF_MATRIX = "codes", "absmax", "bias"
+_OF_ROWS = "x_integers", "x_scales", "x_sums", "out", "tokens", "slots_taken"
 
 
 @dataclass(frozen=True)
@@ -49,18 +54,31 @@ class Expert:
             return False
         return can_compute(x.dtype, as_packed(self.gate_up).rows // 2, x.device.type)
 
-    def stages(self, x: torch.Tensor, out: torch.Tensor) -> tuple[list[Stage], list[list[int]]]:
-        """Return `__call__` as stages that map a row x [1, D] to each row of `out` [K, D].
+    def stages(
+        self, x: torch.Tensor, out: torch.Tensor, x_rows: torch.Tensor | None = None
+    ) -> tuple[list[Stage], Slots]:
+        """Return `__call__` as stages that map rows of x [N, D] to `out` [P, D].
 
-        Also return where the stages hold `addresses`, for each row. Other addresses written there
-        make the stages compute other experts of the same form.
+        x_rows [P], int64: the rows of x. None if each row of `out` has the only row of x. The
+        stages also have P slots, for other experts of the same form with their `addresses`, each
+        with up to N rows that follow one another.
         """
-        rows = torch.split(out, 1)
-        stages, products = _stages([self] * len(rows), x, rows, exact=True)
-        names = ("codes", "absmax", "bias")
-        return stages, [
-            [step.address(name) for step in both for name in names] for both in products
+        outs = torch.split(out, 1)
+        alike, most = [self] * len(outs), x.shape[0]
+        stages, products = _stages(alike, x, outs, x_rows, exact=True, most=most)
+        of_matrix, of_rows = (
+            [[(step, name) for step in slot for name in names] for slot in products]
+            for names in (_OF_MATRIX, _OF_ROWS)
+        )
+        targets = [
+            [step.address(name) for step, name in (*of_slot, *of_its_rows)]
+            for of_slot, of_its_rows in zip(of_matrix, of_rows, strict=True)
         ]
+        numbers = torch.tensor([[step.get(name) for step, name in slot] for slot in of_rows])
+        first, second = numbers[0], numbers[min(1, len(numbers) - 1)]
+        is_count = torch.tensor([name == "tokens" for _, name in of_rows[0]]).long()
+        factors = torch.stack((first - is_count, second - first, is_count), dim=1)
+        return stages, Slots(torch.tensor(targets), factors)
 
 
 def compute_together(
@@ -86,10 +104,11 @@ def _stages(
     x_rows: torch.Tensor | None = None,
     *,
     exact: bool,
+    most: int = 1,
 ) -> tuple[list[Stage], list[tuple[Step, Step]]]:
     """Return the stages of experts of one form, and the products of each.
 
-    x, `outs` and `x_rows` are as in `grouped_matmul_steps`.
+    The arguments are as in `grouped_matmul_steps`.
     """
     up, down = zip(
         *((as_packed(expert.gate_up), as_packed(expert.down)) for expert in experts), strict=True
@@ -98,8 +117,10 @@ def _stages(
     gate_up = x.new_empty(sum(counts), up[0].rows)
     gated = x.new_empty(sum(counts), up[0].rows // 2)
     ups = torch.split(gate_up, counts)
-    round_x, project_up = PackedLinear.grouped_steps(up, x, ups, x_rows, exact=exact)
-    round_gated, project_down = PackedLinear.grouped_steps(down, gated, outs, exact=exact)
+    round_x, project_up = PackedLinear.grouped_steps(up, x, ups, x_rows, exact=exact, most=most)
+    round_gated, project_down = PackedLinear.grouped_steps(
+        down, gated, outs, exact=exact, most=most
+    )
     # Rounding one row takes less time than the threads need to meet.
     stages = [
         alone(*round_x) if x.shape[0] == 1 else together(*round_x),

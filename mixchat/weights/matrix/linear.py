@@ -95,11 +95,12 @@ class PackedLinear:
         x_rows: torch.Tensor | None = None,
         *,
         exact: bool,
+        most: int = 1,
     ) -> tuple[list[Step], list[list[Step]]]:
         """Return `grouped_matmul_steps` of these matrices."""
         assert matrices[0].is_whole
         quantized = [linear._matrix for linear in matrices]
-        return grouped_matmul_steps(x, quantized, outs, x_rows, exact=exact)
+        return grouped_matmul_steps(x, quantized, outs, x_rows, exact=exact, most=most)
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         result = quantized_matmul(x, self._matrix, exact=exact)
