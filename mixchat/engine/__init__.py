@@ -14,7 +14,7 @@
 - latent_attention.py: attention to latents, which keys and values would be made of
 - delta_net.py: a gated DeltaNet
 - rope.py: rotary position embedding
-- decoder.py: computes one token faster than model.py, with the same bits, by kernels
+- decoder.py: the next token of one sequence, or of each of several, as programs of kernels
 - gpu_decoder.py: computes one token on GPUs as CUDA graphs
 - gpu_layer.py: the kernels of a layer for these graphs
 - moe.py: the router, and the steps of experts

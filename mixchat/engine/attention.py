@@ -7,13 +7,13 @@ h = head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.engine.kv_cache import KVCache
-from mixchat.engine.layer_cache import LayerCache
 from mixchat.engine.model_tensors import ModelTensors
 from mixchat.engine.norm import RMSNorm
 from mixchat.engine.paged_cache import KVSteps, PagedKVCache, SequencesAttention
@@ -28,21 +28,24 @@ from mixchat.weights.matrix.quant_type import Linear, RecordingLinear, RecordRow
 
 
 class SingleTokenContext:
-    """The tensors and steps with which all layers compute the next token of a cache.
+    """The tensors and steps with which all layers compute the next token of each of N sequences.
 
-    Of the hidden states [1, D], each part gets `normed`, and adds `added` to `x`. A layer's dense
+    Of the hidden states [N, D], each part gets `normed`, and adds `added` to `x`. A layer's dense
     part leaves `dense` to the part that follows it.
     """
 
-    def __init__(self, cache: SequenceCache, hidden_size: int, dtype: torch.dtype) -> None:
-        self._cache, self._dtype = cache, dtype
+    def __init__(
+        self, cache: SequenceCache, hidden_size: int, dtype: torch.dtype, sequences: int = 1
+    ) -> None:
+        self._cache, self._dtype, self.sequences = cache, dtype, sequences
         self.x, self.normed, self.added, self.dense = (
-            torch.empty(1, hidden_size, dtype=dtype) for _ in range(4)
+            torch.empty(sequences, hidden_size, dtype=dtype) for _ in range(4)
         )
         self._tensors: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
         self._rotations: dict[tuple[RotaryEmbedding, int], Step] = {}
-        self._attention: dict[CacheShape, KVSteps] = {}
-        self._bound: dict[int, Callable[[LayerCache], None]] = {}
+        self._positions: list[torch.Tensor] = []  # what the steps that rotate point to
+        self._attention: dict[CacheShape, list[KVSteps]] = {}
+        self._bound: dict[int, Sequence[Callable[[Any], None]]] = {}
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the tensor of this name, by default in the type of the hidden states."""
@@ -52,15 +55,15 @@ class SingleTokenContext:
         return self._tensors[key]
 
     def rotate(self, rope: RotaryEmbedding, x: torch.Tensor, out: torch.Tensor) -> Step:
-        """Return the step that rotates x to the token's position."""
+        """Return the step that rotates x to the tokens' positions."""
         key = rope, x.data_ptr()
         if key not in self._rotations:
             self._rotations[key] = rows.rotate_step(x, out, rope.width)
         return self._rotations[key]
 
-    def bind(self, layer: int, set_place: Callable[[Any], None]) -> None:
-        """Call `set_place` with a layer's cache before each token, to set its steps' addresses."""
-        self._bound[layer] = set_place
+    def bind(self, layer: int, *set_places: Callable[[Any], None]) -> None:
+        """Call these with the sequences' caches before each token, to set addresses in steps."""
+        self._bound[layer] = set_places
 
     def attend(
         self,
@@ -70,23 +73,39 @@ class SingleTokenContext:
         values: torch.Tensor,
         sinks: torch.Tensor | None,
         out: torch.Tensor,
-    ) -> KVSteps:
-        """Return `KVCache.attend` of a layer as steps. They do not keep the sinks alive."""
+    ) -> list[KVSteps]:
+        """Return `KVCache.attend` of a layer as steps for each sequence.
+
+        They do not keep the sinks alive.
+        """
         cache = self._cache.layers[layer]
         assert isinstance(cache, PagedKVCache)
         shape, capacity = cache.shape, self._cache.capacity
         if shape not in self._attention:
-            self._attention[shape] = KVSteps(shape, queries, keys, values, out, capacity)
-        steps = self._attention[shape].for_layer(cache.window, sinks)
-        self.bind(layer, lambda cache: cache.set_place(steps))
+            tensors = (torch.split(tensor, 1) for tensor in (queries, keys, values, out))
+            self._attention[shape] = [
+                KVSteps(shape, query, key, value, row, capacity)
+                for query, key, value, row in zip(*tensors, strict=True)
+            ]
+        steps = [each.for_layer(cache.window, sinks) for each in self._attention[shape]]
+        self.bind(layer, *(partial(_set_place, each) for each in steps))
         return steps
 
-    def set_place(self, cache: SequenceCache) -> None:
-        """Let all steps compute the next token of this cache."""
-        for (rope, _), step in self._rotations.items():
-            rope.set_position(step, cache.length)
-        for layer, set_place in self._bound.items():
-            set_place(cache.layers[layer])
+    def set_places(self, caches: Sequence[SequenceCache]) -> None:
+        """Let all steps compute the next tokens of these caches."""
+        positions = [cache.length for cache in caches]
+        self._positions = [
+            tensor
+            for (rope, _), step in self._rotations.items()
+            for tensor in rope.set_positions(step, positions)
+        ]
+        for layer, set_places in self._bound.items():
+            for cache, set_place in zip(caches, set_places, strict=True):
+                set_place(cache.layers[layer])
+
+
+def _set_place(steps: KVSteps, cache: PagedKVCache) -> None:
+    cache.set_place(steps)
 
 
 def attend(
@@ -154,7 +173,7 @@ class Attention:
         self.qkv_proj = RecordingLinear(self.qkv_proj, records["qkv_proj"])
         self.o_proj = RecordingLinear(self.o_proj, records["o_proj"])
 
-    def has_stages(self, dtype: torch.dtype) -> bool:
+    def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
         rotated = self.rope.width
         columns = rotated // 2, self._width - rotated
         return all(rows.can_compute(dtype, count) for count in columns)
@@ -181,31 +200,31 @@ class Attention:
         return self.o_proj(attended, exact=exact)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
-        """Return `__call__` for one token, from `normed` to `added`."""
         config, heads, groups, width = self._config, self._heads, self._groups, self._width
+        tokens = context.sequences
         gates = heads if config.attn_output_gate else 0
-        qkv = context.tensor("qkv", 1, heads + 2 * groups + gates, width)
-        rotated = context.tensor("rotated", 1, heads + groups, width)
-        attended = context.tensor("attended", 1, heads, width)
-        round_x, project = as_packed(self.qkv_proj).steps(context.normed, qkv.view(1, -1))
+        qkv = context.tensor("qkv", tokens, heads + 2 * groups + gates, width)
+        rotated = context.tensor("rotated", tokens, heads + groups, width)
+        attended = context.tensor("attended", tokens, heads, width)
+        round_x, project = as_packed(self.qkv_proj).steps(context.normed, qkv.view(tokens, -1))
         # Each of these steps needs the step before it, so one thread runs them in order.
         prepare = [norm.heads_step(normed) for norm, normed in self._normed(qkv)]
         if config.clip_qkv is not None:
-            prepare.append(rows.clamp_step(qkv.view(1, -1), config.clip_qkv))
+            prepare.append(rows.clamp_step(qkv.view(tokens, -1), config.clip_qkv))
         rotate = context.rotate(self.rope, qkv[:, : heads + groups], rotated)
         queries, keys = rotated[:, :heads], rotated[:, heads:]
         values = qkv[:, heads + groups : heads + 2 * groups]
         steps = context.attend(self._layer, queries, keys, values, self.sinks, attended)
-        row = attended.view(1, -1)
+        row = attended.view(tokens, -1)
         gate = [rows.gate_step(row, qkv[:, -gates:].flatten(1), row)] if gates else []
         o_proj = as_packed(self.o_proj)
         round_attended, project_out = o_proj.steps(row, context.added)
         return [
             alone(round_x),
             together(project),
-            alone(*prepare, rotate, steps.store),
-            together(steps.attend),
-            together(steps.merge),
+            alone(*prepare, rotate, *(each.store for each in steps)),
+            together(*(each.attend for each in steps)),
+            together(*(each.merge for each in steps)),
             alone(*gate, round_attended),
             together(project_out),
         ]

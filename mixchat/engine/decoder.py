@@ -1,13 +1,16 @@
-"""Decodes one token as programs of kernels.
+"""Decodes one token of a sequence, or of each of several, as programs of kernels.
 
-A program gives the same bits as the `__call__` of a `Block`, and saves the time of Python between
-kernels. It ends with the router of a layer whose runner has to bring experts, or with the head.
+A program gives the same bits as the `__call__` of a `Block` with `exact`, and saves the time of
+Python between kernels. It ends with the router of a layer whose runner has to bring experts, or
+with the head. For several sequences it ends with each router, since one program of the runner then
+serves all layers.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from itertools import takewhile
 
 import torch
@@ -21,9 +24,11 @@ from mixchat.kernels.cpu.program import Program, Stage, Step, alone, together
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.matrix.linear import PackedLinear
 
+_MAX_DECODERS = 4  # for different counts of sequences that are kept
+
 
 class Decoder:
-    """Computes the next token of a cache (a `SingleTokenDecoder`).
+    """Computes the next tokens of caches (a `SingleTokenDecoder`).
 
     It takes caches of the same capacity and form as this one. `output` is the norm and the head, if
     they are to be computed.
@@ -37,13 +42,41 @@ class Decoder:
         dtype: torch.dtype,
         output: Output | None = None,
     ) -> None:
-        self._cache, self._runner = cache, blocks[-1].moe.runner
-        self._context = SingleTokenContext(cache, hidden_size, dtype)
+        self._blocks, self._cache, self._output = blocks, cache, output
+        self._new_context = partial(SingleTokenContext, cache, hidden_size, dtype)
+        # By the count of sequences. The most recently used one comes last.
+        self._decoders = {1: _Decoder(blocks, self._new_context(1), output)}
+
+    def run(
+        self, x: torch.Tensor, context: TokenContext, after_layer: AfterLayer
+    ) -> torch.Tensor | None:
+        count = len(context.caches)
+        if not all(self._cache.is_like(cache) for cache in context.caches):
+            return None
+        decoder = self._decoders.pop(count, None)
+        if decoder is None:
+            if not all(block.mixer.has_stages(x.dtype, count) for block in self._blocks):
+                return None
+            decoder = _Decoder(self._blocks, self._new_context(count), self._output)
+        self._decoders[count] = decoder
+        if len(self._decoders) > _MAX_DECODERS:
+            del self._decoders[next(number for number in self._decoders if number > 1)]
+        return decoder.run(x, context.caches, after_layer)
+
+
+class _Decoder:
+    """Computes the next tokens of as many caches as the context has."""
+
+    def __init__(
+        self, blocks: Sequence[Block], context: SingleTokenContext, output: Output | None
+    ) -> None:
+        self._context, self._runner = context, blocks[-1].moe.runner
         self._head = None if output is None else _Head(output, self._context)
         dense = [*takewhile(lambda block: block.is_dense, blocks)]
         sparse = blocks[len(dense) :]
-        # The experts that the routers select, [layers, K].
-        self._selected = torch.empty(len(sparse), sparse[0].moe.choices, dtype=torch.int64)
+        # The experts that the routers select, [layers * N, K].
+        count, choices = context.sequences, sparse[0].moe.choices
+        self._selected = torch.empty(len(sparse) * count, choices, dtype=torch.int64)
         first = [stage for block in dense for stage in block.dense_stages(self._context)]
         last = [] if self._head is None else self._head.stages
         self._layers = [
@@ -54,25 +87,24 @@ class Decoder:
                 first if block is sparse[0] else (),
                 last if block is sparse[-1] else (),
             )
-            for block, selected in zip(sparse, torch.split(self._selected, 1), strict=True)
+            for block, selected in zip(sparse, torch.split(self._selected, count), strict=True)
         ]
         self._dense = len(dense)
         self._programs: dict[tuple[int, int], Program] = {}  # by their layers: from and to
 
     def run(
-        self, x: torch.Tensor, context: TokenContext, after_layer: AfterLayer
-    ) -> torch.Tensor | None:
-        if not isinstance(context, SequenceCache) or not self._cache.is_like(context):
-            return None
+        self, x: torch.Tensor, caches: Sequence[SequenceCache], after_layer: AfterLayer
+    ) -> torch.Tensor:
         self._context.x.copy_(x)
-        self._context.set_place(context)
+        self._context.set_places(caches)
         if self._head is not None:
             self._head.prepare()
         start = 0
         while start < len(self._layers):
             # A program ends after the first layer without all experts in memory. The list keeps
             # the memory of the others until the program has ended.
-            resident = self._runner.resident([layer.keys for layer in self._layers[start:]])
+            keys = [layer.keys for layer in self._layers[start:]]
+            resident = self._runner.resident(keys) if len(caches) == 1 else ()
             layers = self._layers[start : start + len(resident) + 1]
             end = start + len(layers)
             for layer, experts in zip(layers, [*resident, None], strict=False):
@@ -104,7 +136,7 @@ def new_decoder(
         return None
     if not all(rows.can_compute(dtype, matrix.columns) for matrix in matrices):
         return None
-    if not all(block.mixer.has_stages(dtype) for block in blocks):
+    if not all(block.mixer.has_stages(dtype, 1) for block in blocks):
         return None
     return Decoder(blocks, cache, config.hidden_size, dtype, output)
 
@@ -155,7 +187,7 @@ class _Layer:
 
 
 class _Head:
-    """The norm and the head for one token, as stages if the head is packed."""
+    """The norm and the head, as stages if the head is packed."""
 
     def __init__(self, output: Output, context: SingleTokenContext) -> None:
         self._output, self._x = output, context.x
@@ -163,7 +195,7 @@ class _Head:
         self._project: Step | None = None
         norm, head = output
         if isinstance(head, PackedLinear) and head.is_whole:
-            self._logits = torch.empty(1, head.rows, dtype=context.x.dtype)
+            self._logits = torch.empty(len(context.x), head.rows, dtype=context.x.dtype)
             round_x, self._project = head.steps(context.normed, self._logits)
             first = norm.stage(context.x, context.normed)
             self.stages = [first, alone(round_x), together(self._project)]
@@ -175,4 +207,4 @@ class _Head:
             self._project.set(out=self._logits.data_ptr())
 
     def logits(self) -> torch.Tensor:
-        return self._output(self._x) if self._project is None else self._logits
+        return self._output(self._x, exact=True) if self._project is None else self._logits

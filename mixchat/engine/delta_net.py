@@ -67,8 +67,8 @@ class GatedDeltaNet:
         self.in_proj = RecordingLinear(self.in_proj, records["in_proj"])
         self.out_proj = RecordingLinear(self.out_proj, records["out_proj"])
 
-    def has_stages(self, dtype: torch.dtype) -> bool:
-        return self._rule.shape.can_compute(dtype, "cpu")
+    def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
+        return sequences == 1 and self._rule.shape.can_compute(dtype, "cpu")
 
     def __call__(
         self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
@@ -89,7 +89,6 @@ class GatedDeltaNet:
         return self.out_proj(self._norm(values, projected[:, channels:]), exact=exact)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
-        """Return `__call__` for one token, from `normed` to `added`."""
         shape = self._rule.shape
         channels, values = shape.channels, shape.value_heads * shape.value_dim
         projected = context.tensor("projected", 1, channels + values)

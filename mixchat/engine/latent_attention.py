@@ -109,8 +109,8 @@ class LatentAttention:
         for role, matrices in self._heads.items():
             matrices.record_inputs(records[role])
 
-    def has_stages(self, dtype: torch.dtype) -> bool:
-        return rows.can_compute(dtype, self._rope.width // 2)
+    def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
+        return sequences == 1 and rows.can_compute(dtype, self._rope.width // 2)
 
     def __call__(
         self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
@@ -148,7 +148,6 @@ class LatentAttention:
         return queries[:, :kept].view(tokens, heads, -1), queries[:, kept:].view(tokens, heads, -1)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
-        """Return `__call__` for one token, from `normed` to `added`."""
         config, matrices = self._config, self._matrices
         heads, latent = config.num_attention_heads, config.kv_lora_rank
         width = config.qk_nope_head_dim + config.qk_rope_head_dim
@@ -173,7 +172,9 @@ class LatentAttention:
         places = [absorbed[:, head, :latent] for head in range(heads)]
         round_kept, absorb = self._heads["k_b_proj"].steps(kept[0], places)
         attended = context.tensor("attended latents", 1, heads, latent)
-        steps = context.attend(self._layer, absorbed, rotated, latents.unsqueeze(1), None, attended)
+        (steps,) = context.attend(
+            self._layer, absorbed, rotated, latents.unsqueeze(1), None, attended
+        )
         values = context.tensor("values", 1, heads * config.v_head_dim)
         round_attended, project_values = self._heads["v_b_proj"].steps(
             attended[0], values.chunk(heads, dim=1)

@@ -41,17 +41,17 @@ class DenseMLP:
         self.network = replace(self.network, gate_up=recording[0], down=recording[1])
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
-        """Return `__call__` for one token, from `normed` to `dense`."""
+        """Return `__call__` for one token of each sequence, from `normed` to `dense`."""
         out = context.dense
         if self.gate is None:
-            return self.network.stages(context.normed, out)[0]
-        ungated = context.tensor("ungated", 1, *out.shape)
-        weight = torch.empty(1, 1)
+            return self.network.stages(context.normed, out)
+        ungated = context.tensor("ungated", *out.shape)
+        weight = torch.empty(len(out), 1)
         score, choose = self.gate.steps(
-            context.normed, torch.empty(1, 1, dtype=torch.int64), weight
+            context.normed, torch.empty(len(out), 1, dtype=torch.int64), weight
         )
         return [
-            *self.network.stages(context.normed, ungated[0])[0],
+            *self.network.stages(context.normed, ungated),
             together(score),
             alone(choose, rows.weighted_sum_step(ungated, weight, out)),
         ]

@@ -45,11 +45,14 @@ class Mixer(Protocol):
     ) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
 
-    def has_stages(self, dtype: torch.dtype) -> bool:
-        """Return whether kernels take hidden states of this type. Matrices are not asked."""
+    def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
+        """Return whether `stages` take so many hidden states of this type.
+
+        Matrices are not asked.
+        """
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
-        """Return `__call__` for one token, from `normed` to `added`."""
+        """Return `__call__` for one token of each sequence, from `normed` to `added`."""
 
     def record_inputs(self, records: Mapping[str, RecordRows]) -> None:
         """Record the inputs of matrices, by their roles in `MixerSpec`, from now on.
@@ -130,12 +133,12 @@ class Block:
         return x + (outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1])
 
     def stages_up_to_router(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
-        """Return stages for one token up to the router, which fill `routing`."""
+        """Return stages up to the router, which fill `routing`."""
         router_stages = self.moe.router_stages(routing, context)
         return [*self._stages_up_to_experts(context), *router_stages]
 
     def dense_stages(self, context: SingleTokenContext) -> list[Stage]:
-        """Return stages for one token through a layer without experts."""
+        """Return stages through a layer without experts."""
         x = context.x
         add = alone(rows.add_step(x, context.dense, x))
         return [*self._stages_up_to_experts(context), add]
@@ -217,14 +220,14 @@ class Output(NamedTuple):
 
 
 class SingleTokenDecoder(Protocol):
-    """Computes the next token of a sequence, with the same bits."""
+    """Computes the next token of a sequence, or of each of several, with the same bits."""
 
     def run(
         self, x: torch.Tensor, context: TokenContext, after_layer: AfterLayer
     ) -> torch.Tensor | None:
-        """Map the token's row [1, D] to its logits [1, V].
+        """Map the tokens' rows [N, D] to their logits [N, V].
 
-        A decoder without norm and head returns the row after all layers, which the next call
+        A decoder without norm and head returns the rows after all layers, which the next call
         overwrites. Returns None if it cannot decode in this context.
         """
 
@@ -287,7 +290,8 @@ class Transformer:
         """
         x = self._embedding(ids)  # [T, D]
         logits = None
-        if self._decoder is not None and ids.shape[0] == 1:
+        sequences = len(context.caches)
+        if self._decoder is not None and ids.shape[0] == sequences and (exact or sequences == 1):
             logits = self._decoder.run(x, context, after_layer)
         if logits is None:
             for layer, block in enumerate(self.blocks):

@@ -38,20 +38,20 @@ class SparseMoE:
         return self.router.choices
 
     def router_stages(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
-        """Return the router for one token as stages that fill `routing`."""
+        """Return the router as stages that fill `routing`, for one token of each sequence."""
         score, choose = self.router.steps(context.normed, *routing)
         return [together(score), alone(choose)]
 
     def expert_stages(
         self, routing: Routing, context: SingleTokenContext, experts: LayerExperts
     ) -> list[Stage]:
-        """Return a runner's work for one token as stages that map `normed` to `added`.
+        """Return a runner's work for one sequence as stages that map `normed` to `added`.
 
         `experts` are the layer's E.
         """
         selected, weights = routing
         outputs = context.tensor("outputs", self.choices, context.x.shape[1])
-        stages, slots = experts[0].stages(context.normed, outputs)
+        stages, slots = experts[0].slots(context.normed, outputs)
         order = torch.empty(2, selected.numel(), dtype=torch.int64)
         arrange = arrange_step(
             selected.view(-1), torch.zeros_like(order[0]), experts.addresses, slots, order
@@ -63,4 +63,4 @@ class SparseMoE:
         """Return what the runner adds for `normed`."""
         # Copies, because a runner may hold on to what it is given.
         selected, weights = (tensor.clone() for tensor in routing)
-        return self.runner.run(self.layer, context.normed.clone(), selected, weights)
+        return self.runner.run(self.layer, context.normed.clone(), selected, weights, exact=True)

@@ -22,7 +22,7 @@ class RMSNorm:
         return rows.rms_norm(x, self.weight, self.eps)
 
     def stage(self, x: torch.Tensor, out: torch.Tensor) -> Stage:
-        """Return `__call__` for one token as a stage, from x [1, D] to `out` [1, D]."""
+        """Return `__call__` as a stage, from x [T, D] to `out` [T, D]."""
         return alone(rows.rms_norm_step(x, self.weight, self.eps, out))
 
     def normalize_heads(self, x: torch.Tensor) -> None:
@@ -34,7 +34,7 @@ class RMSNorm:
         rows.rms_norm(parts, self.weight, self.eps, out=parts)
 
     def heads_step(self, x: torch.Tensor) -> Step:
-        """Return `normalize_heads` for one token as a step."""
+        """Return `normalize_heads` as a step."""
         parts = self._parts(x)
         return rows.rms_norm_step(parts, self.weight, self.eps, parts)
 

@@ -200,13 +200,13 @@ class _SequencesContext:
 
     def __init__(self, chunks: Sequence[SequenceTokens]) -> None:
         self.programs: dict[Hashable, Any] = {}
-        self._caches = [chunk.prefix.cache for chunk in chunks]
+        self.caches = [chunk.prefix.cache for chunk in chunks]
         self._counts = [len(chunk.all_ids) for chunk in chunks]
         ends = accumulate(self._counts, initial=0)
         self._rows = [slice(start, end) for start, end in pairwise(ends)]
         positions = [
             torch.arange(cache.length, cache.length + count)
-            for cache, count in zip(self._caches, self._counts, strict=True)
+            for cache, count in zip(self.caches, self._counts, strict=True)
         ]
         self._positions = torch.cat(positions)
 
@@ -215,11 +215,11 @@ class _SequencesContext:
         return self._positions
 
     def pieces(self, layer: int) -> Sequence[tuple[slice, LayerCache]]:
-        caches = (cache.layers[layer] for cache in self._caches)
+        caches = (cache.layers[layer] for cache in self.caches)
         return list(zip(self._rows, caches, strict=True))
 
     def advance(self, tokens: int) -> None:
-        for cache, count in zip(self._caches, self._counts, strict=True):
+        for cache, count in zip(self.caches, self._counts, strict=True):
             cache.advance(count)
 
 

@@ -7,6 +7,7 @@ which makes them equal to the bit. h = head_dim, or the columns of a head that a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -56,9 +57,15 @@ class RotaryEmbedding:
         """Return cos and sin [context, h]. The first half of sin is negative."""
         return self._cos, self._sin
 
-    def set_position(self, step: Step, position: int) -> None:
-        """Let a step of `rows.rotate_step` rotate one token at `position`."""
-        step.set(cos=self._cos[position].data_ptr(), sin=self._sin[position].data_ptr())
+    def set_positions(self, step: Step, positions: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Let a step of `rows.rotate_step` rotate tokens at these positions.
+
+        Return the tensors that it points to.
+        """
+        rows = positions[0] if len(positions) == 1 else list(positions)
+        cos, sin = self._cos[rows], self._sin[rows]
+        step.set(cos=cos.data_ptr(), sin=sin.data_ptr())
+        return cos, sin
 
 
 def rotary_embeddings(

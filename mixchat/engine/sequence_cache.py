@@ -32,6 +32,10 @@ class TokenContext(Protocol):
 
     programs: dict[Hashable, Any]  # that mixers make once in a pass
 
+    @property
+    def caches(self) -> Sequence[SequenceCache]:
+        """Return the caches of the sequences in the pass."""
+
     def positions(self, tokens: int) -> slice | torch.Tensor:
         """Return the positions of the next T tokens in their sequences."""
 
@@ -69,6 +73,10 @@ class SequenceCache:
         self.length = 0
         self._checkpoints: list[int] = []
         self._lengths: list[int] = []  # of checkpoints that passes make as they reach them
+
+    @property
+    def caches(self) -> list[SequenceCache]:
+        return [self]
 
     @property
     def form(self) -> str:

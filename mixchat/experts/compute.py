@@ -158,7 +158,7 @@ class RowExperts:
         self._x, self._outputs = torch.empty_like(x), x.new_empty(pairs, x.shape[1])
         self._pairs, order = torch.zeros(2, 2, pairs, dtype=torch.int64)
         x_rows, self.places = order
-        stages, slots = expert.stages(self._x, self._outputs, x_rows if len(x) > 1 else None)
+        stages, slots = expert.slots(self._x, self._outputs, x_rows if len(x) > 1 else None)
         table = torch.zeros(experts, len(expert.addresses), dtype=torch.int64)
         self._arrange = arrange_step(self._pairs[0], self._pairs[1], table, slots, order)
         self._program = Program([alone(self._arrange), *stages])

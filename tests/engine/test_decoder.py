@@ -11,6 +11,7 @@ from engine_tools import FAMILIES, answer, cache_content
 
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
+from mixchat.engine.attention import Attention
 from mixchat.engine.decoder import Decoder
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import SequenceTokens
@@ -84,10 +85,47 @@ def test_answers_and_caches_have_the_bits_of_the_blocks(kind, slots, models):
     assert same(written(engine), expected)  # now with everything in memory, if it fits
 
 
+def logits_of_several(engine: Engine) -> list[torch.Tensor]:
+    """Return the logits of passes over three sequences, then over two, with other tokens each."""
+    passes = engine.passes
+    for number, prefix in enumerate(engine.sequences):
+        passes.compute([SequenceTokens(prefix, PROMPT[: 9 * number + 5])], exact=True)
+    turns = [engine.sequences] * 3 + [engine.sequences[1:]] * 2 + [engine.sequences]
+    return [
+        passes.compute(
+            [SequenceTokens(prefix, [7 * turn + row]) for row, prefix in enumerate(prefixes)],
+            exact=True,
+        )
+        for turn, prefixes in enumerate(turns)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "slots"),
+    [*((kind, None) for kind in KINDS), ("nf4", 3), ("experts in trellis3", 3)],
+)
+def test_several_sequences_at_once_have_the_bits_of_the_blocks(kind, slots, models):
+    options = {"kv_bits": KINDS[kind][2], "parallel": 3}
+    expected = logits_of_several(without_programs(load(models(kind), **options)))
+    engine = load(models(kind), slots, **options)
+    assert all(map(torch.equal, logits_of_several(engine), expected))
+    decoders = engine.passes.model._decoder._decoders  # type: ignore[union-attr]
+    mixers = {type(block.mixer) for block in engine.passes.model.blocks}
+    assert (set(decoders) == {1, 2, 3}) == (mixers == {Attention})
+
+
+def test_programs_are_kept_for_the_last_counts_of_sequences(models):
+    engine = load(models("nf4"), parallel=6)
+    for count in (6, 5, 4, 3, 2, 5):
+        chunks = [SequenceTokens(prefix, [3]) for prefix in engine.sequences[:count]]
+        engine.passes.compute(chunks, exact=True)
+    assert [*engine.passes.model._decoder._decoders] == [1, 3, 2, 5]  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("slots", [None, 3])
 def test_the_logits_of_a_token_stay_as_they_are_when_the_next_one_is_computed(slots, models):
     engine = load(models("nf4"), slots)
-    assert engine.passes.model._decoder._head.stages  # type: ignore[union-attr]
+    assert engine.passes.model._decoder._decoders[1]._head.stages  # type: ignore[union-attr]
     prefix = engine.sequences[0]
     passes = [engine.passes.compute([SequenceTokens(prefix, [token])]) for token in PROMPT[:5]]
     copies = [logits.clone() for logits in passes]

@@ -48,20 +48,23 @@ class Expert:
         return [*as_packed(self.gate_up).addresses, *as_packed(self.down).addresses]
 
     def has_stages(self, x: torch.Tensor) -> bool:
-        """Return whether `stages` takes rows like x [T, D]."""
+        """Return whether `stages` and `slots` take rows like x [T, D]."""
         matrices = self.gate_up, self.down
         if not all(isinstance(matrix, PackedLinear) and matrix.is_whole for matrix in matrices):
             return False
         return can_compute(x.dtype, as_packed(self.gate_up).rows // 2, x.device.type)
 
-    def stages(
+    def stages(self, x: torch.Tensor, out: torch.Tensor) -> list[Stage]:
+        """Return `__call__` with `exact` as stages that map x [N, D] to `out` [N, D]."""
+        return _stages([self], x, [out], exact=True)[0]
+
+    def slots(
         self, x: torch.Tensor, out: torch.Tensor, x_rows: torch.Tensor | None = None
     ) -> tuple[list[Stage], Slots]:
-        """Return `__call__` as stages that map rows of x [N, D] to `out` [P, D].
+        """Return stages that map rows of x [N, D] to `out` [P, D] with `exact`, and their slots.
 
-        x_rows [P], int64: the rows of x. None if each row of `out` has the only row of x. The
-        stages also have P slots, for other experts of the same form with their `addresses`, each
-        with up to N rows that follow one another.
+        P slots take experts of the same form, each with up to N rows that follow one another.
+        x_rows [P], int64: the rows of x. None if each row of `out` has the only row of x.
         """
         outs = torch.split(out, 1)
         alike, most = [self] * len(outs), x.shape[0]

@@ -75,12 +75,12 @@ class PackedLinear:
         return self._matrix.addresses
 
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> tuple[Step, Step]:
-        """Return the steps that write `__call__` of x [1, C] to `out` [1, R].
+        """Return the steps that write `__call__` of x [N, C] with `exact` to `out` [N, R].
 
         The second one needs the first. They do not keep the matrix alive.
         """
         assert self.is_whole
-        return quantized_matmul_steps(x, self._matrix, out)
+        return quantized_matmul_steps(x, self._matrix, out, exact=True)
 
     @property
     def is_whole(self) -> bool:
