@@ -47,8 +47,8 @@ class ShortConv:
         self.in_proj = RecordingLinear(self.in_proj, records["in_proj"])
         self.out_proj = RecordingLinear(self.out_proj, records["out_proj"])
 
-    def has_stages(self, dtype: torch.dtype) -> bool:
-        return rows.can_compute(dtype, self._convolution.channels)
+    def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
+        return sequences == 1 and rows.can_compute(dtype, self._convolution.channels)
 
     def __call__(
         self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
