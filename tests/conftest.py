@@ -148,6 +148,21 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "full_attention", "conv", "conv"],
         "routed_scaling_factor": 1.5,
     },
+    "gemma4": {
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 9,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 5.0,
+    },
     "mellum": {
         "moe_intermediate_size": 128,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -247,6 +262,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         values = {**TINY, **TINY_FAMILIES[model_type], "initializer_range": std, **changes}
         names = {"num_experts": "num_local_experts", "moe_num_experts": "num_local_experts"}
         names |= {"n_routed_experts": "num_local_experts", "moe_k": "num_experts_per_tok"}
+        names["top_k_experts"] = "num_experts_per_tok"
         for name in names.keys() & values.keys():  # transformers has one name or both
             values[name] = values[names[name]]
         # Of a model for text and images, the language model alone.
@@ -257,7 +273,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
                 if parameter.dim() == 1 or name.endswith("bias"):
                     parameter.data += std * torch.randn_like(parameter)
             for name, buffer in model.named_buffers():
-                if name.endswith("correction_bias"):
+                if name.endswith(("correction_bias", "layer_scalar")):
                     buffer += std * torch.randn_like(buffer)
         directory = tmp_path_factory.mktemp("checkpoint")
         published = stored_as == "mxfp4"

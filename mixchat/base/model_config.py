@@ -23,6 +23,7 @@ _USUAL = 4  # an answer may take 1/4 of the context by default
 _MAX_EXPERTS = 100_000  # in all layers, more than any model has
 
 LayerType = Literal["full_attention", "sliding_attention", "linear_attention", "conv"]
+HiddenAct = Literal["silu", "gelu_pytorch_tanh"]
 # The part of a layer that mixes tokens. Layers with and without a window have the same.
 MixerType = Literal["attention", "latent_attention", "linear_attention", "conv"]
 
@@ -43,6 +44,8 @@ class ModelConfig:
     layers have latent attention. Its heads are of qk_nope_head_dim + qk_rope_head_dim columns, of
     which the last ones rotate, and values of v_head_dim. q_lora_rank: the width of the latent of
     queries, 0 for none.
+    attention_k_eq_v: values of full layers are their keys before these are normalized and rotate.
+    v_norm: an RMSNorm of each head of values, without weights.
     attn_output_gate: the sigmoid of a gate multiplies each column of attention's output.
     fp32_norms: norms multiply by their weights in fp32, and round once. Others round before.
     norm_topk_prob: whether the weights of the chosen experts sum to one.
@@ -62,8 +65,14 @@ class ModelConfig:
     attention_bias: of the q, k, v and o projections. `qkv_bias`: of q, k and v alone.
     moe_bias: of the router and the experts.
     attention_sinks: one logit a head in the sum of the softmax.
+    hidden_act: the function of the gate in an expert or a dense part.
     swiglu_limit: experts compute (up + 1) * gate * sigmoid(swiglu_alpha * gate), with gate and up
-    clamped, and otherwise silu(gate) * up.
+    clamped, and otherwise hidden_act(gate) * up.
+    sandwich_norms: the outputs of mixer, dense part and experts have norms, too, as has the sum of
+    both. The inputs of router, dense part and experts have a norm each. A number multiplies what a
+    layer gives.
+    per_expert_scale: a number for each expert multiplies its weight.
+    final_logit_softcapping: logits are capped by tanh(logits / it) times it.
     embedding_multiplier, attention_multiplier (of scores, None for 1 / sqrt(head_dim)),
     residual_multiplier, logits_scaling: in the weights of an installed model, so that only
     `weights/` asks for them.
@@ -100,6 +109,8 @@ class ModelConfig:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+    attention_k_eq_v: bool = False
+    v_norm: bool = False
     attn_output_gate: bool = False
     fp32_norms: bool = False
     norm_topk_prob: bool = True
@@ -122,6 +133,10 @@ class ModelConfig:
     moe_bias: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
+    hidden_act: HiddenAct = "silu"
+    sandwich_norms: bool = False
+    per_expert_scale: bool = False
+    final_logit_softcapping: float | None = None
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
@@ -150,6 +165,10 @@ class ModelConfig:
         """Return the heads of a DeltaNet's keys and of its values, and the columns of each."""
         heads = self.linear_num_key_heads, self.linear_num_value_heads
         return *heads, self.linear_key_head_dim, self.linear_value_head_dim
+
+    def values_are_keys(self, layer: int) -> bool:
+        """Return whether a layer makes no values of its own."""
+        return self.attention_k_eq_v and self.layer_type(layer) == "full_attention"
 
     def rotating_columns(self, layer: int) -> int:
         """Return the columns of a layer's heads, of which its rope rotates all or some."""
@@ -289,6 +308,8 @@ class ModelConfig:
         heads, keys = self.linear_num_value_heads, self.linear_num_key_heads
         if "linear_attention" in mixers and heads % keys:
             yield f"{heads} value heads cannot share {keys} key heads"
+        if self.attention_k_eq_v and not (self.v_norm and self.qk_norm):
+            yield "values that are keys need norms of both"
         groups = self.num_global_key_value_heads or self.num_key_value_heads
         if self.num_attention_heads % groups:
             yield f"{self.num_attention_heads} attention heads cannot share {groups} global ones"

@@ -10,7 +10,7 @@ from mixchat.base.errors import CheckpointError
 
 _MAX_FACTOR = 1000  # by which a context is stretched
 
-RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
+RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class RopeParameters:
 
     `original_max_position_embeddings` is the context in tokens that the model was first trained
     for, which all types but "default" have. Keys that a type does not take have their defaults.
-    partial_rotary_factor: the part of a head's columns that is rotated.
+    partial_rotary_factor: the part of a head's columns that is rotated. Of "proportional" it is
+    the part of all pairs (i, i + head_dim / 2). Their frequencies are those of whole heads.
     """
 
     rope_theta: float
@@ -54,7 +55,12 @@ class RopeParameters:
         return context if self.rope_type == "dynamic" else original + 1
 
     def rotated(self, head_dim: int) -> int:
-        """Return how many columns of a head are rotated, which are its first."""
+        """Return how many columns of a head are rotated, which are its first.
+
+        To "proportional" they are all, of which some turn by an angle of 0.
+        """
+        if self.rope_type == "proportional":
+            return head_dim
         return int(head_dim * self.partial_rotary_factor)
 
     def check(self, head_dim: int) -> None:
@@ -72,6 +78,8 @@ class RopeParameters:
         rope_type, pairs = self.rope_type, head_dim // 2
         if not 1 <= self.factor <= _MAX_FACTOR:
             yield f"has the factor {self.factor:g}, not one from 1 to {_MAX_FACTOR}"
+        if rope_type == "proportional" and not 0 < self.partial_rotary_factor <= 1:
+            yield f"cannot rotate the part {self.partial_rotary_factor:g} of all pairs"
         if rope_type == "dynamic" and head_dim == 2:
             yield "needs a head_dim above 2"
         if rope_type == "yarn" and self.rope_theta <= 1:

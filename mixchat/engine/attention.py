@@ -140,7 +140,8 @@ class Attention:
     """Causal grouped-query attention of one layer.
 
     qkv_proj: gives queries, keys and values, and gates of the output if the model has them.
-    qk_norms: of queries and of keys, before they rotate. sinks: one logit a head [H].
+    qk_norms: of queries and of keys, before they rotate. sinks: one logit a head [H]. v_norm: of
+    values, which may be the keys before their norm.
     """
 
     def __init__(
@@ -152,9 +153,13 @@ class Attention:
         rope: RotaryEmbedding,
         qk_norms: Sequence[RMSNorm] = (),
         sinks: torch.Tensor | None = None,
+        v_norm: RMSNorm | None = None,
     ) -> None:
-        self._layer, self._config = layer, config
+        self._layer, self._config, self._v_norm = layer, config, v_norm
         self.shape = self._heads, self._groups, self._width = config.attention_shape(layer)
+        # The first head of values, and the first one after them.
+        self._values = self._heads + (0 if config.values_are_keys(layer) else self._groups)
+        self._end = self._values + self._groups
         self.qkv_proj, self.o_proj, self.rope = qkv_proj, o_proj, rope
         self.qk_norms, self.sinks = qk_norms, None if sinks is None else sinks.float()
 
@@ -166,8 +171,11 @@ class Attention:
         norms = [RMSNorm(tensors.tensor(norm), config.rms_norm_eps) for norm in spec.norms]
         sinks = tensors.tensor(spec.tensors["sinks"]) if config.attention_sinks else None
         qkv_proj, o_proj = map(tensors.linear, spec.matrices.values())
+        v_norm = None
+        if config.v_norm:
+            v_norm = RMSNorm(torch.ones_like(norms[1].weight), config.rms_norm_eps)
         assert rope is not None
-        return cls(layer, config, qkv_proj, o_proj, rope, norms, sinks)
+        return cls(layer, config, qkv_proj, o_proj, rope, norms, sinks, v_norm)
 
     def record_inputs(self, records: Mapping[str, RecordRows]) -> None:
         self.qkv_proj = RecordingLinear(self.qkv_proj, records["qkv_proj"])
@@ -186,34 +194,40 @@ class Attention:
         heads, groups = self._heads, self._groups
         qkv = self.qkv_proj(x, exact=exact)
         qkv = qkv.view(tokens, -1, self._width)  # [T, H + 2G, h], or [T, 2H + 2G, h] with gates
+        values = qkv[:, self._values : self._end]  # [T, G, h]
+        if self._v_norm is not None:
+            values = self._v_norm(values)
         for norm, normed in self._normed(qkv):
             norm.normalize_heads(normed)
         if config.clip_qkv is not None:
             qkv.clamp_(-config.clip_qkv, config.clip_qkv)
         rotated = self.rope(qkv[:, : heads + groups], context.positions(tokens))  # [T, H + G, h]
         queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
-        values = qkv[:, heads + groups : heads + 2 * groups]  # [T, G, h]
         attended = attend(self._layer, context, queries, keys, values, self.sinks)  # [T, H, h]
         attended = attended.reshape(tokens, -1)
         if config.attn_output_gate:
-            attended = rows.gated(attended, qkv[:, heads + 2 * groups :].flatten(1))
+            attended = rows.gated(attended, qkv[:, self._end :].flatten(1))
         return self.o_proj(attended, exact=exact)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
         config, heads, groups, width = self._config, self._heads, self._groups, self._width
         tokens = context.sequences
         gates = heads if config.attn_output_gate else 0
-        qkv = context.tensor("qkv", tokens, heads + 2 * groups + gates, width)
+        qkv = context.tensor("qkv", tokens, self._end + gates, width)
         rotated = context.tensor("rotated", tokens, heads + groups, width)
         attended = context.tensor("attended", tokens, heads, width)
         round_x, project = as_packed(self.qkv_proj).steps(context.normed, qkv.view(tokens, -1))
         # Each of these steps needs the step before it, so one thread runs them in order.
-        prepare = [norm.heads_step(normed) for norm, normed in self._normed(qkv)]
+        prepare, values = [], qkv[:, self._values : self._end]
+        if self._v_norm is not None:
+            normed_values = context.tensor("values", *values.shape)
+            prepare.append(self._v_norm.heads_step(values, normed_values))
+            values = normed_values
+        prepare += [norm.heads_step(normed) for norm, normed in self._normed(qkv)]
         if config.clip_qkv is not None:
             prepare.append(rows.clamp_step(qkv.view(tokens, -1), config.clip_qkv))
         rotate = context.rotate(self.rope, qkv[:, : heads + groups], rotated)
         queries, keys = rotated[:, :heads], rotated[:, heads:]
-        values = qkv[:, heads + groups : heads + 2 * groups]
         steps = context.attend(self._layer, queries, keys, values, self.sinks, attended)
         row = attended.view(tokens, -1)
         gate = [rows.gate_step(row, qkv[:, -gates:].flatten(1), row)] if gates else []

@@ -193,7 +193,7 @@ class _Head:
         self._output, self._x = output, context.x
         self.stages: list[Stage] = []
         self._project: Step | None = None
-        norm, head = output
+        norm, head, _ = output
         if isinstance(head, PackedLinear) and head.is_whole:
             self._logits = torch.empty(len(context.x), head.rows, dtype=context.x.dtype)
             round_x, self._project = head.steps(context.normed, self._logits)
@@ -207,4 +207,6 @@ class _Head:
             self._project.set(out=self._logits.data_ptr())
 
     def logits(self) -> torch.Tensor:
-        return self._output(self._x, exact=True) if self._project is None else self._logits
+        if self._project is None:
+            return self._output(self._x, exact=True)
+        return self._output.capped(self._logits)

@@ -91,7 +91,7 @@ def new_gpu_decoder(
     matrices = [*used.shared_matrices.values()]
     if not on_gpus or not all(experts_taken):
         return None
-    if used.config.n_group > 1:
+    if used.config.n_group > 1 or used.config.sandwich_norms:
         return None
     if not all(isinstance(block.mixer, Attention) for block in model.blocks):
         return None

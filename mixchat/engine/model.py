@@ -120,7 +120,14 @@ class Block:
         moe, first = None, config.first_k_dense_replace
         if layer >= first:
             moe = SparseMoE(layer - first, _router(layer, used, tensors), runner)
-        return cls(mixer_norm, mixer, mlp_norm, moe, _mlp(layer, used, tensors))
+        parts = mixer_norm, mixer, mlp_norm, moe, _mlp(layer, used, tensors)
+        if not config.sandwich_norms:
+            return cls(*parts)
+        norms = {
+            role: RMSNorm(tensors.tensor(spec), config.rms_norm_eps)
+            for role, spec in used.sandwich_norms(layer).items()
+        }
+        return SandwichBlock(*parts, norms, tensors.tensor(used.layer_scalar(layer)).item())
 
     def __call__(
         self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
@@ -170,12 +177,80 @@ class Block:
         context.x += added + context.dense if self.mlp else added
 
 
+class SandwichBlock(Block):
+    """A layer with norms of its parts' outputs, and a norm of each part's input (Gemma 4).
+
+    norms: by their roles in `Blueprint.sandwich_norms`. scalar: multiplies what the layer gives.
+    """
+
+    def __init__(
+        self,
+        mixer_norm: RMSNorm,
+        mixer: Mixer,
+        mlp_norm: RMSNorm,
+        moe: SparseMoE | None,
+        mlp: DenseMLP | None,
+        norms: Mapping[str, RMSNorm],
+        scalar: float,
+    ) -> None:
+        super().__init__(mixer_norm, mixer, mlp_norm, moe, mlp)
+        assert mlp is not None
+        self._norms, self._scalar, self._dense = norms, scalar, mlp
+
+    def __call__(
+        self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
+    ) -> torch.Tensor:
+        norms = self._norms
+        x = x + norms["mixer_out"](self.mixer(self.mixer_norm(x), context, exact=exact))
+        dense = norms["mlp_out"](self._dense(self.mlp_norm(x), exact=exact))
+        added = self.moe(norms["experts"](x), exact=exact, router_input=norms["router"](x))
+        return self._sum(x, dense, added)
+
+    def _sum(self, x: torch.Tensor, dense: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        """Return x with the outputs of dense part and experts."""
+        norms = self._norms
+        return (x + norms["layer_out"](dense + norms["experts_out"](added))) * self._scalar
+
+    def stages_up_to_router(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
+        x, normed, norms = context.x, context.normed, self._norms
+        return [
+            self.mixer_norm.stage(x, normed),
+            *self.mixer.stages(context),
+            norms["mixer_out"].stage(context.added, context.added),
+            alone(rows.add_step(x, context.added, x)),
+            self.mlp_norm.stage(x, normed),
+            *self._dense.stages(context),
+            norms["mlp_out"].stage(context.dense, context.dense),
+            norms["router"].stage(x, normed),
+            *self.moe.router_stages(routing, context),
+            norms["experts"].stage(x, normed),  # what the experts get
+        ]
+
+    def expert_stages(
+        self, routing: Routing, context: SingleTokenContext, experts: LayerExperts
+    ) -> list[Stage]:
+        x, added, norms = context.x, context.added, self._norms
+        return [
+            *self.moe.expert_stages(routing, context, experts),
+            norms["experts_out"].stage(added, added),
+            alone(rows.add_step(added, context.dense, added)),
+            norms["layer_out"].stage(added, added),
+            alone(rows.add_step(x, added, x), rows.scale_step(x, self._scalar)),
+        ]
+
+    def run_routed(self, routing: Routing, context: SingleTokenContext) -> None:
+        added = self.moe.run_routed(routing, context)
+        context.x.copy_(self._sum(context.x, context.dense, added))
+
+
 def _router(layer: int, used: Blueprint, tensors: ModelTensors) -> Router:
-    config, bias, correction = used.config, None, None
+    config, bias, correction, scales = used.config, None, None, None
     if config.moe_bias:
         bias = tensors.tensor(used.gate_bias(layer)).float()
     if config.e_score_correction_bias:
         correction = tensors.tensor(used.score_correction(layer))
+    if config.per_expert_scale:
+        scales = tensors.tensor(used.expert_scales(layer)).float()
     return Router(
         _gate(used.gate(layer), tensors),
         config.num_experts_per_tok,
@@ -186,6 +261,7 @@ def _router(layer: int, used: Blueprint, tensors: ModelTensors) -> Router:
         config.routed_scaling_factor,
         config.n_group,
         config.topk_group,
+        scales,
     )
 
 
@@ -209,14 +285,18 @@ def _gate(spec: TensorSpec, tensors: ModelTensors) -> torch.Tensor:
 
 
 class Output(NamedTuple):
-    """The norm and the head, which follow the layers."""
+    """The norm and the head, which follow the layers, and what its logits are capped by."""
 
     norm: RMSNorm
     head: Linear
+    cap: float | None = None
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """Map rows x [n, D] to logits [n, V]."""
-        return self.head(self.norm(x), exact=exact)
+        return self.capped(self.head(self.norm(x), exact=exact))
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.cap is None else rows.softcap(logits, self.cap)
 
 
 class SingleTokenDecoder(Protocol):
@@ -244,7 +324,8 @@ class Transformer:
         head: Linear,
     ) -> None:
         self.config = config
-        self._embedding, self.blocks, self.output = embedding, blocks, Output(norm, head)
+        self._embedding, self.blocks = embedding, blocks
+        self.output = Output(norm, head, config.final_logit_softcapping)
         self._decoder: SingleTokenDecoder | None = None
         self._record_head: RecordRows = lambda rows: None
 
@@ -252,10 +333,6 @@ class Transformer:
     def device(self) -> torch.device:
         """Return the device of the first layer."""
         return self.blocks[0].device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.output.norm.weight.dtype
 
     def decode_by(self, decoder: SingleTokenDecoder | None) -> None:
         self._decoder = decoder

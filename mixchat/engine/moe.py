@@ -24,9 +24,16 @@ class SparseMoE:
     def __init__(self, layer: int, router: Router, runner: ExpertRunner) -> None:
         self.layer, self.router, self.runner = layer, router, runner
 
-    def __call__(self, hidden_states: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """Map hidden_states [T, D] to [T, D]."""
-        return self.runner.run(self.layer, hidden_states, *self.router(hidden_states), exact=exact)
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        exact: bool = False,
+        router_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Map hidden_states [T, D] to [T, D]. The router may have an input of its own."""
+        routing = self.router(hidden_states if router_input is None else router_input)
+        return self.runner.run(self.layer, hidden_states, *routing, exact=exact)
 
     @property
     def keys(self) -> list[ExpertKey]:

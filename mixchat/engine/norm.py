@@ -33,10 +33,11 @@ class RMSNorm:
         parts = self._parts(x)
         rows.rms_norm(parts, self.weight, self.eps, out=parts)
 
-    def heads_step(self, x: torch.Tensor) -> Step:
-        """Return `normalize_heads` as a step."""
+    def heads_step(self, x: torch.Tensor, out: torch.Tensor | None = None) -> Step:
+        """Return `normalize_heads` as a step. It writes to `out` if that is given."""
         parts = self._parts(x)
-        return rows.rms_norm_step(parts, self.weight, self.eps, parts)
+        target = parts if out is None else self._parts(out)
+        return rows.rms_norm_step(parts, self.weight, self.eps, target)
 
     def _parts(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(x.shape[0], -1, self.weight.shape[0])

@@ -118,6 +118,9 @@ def _frequencies(rope: RopeParameters, head_dim: int, context: int) -> torch.Ten
             mixed = (1 - kept) * frequencies / rope.factor + kept * frequencies
             stretched = torch.where(lengths < original / high, frequencies, mixed)
             return torch.where(lengths > original / low, frequencies / rope.factor, stretched)
+        case "proportional":
+            turning = torch.arange(head_dim // 2) < int(rope.partial_rotary_factor * head_dim // 2)
+            return torch.where(turning, 1.0 / powers, 0.0) / rope.factor
         case _:  # "default", and "dynamic" within the original context
             return 1.0 / powers
 

@@ -68,6 +68,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_group": 4,
         "topk_group": 2,
     },
+    "norms of outputs, wide full layers": {
+        "model_type": "gemma4",
+        "moe_intermediate_size": 128,
+        "intermediate_size": 192,
+        "head_dim": 32,
+        "global_head_dim": 64,
+    },
 }
 
 # Of these, a model for each way through a pass. How each feature is computed is tested with layers.
@@ -82,6 +89,7 @@ WAYS = {
         "sinks, biases and experts in mxfp4",
         "multipliers",
         "latents",
+        "norms of outputs, wide full layers",
     )
 }
 

@@ -134,6 +134,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe, weights normalized": ("olmoe", {"norm_topk_prob": True, "tie_word_embeddings": True}),
     "granitemoe": ("granitemoe", {}),
     "granitemoe, tied": ("granitemoe", {"tie_word_embeddings": True, **SPARSE}),
+    "gemma4": ("gemma4", {}),
+    "gemma4, sparse": (
+        "gemma4",
+        {"num_experts": 17, "top_k_experts": 10, "head_dim": 10, "global_head_dim": 16},
+    ),
+    "gemma4, values of their own": (
+        "gemma4",
+        {"attention_k_eq_v": False, "global_head_dim": 16, "final_logit_softcapping": None},
+    ),
     "granitemoe, biases": ("granitemoe", {"attention_bias": True, "num_key_value_heads": 1}),
     "gpt_oss": ("gpt_oss", {}),
     "gpt_oss, many experts": ("gpt_oss", {"num_key_value_heads": 1, "head_dim": 32, **SPARSE}),

@@ -152,6 +152,16 @@ def test_angles_are_transformers_to_the_bit(kind, data):
     assert_equal_to_transformers(raw, min(length, original - 1), context=original)
 
 
+@pytest.mark.parametrize(("head_dim", "part"), [(512, 0.25), (64, 0.25), (20, 0.6), (16, 1.0)])
+def test_pairs_of_a_proportional_rope_turn_as_in_transformers(head_dim, part):
+    rope = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": part}
+    parameters = RopeParameters(1e6, "proportional", partial_rotary_factor=part)
+    parameters.check(head_dim)
+    raw = {**SHAPE, "head_dim": head_dim, "max_position_embeddings": 64, "rope_parameters": rope}
+    ours = rotated(parameters, head_dim, 300, 300)
+    assert torch.equal(ours, torch.stack(theirs(raw, 300)))
+
+
 def test_a_plain_rope_is_transformers():
     for rope in ({}, {"rope_theta": 1e4}, {"rope_scaling": None}):
         raw = {**SHAPE, "head_dim": 128, "max_position_embeddings": 64, **rope}

@@ -43,7 +43,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], LoadOptions]] = {
     **{
         name: ({**changes, "std": 0.03, "seed": 2}, {}, LoadOptions())
         for name, changes in WAYS.items()
-        if name not in RECURRENT  # which cannot be cut back to the accepted tokens
+        # States cannot be cut back to the accepted tokens. Gemma's texts repeat nothing.
+        if name not in RECURRENT and changes["model_type"] != "gemma4"
     },
     "multipliers": (WAYS["multipliers"], {}, LoadOptions()),  # else all proposals are accepted
 }

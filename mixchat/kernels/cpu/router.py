@@ -40,6 +40,7 @@ _SIGNATURE = Signature(
     "unchosen",
     "correction",
     "scaling",
+    "scales",
 )
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -80,6 +81,7 @@ class Router:
     groups: the experts, in their order, are so many groups of equal size. The experts are chosen of
     `chosen_groups` of these, those with the best expert, or with a correction those whose two best
     experts have the largest sum.
+    scales: fp32 [E], which multiply the weights of their experts.
     """
 
     gate: torch.Tensor
@@ -91,11 +93,13 @@ class Router:
     scaling: float = 1.0
     groups: int = 1
     chosen_groups: int = 1
+    scales: torch.Tensor | None = None
 
     @property
     def _scores(self) -> Scoring | None:
         """Return the scores that the choice is made by, or None if it is made by the logits."""
-        plain = self.scoring == "softmax" and self.correction is None and self.scaling == 1
+        is_scaled = self.scaling != 1 or self.scales is not None
+        plain = self.scoring == "softmax" and self.correction is None and not is_scaled
         return None if plain and self.groups == 1 else self.scoring
 
     @property
@@ -126,7 +130,8 @@ class Router:
             chosen = scores.gather(1, order)
             if self.normalized:
                 chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + LEAST_SUM)
-            return order, chosen * self.scaling
+            chosen = chosen * self.scaling
+            return order, chosen if self.scales is None else chosen * self.scales[order]
         # Of equal logits, topk takes any.
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         counted = ranked[:, : self.choices] if self.normalized else ranked
@@ -142,6 +147,7 @@ class Router:
         tokens, count = experts.shape[0], self.gate.shape[0]
         logits, ranks = torch.empty(2, tokens, count)
         correction = torch.zeros(count) if self.correction is None else self.correction
+        scales = torch.ones(count) if self.scales is None else self.scales
         numbers = _SIGNATURE.numbers(
             x=x.data_ptr(),
             gate=self.gate.data_ptr(),
@@ -157,10 +163,11 @@ class Router:
             unchosen=0 if self.normalized else count,
             correction=correction.data_ptr(),
             scaling=fp32_bits(self.scaling),
+            scales=scales.data_ptr(),
         )
         bf16 = x.dtype == torch.bfloat16, self.gate.dtype == torch.bfloat16
         compiled = _compiled(*bf16, self.bias is not None, self._scores, self._limits)
-        keeps = (x, self.gate, self.bias, correction, experts, weights, logits, ranks)
+        keeps = (x, self.gate, self.bias, correction, scales, experts, weights, logits, ranks)
         score, choose = (compiled.function(name) for name in ("score", "choose"))
         threads = 1 if tokens <= _FEW else None
         return (
@@ -359,4 +366,7 @@ class _ChooseByScores(_Choose):
         is_normalized = args.number("unchosen").compare("==", 0)
         total = is_normalized.choose(sums[0] + LEAST_SUM, 1.0)
         with function.loop(first, first + choices, 1) as (index, _):
-            weights.store(weights.load(f32, index * 4) / total * scaling, index * 4)
+            scale = args.pointer("scales").load(
+                f32, args.pointer("experts").load(i64, index * 8) * 4
+            )
+            weights.store(weights.load(f32, index * 4) / total * scaling * scale, index * 4)

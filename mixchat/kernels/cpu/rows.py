@@ -10,19 +10,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from llvmlite import ir
 from torch.nn import functional
 
+from mixchat.base.model_config import HiddenAct
 from mixchat.kernels.cpu.arithmetic import as_fp32, rounded, sigmoid, store_fp32
 from mixchat.kernels.cpu.compile import LANES, compiled_here, instruction_set
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i64, vector
 from mixchat.kernels.cpu.program import Signature, Step, fp32_bits
 
+_TWICE_ROOT = 1.5957691216057308  # 2 * sqrt(2 / pi)
 _DTYPES = (torch.float32, torch.bfloat16)
 # Numbers that one thread finishes before a second one has started.
 _FEW = 2**16
+_PART, _MAX_PARTS = 16, 64  # columns of which a part is a multiple, and parts of a row
 _SIGNATURE = Signature(
     "x",
     "weight",
@@ -74,9 +78,10 @@ def rms_norm(
 def rms_norm_step(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> Step:
     """Return `rms_norm` as a step.
 
-    The numbers of a token follow one another. `out` has the strides of x, and may be x.
+    The numbers of a token follow one another in x and in `out`, which may be x.
     """
     arguments = {"weight": weight.data_ptr(), "columns": x.shape[-1], "eps": fp32_bits(eps)}
+    arguments["out_stride"] = out.stride(0)
     heads = x.shape[1] if x.dim() == 3 else 1
     name = "rms_norm" if weight.dtype == x.dtype else "unrounded_rms_norm"
     return _step(name, x, out, weight, **arguments, count=heads, stride=x.stride(0))
@@ -85,6 +90,23 @@ def rms_norm_step(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.
 def clamp_step(x: torch.Tensor, limit: float) -> Step:
     """Return x.clamp_(-limit, limit) as a step, for contiguous x [T, D]."""
     return _step("clamp", x, x, columns=x.shape[-1], limit=fp32_bits(limit))
+
+
+def scale_step(x: torch.Tensor, factor: float) -> Step:
+    """Return x.mul_(factor) as a step, for contiguous x [T, D]."""
+    return _step("scale", x, x, columns=x.shape[-1], alpha=fp32_bits(factor))
+
+
+def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """Return tanh(x / cap) * cap, [T, D]."""
+    if not can_compute(x.dtype, x.shape[-1], x.device.type):
+        return (torch.tanh(x.float() / cap) * cap).to(x.dtype)
+    # Threads share tokens, so a long row is taken as several.
+    parts = max(gcd(x.shape[-1], _PART * _MAX_PARTS) // _PART, 1)
+    rows = x.contiguous().view(x.shape[0] * parts, -1)
+    out = torch.empty_like(rows)
+    _step("softcap", rows, out, columns=rows.shape[-1], limit=fp32_bits(cap)).run()
+    return out.view(x.shape)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -118,7 +140,7 @@ def rotate_step(x: torch.Tensor, out: torch.Tensor, rotated: int) -> Step:
 
 @dataclass(frozen=True)
 class Swiglu:
-    """The product of gate and up, after silu(x) = x * sigmoid(x) of the gate.
+    """The product of gate and up, after silu(x) = x * sigmoid(x) of the gate, or GELU by tanh.
 
     With a limit it is (up + 1) * gate * sigmoid(alpha * gate). Up is clamped to the limit on both
     sides, and gate above.
@@ -126,6 +148,7 @@ class Swiglu:
 
     limit: float | None = None
     alpha: float = 1.702
+    act: HiddenAct = "silu"
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Return the product [T, D] for gate and up, [T, 2 * D]."""
@@ -138,6 +161,8 @@ class Swiglu:
         return out
 
     def _by_torch(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if self.act == "gelu_pytorch_tanh":
+            return functional.gelu(gate, approximate="tanh") * up
         if self.limit is None:
             return functional.silu(gate) * up
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
@@ -146,7 +171,8 @@ class Swiglu:
     def step(self, gate_up: torch.Tensor, out: torch.Tensor) -> Step:
         """Return `__call__` as a step, for contiguous tensors."""
         if self.limit is None:
-            return _step("swiglu", gate_up, out, columns=out.shape[-1])
+            name = "swiglu" if self.act == "silu" else "geglu"
+            return _step(name, gate_up, out, columns=out.shape[-1])
         arguments = {"limit": fp32_bits(self.limit), "alpha": fp32_bits(self.alpha)}
         return _step("limited_swiglu", gate_up, out, columns=out.shape[-1], **arguments)
 
@@ -210,8 +236,8 @@ def _step(
 
 @compiled_here
 def _compiled(module: ir.Module, lanes: int, bf16: bool) -> None:
-    norms, products = (_RMSNorm, _UnroundedRMSNorm), (_Swiglu, _LimitedSwiglu, _Gate)
-    for operation in (*norms, *products, _Clamp, _Rotate, _WeightedSum, _Add):
+    norms, products = (_RMSNorm, _UnroundedRMSNorm), (_Swiglu, _LimitedSwiglu, _Geglu, _Gate)
+    for operation in (*norms, *products, _Clamp, _Scale, _Softcap, _Rotate, _WeightedSum, _Add):
         operation(module, lanes, bf16).write()
 
 
@@ -252,6 +278,7 @@ class _RMSNorm(_Rows):
         function, args, lanes = self.function, self.args, self.lanes
         with function.loop(0, args.number("count"), 1) as (head, _):
             first = token * args.number("stride") + head * self.columns
+            target = token * args.number("out_stride") + head * self.columns
             with function.loop(0, self.columns, lanes, [self.zeros]) as (column, sums):
                 numbers = self.load(self.x, first + column)
                 sums[0] = function.multiply_add(numbers, numbers, sums[0])
@@ -260,7 +287,7 @@ class _RMSNorm(_Rows):
             factor = (function.constant(f32, 1.0) / root).broadcast(lanes)
             with function.loop(0, self.columns, lanes) as (column, _):
                 normed = self.load(self.x, first + column) * factor
-                self.store(self.weighted(normed, column), first + column)
+                self.store(self.weighted(normed, column), target + column)
 
     def weighted(self, normed: Value, column: Value) -> Value:
         # Transformers' norms round here, before they multiply with the weight.
@@ -285,6 +312,29 @@ class _Clamp(_Rows):
             # `minimum` and `maximum` return their second operand if one is NaN, so NaN stays NaN.
             number = self.function.minimum(limit, self.load(self.x, index))
             self.store(self.function.maximum(-limit, number), index)
+
+
+class _Scale(_Rows):
+    name = "scale"
+
+    def row(self, token: Value) -> None:
+        factor = self.args.load("alpha", f32).broadcast(self.lanes)
+        with self.function.loop(0, self.columns, self.lanes) as (column, _):
+            index = token * self.columns + column
+            self.store(self.load(self.x, index) * factor, index)
+
+
+class _Softcap(_Rows):
+    name = "softcap"
+
+    def row(self, token: Value) -> None:
+        cap = self.args.load("limit", f32).broadcast(self.lanes)
+        with self.function.loop(0, self.columns, self.lanes) as (column, _):
+            index = token * self.columns + column
+            number = self.load(self.x, index)
+            # tanh(x) is 2 * sigmoid(2 * x) - 1.
+            score = _sigmoid(self.function, (number + number) / cap)
+            self.store((score + score - 1.0) * cap, index)
 
 
 class _Rotate(_Rows):
@@ -324,6 +374,15 @@ class _Swiglu(_Rows):
         return gate * sigmoid(self.function, gate) * up
 
 
+class _Geglu(_Swiglu):
+    name = "geglu"
+
+    def product(self, gate: Value, up: Value) -> Value:
+        # (1 + tanh(y)) / 2 is sigmoid(2 * y).
+        inner = (gate * gate * gate * 0.044715 + gate) * _TWICE_ROOT
+        return gate * sigmoid(self.function, inner) * up
+
+
 class _LimitedSwiglu(_Swiglu):
     name = "limited_swiglu"
 
@@ -347,7 +406,12 @@ class _Gate(_Rows):
         with function.loop(0, self.columns, self.lanes) as (column, _):
             index = token * self.columns + column
             gate = self.load(gates, first + column)
-            self.store(self.load(self.x, index) * sigmoid(function, gate), index)
+            self.store(self.load(self.x, index) * _sigmoid(function, gate), index)
+
+
+def _sigmoid(function: Function, x: Value) -> Value:
+    """Return sigmoid(x). NaN stays NaN, so that a broken token is noticed."""
+    return x.compare("==", x).choose(sigmoid(function, x), x)
 
 
 class _WeightedSum(_Rows):

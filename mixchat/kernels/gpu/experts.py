@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mixchat.base.model_config import HiddenAct
 from mixchat.kernels.gpu import codes as coded
 from mixchat.kernels.gpu.launch import launch
 from mixchat.kernels.gpu.product import Form, Split, band_product, options, split
@@ -43,13 +44,14 @@ class Part(NamedTuple):
 class ExpertForm(NamedTuple):
     """The form of an expert in memory, and the function between its matrices.
 
-    gate_up: [2 I, D], the rows of gate first. down: [D, I]. limit and alpha: as in `Swiglu`.
+    gate_up: [2 I, D], the rows of gate first. down: [D, I]. limit, alpha and act: as in `Swiglu`.
     """
 
     gate_up: Part
     down: Part
     limit: float | None = None
     alpha: float = 1.702
+    act: HiddenAct = "silu"
 
     @property
     def is_supported(self) -> bool:
@@ -102,6 +104,7 @@ def experts_up(
         C=matrix.columns,
         LIMIT=form.limit,
         ALPHA=form.alpha,
+        GELU=form.act == "gelu_pytorch_tanh",
         T=_THREADS_UP,
         LANES=coded.lanes(),
         TYPE=matrix.kernel_type,
@@ -167,6 +170,7 @@ def _experts_up(
     C: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
+    GELU: tl.constexpr,
     T: tl.constexpr,
     LANES: tl.constexpr,
     TYPE: tl.constexpr,
@@ -203,7 +207,10 @@ def _experts_up(
             bias = (block + BIAS_AT).to(tl.pointer_type(tl.float32)) + row
             gate += tl.load(bias, mask=row < INNER, other=0)
             up += tl.load(bias + INNER, mask=row < INNER, other=0)
-        if LIMIT is None:
+        if GELU:
+            inner = (gate + 0.044715 * gate * gate * gate) * 1.5957691216057308
+            gated = gate * tl.sigmoid(inner) * up
+        elif LIMIT is None:
             gated = gate * tl.sigmoid(gate) * up
         else:
             gate = tl.minimum(gate, LIMIT)

@@ -35,7 +35,8 @@ def route(
     launch(
         _route,
         (count,),
-        *(x, router.gate, router.bias, router.correction, logits, selected, weights, finished),
+        *(x, router.gate, router.bias, router.correction, router.scales),
+        *(logits, selected, weights, finished),
         E=count,
         D=columns,
         K=router.choices,
@@ -56,6 +57,7 @@ def _route(
     gate,
     bias,
     correction,
+    scales,
     logits,
     selected,
     weights,
@@ -110,6 +112,8 @@ def _route(
             values = tl.exp(values - largest) / total
         if NORMALIZED:
             values /= tl.sum(tl.where(choices < K, values, 0.0)) + (0.0 if PLAIN else _LEAST_SUM)
+        if scales is not None:
+            values *= tl.load(scales + chosen)
         tl.store(selected + choices, chosen, choices < K)
         tl.store(weights + choices, values * SCALING, choices < K)
 

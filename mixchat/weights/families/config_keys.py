@@ -33,6 +33,7 @@ _ROPE_NUMBERS: dict[RopeType, tuple[str, ...]] = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
     "llama3": ("low_freq_factor", "high_freq_factor"),
     "longrope": ("attention_factor",),
+    "proportional": (),
 }
 
 
@@ -197,7 +198,7 @@ def rope_parameters(raw: dict[str, Any], rope_theta: float) -> dict[str, RopePar
     outer = {key: raw.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     outer = {"rope_theta": rope_theta, **with_defaults(outer)}
     context = positive_int(raw, "max_position_embeddings")
-    keyed = [layer_type for layer_type in get_args(LayerType) if layer_type in rope]
+    keyed = [name for name in ("full_attention", "sliding_attention") if name in rope]
     if not keyed:
         # Phi-3 has this key outside of the rope, where transformers gives it priority.
         original = with_defaults({_ORIGINAL: raw.get(_ORIGINAL)})
@@ -227,6 +228,8 @@ def _rope(values: dict[str, Any], context: int) -> RopeParameters:
     original = positive_int({_ORIGINAL: context, **trained}, _ORIGINAL)
     # transformers computes a missing factor of these two from the contexts.
     implied = context / original if rope_type in ("yarn", "longrope") else None
+    if rope_type == "proportional":
+        implied = 1.0
     keys = [key for key in _ROPE_NUMBERS[rope_type] if key in values or rope_type == "llama3"]
     read: dict[str, Any] = {key: positive_number(values, key) for key in keys}
     if rope_type == "longrope":

@@ -72,8 +72,9 @@ def attention(*, rotates_neighbours: bool = False, norm_offset: float = 0.0) -> 
         parts = [
             ("q", _head_rows(columns, width, step, kinds), 1.0 if normed else q_factor),
             ("k", _head_rows(groups * width, width, step), 1.0),
-            ("v", [None], 1.0),
         ]
+        if not config.values_are_keys(layer):
+            parts.append(("v", [None], 1.0))
         if config.attn_output_gate:
             parts.append(("q", _head_rows(columns, width, 1, kinds, first=width), 1.0))
         for parameter, shape in _parameters(config.attention_bias or config.qkv_bias, hidden):

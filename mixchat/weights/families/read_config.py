@@ -16,6 +16,7 @@ from mixchat.weights.families.deepseek_v3 import DEEPSEEK_V3
 from mixchat.weights.families.dots1 import DOTS1
 from mixchat.weights.families.ernie4_5_moe import ERNIE4_5_MOE
 from mixchat.weights.families.family import PLAIN, CheckpointForm, Family, Slice, decoder_tensors
+from mixchat.weights.families.gemma4 import GEMMA4
 from mixchat.weights.families.glm4_moe import GLM4_MOE
 from mixchat.weights.families.glm4_moe_lite import GLM4_MOE_LITE
 from mixchat.weights.families.gpt_oss import GPT_OSS
@@ -36,6 +37,7 @@ FAMILIES: dict[str, Family] = {
         *(MIXTRAL, QWEN3_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS),
         *(QWEN2_MOE, ERNIE4_5_MOE, DOTS1, GLM4_MOE, MINIMAX_M2),
         *(LFM2_MOE, QWEN3_NEXT, QWEN3_5_MOE, GLM4_MOE_LITE, DEEPSEEK_V2, DEEPSEEK_V3),
+        GEMMA4,
     )
 }
 

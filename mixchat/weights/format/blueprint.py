@@ -220,6 +220,28 @@ class Blueprint:
             specs.norm("post_attention_layernorm.weight", hidden),
         )
 
+    def sandwich_norms(self, layer: int) -> dict[str, TensorSpec]:
+        """Return the weights of a layer's other norms by their roles, if the model has them.
+
+        Those named "out" are of outputs, and the others of inputs.
+        """
+        if not self.config.sandwich_norms:
+            return {}
+        specs, hidden = _LayerSpecs(self, layer), self.config.hidden_size
+        names = {
+            "mixer_out": "mixer_out_norm.weight",
+            "mlp_out": "mlp.out_norm.weight",
+            "router": "block_sparse_moe.router_norm.weight",
+            "experts": "block_sparse_moe.norm.weight",
+            "experts_out": "block_sparse_moe.out_norm.weight",
+            "layer_out": "out_norm.weight",
+        }
+        return {role: specs.norm(name, hidden) for role, name in names.items()}
+
+    def layer_scalar(self, layer: int) -> TensorSpec:
+        """Return the number [1] that multiplies what a layer with sandwich norms gives."""
+        return _LayerSpecs(self, layer).tensor("layer_scalar", 1)
+
     def gate(self, layer: int) -> TensorSpec:
         """Return the matrix of a layer's router, which is never quantized."""
         # It is small, 64 KB in Mixtral, and an error in it chooses other experts.
@@ -236,6 +258,11 @@ class Blueprint:
         name, count = f"{_ROUTER}.e_score_correction_bias", self.config.num_local_experts
         return _LayerSpecs(self, layer).tensor(name, count, dtype=torch.float32)
 
+    def expert_scales(self, layer: int) -> TensorSpec:
+        """Return the numbers that multiply the weights of a layer's experts."""
+        name, count = f"{_ROUTER}.per_expert_scale", self.config.num_local_experts
+        return _LayerSpecs(self, layer).tensor(name, count)
+
     def mlp_gate(self, layer: int) -> TensorSpec:
         """Return the gate of a layer's dense part, which only some models have."""
         return _LayerSpecs(self, layer).tensor("mlp.gate.weight", 1, self.config.hidden_size)
@@ -247,6 +274,8 @@ class Blueprint:
             yield self.gate_bias(layer)
         if self.config.e_score_correction_bias:
             yield self.score_correction(layer)
+        if self.config.per_expert_scale:
+            yield self.expert_scales(layer)
         if self.config.shared_expert_gate:
             yield self.mlp_gate(layer)
 
@@ -269,6 +298,9 @@ class Blueprint:
         yield self.embedding
         for layer in range(self.config.num_hidden_layers):
             yield from self.norms(layer)
+            if self.config.sandwich_norms:
+                yield from self.sandwich_norms(layer).values()
+                yield self.layer_scalar(layer)
             yield from self.mixer(layer).all_tensors()
             if layer >= self.config.first_k_dense_replace:
                 yield from self.router(layer)

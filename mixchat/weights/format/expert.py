@@ -180,4 +180,4 @@ class ExpertSpec:
 
 def swiglu_of(config: ModelConfig) -> Swiglu:
     """Return the function between an expert's matrices."""
-    return Swiglu(config.swiglu_limit, config.swiglu_alpha)
+    return Swiglu(config.swiglu_limit, config.swiglu_alpha, config.hidden_act)

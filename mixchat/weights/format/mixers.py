@@ -62,10 +62,14 @@ def mixer_spec(specs: LayerSpecs) -> MixerSpec:
 
 
 def _attention(specs: LayerSpecs) -> MixerSpec:
-    """Return q above k above v, and above the gates if attention has an output gate."""
+    """Return q above k above v, and above the gates if attention has an output gate.
+
+    If values are keys, there is no v.
+    """
     config, hidden = specs.config, specs.config.hidden_size
     heads, groups, width = config.attention_shape(specs.layer)
-    rows = (heads * (2 if config.attn_output_gate else 1) + 2 * groups) * width
+    own_values = 0 if config.values_are_keys(specs.layer) else groups
+    rows = (heads * (2 if config.attn_output_gate else 1) + groups + own_values) * width
     bias, own = config.attention_bias, "self_attn."
     qkv = specs.matrix(f"{own}qkv_proj", rows, hidden, bias=bias or config.qkv_bias)
     out = specs.matrix(f"{own}o_proj", hidden, heads * width, bias=bias)

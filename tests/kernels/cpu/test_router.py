@@ -31,7 +31,8 @@ def slowly(x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]
     )
     best = scores.gather(1, chosen)
     total = best.sum(-1, keepdim=True) if router.normalized else 1
-    return chosen, best / total * router.scaling
+    scales = 1 if router.scales is None else router.scales[chosen].double()
+    return chosen, best / total * router.scaling * scales
 
 
 # Tokens, experts and choices.
@@ -50,7 +51,10 @@ def test_the_experts_are_those_of_the_largest_scores_and_the_weights_are_these_s
         bias = torch.randn(experts) if biased else None
         correction = torch.randn(experts) * 0.1 if corrected else None
         scaling = 2.5 if corrected else 1.0
-        router = Router(gate, choices, normalized, bias, scoring, correction, scaling)
+        scales = torch.rand(experts) + 0.5 if biased else None
+        router = Router(
+            gate, choices, normalized, bias, scoring, correction, scaling, scales=scales
+        )
         expected, scores = slowly(x, router)
         selected, weights = router(x)
         assert (selected.dtype, weights.dtype) == (torch.int64, torch.float32)

@@ -19,8 +19,10 @@ TOKENS = (1, 3, 300)  # few are done by one thread, many by all
 # Of a result's size: one rounding to fp32 or bf16, and what the sums before it gather.
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 DTYPES = list(ERROR)
-SWIGLUS = [Swiglu(), Swiglu(7.0), Swiglu(2.5, 1.1)]
-each_swiglu = pytest.mark.parametrize("swiglu", SWIGLUS, ids=["silu", "limit 7", "limit 2.5"])
+SWIGLUS = [Swiglu(), Swiglu(7.0), Swiglu(2.5, 1.1), Swiglu(act="gelu_pytorch_tanh")]
+each_swiglu = pytest.mark.parametrize(
+    "swiglu", SWIGLUS, ids=["silu", "limit 7", "limit 2.5", "gelu"]
+)
 
 
 def assert_near(result: torch.Tensor, exact: torch.Tensor) -> None:
@@ -71,6 +73,26 @@ def test_columns_are_multiplied_by_gates_in_wider_rows(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [32, 97, 2880, 4096 * 3])
+def test_large_numbers_are_capped(dtype, columns):
+    for tokens in TOKENS[:2]:
+        x = (torch.randn(tokens, columns) * 40).to(dtype)
+        x[0, 0] = torch.nan
+        result = rows.softcap(x, 30.0)
+        assert result[0, 0].isnan()
+        error = (result.double() - torch.tanh(x.double() / 30) * 30).view(-1)[1:].abs()
+        assert error.max() < (1e-5 if dtype == torch.float32 else 30 * 2**-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_scaled_in_place(dtype):
+    x = torch.randn(3, 64).to(dtype)
+    expected = x * 0.37
+    rows.scale_step(x, 0.37).run()
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_in_the_middle_of_wider_rows_are_normalized_in_place(dtype):
     for tokens, width in itertools.product(TOKENS, (32, 128, 10)):
         around, weight = torch.randn(tokens, 9, width).to(dtype), torch.randn(width).to(dtype)
@@ -117,6 +139,8 @@ def test_heads_in_the_middle_of_wider_rows_are_rotated(dtype):
 
 
 def slow_swiglu(swiglu: Swiglu, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    if swiglu.act == "gelu_pytorch_tanh":
+        return functional.gelu(gate, approximate="tanh") * up
     if swiglu.limit is None:
         return functional.silu(gate) * up
     gate, up = gate.clamp(max=swiglu.limit), up.clamp(-swiglu.limit, swiglu.limit)
@@ -125,7 +149,7 @@ def slow_swiglu(swiglu: Swiglu, gate: torch.Tensor, up: torch.Tensor) -> torch.T
 
 @each_swiglu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gate_s_silu_is_multiplied_with_the_other_half(swiglu, dtype):
+def test_the_gate_s_activation_is_multiplied_with_the_other_half(swiglu, dtype):
     for tokens in TOKENS:
         gate_up = (torch.randn(tokens, 2 * 384) * 8).to(dtype)
         gate, up = gate_up.double().chunk(2, dim=-1)

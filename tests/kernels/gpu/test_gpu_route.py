@@ -49,6 +49,7 @@ def test_experts_and_weights_are_those_of_the_cpu(scoring, normalized, corrected
             scoring,
             torch.randn(experts) * 0.1 if corrected else None,
             scaling,
+            scales=torch.rand(experts) + 0.5 if normalized else None,
         )
         assert_chosen_as_on_a_cpu(torch.randn(columns), router)
 

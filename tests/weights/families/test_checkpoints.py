@@ -120,7 +120,8 @@ def experts_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     layer, config = model.model.layers[LAYER], model.config
     names = ("mlp", "feed_forward", "block_sparse_moe")
-    experts = next(getattr(layer, name) for name in names if hasattr(layer, name)).experts
+    places = (layer, *(getattr(layer, name, None) for name in names))
+    experts = next(place.experts for place in places if hasattr(place, "experts"))
     up, down = experts.gate_up_proj[EXPERT], experts.down_proj[EXPERT]
     if config.model_type != "gpt_oss":
         return {"w13.weight": up, "w2.weight": down * getattr(config, "residual_multiplier", 1)}
