@@ -1,7 +1,7 @@
 """Calibration records the inputs of matrices, and makes the matrices anew for these inputs.
 
 Each layer has two files. `inputs-LLL` has the rows that its experts got, bf16 [N, D], and
-`selected-LLL` the experts that the router chose for each, uint8 [N, K]. If attention or head have a
+`selected-LLL` the experts that the router chose for each, int16 [N, K]. If attention or head have a
 type that is calibrated, `dense-NAME` has the rows of the matrix of that name, bf16 [n, C], of the
 first tokens. `mix.json` has the types that experts get, if they are others than before. `text.json`
 has the tokens of one window.
@@ -74,7 +74,7 @@ class InputsWriter:
         """Append rows [T, D] and their experts [T, K]."""
         inputs, selected = _paths(self._temporary, layer)
         _append(inputs, hidden_states.cpu().to(torch.bfloat16))
-        _append(selected, selected_experts.cpu().to(torch.uint8))
+        _append(selected, selected_experts.cpu().to(torch.int16))
 
     def add_dense(self, name: str, rows: torch.Tensor) -> None:
         """Append rows [T, C] of a matrix of attention or head, if it has not enough of them."""
@@ -160,12 +160,12 @@ class ExpertInputs:
     def _read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, selected = map(_read, _paths(self._directory, layer))
         width, choices = self._config.hidden_size, self._config.num_experts_per_tok
-        rows = len(selected) // choices
+        rows = len(selected) // (2 * choices)
         if not rows or len(inputs) != 2 * rows * width:
             raise CheckpointError(f"{self._directory}: the inputs of layer {layer} are damaged")
         return (
             torch.frombuffer(inputs, dtype=torch.bfloat16).view(rows, width),
-            torch.frombuffer(selected, dtype=torch.uint8)[: rows * choices].view(rows, choices),
+            torch.frombuffer(selected, dtype=torch.int16)[: rows * choices].view(rows, choices),
         )
 
 
@@ -267,7 +267,7 @@ def check_checkpoint(
 
 def inputs_size(config: ModelConfig, tokens: int) -> int:
     """Return the bytes of the inputs of so many tokens on disk."""
-    row = 2 * config.hidden_size + config.num_experts_per_tok
+    row = 2 * (config.hidden_size + config.num_experts_per_tok)
     return config.num_moe_layers * tokens * row
 
 

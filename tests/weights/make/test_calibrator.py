@@ -186,14 +186,15 @@ def test_an_expert_that_no_token_chose_learns_from_a_few_of_all(inputs):
 
 
 def test_the_rows_come_back_as_bf16_with_their_experts(tmp_path, config):
-    rows, selected = torch.randn(5, config.hidden_size), torch.tensor([[0, 1]] * 4 + [[3, 2]])
+    """Expert 300 of 512 (Qwen3-Next) was stored as expert 44."""
+    rows, selected = torch.randn(5, config.hidden_size), torch.tensor([[0, 44]] * 4 + [[300, 2]])
     with InputsWriter(tmp_path / "inputs") as writer:
         for layer in range(2):
             writer.add(layer, (layer + 1) * rows[:2], selected[:2])
             writer.add(layer, (layer + 1) * rows[2:], selected[2:])
     inputs = ExpertInputs(tmp_path / "inputs", config)
     for layer in (1, 0):
-        every, chosen = inputs.of(layer, 3)
+        every, chosen = inputs.of(layer, 300)
         assert torch.equal(every, ((layer + 1) * rows).bfloat16())
         assert chosen.tolist() == [False] * 4 + [True]
     on_disk = sum(path.stat().st_size for path in (tmp_path / "inputs").iterdir())
