@@ -35,6 +35,7 @@ from mixchat.weights.families.read_config import read_config
 from mixchat.weights.known_models import KNOWN
 
 ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
+ARCHITECTURES |= {"glm4_moe_lite": "deepseek2"}
 SHAPES = [name for name, known in KNOWN.items() if known.config["model_type"] in ARCHITECTURES]
 VOCAB = 32000  # tokens that every model has
 LARGE, SMALL = 0.22, 0.00014  # scales of blocks: weights of 1, and of 0.0006 in the mean
@@ -67,8 +68,18 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
         after = "post_attention_norm" if config.attention_sinks else "ffn_norm"
         yield f"{block}attn_norm.weight", (hidden,), 0, "F32"
         yield f"{block}{after}.weight", (hidden,), 0, "F32"
-        yield from attention(config, f"{block}attn_")
-        yield from experts(config, f"{block}ffn_")
+        latent = config.mixer(layer) == "latent_attention"
+        yield from (latent_attention if latent else attention)(config, f"{block}attn_")
+        is_sparse = layer >= config.first_k_dense_replace
+        if is_sparse:
+            yield from experts(config, f"{block}ffn_")
+        if inner := config.mlp_intermediate_size(layer):
+            suffix = "_shexp" if is_sparse else ""
+            yield f"{block}ffn_gate{suffix}.weight", (inner, hidden), SMALL, dense
+            yield f"{block}ffn_up{suffix}.weight", (inner, hidden), SMALL, dense
+            yield f"{block}ffn_down{suffix}.weight", (hidden, inner), SMALL, dense
+        if is_sparse and config.e_score_correction_bias:
+            yield f"{block}exp_probs_b.bias", (config.num_local_experts,), 0, "F32"
 
 
 def dense_type(config: ModelConfig) -> str:
@@ -98,6 +109,22 @@ def attention(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
         yield f"{prefix}k_norm.weight", (config.head_dim,), 0, "F32"
     if config.attention_sinks:
         yield f"{prefix}sinks.weight", (config.num_attention_heads,), 0, "F32"
+
+
+def latent_attention(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
+    hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    kept, rotated, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    for name, shape in (
+        ("q_a", (config.q_lora_rank, hidden)),
+        ("q_b", (heads * (kept + rotated), config.q_lora_rank)),
+        ("kv_a_mqa", (latent + rotated, hidden)),
+        ("k_b", (heads, latent, kept)),
+        ("v_b", (heads, value, latent)),
+        ("output", (hidden, heads * value)),
+    ):
+        yield f"{prefix}{name}.weight", shape, SMALL, dense_type(config)
+    yield f"{prefix}q_a_norm.weight", (config.q_lora_rank,), 0, "F32"
+    yield f"{prefix}kv_a_norm.weight", (latent,), 0, "F32"
 
 
 def experts(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
@@ -159,13 +186,16 @@ def _add_keys(writer: Any, config: ModelConfig) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(config.dense_intermediate_size or config.intermediate_size)
     writer.add_expert_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
+    if config.kv_lora_rank:
+        _add_keys_of_latents(writer, config)
+    else:
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_expert_count(config.num_local_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
@@ -181,6 +211,26 @@ def _add_keys(writer: Any, config: ModelConfig) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope.original_max_position_embeddings)
     if config.sliding_window is not None:  # of every other layer, as llama.cpp assumes
         writer.add_sliding_window(config.sliding_window)
+
+
+def _add_keys_of_latents(writer: Any, config: ModelConfig) -> None:
+    import gguf
+
+    kept, rotated = config.qk_nope_head_dim, config.qk_rope_head_dim
+    writer.add_head_count_kv(1)
+    writer.add_key_length(config.kv_lora_rank + rotated)
+    writer.add_value_length(config.kv_lora_rank)
+    writer.add_key_length_mla(kept + rotated)
+    writer.add_value_length_mla(config.v_head_dim)
+    writer.add_rope_dimension_count(rotated)
+    writer.add_q_lora_rank(config.q_lora_rank)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
+    shared = config.shared_expert_intermediate_size // config.intermediate_size
+    writer.add_expert_shared_count(shared)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
 
 
 def _blocks(
