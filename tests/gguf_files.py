@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "dots1": gguf.MODEL_ARCH.DOTS1,
     "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
     "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
+    **dict.fromkeys(("glm4_moe_lite", "deepseek_v2", "deepseek_v3"), gguf.MODEL_ARCH.DEEPSEEK2),
 }
 Weights = dict[str, torch.Tensor]
 
@@ -46,7 +47,7 @@ def tensors_of(config: Mapping[str, Any], weights: Weights) -> Weights:
     kind = config["model_type"]
     names = gguf.get_tensor_name_map(ARCHITECTURES[kind], config["num_hidden_layers"])
     found: Weights = {}
-    for name, weight in _unstacked(kind, weights):
+    for name, weight in _heads_apart(config, _unstacked(kind, weights)):
         plain = name.replace("correction_bias", "correction.bias")
         plain = f"{plain}.weight" if plain.endswith("sinks") else plain
         own = names.get_name(plain, try_suffixes=(".weight", ".bias"))
@@ -56,6 +57,21 @@ def tensors_of(config: Mapping[str, Any], weights: Weights) -> Weights:
             weight = _neighbours(weight, config[heads])
         found[own] = weight.squeeze(0) if "inp_shexp" in own or "exp_probs" in own else weight
     return found
+
+
+def _heads_apart(
+    config: Mapping[str, Any], named: Iterator[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield all tensors, those that heads make keys and values with in two stacks."""
+    for name, weight in named:
+        # Files of DeepSeek-V2 are older than these stacks.
+        if not name.endswith("kv_b_proj.weight") or config["model_type"] == "deepseek_v2":
+            yield name, weight
+            continue
+        heads = weight.view(config["num_attention_heads"], -1, weight.shape[1])
+        keys, values = heads.split([config["qk_nope_head_dim"], config["v_head_dim"]], dim=1)
+        yield name.replace("kv_b_proj", "k_b_proj"), keys.transpose(1, 2).contiguous()
+        yield name.replace("kv_b_proj", "v_b_proj"), values.contiguous()
 
 
 def _neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -209,7 +225,9 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         "leading_dense_block_count": ("first_k_dense_replace", "moe_layer_start_index"),
     }
     found = {theirs: config[key] for theirs, own in keys.items() for key in own if config.get(key)}
-    if config["model_type"] in ("dots1", "glm4_moe", "minimax_m2"):
+    if "kv_lora_rank" in config:
+        found |= _of_latents(config)
+    if config["model_type"] in ("dots1", "glm4_moe", "minimax_m2", "glm4_moe_lite", "deepseek_v3"):
         normalized = bool(config.get("norm_topk_prob", True))
         found |= {"expert_gating_func": 2, "expert_weights_norm": normalized}
     if config["model_type"] == "gpt_oss":
@@ -221,7 +239,11 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 1e6)}
     found["rope.freq_base"] = float(rope["rope_theta"])
     rotated = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    head = (
+        config.get("qk_rope_head_dim")
+        or config.get("head_dim")
+        or config["hidden_size"] // config["num_attention_heads"]
+    )
     found["rope.dimension_count"] = int(head * rotated)
     if rope.get("rope_type") == "yarn":
         found |= {
@@ -229,7 +251,35 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
             "rope.scaling.factor": float(rope["factor"]),
             "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
         }
+        if "mscale_all_dim" in rope:
+            found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
     return {f"{name}.{key}": value for key, value in found.items()}
+
+
+def _of_latents(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept, rotated = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    found = {
+        "attention.kv_lora_rank": config["kv_lora_rank"],
+        "attention.head_count_kv": 1,
+        "attention.key_length": config["kv_lora_rank"] + rotated,
+        "attention.value_length": config["kv_lora_rank"],
+        "attention.key_length_mla": kept + rotated,
+        "attention.value_length_mla": config["v_head_dim"],
+        "leading_dense_block_count": config.get("first_k_dense_replace", 1),
+        "nextn_predict_layers": 0,
+    }
+    if config["model_type"] == "deepseek_v2":
+        heads = config["num_attention_heads"]
+        found |= {
+            "attention.head_count_kv": heads,
+            "attention.key_length": kept + rotated,
+            "attention.value_length": config["v_head_dim"],
+            "expert_gating_func": 1,
+        }
+        del found["attention.key_length_mla"], found["attention.value_length_mla"]
+    if config.get("q_lora_rank"):
+        found["attention.q_lora_rank"] = config["q_lora_rank"]
+    return found
 
 
 def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

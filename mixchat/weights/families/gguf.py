@@ -19,6 +19,7 @@ from mixchat.weights.families.family import (
     attention,
     decoder_tensors,
     expert_prefix,
+    latent_attention,
     router,
     with_shared_expert,
 )
@@ -38,6 +39,12 @@ _NAMES = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.sinks": "attn_sinks.weight",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -135,6 +142,16 @@ _ARCHITECTURES = {
         sigmoid=True,
     ),
 }
+_LATENT = {
+    **_LATER_DENSE,
+    "kv_lora_rank": "attention.kv_lora_rank",
+    "num_nextn_predict_layers": "nextn_predict_layers",
+}
+_ARCHITECTURES["deepseek2"] = _Architecture(
+    "deepseek_v3", _LATENT, experts="n_routed_experts", sigmoid=True
+)
+# Families with a softmax, by the name of an architecture that has both.
+_SOFTMAX = {"deepseek2": _Architecture("deepseek_v2", _LATENT, experts="n_routed_experts")}
 
 
 def gguf_config(
@@ -145,7 +162,9 @@ def gguf_config(
     `where` names it in messages. Raises `CheckpointError`.
     """
     name = metadata.get("general.architecture")
-    architecture = _ARCHITECTURES.get(name) if isinstance(name, str) else None
+    gating = metadata.get(f"{name}.expert_gating_func")
+    known = _ARCHITECTURES if gating == 2 else {**_ARCHITECTURES, **_SOFTMAX}
+    architecture = known.get(name) if isinstance(name, str) else None
     # llama.cpp calls a dense Llama and a Mixtral "llama". Only the experts distinguish them.
     if architecture is None or (name == "llama" and not metadata.get("llama.expert_count")):
         unsupported = "dense models" if architecture else f"the architecture {name!r:.80}"
@@ -164,19 +183,45 @@ def gguf_config(
                 f"{where}: {key} is {type(value).__name__}, not a number: models with layers of "
                 "different shapes do not run"
             )
-    gating = metadata.get(f"{name}.expert_gating_func")
     # 1 and 3 are a softmax, before or after the choice of experts. 2 is a sigmoid.
     if gating not in (None, 0, *((2,) if architecture.sigmoid else (1, 3))):
         raise CheckpointError(f"{where}: its router computes scores of the kind {gating!r:.80}")
     # The blocks that predict further tokens are counted with the others.
     if predicting := config.get("num_nextn_predict_layers"):
         config["num_hidden_layers"] = config.get("num_hidden_layers", 0) - predicting
+    if "kv_lora_rank" in config:
+        config |= _latent_heads(metadata, f"{name}.", where)
     return {
         "model_type": architecture.model_type,
         **config,
         **_rope(metadata, f"{name}.", config, architecture.model_type, where),
         **_shown_by(tensors),
         **architecture.fixed,
+    }
+
+
+def _latent_heads(metadata: Mapping[str, Any], prefix: str, where: str) -> dict[str, Any]:
+    """Return the heads of latent attention, and the groups of experts that come with it.
+
+    In newer files the lengths of keys and values are those of latents.
+    """
+    attention = f"{prefix}attention."
+    key, value = (
+        metadata.get(f"{attention}{x}_length_mla", metadata.get(f"{attention}{x}_length"))
+        for x in ("key", "value")
+    )
+    rotated = metadata.get(f"{prefix}rope.dimension_count")
+    if not isinstance(key, int) or not isinstance(rotated, int):
+        raise CheckpointError(f"{where}: the columns of its heads are missing")
+    groups = metadata.get(f"{prefix}expert_group_count") or 1
+    return {
+        "q_lora_rank": metadata.get(f"{attention}q_lora_rank"),
+        "qk_nope_head_dim": key - rotated,
+        "qk_rope_head_dim": rotated,
+        "v_head_dim": value,
+        "n_group": groups,
+        "topk_group": metadata.get(f"{prefix}expert_group_used_count") or 1,
+        "topk_method": "greedy" if groups == 1 else "group_limited_greedy",
     }
 
 
@@ -201,7 +246,8 @@ def _rope(
 ) -> dict[str, Any]:
     """Return the rotary embedding, with a head's width and the part of it that is rotated."""
     keys: dict[str, Any] = {}
-    if (rotated := metadata.get(f"{prefix}rope.dimension_count")) is not None:
+    rotated = metadata.get(f"{prefix}rope.dimension_count")
+    if rotated is not None and "kv_lora_rank" not in config:
         width = config.get("head_dim", rotated)
         valid = isinstance(rotated, int) and isinstance(width, int) and width > 0
         # 0 is refused later, with the name of the key.
@@ -222,6 +268,10 @@ def _rope(
             "beta_slow": "yarn_beta_slow",
         }
         rope |= {key: metadata.get(f"{prefix}{_ROPE}{name}") for key, name in numbers.items()}
+        # A tenth of what sharpens scores. It is also what cos and sin are divided by, so that
+        # nothing is left of `mscale`.
+        if sharper := metadata.get(f"{prefix}{_ROPE}yarn_log_multiplier"):
+            rope |= dict.fromkeys(("mscale", "mscale_all_dim"), 10 * sharper)
         # No metadata has it. Of these families, gpt-oss alone sets it to false.
         rope["truncate"] = model_type != "gpt_oss"
     return {**keys, "rope_parameters": rope}
@@ -238,11 +288,33 @@ def gguf_tensors(config: ModelConfig, available: Collection[str]) -> Tensors:
 
     moe = with_shared_expert(experts, "mlp.shared_expert")
     family, neighbours = FAMILIES[config.model_type], config.model_type in _ROTATES_NEIGHBOURS
-    mixers = {**family.mixers, "attention": attention(rotates_neighbours=neighbours)}
+    mixers = {
+        **family.mixers,
+        "attention": attention(rotates_neighbours=neighbours),
+        "latent_attention": _latents if "blk.0.attn_k_b.weight" in available else latent_attention,
+    }
     # llama.cpp's converter adds the offsets of norms.
     as_stored = Family(config.model_type, family.read_config, moe, mixers)
     for installed, slices in decoder_tensors(config, as_stored):
         yield installed, tuple(_renamed(source, other_norm=norm) for source in slices)
+
+
+def _latents(config: ModelConfig, layer: int) -> Tensors:
+    """Yield the tensors of latent attention, whose matrices of heads newer files have in stacks."""
+    latent = config.kv_lora_rank
+    shapes = {
+        "k_b_proj": ("k_b", (latent, config.qk_nope_head_dim)),
+        "v_b_proj": ("v_b", (config.v_head_dim, latent)),
+    }
+    for installed, slices in latent_attention(config, layer):
+        role = installed.removesuffix(".weight").rpartition(".")[2]
+        if role in shapes:
+            name, shape = shapes[role]
+            stack = f"blk.{layer}.attn_{name}.weight"
+            heads = range(config.num_attention_heads)
+            yield installed, tuple(Slice(f"{stack}[{head}]", shape) for head in heads)
+        else:
+            yield installed, slices
 
 
 def _experts(config: ModelConfig, prefix: str, *, stacked: bool) -> Tensors:
