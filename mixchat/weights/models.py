@@ -48,6 +48,8 @@ _OTHER_NAMES = (
     (r"qwen-?3\.6", "qwen3.6"),
     (r"qwen-?3(?![.\d])", "qwen3"),
     (r"glm-?4\.7-flash", "glm-4.7-flash"),
+    (r"lfm-?2(?!\.).*24b", "lfm2-24b"),
+    (r"lfm-?2(?!\.)", "lfm2"),
     (r"gpt[-_]?oss", "gpt-oss"),
     (r"mellum", "mellum2"),
     (r"olmoe", "olmoe"),

@@ -40,8 +40,10 @@ def test_the_known_models_come_by_their_size_with_the_same_prediction_as_a_plan(
     assert [row.names[0] for row in found] == [
         "granite",
         "olmoe",
+        "lfm2",
         "mellum2",
         "gpt-oss",
+        "lfm2-24b",
         "glm-4.7-flash",
         "qwen3",
         "qwen3.6",
