@@ -43,8 +43,7 @@ class ExpertStore:
             # it finds pages for the reads in flight.
             view = target.memory()[start : min(start + PIECE, layout.stride)]
             if not target.filled:
-                # Touched pages are found at once. A cold start took a fifth less time.
-                view.numpy()[::_ALIGNMENT] = 0
+                touch(view)
             self._read(key, view, start)
             return len(view)
 
@@ -119,6 +118,15 @@ class _Slot:
         # Queued loads still have the slot, and would keep its memory.
         with self._lock:
             self._is_freed, self._block, self.expert = True, None, None
+
+
+def touch(fresh: torch.Tensor) -> None:
+    """Have the system give the pages of new memory before a read asks for them.
+
+    A read past the page cache keeps others from getting memory while it finds pages that were never
+    touched. A cold start of 8 GB took a fifth less time.
+    """
+    fresh.numpy()[::_ALIGNMENT] = 0
 
 
 def new_block(size: int) -> torch.Tensor:

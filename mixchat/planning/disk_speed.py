@@ -19,7 +19,7 @@ import torch
 from mixchat.base import machine, system
 from mixchat.base.files import read_all
 from mixchat.base.safetensors import ALIGNMENT
-from mixchat.experts.store import PIECE, READS, new_block
+from mixchat.experts.store import PIECE, READS, new_block, touch
 
 _SYNC_BYTES = 2**24  # that are written between two syncs
 _ROUNDS = 3
@@ -128,6 +128,12 @@ def _rate(rounds: Sequence[_Round]) -> float:
     return sum(each.size for each in rounds) / sum(each.seconds for each in rounds)
 
 
+def _read_piece(fd: int, start: int, target: torch.Tensor, is_fresh: bool) -> int:
+    if is_fresh:  # as experts are read into new slots
+        touch(target)
+    return read_all(fd, start, target.numpy().data)
+
+
 class _Disk:
     """Reads blocks that are not in the page cache."""
 
@@ -147,7 +153,7 @@ class _Disk:
         # Small experts are read together, as the queue of loads does, but not on a slow disk.
         self._together, self._most_together = 1, min(-(-2 * READS * PIECE // block), len(places))
         # Filled, so that no page is given while time is taken.
-        self._target = new_block(self._most_together * block).fill_(1).numpy().data
+        self._target = new_block(self._most_together * block).fill_(1)
 
     @property
     def _is_over(self) -> bool:
@@ -177,16 +183,16 @@ class _Disk:
         most = machine.free_memory() // 8  # as much may go into the page cache
         taken: list[torch.Tensor] = []  # kept, so that the next memory is fresh, too
 
-        def fresh() -> memoryview:
+        def fresh() -> torch.Tensor:
             taken.append(new_block(self._together * self._block))
-            return taken[-1].numpy().data
+            return taken[-1]
 
         return self._round(direct, fresh, _FRESH * self._seconds, most)
 
     def _round(
         self,
         direct: bool,
-        memory: Callable[[], memoryview] | None = None,
+        memory: Callable[[], torch.Tensor] | None = None,
         seconds: float | None = None,
         most: float = math.inf,
     ) -> _Round:
@@ -196,7 +202,7 @@ class _Disk:
         while True:
             count = min(self._together, unread)
             target = self._target if memory is None else memory()
-            took = self._read([*islice(self._places, count)], target)
+            took = self._read([*islice(self._places, count)], target, is_fresh=memory is not None)
             unread -= count
             done += count * self._block
             spent += took
@@ -206,17 +212,18 @@ class _Disk:
                 self._together = min(2 * count, self._most_together)
                 done, spent = 0, 0.0
 
-    def _read(self, places: Places, target: memoryview) -> float:
+    def _read(self, places: Places, target: torch.Tensor, *, is_fresh: bool) -> float:
         """Read blocks in pieces, as experts are read. Return the seconds that took."""
         for fd, start in places:
             system.advise(fd, start, self._block, needed=False)
         started = time.perf_counter()
         pieces = [
             self._readers.submit(
-                read_all,
+                _read_piece,
                 fd,
                 start + at,
                 target[number * self._block + at :][: min(PIECE, self._block - at)],
+                is_fresh,
             )
             for number, (fd, start) in enumerate(places)
             for at in range(0, self._block, PIECE)
@@ -232,7 +239,7 @@ class _Disk:
             return [True]
         try:
             self._set_direct(True)
-            os.preadv(min(self._fds), [self._target[:ALIGNMENT]], 0)
+            os.preadv(min(self._fds), [self._target[:ALIGNMENT].numpy().data], 0)
         except OSError:  # not every file system can
             return [False]
         return [False, True]
