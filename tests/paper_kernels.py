@@ -8,12 +8,15 @@ R = rows, C = columns, n = rows of x, K = chosen experts, S = splits.
 
 import ctypes
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.convolution import Convolution
+from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule, GatedNorm
 from mixchat.kernels.cpu.router import Router, Scoring
 from mixchat.kernels.gpu.codes import TILES
 from mixchat.weights.matrix.linear import TYPES, LinearSpec
@@ -195,6 +198,37 @@ def heads(
             at_place.copy_((new.float() / scale.clamp(min=1e-30)[:, None]).round())
 
 
+def delta_net(
+    x: Tensor,
+    projected: Tensor,
+    ba_proj: Tensor,
+    convolution: Tensor,
+    rates: Tensor,
+    biases: Tensor,
+    norm: Tensor,
+    addresses: Tensor,
+    read: Tensor,
+    out: Tensor,
+    finished: Tensor,
+    eps: float,
+    **shape: Any,
+) -> None:
+    heads, blocks, block, key_dim = (shape[name] for name in ("V", "BLOCKS", "BLOCK", "KEY"))
+    channels, taps = convolution.shape[1], shape["L"]
+    sizes = [(taps - 1, channels)] * 2 + [(heads, blocks, key_dim, block)] * 2
+    conv, after_conv, state, after = (
+        at(address, 4 * prod(size)).view(torch.float32).view(size)
+        for address, size in zip(addresses.tolist(), sizes, strict=True)
+    )
+    rule = DeltaRule(DeltaNetShape(shape["K"], heads, key_dim, blocks * block), rates, biases)
+    rule.rates = rates
+    row = projected.view(shape["S"], -1).sum(0).to(x.dtype)[None]
+    qkv = Convolution(convolution.t())._by_torch(row[:, :channels], conv, after_conv)
+    ba = functional.linear(x.float(), ba_proj.float()).to(x.dtype)[None]
+    values = rule._by_torch(qkv, ba, state, after)
+    out.copy_(GatedNorm(norm, eps)(values, row[:, channels:].contiguous()).view(out.shape))
+
+
 DOUBLES: dict[str, Callable[..., None]] = {
     "_product": product,
     "_dequantize": dequantize,
@@ -203,4 +237,5 @@ DOUBLES: dict[str, Callable[..., None]] = {
     "_add_norm": add_norm,
     "_route": route,
     "_heads": heads,
+    "_delta_net": delta_net,
 }

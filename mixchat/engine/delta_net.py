@@ -41,9 +41,9 @@ class GatedDeltaNet:
         rule: DeltaRule,
         norm: GatedNorm,
     ) -> None:
-        self._layer, self._ba_proj = layer, ba_proj
+        self._layer, self.ba_proj = layer, ba_proj
         self.in_proj, self.out_proj = in_proj, out_proj
-        self._convolution, self._rule, self._norm = convolution, rule, norm
+        self.convolution, self.rule, self.norm = convolution, rule, norm
 
     @classmethod
     def build(
@@ -68,37 +68,37 @@ class GatedDeltaNet:
         self.out_proj = RecordingLinear(self.out_proj, records["out_proj"])
 
     def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
-        return sequences == 1 and self._rule.shape.can_compute(dtype, "cpu")
+        return sequences == 1 and self.rule.shape.can_compute(dtype, "cpu")
 
     def __call__(
         self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
     ) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
         projected = self.in_proj(x, exact=exact)  # [T, C + V * v]
-        ba = dense_matmul(x, self._ba_proj, exact=exact)  # [T, 2V]
-        channels = self._rule.shape.channels
+        ba = dense_matmul(x, self.ba_proj, exact=exact)  # [T, 2V]
+        channels = self.rule.shape.channels
         inputs, read = projected[:, :channels], []
         for rows, cache in context.pieces(self._layer):
             assert isinstance(cache, StateCache)
             sequence, logits = inputs[rows], ba[rows]
             for segment, before, after in cache.segments(sequence.shape[0]):
-                qkv = self._convolution(sequence[segment], before["conv"], after["conv"])
+                qkv = self.convolution(sequence[segment], before["conv"], after["conv"])
                 states = before["state"], after["state"]
-                read.append(self._rule(qkv, logits[segment], *states))
+                read.append(self.rule(qkv, logits[segment], *states))
         values = read[0] if len(read) == 1 else torch.cat(read)  # [T, V * v]
-        return self.out_proj(self._norm(values, projected[:, channels:]), exact=exact)
+        return self.out_proj(self.norm(values, projected[:, channels:]), exact=exact)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
-        shape = self._rule.shape
+        shape = self.rule.shape
         channels, values = shape.channels, shape.value_heads * shape.value_dim
         projected = context.tensor("projected", 1, channels + values)
         ba = context.tensor("ba", 1, 2 * shape.value_heads)
         qkv = context.tensor("convolved", 1, channels, dtype=torch.float32)
         read, normed = (context.tensor(name, 1, values) for name in ("read", "normed values"))
         round_x, project = as_packed(self.in_proj).steps(context.normed, projected)
-        convolve = self._convolution.step(projected[:, :channels], qkv)
-        prepare, recur = self._rule.steps(qkv, ba, read)
-        norm = self._norm.step(read, projected[:, channels:], normed)
+        convolve = self.convolution.step(projected[:, :channels], qkv)
+        prepare, recur = self.rule.steps(qkv, ba, read)
+        norm = self.norm.step(read, projected[:, channels:], normed)
         round_values, project_out = as_packed(self.out_proj).steps(normed, context.added)
 
         def set_place(cache: StateCache) -> None:
@@ -109,7 +109,7 @@ class GatedDeltaNet:
         context.bind(self._layer, set_place)
         return [
             alone(round_x),
-            together(project, matmul_step(context.normed, self._ba_proj, ba)),
+            together(project, matmul_step(context.normed, self.ba_proj, ba)),
             alone(convolve, prepare),
             together(recur),
             alone(norm, round_values),

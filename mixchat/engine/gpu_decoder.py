@@ -12,25 +12,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise, starmap
 from typing import Any
 
 import numpy as np
 import torch
 
 from mixchat.base import gpu
-from mixchat.engine.attention import Attention
-from mixchat.engine.device_cache import DeviceKVCache
 from mixchat.engine.gpu_layer import (
+    MIXERS,
     Kernels,
     TokenTensors,
-    attention_kernels,
     expert_kernels,
+    mixer_kernels,
     mlp_kernels,
     router_kernels,
 )
 from mixchat.engine.model import AfterLayer, Block, Output, Transformer
-from mixchat.engine.sequence_cache import SequenceCache, TokenContext
+from mixchat.engine.sequence_cache import SequenceCache, TokenContext, state_shapes
+from mixchat.engine.state_cache import StateCache
 from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.experts.store import new_block
 from mixchat.kernels.gpu.norm import add_norm
@@ -84,16 +84,15 @@ def new_gpu_decoder(
 
     Kernels may not take a matrix, or the system may refuse to lock RAM, which graphs write to.
     """
-    on_gpus = all(isinstance(layer, DeviceKVCache) for cache in caches for layer in cache.layers)
     experts_taken = (
         expert_form(spec, model.device).form.is_supported for spec in used.expert_forms
     )
     matrices = [*used.shared_matrices.values()]
-    if not on_gpus or not all(experts_taken):
+    if not gpu.is_gpu(model.device) or not all(experts_taken):
         return None
     if used.config.n_group > 1 or used.config.sandwich_norms:
         return None
-    if not all(isinstance(block.mixer, Attention) for block in model.blocks):
+    if not all(isinstance(block.mixer, MIXERS) for block in model.blocks):
         return None
     if not all(form_of(matrix).is_supported for matrix in matrices):
         return None
@@ -136,7 +135,12 @@ class _Section:
             config, sums = used.config, max(map(self._count_sums, blocks))
             selected = len(self._sparse), config.num_experts_per_tok
             dtype = used.quantization.dtype
-            self._tokens = TokenTensors.new(config.hidden_size, dtype, sums, selected, self.device)
+            # The places of each layer's addresses, two for each tensor of its state.
+            counts = [2 * len(state_shapes(config, number)) for number in blocks]
+            ends = [*accumulate(counts, initial=1)]
+            self._addresses = dict(zip(blocks, starmap(slice, pairwise(ends)), strict=True))
+            shape = config.hidden_size, dtype, sums, selected, ends[-1]
+            self._tokens = TokenTensors.new(*shape, self.device)
             self._sources = self._told_tensors()
             self._host = _locked_copies(self._sources, self.device)
             self._graphs = {id(cache): self._capture(cache) for cache in caches}
@@ -150,7 +154,7 @@ class _Section:
         """Map a token's row [1, D] to its row after these layers, or to logits [1, V] in RAM."""
         tokens, graphs = self._tokens, self._graphs[id(cache)]
         tokens.x.copy_(x[0], non_blocking=True)
-        tokens.past.fill_(cache.length)
+        self._set_place(cache)
         if self._experts.holds_all(self.device):
             graphs.whole.replay()
         else:
@@ -166,6 +170,19 @@ class _Section:
         self._reached.synchronize()
         after_layer(max(self._blocks))
         return tokens.x[None] if self._output is None else self._host["logits"].sum(0)
+
+    def _set_place(self, cache: SequenceCache) -> None:
+        """Let all kernels compute the next token of this cache."""
+        place = [cache.length]
+        for number in self._blocks:
+            layer = cache.layers[number]
+            if isinstance(layer, StateCache):
+                for _, before, after in layer.segments(1):
+                    for name in before:
+                        place += before[name].data_ptr(), after[name].data_ptr()
+        # The GPU has read what was there, since the host has waited for each token.
+        self._host["place"].copy_(torch.tensor(place))
+        self._tokens.place.copy_(self._host["place"], non_blocking=True)
 
     def _add_missing(self, place: int) -> None:
         """Let the CPU compute a layer's experts that the GPU does not hold, and add their part."""
@@ -194,13 +211,14 @@ class _Section:
         return sum(form.sums(choices[part]) for part, form in self._forms[number].items())
 
     def _told_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that the host reads, and the row that it writes."""
+        """Return the tensors that the host reads, and the row and the place that it writes."""
         tokens = self._tokens
         told = {
             "selected": tokens.selected,
             "weights": tokens.weights,
             "normed": tokens.normed,
             "row": tokens.sums[0],
+            "place": tokens.place,
         }
         if self._output is not None:
             head = as_gpu(self._output.head).matrix.form
@@ -210,6 +228,9 @@ class _Section:
 
     def _capture(self, cache: SequenceCache) -> _Graphs:
         """Capture the graphs for a cache, which is empty."""
+        self._set_place(cache)
+        self._reached.record()
+        self._reached.synchronize()
         *layers, (last, _) = self._kernels(cache, with_host=False)
         whole = [kernel for up, own in layers for kernel in (*up, *own)]
         *layers, (last_of_split, _) = self._kernels(cache, with_host=True)
@@ -236,9 +257,8 @@ class _Section:
         """
         tokens, added = self._tokens, self._tokens.sums[:0]
         for number, block in self._blocks.items():
-            layer = cache.layers[number]
-            assert isinstance(layer, DeviceKVCache)
-            up = attention_kernels(block, added, self._used.config, layer, tokens)
+            layer, addresses = cache.layers[number], tokens.place[self._addresses[number]]
+            up = mixer_kernels(block, added, self._used.config, layer, addresses, tokens)
             own: Kernels = []
             first, end = 1, 1
             if (form := self._forms[number].get("experts")) is not None:

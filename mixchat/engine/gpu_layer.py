@@ -14,11 +14,14 @@ import torch
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.engine.attention import Attention
+from mixchat.engine.delta_net import GatedDeltaNet
 from mixchat.engine.device_cache import DeviceKVCache
+from mixchat.engine.layer_cache import LayerCache
 from mixchat.engine.mlp import DenseMLP
 from mixchat.engine.model import Block
 from mixchat.kernels.cpu.router import Router
 from mixchat.kernels.gpu.attention import Parts, attend
+from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net
 from mixchat.kernels.gpu.experts import experts_down, experts_up
 from mixchat.kernels.gpu.heads import heads
 from mixchat.kernels.gpu.norm import add_norm
@@ -26,22 +29,25 @@ from mixchat.kernels.gpu.product import product, split
 from mixchat.kernels.gpu.route import route
 from mixchat.weights.format.gpu_expert import GpuExpertForm
 from mixchat.weights.matrix.gpu_linear import as_gpu
+from mixchat.weights.matrix.quant_type import Linear
 
 Kernels = list[Callable[[], object]]
+MIXERS = Attention, GatedDeltaNet  # that graphs can have
 
 
 @dataclass
 class TokenTensors:
     """The tensors that the layers of a GPU share.
 
-    x, normed: the token's row [D]. past: the tokens before it, int32 [1]. sums: a layer's outputs,
-    fp32 [1 + P, D], which the next norm adds to x. The first row is the host's part. selected:
-    int32 [L, K]. weights: fp32 [K]. finished: counts programs, int32 [1], and is 0 between kernels.
+    x, normed: the token's row [D]. place: int64, the tokens before it, and then the addresses of
+    states before and after it. sums: a layer's outputs, fp32 [1 + P, D], which the next norm adds
+    to x. The first row is the host's part. selected: int32 [L, K]. weights: fp32 [K]. finished:
+    counts programs, int32 [1], and is 0 between kernels.
     """
 
     x: torch.Tensor
     normed: torch.Tensor
-    past: torch.Tensor
+    place: torch.Tensor
     sums: torch.Tensor
     selected: torch.Tensor
     weights: torch.Tensor
@@ -55,19 +61,28 @@ class TokenTensors:
         dtype: torch.dtype,
         sums: int,
         selected: tuple[int, int],
+        places: int,
         device: torch.device,
     ) -> TokenTensors:
-        """Return tensors of zeros. sums: P of the layer with most outputs. selected: L and K."""
+        """Return tensors of zeros.
+
+        sums: P of the layer with most outputs. selected: L and K. places: numbers in `place`.
+        """
         zeros = partial(torch.zeros, device=device)
         return cls(
             x=zeros(size, dtype=dtype),
             normed=zeros(size, dtype=dtype),
-            past=zeros(1, dtype=torch.int32),
+            place=zeros(places, dtype=torch.int64),
             sums=zeros(1 + sums, size, dtype=torch.float32),
             selected=zeros(*selected, dtype=torch.int32),
             weights=zeros(selected[1], dtype=torch.float32),
             finished=zeros(1, dtype=torch.int32),
         )
+
+    @property
+    def past(self) -> torch.Tensor:
+        """Return the tokens before the token, int32 [1]."""
+        return self.place[:1].view(torch.int32)[:1]
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return a tensor that a layer's kernels hand on, in the type of x by default."""
@@ -78,40 +93,83 @@ class TokenTensors:
         return self._others[name]
 
 
-def attention_kernels(
+def mixer_kernels(
     block: Block,
     added: torch.Tensor,
     config: ModelConfig,
-    cache: DeviceKVCache,
+    cache: LayerCache,
+    addresses: torch.Tensor,
     tokens: TokenTensors,
 ) -> Kernels:
     """Return the kernels of a layer up to the norm before its router.
 
-    added: what is added to x first, fp32 [P, D].
+    added: what is added to x first, fp32 [P, D]. addresses: of the layer's states, in their order
+    in `state_shapes`, each before and after the token.
     """
-    attention, stored, window = block.mixer, cache.tensors, cache.window
-    assert isinstance(attention, Attention)
-    count, _, width = attention.shape
-    heads_shape = 1, count, width
-    qkv, out = as_gpu(attention.qkv_proj).matrix, as_gpu(attention.o_proj).matrix
-    sums, outputs = (
-        tokens.tensor(name, split(matrix.form).count, 1, matrix.form.rows, dtype=torch.float32)
-        for name, matrix in (("qkv", qkv), ("attention", out))
-    )
-    queries, attended = (tokens.tensor(name, *heads_shape) for name in ("queries", "attended"))
-    gates = tokens.tensor("gates", *heads_shape[1:]) if config.attn_output_gate else None
-    parts = Parts.for_tokens(1, heads_shape[1], stored, window)
-    norms = [norm.weight for norm in attention.qk_norms]
-    rope, clip, eps = attention.rope.tables, config.clip_qkv, config.rms_norm_eps
-    x, normed, past, finished = tokens.x, tokens.normed, tokens.past, tokens.finished
+    mixer, eps = block.mixer, config.rms_norm_eps
+    if isinstance(mixer, GatedDeltaNet):
+        own, outputs = _delta_net_kernels(mixer, addresses, tokens)
+    else:
+        assert isinstance(mixer, Attention)
+        assert isinstance(cache, DeviceKVCache)
+        own, outputs = _attention_kernels(mixer, config, cache, tokens)
+    x, normed, finished = tokens.x, tokens.normed, tokens.finished
     return [
         partial(add_norm, x, added, block.mixer_norm.weight, normed, eps, finished),
-        partial(product, normed[None], qkv, sums),
-        partial(heads, sums[:, 0], queries[0], stored, past, rope, norms, eps, clip, gates),
-        partial(attend, queries, stored, past, attended, parts, window, attention.sinks, gates),
-        partial(product, attended.view(1, -1), out, outputs),
-        partial(add_norm, x, outputs[:, 0], block.mlp_norm.weight, normed, eps, finished),
+        *own,
+        partial(add_norm, x, outputs, block.mlp_norm.weight, normed, eps, finished),
     ]
+
+
+def _product(
+    name: str, x: torch.Tensor, linear: Linear, tokens: TokenTensors
+) -> tuple[Callable[[], object], torch.Tensor]:
+    """Return the kernel of a product with a row [C], and its partial sums, fp32 [S, R]."""
+    matrix = as_gpu(linear).matrix
+    shape = split(matrix.form).count, 1, matrix.form.rows
+    sums = tokens.tensor(name, *shape, dtype=torch.float32)
+    return partial(product, x[None], matrix, sums), sums[:, 0]
+
+
+def _attention_kernels(
+    attention: Attention, config: ModelConfig, cache: DeviceKVCache, tokens: TokenTensors
+) -> tuple[Kernels, torch.Tensor]:
+    """Return the kernels from the normed row to partial sums of the output, fp32 [S, D]."""
+    stored, window = cache.tensors, cache.window
+    count, _, width = attention.shape
+    queries, attended = (tokens.tensor(name, 1, count, width) for name in ("queries", "attended"))
+    gates = tokens.tensor("gates", count, width) if config.attn_output_gate else None
+    parts = Parts.for_tokens(1, count, stored, window)
+    norms = [norm.weight for norm in attention.qk_norms]
+    rope, clip, eps = attention.rope.tables, config.clip_qkv, config.rms_norm_eps
+    past, sinks = tokens.past, attention.sinks
+    project, qkv = _product("qkv", tokens.normed, attention.qkv_proj, tokens)
+    project_out, outputs = _product("mixed", attended.view(-1), attention.o_proj, tokens)
+    kernels: Kernels = [
+        project,
+        partial(heads, qkv, queries[0], stored, past, rope, norms, eps, clip, gates),
+        partial(attend, queries, stored, past, attended, parts, window, sinks, gates),
+        project_out,
+    ]
+    return kernels, outputs
+
+
+def _delta_net_kernels(
+    mixer: GatedDeltaNet, addresses: torch.Tensor, tokens: TokenTensors
+) -> tuple[Kernels, torch.Tensor]:
+    """Return the kernels from the normed row to partial sums of the output, fp32 [S, D]."""
+    rule, norm = mixer.rule, mixer.norm
+    heads_shape = rule.shape.value_heads, rule.shape.value_dim
+    read, gated = (tokens.tensor(name, *heads_shape) for name in ("read", "gated values"))
+    counters = tokens.tensor("heads that have finished", heads_shape[0], dtype=torch.int32)
+    convolution, state = mixer.convolution.weight, rule.shape.state_shape
+    small = mixer.ba_proj, convolution, rule.rates, rule.biases, norm.weight, norm.eps
+    weights = DeltaNetWeights(*small)
+    project, projected = _product("projected", tokens.normed, mixer.in_proj, tokens)
+    project_out, outputs = _product("mixed", gated.view(-1), mixer.out_proj, tokens)
+    places = addresses, state
+    update = partial(delta_net, tokens.normed, projected, weights, *places, read, gated, counters)
+    return [project, update, project_out], outputs
 
 
 def router_kernels(

@@ -66,6 +66,17 @@ TINY = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
 }
+# Its layers have a state, and a shared expert with a gate.
+TINY_STATES = TINY | {
+    "model_type": "qwen3_next",
+    "num_experts": EXPERTS,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
 CPU = torch.device("cpu")
 _SECTOR = 32  # bytes that a GPU reads from its memory at least
 
@@ -100,18 +111,20 @@ def blueprint_of(quant_type: QuantType, config: dict[str, Any]) -> Blueprint:
     return Blueprint(read_config(config), form)
 
 
-def counted(quant_type: QuantType, resident: float) -> Row:
+def counted(quant_type: QuantType, resident: float, config: dict[str, Any] = TINY) -> Row:
     """Return what a token costs, or one more layer if not all experts are in VRAM."""
-    one, two = (_token(quant_type, resident, layers) for layers in (1, 2))
+    one, two = (_token(quant_type, resident, config, layers) for layers in (1, 2))
     launches, kernels, syncs = (second - first for first, second in zip(one, two, strict=True))
     if resident == 1:
         launches, _, syncs = two
     return Row(quant_type, resident, launches, kernels, syncs)
 
 
-def _token(quant_type: QuantType, resident: float, layers: int) -> tuple[int, int, int]:
+def _token(
+    quant_type: QuantType, resident: float, config: dict[str, Any], layers: int
+) -> tuple[int, int, int]:
     """Return the launches, kernels and waits of a token of a tiny model."""
-    config = TINY | {"num_hidden_layers": layers}
+    config = config | {"num_hidden_layers": layers}
     blueprint = blueprint_of(quant_type, config)
     with paper_gpu.in_place_of_cuda(), tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "model"

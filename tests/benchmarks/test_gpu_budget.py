@@ -14,6 +14,13 @@ def test_a_token_is_one_graph_and_one_wait_if_vram_holds_all_experts(quant_type)
     assert row.syncs == 1
 
 
+def test_layers_with_states_keep_the_budget():
+    row = gpu_budget.counted("nf4", 1.0, gpu_budget.TINY_STATES)
+    assert row.kernels_a_layer == 11  # of which three are the shared expert
+    assert row.launches <= 4
+    assert row.syncs == 1
+
+
 @pytest.mark.parametrize("quant_type", TYPES)
 def test_a_layer_is_two_graphs_and_one_wait_if_ram_holds_half_of_the_experts(quant_type):
     row = gpu_budget.counted(quant_type, 0.5)

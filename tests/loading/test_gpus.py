@@ -55,6 +55,7 @@ FAMILIES = (
     "olmoe",
     "granitemoe",
     "gpt_oss",
+    "qwen3_next",
 )
 
 
@@ -213,6 +214,51 @@ def test_ctrl_c_at_any_moment_leaves_an_engine_that_answers_the_same(paper, case
         with pytest.raises(KeyboardInterrupt):
             text(engine)
         assert text(engine) == expected
+
+
+@pytest.fixture(scope="module")
+def hybrid(make_checkpoint, install):
+    """A model with states beside keys and values."""
+    checkpoint = make_checkpoint(model_type="qwen3_next", std=0.05, stored_as="float32")
+    return installed_case(install(checkpoint, quant_type="none", attention=16, head=16), [[5]])
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_states_are_those_of_whole_tokens_and_go_back_to_checkpoints(
+    paper, hybrid, devices, monkeypatch
+):
+    paper.devices = devices
+    experts = hybrid.blueprint.expert_count
+    engine = load(hybrid, experts - 4, experts, others=[experts] * (devices - 1))
+    expected, check = text(engine), interrupts.check
+    assert text(engine) == expected  # of a checkpoint at the end of the prompt
+    left = 20  # calls until Ctrl-C, which comes between two layers of a decoded token
+
+    def interrupted():
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        check()
+
+    monkeypatch.setattr(interrupts, "check", interrupted)
+    answer = engine.generate(PROMPT, sampling=GREEDY, stop_ids=set(), max_tokens=8)
+    found: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        found.extend(answer)
+    assert 0 < len(found) < 8
+    more = engine.generate([*PROMPT, *found], sampling=GREEDY, stop_ids=set(), max_tokens=8)
+    assert [*found, *more][:8] == expected
+
+
+def test_answers_of_a_model_with_states_are_the_same_in_company(paper, hybrid):
+    engine = load(hybrid, hybrid.blueprint.expert_count, 0, parallel=2, more=10**8)
+    expected = text(engine)
+    batch = engine.new_batch()
+    answers = [batch.add(AnswerRequest(PROMPT, GREEDY, set(), 8)) for _ in range(2)]
+    while not all(answer.has_ended for answer in answers):
+        batch.step()
+    assert [answer.ids[len(PROMPT) :] for answer in answers] == [expected] * 2
 
 
 class NearbyWorker:

@@ -101,7 +101,7 @@ class DeltaRule:
 
     def __init__(self, shape: DeltaNetShape, a_log: torch.Tensor, dt_bias: torch.Tensor) -> None:
         self.shape = shape
-        self._rates, self._biases = -a_log.float().exp(), dt_bias.float().contiguous()
+        self.rates, self.biases = -a_log.float().exp(), dt_bias.float().contiguous()
 
     def __call__(
         self, qkv: torch.Tensor, ba: torch.Tensor, before: torch.Tensor, after: torch.Tensor
@@ -136,10 +136,10 @@ class DeltaRule:
         values = qkv[:, 2 * keys :].view(tokens, shape.value_heads, blocks, shape.block)
         # At the end of a tensor, torch's sigmoid and softplus have other bits than within it.
         beta, alpha = ba.float().chunk(2, dim=1)
-        alpha = alpha + self._biases
+        alpha = alpha + self.biases
         beta = (1 / (1 + (-beta).exp()))[:, :, None, None]
         steps = (-alpha.abs()).exp().log1p() + alpha.clamp(min=0)
-        decay = (self._rates * steps).exp()[:, :, None, None]
+        decay = (self.rates * steps).exp()[:, :, None, None]
         state, read = before, []
         for token in range(tokens):
             key = keys_of_heads[token]  # [V, 1, k, 1]
@@ -158,9 +158,9 @@ class DeltaRule:
             qkv=qkv.data_ptr(),
             gates=gates.data_ptr(),
             out=out.data_ptr(),
-            rates=self._rates.data_ptr(),
+            rates=self.rates.data_ptr(),
             logits=ba.data_ptr(),
-            biases=self._biases.data_ptr(),
+            biases=self.biases.data_ptr(),
             stride=qkv.stride(0),
             logits_stride=ba.stride(0),
             tokens=tokens,
@@ -171,7 +171,7 @@ class DeltaRule:
             scale=fp32_bits(shape.key_dim**-0.5),
         )
         compiled = _compiled(ba.dtype == torch.bfloat16, shape.block)
-        keeps = qkv, ba, out, gates, self._rates, self._biases
+        keeps = qkv, ba, out, gates, self.rates, self.biases
         threads = 1 if qkv.numel() <= _FEW else None
         return (
             Step(compiled.function("prepare"), _SIGNATURE, numbers, keeps, threads),
@@ -183,13 +183,13 @@ class GatedNorm:
     """The RMSNorm of each head, times the weight [v] and silu of a gate."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self.weight, self._eps = weight, eps
+        self.weight, self.eps = weight, eps
 
     def __call__(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Return the product for x and gate, [T, heads * v], in their type."""
         width = self.weight.shape[0]
         if not rows.can_compute(x.dtype, width, x.device.type):
-            normed = rows.rms_norm(x.view(x.shape[0], -1, width), self.weight, self._eps)
+            normed = rows.rms_norm(x.view(x.shape[0], -1, width), self.weight, self.eps)
             gates = silu(gate.float()).view(normed.shape)
             return (normed * gates).to(x.dtype).view(x.shape)
         out = torch.empty_like(x)
@@ -208,7 +208,7 @@ class GatedNorm:
             tokens=x.shape[0],
             heads=x.shape[1] // width,
             width=width,
-            eps=fp32_bits(self._eps),
+            eps=fp32_bits(self.eps),
         )
         compiled = _compiled(x.dtype == torch.bfloat16, _BLOCK)
         threads = 1 if x.numel() <= _FEW else None

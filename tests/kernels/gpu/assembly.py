@@ -35,6 +35,7 @@ from mixchat.base import gpu
 from mixchat.kernels.cpu.router import Router
 from mixchat.kernels.gpu import codes, launch
 from mixchat.kernels.gpu.attention import Parts, attend
+from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net
 from mixchat.kernels.gpu.dequantize import dequantize
 from mixchat.kernels.gpu.experts import ExpertForm, Levels, Part, experts_down, experts_up
 from mixchat.kernels.gpu.heads import heads
@@ -162,6 +163,17 @@ def call_heads(
     heads(qkv, queries, tensors, past, rope, own, 1e-6, gates=gates)
 
 
+def call_delta_net(keys: int, values: int, size: int) -> None:
+    """All heads have 128 columns."""
+    channels, out = (2 * keys + values) * 128, values * 128
+    small = empty(2 * values, size), empty(4, channels, dtype=FP32)
+    rates = (empty(values, dtype=FP32) for _ in range(2))
+    weights = DeltaNetWeights(*small, *rates, empty(128), 1e-6)
+    addresses, counters = empty(4, dtype=torch.int64), empty(values, dtype=INT32)
+    projected, kept = empty(1, channels + out, dtype=FP32), (addresses, (values, 4, 128, 32))
+    delta_net(empty(size), projected, weights, *kept, empty(out), empty(out), counters)
+
+
 def call_store(groups: int, width: int, bits: int) -> None:
     rows, past = empty(512, groups, width), empty(1, dtype=INT32)
     store(kv_tensors(groups, width, bits), rows, rows, past)
@@ -217,6 +229,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "heads qwen3": partial(call_heads, 32, 4, 128, [128, 128]),
     "heads olmoe in 8 bits": partial(call_heads, 16, 16, 128, [2048, 2048], bits=8),
     "heads qwen3-next": partial(call_heads, 16, 2, 256, [256, 256], gated=True),
+    "delta_net qwen3.6": partial(call_delta_net, 16, 32, 2048),
     "store qwen3": partial(call_store, 4, 128, 16),
     "store qwen3 in 8 bits": partial(call_store, 4, 128, 8),
     "attend qwen3": Attention(32, 4, 128),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +38,15 @@ def start_on_card(
     kernel[grid](*map(on_card, arguments), **constants)
     for whole, copy in memories.values():
         whole.copy_(copy)
+
+
+@contextmanager
+def addresses_of(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield a table of the addresses of tensors, whose memory is the card's until the end."""
+    copies = [tensor if CARD is None else tensor.to(CARD, copy=True) for tensor in tensors]
+    yield torch.tensor([copy.data_ptr() for copy in copies])
+    for tensor, copy in zip(tensors, copies, strict=True):
+        tensor.copy_(copy)
 
 
 def kv_tensors(groups: int, room: int, width: int, dtype: torch.dtype, bits: int) -> KVTensors:

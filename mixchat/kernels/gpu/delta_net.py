@@ -1,0 +1,210 @@
+"""Gated DeltaNet for one token, between its two products: see kernels/cpu/delta_net.py.
+
+A program has a block of columns of one head's state, which it reads once and writes once. So the
+queries and keys of a head are computed by each of its programs, from numbers that are few beside
+those of the state. The last program of a head to finish normalizes what all have read.
+
+V and K = heads of values, and of keys and queries, v and k = their columns, C = 2 K k + V v
+channels: queries, keys, values. D = hidden_size, L = taps of the convolution, S = partial sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from mixchat.kernels.gpu.launch import launch
+from mixchat.kernels.gpu.norm import summed
+
+_THREADS = 128  # of a program, which has 16 KiB of the state of most models
+
+
+@dataclass(frozen=True)
+class DeltaNetWeights:
+    """All weights but those of the two products.
+
+    ba_proj: [2 V, D], to the logits of rates and decays. convolution: [L, C], fp32. rates, biases:
+    of decays [V], fp32. norm: [v].
+    """
+
+    ba_proj: torch.Tensor
+    convolution: torch.Tensor
+    rates: torch.Tensor
+    biases: torch.Tensor
+    norm: torch.Tensor
+    eps: float
+
+
+def delta_net(
+    x: torch.Tensor,
+    projected: torch.Tensor,
+    weights: DeltaNetWeights,
+    addresses: torch.Tensor,
+    state_shape: tuple[int, int, int, int],
+    read: torch.Tensor,
+    out: torch.Tensor,
+    finished: torch.Tensor,
+) -> None:
+    """Update the state by the token x [D], and store what is read of it in `out` [V * v].
+
+    projected: partial sums [S, C + V * v], fp32, of channels and of the output's gate. addresses:
+    int64 [4] on the GPU, of the convolution's last inputs [L - 1, C], fp32, before and after the
+    token, and of the states, fp32, before and after. state_shape: of these, [V, v / block, k,
+    block]. read: room for V * v numbers. finished: counters, int32 [V], 0 between two calls.
+    All is rounded where CPUs round.
+    """
+    heads, blocks, key_dim, block = state_shape
+    taps, channels = weights.convolution.shape
+    value_dim = blocks * block
+    key_heads = (channels - heads * value_dim) // (2 * key_dim)
+    launch(
+        _delta_net,
+        (heads, blocks),
+        *(x, projected, weights.ba_proj, weights.convolution, weights.rates, weights.biases),
+        *(weights.norm, addresses, read, out, finished, weights.eps),
+        D=x.shape[0],
+        X=triton.next_power_of_2(x.shape[0]),
+        K=key_heads,
+        V=heads,
+        KEY=key_dim,
+        ROWS=triton.next_power_of_2(key_dim),
+        BLOCK=block,
+        COLUMNS=triton.next_power_of_2(block),
+        BLOCKS=blocks,
+        VALUE=triton.next_power_of_2(value_dim),
+        L=taps,
+        S=projected.shape[0],
+        AT_ONCE=min(triton.next_power_of_2(projected.shape[0]), 8),
+        num_warps=_THREADS // 32,
+    )
+
+
+@triton.jit
+def _delta_net(
+    x,
+    projected,
+    ba_proj,
+    convolution,
+    rates,
+    biases,
+    norm,
+    addresses,
+    read,
+    out,
+    finished,
+    eps,
+    D: tl.constexpr,
+    X: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KEY: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    VALUE: tl.constexpr,
+    L: tl.constexpr,
+    S: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    WIDTH: tl.constexpr = BLOCKS * BLOCK
+    C: tl.constexpr = 2 * K * KEY + V * WIDTH
+    R: tl.constexpr = C + V * WIDTH
+    dtype: tl.constexpr = x.dtype.element_ty
+    head, block = tl.program_id(0), tl.program_id(1)
+    # The state comes first, since most time goes by until it is there.
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    places = (head * BLOCKS + block) * (KEY * BLOCK) + row[:, None] * BLOCK + column[None, :]
+    inside = (row < KEY)[:, None] & (column < BLOCK)[None, :]
+    state = tl.load(_floats_at(addresses + 2) + places, inside, 0.0)
+
+    inputs = tl.arange(0, X)
+    numbers = tl.load(x + inputs, inputs < D, 0.0).to(tl.float32)
+    ba_proj += head * D + inputs
+    rate = tl.sum(numbers * tl.load(ba_proj, inputs < D, 0.0).to(tl.float32))
+    step = tl.sum(numbers * tl.load(ba_proj + V * D, inputs < D, 0.0).to(tl.float32))
+    rate, step = rate.to(dtype).to(tl.float32), step.to(dtype).to(tl.float32)
+    step += tl.load(biases + head)
+    step = tl.maximum(step, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(step)))
+    decay, rate = tl.exp(tl.load(rates + head) * step), tl.sigmoid(rate)
+
+    before, after = _floats_at(addresses), _floats_at(addresses + 1)
+    key_head = head // (V // K)
+    # Of the programs with the same queries and keys, one stores their inputs.
+    is_first = (head % (V // K) == 0) & (block == 0)
+    channel = key_head * KEY + row
+    wanted = row < KEY
+    kept = row < tl.where(is_first, KEY, 0)
+    query = _convolved(
+        projected, convolution, before, after, channel, wanted, kept, C, R, L, S, AT_ONCE, dtype
+    )
+    channel += K * KEY
+    key = _convolved(
+        projected, convolution, before, after, channel, wanted, kept, C, R, L, S, AT_ONCE, dtype
+    )
+    query *= tl.rsqrt(tl.sum(query * query) + 1e-6) * (1 / KEY**0.5)
+    key *= tl.rsqrt(tl.sum(key * key) + 1e-6)
+    at = head * WIDTH + block * BLOCK + column
+    channel, wanted = 2 * K * KEY + at, column < BLOCK
+    value = _convolved(
+        projected, convolution, before, after, channel, wanted, wanted, C, R, L, S, AT_ONCE, dtype
+    )
+
+    state *= decay
+    delta = rate * (value - tl.sum(state * key[:, None], 0))
+    state += key[:, None] * delta[None, :]
+    tl.store(_floats_at(addresses + 3) + places, state, inside)
+    tl.store(read + at, tl.sum(state * query[:, None], 0), wanted)
+
+    # All threads have stored their numbers before one of them counts the program.
+    tl.debug_barrier()
+    if tl.atomic_add(finished + head, 1) == BLOCKS - 1:
+        tl.store(finished + head, 0)
+        every = tl.arange(0, VALUE)
+        # Other programs have stored these, and the first-level cache is each one's own.
+        places_of_head, own = head * WIDTH + every, every < WIDTH
+        values = tl.load(read + places_of_head, own, 0.0, cache_modifier=".cg").to(tl.float32)
+        values *= tl.rsqrt(tl.sum(values * values) / WIDTH + eps)
+        weights = tl.load(norm + every, own, 0.0)
+        normed = values.to(weights.dtype).to(tl.float32) * weights.to(tl.float32)
+        gate = summed(projected, C + places_of_head, own, S, R, AT_ONCE).to(dtype).to(tl.float32)
+        normed = normed.to(dtype).to(tl.float32) * (gate * tl.sigmoid(gate))
+        tl.store(out + places_of_head, normed, own)
+
+
+@triton.jit
+def _floats_at(address):
+    """Return a pointer to what begins at an address, a multiple of 16, in memory."""
+    return tl.multiple_of(tl.load(address).to(tl.pointer_type(tl.float32)), 16)
+
+
+@triton.jit
+def _convolved(
+    projected,
+    weight,
+    before,
+    after,
+    channel,
+    wanted,
+    kept,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+    S: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Return the output of some channels, with silu. Store their last inputs if they are kept."""
+    x = summed(projected, channel, wanted, S, R, AT_ONCE).to(dtype).to(tl.float32)
+    total = tl.zeros(channel.shape, tl.float32)
+    for tap in tl.static_range(L - 1):
+        earlier = tl.load(before + tap * C + channel, wanted, 0.0)
+        total += earlier * tl.load(weight + tap * C + channel, wanted, 0.0)
+        if tap > 0:
+            tl.store(after + (tap - 1) * C + channel, earlier, kept)
+    tl.store(after + (L - 2) * C + channel, x, kept)
+    total += x * tl.load(weight + (L - 1) * C + channel, wanted, 0.0)
+    return total * tl.sigmoid(total)
