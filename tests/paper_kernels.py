@@ -229,6 +229,18 @@ def delta_net(
     out.copy_(GatedNorm(norm, eps)(values, row[:, channels:].contiguous()).view(out.shape))
 
 
+def gated_convolution(
+    projected: Tensor, weight: Tensor, addresses: Tensor, out: Tensor, **shape: Any
+) -> None:
+    convolution = Convolution(weight.t(), gated=True)
+    before, after = (
+        at(address, 4 * prod(convolution.state_shape)).view(torch.float32).view(shape["L"] - 1, -1)
+        for address in addresses.tolist()
+    )
+    row = projected.view(shape["S"], -1).sum(0).to(out.dtype)[None]
+    out.copy_(convolution._by_torch(row, before, after)[0])
+
+
 DOUBLES: dict[str, Callable[..., None]] = {
     "_product": product,
     "_dequantize": dequantize,
@@ -238,4 +250,5 @@ DOUBLES: dict[str, Callable[..., None]] = {
     "_route": route,
     "_heads": heads,
     "_delta_net": delta_net,
+    "_gated_convolution": gated_convolution,
 }

@@ -19,8 +19,10 @@ from mixchat.engine.device_cache import DeviceKVCache
 from mixchat.engine.layer_cache import LayerCache
 from mixchat.engine.mlp import DenseMLP
 from mixchat.engine.model import Block
+from mixchat.engine.short_conv import ShortConv
 from mixchat.kernels.cpu.router import Router
 from mixchat.kernels.gpu.attention import Parts, attend
+from mixchat.kernels.gpu.convolution import gated_convolution
 from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net
 from mixchat.kernels.gpu.experts import experts_down, experts_up
 from mixchat.kernels.gpu.heads import heads
@@ -32,7 +34,7 @@ from mixchat.weights.matrix.gpu_linear import as_gpu
 from mixchat.weights.matrix.quant_type import Linear
 
 Kernels = list[Callable[[], object]]
-MIXERS = Attention, GatedDeltaNet  # that graphs can have
+MIXERS = Attention, GatedDeltaNet, ShortConv  # that graphs can have
 
 
 @dataclass
@@ -109,6 +111,8 @@ def mixer_kernels(
     mixer, eps = block.mixer, config.rms_norm_eps
     if isinstance(mixer, GatedDeltaNet):
         own, outputs = _delta_net_kernels(mixer, addresses, tokens)
+    elif isinstance(mixer, ShortConv):
+        own, outputs = _convolution_kernels(mixer, addresses, tokens)
     else:
         assert isinstance(mixer, Attention)
         assert isinstance(cache, DeviceKVCache)
@@ -170,6 +174,18 @@ def _delta_net_kernels(
     places = addresses, state
     update = partial(delta_net, tokens.normed, projected, weights, *places, read, gated, counters)
     return [project, update, project_out], outputs
+
+
+def _convolution_kernels(
+    mixer: ShortConv, addresses: torch.Tensor, tokens: TokenTensors
+) -> tuple[Kernels, torch.Tensor]:
+    """Return the kernels from the normed row to partial sums of the output, fp32 [S, D]."""
+    project, projected = _product("projected", tokens.normed, mixer.in_proj, tokens)
+    convolved = tokens.tensor("convolved", mixer.convolution.channels)
+    project_out, outputs = _product("mixed", convolved, mixer.out_proj, tokens)
+    weight = mixer.convolution.weight
+    convolve = partial(gated_convolution, projected, weight, addresses, convolved)
+    return [project, convolve, project_out], outputs
 
 
 def router_kernels(

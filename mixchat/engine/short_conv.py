@@ -31,7 +31,7 @@ class ShortConv:
     def __init__(
         self, layer: int, in_proj: Linear, out_proj: Linear, convolution: Convolution
     ) -> None:
-        self._layer, self._convolution = layer, convolution
+        self._layer, self.convolution = layer, convolution
         self.in_proj, self.out_proj = in_proj, out_proj
 
     @classmethod
@@ -48,7 +48,7 @@ class ShortConv:
         self.out_proj = RecordingLinear(self.out_proj, records["out_proj"])
 
     def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
-        return sequences == 1 and rows.can_compute(dtype, self._convolution.channels)
+        return sequences == 1 and rows.can_compute(dtype, self.convolution.channels)
 
     def __call__(
         self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
@@ -59,17 +59,17 @@ class ShortConv:
             assert isinstance(cache, StateCache)
             sequence = projected[rows_of]
             for segment, before, after in cache.segments(sequence.shape[0]):
-                out.append(self._convolution(sequence[segment], before["conv"], after["conv"]))
+                out.append(self.convolution(sequence[segment], before["conv"], after["conv"]))
         convolved = out[0] if len(out) == 1 else torch.cat(out)
         return self.out_proj(convolved, exact=exact)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
         """Return `__call__` for one token, from `normed` to `added`."""
-        channels = self._convolution.channels
+        channels = self.convolution.channels
         projected = context.tensor("projected", 1, 3 * channels)
         convolved = context.tensor("convolved", 1, channels)
         round_x, project = as_packed(self.in_proj).steps(context.normed, projected)
-        convolve = self._convolution.step(projected, convolved)
+        convolve = self.convolution.step(projected, convolved)
         round_out, project_out = as_packed(self.out_proj).steps(convolved, context.added)
 
         def set_place(cache: StateCache) -> None:

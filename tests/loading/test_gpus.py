@@ -56,6 +56,7 @@ FAMILIES = (
     "granitemoe",
     "gpt_oss",
     "qwen3_next",
+    "lfm2_moe",
 )
 
 
@@ -95,6 +96,7 @@ def test_every_family_gives_the_cpu_s_logits(paper, make_checkpoint, install, fa
     known = installed_case(install(checkpoint, quant_type="none", attention=16, head=16), passes)
     experts = known.blueprint.expert_count
     engine = load(known, experts // 2 + 2, experts)
+    assert engine.passes.model._decoder is not None  # tokens are graphs
     assert apart(logits(engine, passes), known.expected) < 1e-5
 
 

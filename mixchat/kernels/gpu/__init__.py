@@ -8,6 +8,7 @@ Import these modules only if a GPU computes: all but toolchain.py import Triton.
 - heads.py: sums queries, keys and values of one token, normalizes and rotates them
 - kv_store.py: stores keys and values in the memory of a KV cache
 - attention.py: attention of new tokens, one or many, over a KV cache
+- convolution.py: a short convolution for one token
 - delta_net.py: a Gated DeltaNet for one token, between its two products
 - codes.py: turns codes of each type into numbers
 - product.py: a few rows times a matrix

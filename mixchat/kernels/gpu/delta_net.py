@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mixchat.kernels.gpu.convolution import convolved, floats_at
 from mixchat.kernels.gpu.launch import launch
 from mixchat.kernels.gpu.norm import summed
 
@@ -119,7 +120,7 @@ def _delta_net(
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     places = (head * BLOCKS + block) * (KEY * BLOCK) + row[:, None] * BLOCK + column[None, :]
     inside = (row < KEY)[:, None] & (column < BLOCK)[None, :]
-    state = tl.load(_floats_at(addresses + 2) + places, inside, 0.0)
+    state = tl.load(floats_at(addresses + 2) + places, inside, 0.0)
 
     inputs = tl.arange(0, X)
     numbers = tl.load(x + inputs, inputs < D, 0.0).to(tl.float32)
@@ -131,32 +132,32 @@ def _delta_net(
     step = tl.maximum(step, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(step)))
     decay, rate = tl.exp(tl.load(rates + head) * step), tl.sigmoid(rate)
 
-    before, after = _floats_at(addresses), _floats_at(addresses + 1)
+    before, after = floats_at(addresses), floats_at(addresses + 1)
     key_head = head // (V // K)
     # Of the programs with the same queries and keys, one stores their inputs.
     is_first = (head % (V // K) == 0) & (block == 0)
     channel = key_head * KEY + row
     wanted = row < KEY
     kept = row < tl.where(is_first, KEY, 0)
-    query = _convolved(
+    query = _activated(
         projected, convolution, before, after, channel, wanted, kept, C, R, L, S, AT_ONCE, dtype
     )
     channel += K * KEY
-    key = _convolved(
+    key = _activated(
         projected, convolution, before, after, channel, wanted, kept, C, R, L, S, AT_ONCE, dtype
     )
     query *= tl.rsqrt(tl.sum(query * query) + 1e-6) * (1 / KEY**0.5)
     key *= tl.rsqrt(tl.sum(key * key) + 1e-6)
     at = head * WIDTH + block * BLOCK + column
     channel, wanted = 2 * K * KEY + at, column < BLOCK
-    value = _convolved(
+    value = _activated(
         projected, convolution, before, after, channel, wanted, wanted, C, R, L, S, AT_ONCE, dtype
     )
 
     state *= decay
     delta = rate * (value - tl.sum(state * key[:, None], 0))
     state += key[:, None] * delta[None, :]
-    tl.store(_floats_at(addresses + 3) + places, state, inside)
+    tl.store(floats_at(addresses + 3) + places, state, inside)
     tl.store(read + at, tl.sum(state * query[:, None], 0), wanted)
 
     # All threads have stored their numbers before one of them counts the program.
@@ -176,13 +177,7 @@ def _delta_net(
 
 
 @triton.jit
-def _floats_at(address):
-    """Return a pointer to what begins at an address, a multiple of 16, in memory."""
-    return tl.multiple_of(tl.load(address).to(tl.pointer_type(tl.float32)), 16)
-
-
-@triton.jit
-def _convolved(
+def _activated(
     projected,
     weight,
     before,
@@ -199,12 +194,5 @@ def _convolved(
 ):
     """Return the output of some channels, with silu. Store their last inputs if they are kept."""
     x = summed(projected, channel, wanted, S, R, AT_ONCE).to(dtype).to(tl.float32)
-    total = tl.zeros(channel.shape, tl.float32)
-    for tap in tl.static_range(L - 1):
-        earlier = tl.load(before + tap * C + channel, wanted, 0.0)
-        total += earlier * tl.load(weight + tap * C + channel, wanted, 0.0)
-        if tap > 0:
-            tl.store(after + (tap - 1) * C + channel, earlier, kept)
-    tl.store(after + (L - 2) * C + channel, x, kept)
-    total += x * tl.load(weight + (L - 1) * C + channel, wanted, 0.0)
+    total = convolved(x, weight, before, after, channel, wanted, kept, C, L)
     return total * tl.sigmoid(total)

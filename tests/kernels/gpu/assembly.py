@@ -35,6 +35,7 @@ from mixchat.base import gpu
 from mixchat.kernels.cpu.router import Router
 from mixchat.kernels.gpu import codes, launch
 from mixchat.kernels.gpu.attention import Parts, attend
+from mixchat.kernels.gpu.convolution import gated_convolution
 from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net
 from mixchat.kernels.gpu.dequantize import dequantize
 from mixchat.kernels.gpu.experts import ExpertForm, Levels, Part, experts_down, experts_up
@@ -174,6 +175,11 @@ def call_delta_net(keys: int, values: int, size: int) -> None:
     delta_net(empty(size), projected, weights, *kept, empty(out), empty(out), counters)
 
 
+def call_convolution(channels: int) -> None:
+    projected, weight = empty(1, 3 * channels, dtype=FP32), empty(3, channels, dtype=FP32)
+    gated_convolution(projected, weight, empty(2, dtype=torch.int64), empty(channels))
+
+
 def call_store(groups: int, width: int, bits: int) -> None:
     rows, past = empty(512, groups, width), empty(1, dtype=INT32)
     store(kv_tensors(groups, width, bits), rows, rows, past)
@@ -230,6 +236,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "heads olmoe in 8 bits": partial(call_heads, 16, 16, 128, [2048, 2048], bits=8),
     "heads qwen3-next": partial(call_heads, 16, 2, 256, [256, 256], gated=True),
     "delta_net qwen3.6": partial(call_delta_net, 16, 32, 2048),
+    "gated_convolution lfm2": partial(call_convolution, 2048),
     "store qwen3": partial(call_store, 4, 128, 16),
     "store qwen3 in 8 bits": partial(call_store, 4, 128, 8),
     "attend qwen3": Attention(32, 4, 128),

@@ -58,7 +58,7 @@ def complaints(row: dict[str, Any]) -> list[str]:
     [
         (
             "^product|mixtral (trellis2|none)|qwen3 nf4|gpt-oss mxfp4|dequantize nf4"
-            "|route glm4|add_norm|heads|delta_net|^attend (qwen3|gpt-oss|qwen3-next)$",
+            "|route glm4|add_norm|heads|delta_net|gated_conv|^attend (qwen3|gpt-oss|qwen3-next)$",
             ["sm_86"],
         ),
         ("^(prompt )?attend|^store|^heads olmoe", ["sm_80"]),
