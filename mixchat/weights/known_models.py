@@ -73,6 +73,7 @@ KNOWN: dict[str, KnownModel] = {
     "qwen3.6": KnownModel("Qwen/Qwen3.6-35B-A3B", "qwen3.6"),
     "qwen3-coder-next": KnownModel("Qwen/Qwen3-Coder-Next", "qwen3-coder-next"),
     "glm-4.7-flash": KnownModel("zai-org/GLM-4.7-Flash", "glm-4.7-flash"),
+    "gemma4": KnownModel("google/gemma-4-26B-A4B-it", "gemma4"),
     "lfm2": KnownModel("LiquidAI/LFM2-8B-A1B", "lfm2"),
     "lfm2-24b": KnownModel("LiquidAI/LFM2-24B-A2B", "lfm2-24b"),
     # All is the repository's, as other programs quote it. The multipliers are also those of 1B.

@@ -44,6 +44,7 @@ def test_the_known_models_come_by_their_size_with_the_same_prediction_as_a_plan(
         "mellum2",
         "gpt-oss",
         "lfm2-24b",
+        "gemma4",
         "glm-4.7-flash",
         "qwen3",
         "qwen3.6",

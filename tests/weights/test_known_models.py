@@ -26,6 +26,7 @@ PUBLISHED = {
     "qwen3.6": (34.7, 69),
     "qwen3-coder-next": (79.7, 159),
     "glm-4.7-flash": (29.9, 60),
+    "gemma4": (25.2, 50),
     "lfm2": (8.3, 17),
     "lfm2-24b": (23.8, 48),
 }
@@ -51,6 +52,7 @@ def test_transformers_reads_the_same_in_a_known_config(name):
     ("name", "parts"),
     [
         ("qwen3.6", ("images", "predicting further tokens")),
+        ("gemma4", ("images",)),
         ("glm-4.7-flash", ("predicting further tokens",)),
         ("qwen3-coder-next", ()),
     ],

@@ -30,6 +30,7 @@ _ROPES = {
         "partial_rotary_factor": 0.25,
     },
 }
+_CAP = "final_logit_softcapping"
 _DEFAULTS = {
     "num_key_value_heads": 4,
     "head_dim": 256,
@@ -51,7 +52,7 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
     # `intermediate_size` is the dense part's.
     keys["intermediate_size"] = raw.get("moe_intermediate_size")
     shares = read.flag(raw, "attention_k_eq_v")
-    cap = raw.get("final_logit_softcapping")
+    cap = raw.get(_CAP)
     return ModelConfig(
         **read.shape_of(keys, rope_theta=1e4, rms_norm_eps=1e-6, partial_rotary=True),
         **read.layer_types(keys),
@@ -67,7 +68,7 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
         hidden_act="gelu_pytorch_tanh",
         sandwich_norms=True,
         per_expert_scale=True,
-        final_logit_softcapping=None if cap is None else read.positive_number({"cap": cap}, "cap"),
+        final_logit_softcapping=None if cap is None else read.positive_number(raw, _CAP),
     )
 
 

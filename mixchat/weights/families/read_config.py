@@ -101,9 +101,11 @@ def _of_language_model(raw: dict[str, Any]) -> dict[str, Any]:
     text, model_type, whole = raw.get("text_config"), raw.get("model_type"), raw
     if isinstance(text, dict):
         raw = {**raw, **{key: value for key, value in text.items() if value is not None}}
-        # As in transformers, the whole model decides whether the head is the embedding.
-        if "tie_word_embeddings" in whole:
-            raw["tie_word_embeddings"] = whole["tie_word_embeddings"]
+        # As in transformers, the whole model decides whether the head is the embedding, and which
+        # tokens end an answer.
+        for key in ("tie_word_embeddings", "eos_token_id"):
+            if whole.get(key) is not None:
+                raw[key] = whole[key]
     if isinstance(model_type, str) and (family := model_type.removesuffix("_text")) in FAMILIES:
         return {**raw, "model_type": family}
     return {**raw, "model_type": model_type}

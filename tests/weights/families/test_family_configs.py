@@ -1,8 +1,12 @@
 """The config.json of each family, with the values of a published model, against transformers."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextScaledWordEmbedding
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
@@ -422,15 +426,71 @@ def test_the_language_model_of_qwen3_5_is_read_alone_or_beside_vision():
     whole = AutoConfig.for_model("qwen3_5_moe", text_config=text).to_dict()
     alone = AutoConfig.for_model("qwen3_5_moe_text", **text).to_dict()
     ours = read_config(whole)
-    assert (
-        ours
-        == read_config(alone)
-        == read_config({"model_type": "qwen3_5_moe", "text_config": text})
-    )
+    assert replace(ours, left_out=()) == read_config(alone)
+    assert read_config(alone) == read_config({"model_type": "qwen3_5_moe", "text_config": text})
     assert (ours.num_local_experts, ours.num_experts_per_tok, ours.norm_topk_prob) == (256, 8, True)
     assert ours.layer_types.count("full_attention") == 10
     assert ours.layer_type(39) == "full_attention"
     assert ours.rope(3).partial_rotary_factor == 0.25
+
+
+GEMMA: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "enable_moe_block": True,
+    "num_experts": 128,
+    "top_k_experts": 8,
+    "moe_intermediate_size": 704,
+    "intermediate_size": 2112,
+    "hidden_size": 2816,
+    "hidden_size_per_layer_input": 0,
+}
+
+
+def test_layers_of_gemma_4_are_those_of_transformers():
+    """Its newer configs have the heads of full layers in `per_layer_config`."""
+    theirs = AutoConfig.for_model("gemma4_text", **GEMMA)
+    ours = read_config(theirs.to_dict())
+    assert [*map(ours.layer_type, range(30))] == theirs.layer_types
+    for layer in range(30):
+        own = theirs.per_layer_config[layer]
+        shape = own.num_attention_heads, own.num_key_value_heads, own.head_dim
+        assert ours.attention_shape(layer) == shape
+    assert ours.embedding_multiplier == 2816**0.5
+    published = {**GEMMA, "head_dim": 256, "global_head_dim": 512, "num_attention_heads": 8}
+    published |= {"vocab_size": 262144, "num_hidden_layers": 30, "max_position_embeddings": 131072}
+    assert read_config({"model_type": "gemma4_text", **published}) == ours
+    nested = {"model_type": "gemma4", "text_config": published, "eos_token_id": [1, 106]}
+    assert read_config(nested) == replace(ours, eos_token_ids=(1, 106))
+    in_bf16 = read_config({**nested, "dtype": "bfloat16"})
+    embedding = Gemma4TextScaledWordEmbedding(2, 2816, 0, embed_scale=2816**0.5).bfloat16()
+    with torch.no_grad():
+        embedding.weight.fill_(1)
+    assert embedding(torch.tensor([1])).unique().item() == in_bf16.embedding_multiplier
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"enable_moe_block": False}, "dense models"),
+        ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input is 256"),
+        ({"num_kv_shared_layers": 4}, "num_kv_shared_layers is 4"),
+        ({"use_bidirectional_attention": "all"}, "later tokens"),
+        ({"hidden_activation": "silu"}, "hidden_activation"),
+        ({"final_logit_softcapping": -1}, "final_logit_softcapping"),
+        ({"per_layer_config": {"5": {"head_dim": 8}, "11": {"head_dim": 4}}}, "not of one shape"),
+        ({"per_layer_config": [3]}, "per_layer_config"),
+        ({"num_global_key_value_heads": 3}, "global"),
+    ],
+)
+def test_models_of_gemma_4_that_do_not_run_are_refused(change, message):
+    raw = AutoConfig.for_model("gemma4_text", **GEMMA).to_dict()
+    if "num_global_key_value_heads" in change:
+        del raw["per_layer_config"]
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_config({**raw, **change})
+    assert "\n" not in str(caught.value)
 
 
 def test_mellum_without_types_of_layers_has_full_attention():
