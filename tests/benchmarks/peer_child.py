@@ -34,7 +34,14 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.known_models import KNOWN
 
-ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
+ARCHITECTURES = {
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
+    "qwen3_next": "qwen3next",
+    "qwen3_5_moe": "qwen35moe",
+    "lfm2_moe": "lfm2moe",
+}
 ARCHITECTURES |= {"glm4_moe_lite": "deepseek2"}
 SHAPES = [name for name, known in KNOWN.items() if known.config["model_type"] in ARCHITECTURES]
 VOCAB = 32000  # tokens that every model has
@@ -58,28 +65,30 @@ MXFP4_EXPONENT = 115  # of 2^-12, with which weights spread as in Q4_0 with `SMA
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
     """All tensors of a file in Q4_0."""
     hidden, vocabulary = config.hidden_size, config.vocab_size
-    dense = dense_type(config)
+    dense, is_lfm2 = dense_type(config), config.model_type == "lfm2_moe"
     head = "Q6_K" if dense == "Q4_0" and hidden % BLOCKS["Q6_K"][0] == 0 else "Q8_0"
-    yield "token_embd.weight", (vocabulary, hidden), LARGE, dense
-    yield "output_norm.weight", (hidden,), 0, "F32"
-    yield "output.weight", (vocabulary, hidden), SMALL, head
+    tied = config.tie_word_embeddings
+    yield "token_embd.weight", (vocabulary, hidden), LARGE, head if tied else dense
+    yield f"{'token_embd' if is_lfm2 else 'output'}_norm.weight", (hidden,), 0, "F32"
+    if not tied:
+        yield "output.weight", (vocabulary, hidden), SMALL, head
+    has_other = config.attention_sinks or config.attn_output_gate
     for layer in range(config.num_hidden_layers):
         block = f"blk.{layer}."
-        after = "post_attention_norm" if config.attention_sinks else "ffn_norm"
+        after = "post_attention_norm" if has_other else "ffn_norm"
         yield f"{block}attn_norm.weight", (hidden,), 0, "F32"
         yield f"{block}{after}.weight", (hidden,), 0, "F32"
-        latent = config.mixer(layer) == "latent_attention"
-        yield from (latent_attention if latent else attention)(config, f"{block}attn_")
-        is_sparse = layer >= config.first_k_dense_replace
-        if is_sparse:
+        mixer = config.mixer(layer)
+        if mixer == "linear_attention":
+            yield from delta_net(config, block)
+        elif mixer == "conv":
+            yield from short_conv(config, f"{block}shortconv.")
+        else:
+            yield from attention(config, f"{block}attn_")
+        if layer < config.first_k_dense_replace:
+            yield from mlp(config, f"{block}ffn_", "", config.dense_intermediate_size)
+        else:
             yield from experts(config, f"{block}ffn_")
-        if inner := config.mlp_intermediate_size(layer):
-            suffix = "_shexp" if is_sparse else ""
-            yield f"{block}ffn_gate{suffix}.weight", (inner, hidden), SMALL, dense
-            yield f"{block}ffn_up{suffix}.weight", (inner, hidden), SMALL, dense
-            yield f"{block}ffn_down{suffix}.weight", (hidden, inner), SMALL, dense
-        if is_sparse and config.e_score_correction_bias:
-            yield f"{block}exp_probs_b.bias", (config.num_local_experts,), 0, "F32"
 
 
 def dense_type(config: ModelConfig) -> str:
@@ -96,7 +105,7 @@ def attention(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
     dense = dense_type(config)
     few = "Q8_0" if config.num_local_experts == 8 else dense
     for name, rows, columns, kind in (
-        ("q", heads, hidden, dense),
+        ("q", heads * (2 if config.attn_output_gate else 1), hidden, dense),
         ("k", groups, hidden, few),
         ("v", groups, hidden, few),
         ("output", hidden, heads, dense),
@@ -127,12 +136,48 @@ def latent_attention(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
     yield f"{prefix}kv_a_norm.weight", (latent,), 0, "F32"
 
 
+def delta_net(config: ModelConfig, block: str) -> Iterator[Tensor]:
+    hidden, (keys, heads, key, value) = config.hidden_size, config.delta_net_shape
+    channels, values, dense = 2 * keys * key + heads * value, heads * value, dense_type(config)
+    yield f"{block}attn_qkv.weight", (channels, hidden), SMALL, dense
+    yield f"{block}attn_gate.weight", (values, hidden), SMALL, dense
+    small = {"ssm_ba": 2 * heads}
+    if config.model_type == "qwen3_5_moe":
+        small = {"ssm_beta": heads, "ssm_alpha": heads}
+    for name, rows in small.items():
+        yield f"{block}{name}.weight", (rows, hidden), SMALL, "Q8_0"
+    yield f"{block}ssm_conv1d.weight", (channels, config.linear_conv_kernel_dim), 0, "F32"
+    yield f"{block}ssm_dt.bias", (heads,), 0, "F32"
+    yield f"{block}ssm_a", (heads,), 0, "F32"
+    yield f"{block}ssm_norm.weight", (value,), 0, "F32"
+    yield f"{block}ssm_out.weight", (hidden, values), SMALL, dense
+
+
+def short_conv(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
+    hidden, dense = config.hidden_size, dense_type(config)
+    yield f"{prefix}in_proj.weight", (3 * hidden, hidden), SMALL, dense
+    yield f"{prefix}conv.weight", (hidden, config.conv_L_cache), 0, "F32"
+    yield f"{prefix}out_proj.weight", (hidden, hidden), SMALL, dense
+
+
+def mlp(config: ModelConfig, prefix: str, suffix: str, inner: int) -> Iterator[Tensor]:
+    hidden, dense = config.hidden_size, dense_type(config)
+    for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden)):
+        yield f"{prefix}{name}{suffix}.weight", (rows, columns), SMALL, dense
+    yield f"{prefix}down{suffix}.weight", (hidden, inner), SMALL, dense
+
+
 def experts(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
     hidden, inner, count = config.hidden_size, config.intermediate_size, config.num_local_experts
     kind = "MXFP4" if config.moe_bias else "Q4_0"
     yield f"{prefix}gate_inp.weight", (count, hidden), 0, "F32"
     if config.moe_bias:
         yield f"{prefix}gate_inp.bias", (count,), 0, "F32"
+    if config.e_score_correction_bias:
+        yield f"{prefix.removesuffix('ffn_')}exp_probs_b.bias", (count,), 0, "F32"
+    if config.shared_expert_gate:
+        yield from mlp(config, prefix, "_shexp", config.shared_expert_intermediate_size)
+        yield f"{prefix}gate_inp_shexp.weight", (hidden,), 0, "F32"
     for name, rows, columns in (
         ("gate", inner, hidden),
         ("up", inner, hidden),
@@ -177,6 +222,8 @@ def write_q4_0(path: Path, layers: int, shape: str = "instruct") -> None:
             writer.write_tensor_data(_blocks(random, shape, scale, kind))
         elif "norm" in name:
             writer.write_tensor_data(np.ones(shape, np.float32))
+        elif name.endswith("ssm_a"):  # a decay needs a negative number
+            writer.write_tensor_data(-np.ones(shape, np.float32))
         else:
             writer.write_tensor_data(0.02 * random.standard_normal(shape, np.float32))
     writer.close()
@@ -192,10 +239,16 @@ def _add_keys(writer: Any, config: ModelConfig) -> None:
     if config.kv_lora_rank:
         _add_keys_of_latents(writer, config)
     else:
-        writer.add_head_count_kv(config.num_key_value_heads)
+        has_keys = [config.mixer(layer) == "attention" for layer in range(config.num_hidden_layers)]
+    groups = config.num_key_value_heads
+    if "conv" in config.layer_types:
+        writer.add_head_count_kv([groups if keys else 0 for keys in has_keys])
+    else:
+        writer.add_head_count_kv(groups)
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-        writer.add_rope_dimension_count(config.head_dim)
+        partial = config.rope_parameters.partial_rotary_factor
+    writer.add_rope_dimension_count(int(config.head_dim * partial))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_expert_count(config.num_local_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
@@ -209,6 +262,7 @@ def _add_keys(writer: Any, config: ModelConfig) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope.factor)
         writer.add_rope_scaling_orig_ctx_len(rope.original_max_position_embeddings)
+    _add_keys_of_states(writer, config)
     if config.sliding_window is not None:  # of every other layer, as llama.cpp assumes
         writer.add_sliding_window(config.sliding_window)
 
@@ -231,6 +285,25 @@ def _add_keys_of_latents(writer: Any, config: ModelConfig) -> None:
     writer.add_expert_weights_scale(config.routed_scaling_factor)
     writer.add_expert_weights_norm(config.norm_topk_prob)
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+
+
+def _add_keys_of_states(writer: Any, config: ModelConfig) -> None:
+    """Add what belongs to DeltaNets, or to short convolutions."""
+    if "linear_attention" in config.layer_types:
+        keys, heads, key, value = config.delta_net_shape
+        writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+        writer.add_ssm_inner_size(heads * value)
+        writer.add_ssm_state_size(key)
+        writer.add_ssm_time_step_rank(heads)
+        writer.add_ssm_group_count(keys)
+        writer.add_full_attention_interval(4)
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if config.model_type == "qwen3_5_moe":
+        writer.add_rope_dimension_sections([11, 11, 10, 0])
+    if "conv" in config.layer_types:
+        writer.add_shortconv_l_cache(config.conv_L_cache)
+        writer.add_leading_dense_block_count(config.first_k_dense_replace)
+        writer.add_expert_gating_func(2)  # sigmoid
 
 
 def _blocks(
