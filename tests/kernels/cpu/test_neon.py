@@ -13,10 +13,22 @@ import torch
 from llvmlite import ir
 from neon_tools import ArmModule, arm_code, can_emulate, run_under_qemu
 
-from mixchat.kernels.cpu import attention, dense, pages, program, router, rows, trellis_encode
+from mixchat.kernels.cpu import (
+    attention,
+    convolution,
+    delta_net,
+    dense,
+    pages,
+    program,
+    router,
+    rows,
+    trellis_encode,
+)
 from mixchat.kernels.cpu import compile as compiling
 from mixchat.kernels.cpu import quantized_matmul as kernel
 from mixchat.kernels.cpu.compile import CPUS, LANES, InstructionSet, compiled_here, instruction_set
+from mixchat.kernels.cpu.convolution import Convolution
+from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule, GatedNorm
 from mixchat.kernels.cpu.pages import PAGE, Bits, CacheShape
 from mixchat.kernels.cpu.quantized_matmul import QuantizedMatrix
 from mixchat.kernels.cpu.units import MANY
@@ -27,7 +39,8 @@ from mixchat.weights.matrix.nf4 import NF4
 from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3
 
 TYPES = {kind.name: kind for kind in (INT8, INT6, INT5, NF4, MXFP4, TRELLIS2, TRELLIS3)}
-MODULES = (kernel, attention, dense, pages, program, router, rows, trellis_encode)
+MODULES = (kernel, attention, convolution, delta_net, dense, pages, program, router, rows)
+MODULES += (trellis_encode,)
 under_qemu = pytest.mark.skipif(
     instruction_set() in (None, "neon") or not can_emulate(),
     reason="no qemu-aarch64, no aarch64-linux-gnu-gcc, or no AVX2",
@@ -124,6 +137,48 @@ def test_attention_has_the_bits_of_avx2(
     sinks = attention._no_sinks(shape.heads)
     run_under_qemu(tmp_path, steps, page, addresses, sinks)
     assert torch.equal(out, expected)
+
+
+@under_qemu
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("gated", [False, True])
+def test_convolutions_have_the_bits_of_avx2(
+    use: Use, tmp_path: Path, tokens: int, gated: bool
+) -> None:
+    weight, before, after = random(48, 4), random(3, 48, seed=1), torch.empty(3, 48)
+    convolution, x = Convolution(weight, gated=gated), random(tokens, 144, seed=2).bfloat16()
+    x = x if gated else x[:, :48].contiguous()
+    use("avx2")
+    expected, expected_state = convolution(x, before, after), after.clone()
+    use("neon")
+    out = torch.empty_like(expected.contiguous())
+    step = convolution.step(x, out)
+    step.set(before=before.data_ptr(), after=after.data_ptr())
+    run_under_qemu(tmp_path, [step], before, after)
+    assert torch.equal(out, expected)
+    assert torch.equal(after, expected_state)
+
+
+@under_qemu
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_states_and_their_norm_have_the_bits_of_avx2(use: Use, tmp_path: Path, tokens: int) -> None:
+    shape = DeltaNetShape(2, 6, 32, 64)
+    rule = DeltaRule(shape, random(6), random(6, seed=1))
+    qkv, ba = random(tokens, shape.channels, seed=2), random(tokens, 12, seed=3).bfloat16()
+    norm, gate = GatedNorm(random(64).bfloat16(), 1e-6), random(tokens, 384, seed=4).bfloat16()
+    before, after = random(*shape.state_shape, seed=5), torch.empty(shape.state_shape)
+    use("avx2")
+    expected = rule(qkv.clone(), ba, before, after)
+    expected_norm, expected_state = norm(expected, gate), after.clone()
+    use("neon")
+    out, normed = torch.empty_like(expected), torch.empty_like(expected)
+    prepare, recur = rule.steps(qkv, ba, out)
+    recur.set(before=before.data_ptr(), after=after.data_ptr())
+    steps = [prepare, recur, norm.step(out, gate, normed)]
+    run_under_qemu(tmp_path, steps, before, after)
+    assert torch.equal(out, expected)
+    assert torch.equal(after, expected_state)
+    assert torch.equal(normed, expected_norm)
 
 
 def test_arm_gets_its_own_instructions_for_products(monkeypatch: pytest.MonkeyPatch) -> None:
