@@ -208,7 +208,8 @@ def _layers(
         else:
             shapes[layer] = kv_shape(config, layer, bits or bits_of(dtype))
     windows = {layer: config.window(layer) for layer in shapes}
-    if gpu.is_gpu(on[0]):
+    # The kernels of GPUs take no latents.
+    if gpu.is_gpu(on[0]) and not config.kv_lora_rank:
         # Triton is imported only if a GPU computes.
         from mixchat.engine.device_cache import device_caches
 
@@ -218,9 +219,10 @@ def _layers(
         for layer, shape in shapes.items():
             layers[layer] = PagedKVCache(shape, capacity, windows[layer])
     else:
-        masks = Masks()
+        masks = {device: Masks(device) for device in on}
         for layer, shape in shapes.items():
-            layers[layer] = TensorKVCache(shape, capacity, windows[layer], dtype, masks)
+            shared = masks[on[layer]]
+            layers[layer] = TensorKVCache(shape, capacity, windows[layer], dtype, shared)
     return [layers[layer] for layer in range(len(on))]
 
 

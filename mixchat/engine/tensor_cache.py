@@ -14,6 +14,7 @@ from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.layer_cache import Extent
 from mixchat.kernels.cpu.pages import CacheShape
 
+CPU = torch.device("cpu")
 _GROWTH = 512  # tokens for which tensors get room at once
 _INT8_MAX = 127
 _SINK_TOKENS = 64  # that torch computes at once
@@ -51,9 +52,10 @@ class PlainKVCache(KVCache):
 
 
 class Masks:
-    """The masks of a pass, which all layers with the same window share."""
+    """The masks of a pass, which all layers of a device with the same window share."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
         self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
 
     def mask(self, past: int, tokens: int, window: int | None) -> torch.Tensor | None:
@@ -62,12 +64,13 @@ class Masks:
         if key not in self._masks:
             if len(self._masks) == _MASKS:
                 self._masks.clear()
-            self._masks[key] = attention_mask(*key)
+            mask = attention_mask(*key)
+            self._masks[key] = None if mask is None else mask.to(self.device)
         return self._masks[key]
 
 
 class TensorKVCache(PlainKVCache):
-    """A cache for torch's attention on a CPU that has no kernel."""
+    """A cache for torch's attention on a device that has no kernel, which is the masks' own."""
 
     def __init__(
         self,
@@ -81,15 +84,19 @@ class TensorKVCache(PlainKVCache):
         self._masks = masks
         self.clear()
 
+    @property
+    def device(self) -> torch.device:
+        return self._masks.device
+
     def content(self, extent: Extent) -> dict[str, torch.Tensor]:
         kept = slice(self._start(extent), extent.tokens)
-        return {name: self._part(name, kept) for name in self._stored}
+        return {name: self._part(name, kept).cpu() for name in self._stored}
 
     def clear(self) -> None:
         self.length = self._first = 0
         # Each tensor has a number, its first token.
         self._stored = {
-            spec.name: (0, torch.empty(spec.shape, dtype=spec.dtype))
+            spec.name: (0, torch.empty(spec.shape, dtype=spec.dtype, device=self.device))
             for spec in self.specs(Extent())
         }
 
@@ -97,7 +104,7 @@ class TensorKVCache(PlainKVCache):
         self._first = start = self._start(extent)
         for name, tensor in content.items():
             # A copy, because the content may be a view of a saved file's longer tensor.
-            self._stored[name] = start, tensor[:, : length - start].clone()
+            self._stored[name] = start, tensor[:, : length - start].to(self.device, copy=True)
 
     def store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         for name, new in (("key", keys), ("value", values)):

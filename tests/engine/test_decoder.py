@@ -38,6 +38,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "top 1": ({"num_experts_per_tok": 1}, {}, None),
     "top 10 of 128": ({"num_local_experts": 128, "num_experts_per_tok": 10}, {}, None),
     **{name: (changes, {}, None) for name, changes in FAMILIES.items()},
+    "latents in 8 bits": (FAMILIES["latents"], {}, 8),
+    "latents, attention in nf4": (FAMILIES["latents"], {"attention": 4}, None),
 }
 PROMPT, TOKENS = list(range(3, 33)), 16
 FREE = SamplingOptions(temperature=1.0, seed=5)
