@@ -57,6 +57,8 @@ FAMILIES = (
     "gpt_oss",
     "qwen3_next",
     "lfm2_moe",
+    "glm4_moe_lite",
+    "deepseek_v2",
 )
 
 
