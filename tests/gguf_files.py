@@ -27,7 +27,12 @@ ARCHITECTURES = {
     "dots1": gguf.MODEL_ARCH.DOTS1,
     "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
     "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
-    **dict.fromkeys(("glm4_moe_lite", "deepseek_v2", "deepseek_v3"), gguf.MODEL_ARCH.DEEPSEEK2),
+    "qwen3_next": gguf.MODEL_ARCH.QWEN3NEXT,
+    "qwen3_5_moe": gguf.MODEL_ARCH.QWEN35MOE,
+    "glm4_moe_lite": gguf.MODEL_ARCH.DEEPSEEK2,
+    "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
+    "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
+    "lfm2_moe": gguf.MODEL_ARCH.LFM2MOE,
 }
 Weights = dict[str, torch.Tensor]
 
@@ -44,12 +49,15 @@ def read(checkpoint: Path) -> tuple[dict[str, Any], Weights]:
 
 def tensors_of(config: Mapping[str, Any], weights: Weights) -> Weights:
     """Return the tensors with llama.cpp's names, shapes and order of rows."""
-    kind = config["model_type"]
+    kind = family_of(config)
     names = gguf.get_tensor_name_map(ARCHITECTURES[kind], config["num_hidden_layers"])
     found: Weights = {}
-    for name, weight in _heads_apart(config, _unstacked(kind, weights)):
+    for name, weight in _moved(config, _unstacked(kind, weights)):
         plain = name.replace("correction_bias", "correction.bias")
         plain = f"{plain}.weight" if plain.endswith("sinks") else plain
+        plain = plain.replace("expert_bias", "expert_bias.bias")
+        if kind == "lfm2_moe" and ".experts." in plain:
+            plain = plain.removeprefix("model.")
         own = names.get_name(plain, try_suffixes=(".weight", ".bias"))
         assert own is not None, name
         if kind in ("mixtral", "granitemoe") and (".attn_q." in own or ".attn_k." in own):
@@ -59,19 +67,66 @@ def tensors_of(config: Mapping[str, Any], weights: Weights) -> Weights:
     return found
 
 
-def _heads_apart(
-    config: Mapping[str, Any], named: Iterator[tuple[str, torch.Tensor]]
+def family_of(config: Mapping[str, Any]) -> str:
+    """Return the family of a config.json, which may be of a language model alone."""
+    return str(config["model_type"]).removesuffix("_text")
+
+
+def _moved(
+    config: Mapping[str, Any], weights: Iterator[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all tensors, those that heads make keys and values with in two stacks."""
-    for name, weight in named:
-        # Files of DeepSeek-V2 are older than these stacks.
-        if not name.endswith("kv_b_proj.weight") or config["model_type"] == "deepseek_v2":
-            yield name, weight
-            continue
-        heads = weight.view(config["num_attention_heads"], -1, weight.shape[1])
-        keys, values = heads.split([config["qk_nope_head_dim"], config["v_head_dim"]], dim=1)
-        yield name.replace("kv_b_proj", "k_b_proj"), keys.transpose(1, 2).contiguous()
-        yield name.replace("kv_b_proj", "v_b_proj"), values.contiguous()
+    """Yield tensors whose values, rows or columns llama.cpp's converter changes, as it does."""
+    kind = family_of(config)
+    for name, weight in weights:
+        if "linear_attn." in name or (kind in HYBRIDS and name.endswith("norm.weight")):
+            yield from _of_hybrid(config, name, weight)
+        elif name.endswith("kv_b_proj.weight"):
+            heads = weight.view(config["num_attention_heads"], -1, weight.shape[1])
+            keys, values = heads.split([config["qk_nope_head_dim"], config["v_head_dim"]], dim=1)
+            yield name.replace("kv_b_proj", "k_b_proj"), keys.transpose(1, 2)
+            yield name.replace("kv_b_proj", "v_b_proj"), values
+        else:
+            yield name, weight.squeeze(1) if name.endswith("conv.conv.weight") else weight
+
+
+HYBRIDS = ("qwen3_next", "qwen3_5_moe")
+
+
+def _of_hybrid(
+    config: Mapping[str, Any], name: str, weight: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a tensor of Qwen3-Next or Qwen3.5."""
+    keys, heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    key, value, each = config["linear_key_head_dim"], config["linear_value_head_dim"], heads // keys
+    own = name.rpartition("linear_attn.")[2]
+    if own == "in_proj_qkvz.weight":
+        widths = [key, key, each * value, each * value]
+        parts = [x.flatten(0, 1) for x in weight.unflatten(0, (keys, -1)).split(widths, dim=1)]
+        yield name.replace("qkvz", "qkv"), torch.cat(parts[:3])
+        yield name.replace("qkvz", "z"), parts[3]
+        return
+    if family_of(config) == "qwen3_5_moe" and own != name:
+        width = 1 if own in ("A_log", "dt_bias", "in_proj_a.weight", "in_proj_b.weight") else value
+        start = 2 * keys * key if own in ("in_proj_qkv.weight", "conv1d.weight") else 0
+        if own == "out_proj.weight":
+            weight = _tiled(weight.T, 0, keys, each, width).T
+        elif own != "norm.weight":
+            weight = _tiled(weight, start, keys, each, width)
+    if own == "A_log":
+        weight = -weight.float().exp()
+    elif own == "dt_bias":
+        name = name.replace("dt_bias", "dt_proj.bias")
+    elif own == "conv1d.weight":
+        weight = weight.squeeze(1)
+    elif own != "norm.weight" and name.endswith("norm.weight"):
+        weight = weight + 1
+    yield name, weight
+
+
+def _tiled(weight: torch.Tensor, start: int, keys: int, each: int, width: int) -> torch.Tensor:
+    """Put the rows of value heads from `start` on into the order of tiles."""
+    values = weight[start:].unflatten(0, (keys, each, width)).transpose(0, 1).flatten(0, 2)
+    return torch.cat((weight[:start], values))
 
 
 def _neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -88,6 +143,14 @@ def _unstacked(kind: str, weights: Weights) -> Iterator[tuple[str, torch.Tensor]
         if number.isdecimal():
             own = matrix.split(".")[0]
             experts.setdefault(f"{prefix}.experts.{own}.weight", {})[int(number)] = weight
+        elif rest == "gate_up_proj" and kind != "gpt_oss":
+            gate, up = weight.chunk(2, dim=1)
+            yield from (
+                (f"{prefix}.experts.{x}_proj.weight", part)
+                for x, part in (("gate", gate), ("up", up))
+            )
+        elif rest == "down_proj" and kind != "gpt_oss":
+            yield f"{name}.weight", weight
         elif kind == "granitemoe" and name.endswith("input_linear.weight"):
             moe = name.removesuffix("block_sparse_moe.input_linear.weight") + "mlp.experts."
             gate, up = weight.chunk(2, dim=1)
@@ -160,14 +223,23 @@ def published(checkpoint: Path, target: Path) -> Path:
 
 
 def write(
-    checkpoint: Path, path: Path, kind: str = "F32", *, separate: bool = False, parts: int = 1
+    checkpoint: Path,
+    path: Path,
+    kind: str = "F32",
+    *,
+    separate: bool = False,
+    joined: bool = False,
+    parts: int = 1,
 ) -> Path:
     """Write a checkpoint to a GGUF file, or to several parts beside it.
 
-    `separate`: without stacks, as old files of Mixtrals.
+    `separate`: without stacks, as old files of Mixtrals. `joined`: with gate and up in one stack.
     """
     config, weights = read(checkpoint)
     found = tensors_of(config, weights)
+    for name in [name for name in found if joined and "ffn_gate_exps" in name]:
+        both = (found.pop(name), found.pop(name.replace("gate", "up")))
+        found[name.replace("gate", "gate_up")] = torch.cat(both, dim=1)
     if separate:
         for name in [name for name in found if "_exps" in name]:
             for number, weight in enumerate(found.pop(name)):
@@ -178,13 +250,23 @@ def write(
 
 
 def write_tensors(
-    path: Path, config: Mapping[str, Any], tensors: Weights, kind: str, most: int = 0
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Weights,
+    kind: str,
+    most: int = 0,
+    changes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a GGUF file with these tensors, the large ones quantized, `most` in each part."""
-    name = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config["model_type"]]]
+    """Write a GGUF file with these tensors, the large ones quantized, `most` in each part.
+
+    `changes` are of the metadata. None removes a value.
+    """
+    name = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[family_of(config)]]
     writer = gguf.GGUFWriter(path, name, split_max_tensors=most)
-    for key, value in {**metadata_of(config, name), **tokenizer()}.items():
-        add_value(writer, key, value)
+    values = {**metadata_of(config, name), **tokenizer(), **(changes or {})}
+    for key, value in values.items():
+        if value is not None:
+            add_value(writer, key, value)
     number = gguf.GGMLQuantizationType[kind]
     for own, weight in tensors.items():
         values = weight.float().contiguous().numpy()
@@ -222,12 +304,25 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
         "expert_shared_count": ("n_shared_experts", "moe_num_shared_experts"),
         "expert_weights_scale": ("routed_scaling_factor",),
-        "leading_dense_block_count": ("first_k_dense_replace", "moe_layer_start_index"),
+        "leading_dense_block_count": (
+            *("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"),
+        ),
+        "expert_group_count": ("n_group",),
+        "expert_group_used_count": ("topk_group",),
+        "attention.q_lora_rank": ("q_lora_rank",),
+        "attention.kv_lora_rank": ("kv_lora_rank",),
+        "shortconv.l_cache": ("conv_L_cache",),
+        "ssm.conv_kernel": ("linear_conv_kernel_dim",),
+        "ssm.state_size": ("linear_key_head_dim",),
+        "ssm.group_count": ("linear_num_key_heads",),
+        "ssm.time_step_rank": ("linear_num_value_heads",),
     }
     found = {theirs: config[key] for theirs, own in keys.items() for key in own if config.get(key)}
-    if "kv_lora_rank" in config:
-        found |= _of_latents(config)
-    if config["model_type"] in ("dots1", "glm4_moe", "minimax_m2", "glm4_moe_lite", "deepseek_v3"):
+    found |= _of_mixers(config)
+    sigmoids = ("dots1", "glm4_moe", "glm4_moe_lite", "deepseek_v3", "minimax_m2", "lfm2_moe")
+    if config["model_type"] == "deepseek_v2":
+        found["expert_gating_func"] = 1
+    if config["model_type"] in sigmoids:
         normalized = bool(config.get("norm_topk_prob", True))
         found |= {"expert_gating_func": 2, "expert_weights_norm": normalized}
     if config["model_type"] == "gpt_oss":
@@ -239,46 +334,42 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 1e6)}
     found["rope.freq_base"] = float(rope["rope_theta"])
     rotated = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    head = (
-        config.get("qk_rope_head_dim")
-        or config.get("head_dim")
-        or config["hidden_size"] // config["num_attention_heads"]
-    )
-    found["rope.dimension_count"] = int(head * rotated)
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    found["rope.dimension_count"] = config.get("qk_rope_head_dim") or int(head * rotated)
     if rope.get("rope_type") == "yarn":
         found |= {
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": float(rope["factor"]),
             "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
         }
-        if "mscale_all_dim" in rope:
-            found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
+    if "mscale_all_dim" in rope:
+        found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
     return {f"{name}.{key}": value for key, value in found.items()}
 
 
-def _of_latents(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept, rotated = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
-    found = {
-        "attention.kv_lora_rank": config["kv_lora_rank"],
-        "attention.head_count_kv": 1,
-        "attention.key_length": config["kv_lora_rank"] + rotated,
-        "attention.value_length": config["kv_lora_rank"],
-        "attention.key_length_mla": kept + rotated,
-        "attention.value_length_mla": config["v_head_dim"],
-        "leading_dense_block_count": config.get("first_k_dense_replace", 1),
-        "nextn_predict_layers": 0,
-    }
-    if config["model_type"] == "deepseek_v2":
-        heads = config["num_attention_heads"]
+def _of_mixers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of other mixers than attention."""
+    found: dict[str, Any] = {}
+    if family_of(config) in HYBRIDS:
+        found["ssm.inner_size"] = config["linear_num_value_heads"] * config["linear_value_head_dim"]
+        found["full_attention_interval"] = 1 + config["layer_types"].index("full_attention")
+        found["rope.dimension_sections"] = [11, 11, 10, 0]  # for the tokens of an image alone
+    if config.get("kv_lora_rank"):
+        rotated, latent = config["qk_rope_head_dim"], config["kv_lora_rank"]
         found |= {
-            "attention.head_count_kv": heads,
-            "attention.key_length": kept + rotated,
-            "attention.value_length": config["v_head_dim"],
-            "expert_gating_func": 1,
+            "attention.head_count_kv": 1,
+            "attention.key_length": latent + rotated,
+            "attention.value_length": latent,
+            "attention.key_length_mla": config["qk_nope_head_dim"] + rotated,
+            "attention.value_length_mla": config["v_head_dim"],
         }
-        del found["attention.key_length_mla"], found["attention.value_length_mla"]
-    if config.get("q_lora_rank"):
-        found["attention.q_lora_rank"] = config["q_lora_rank"]
+    if "mlp_layer_types" in config:
+        found["leading_dense_block_count"] = config["mlp_layer_types"].count("dense")
+    if config["model_type"] == "lfm2_moe":
+        heads = config["num_key_value_heads"]
+        types = config["layer_types"]
+        found["attention.head_count_kv"] = [heads * (x == "full_attention") for x in types]
+        found["attention.layer_norm_rms_epsilon"] = config["norm_eps"]
     return found
 
 

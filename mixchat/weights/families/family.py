@@ -18,11 +18,12 @@ from mixchat.base.model_config import MixerType, ModelConfig
 class Slice:
     """Rows of a checkpoint's tensor, which is transposed first if need be.
 
-    The numbers are multiplied by `factor`, and then `added` is added.
+    The numbers are multiplied by `factor`, and then `added` is added. If they are `exponentials`,
+    -exp(x), their x is taken first.
 
     name: the tensor's name, or `X[3]` for the fourth part of a stacked tensor X.
     shape: the stored shape of the tensor or part.
-    rows, columns: those to take after a transposition, all if None.
+    rows, columns: those to take after a transposition, all if None. Columns may be in any order.
     """
 
     name: str
@@ -31,12 +32,13 @@ class Slice:
     transposed: bool = False
     factor: float = 1.0
     added: float = 0.0
-    columns: range | None = None
+    columns: range | tuple[int, ...] | None = None
+    exponentials: bool = False
 
     @property
     def is_whole(self) -> bool:
         """Return whether the slice is the stored tensor without a change."""
-        is_changed = self.transposed or self.factor != 1 or self.added != 0
+        is_changed = self.transposed or self.exponentials or self.factor != 1 or self.added != 0
         return self.rows is None and self.columns is None and not is_changed
 
 

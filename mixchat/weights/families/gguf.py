@@ -6,8 +6,9 @@ llama.cpp calls a family an architecture, and fixes in its code what a config.js
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from operator import floordiv, sub
 from typing import Any
 
 from mixchat.base.errors import CheckpointError
@@ -16,13 +17,12 @@ from mixchat.weights.families.family import (
     Family,
     Slice,
     Tensors,
-    attention,
     decoder_tensors,
     expert_prefix,
-    latent_attention,
     router,
     with_shared_expert,
 )
+from mixchat.weights.families.gguf_mixers import gguf_mixers
 from mixchat.weights.families.read_config import FAMILIES
 
 EMBEDDING, HEAD, ROUTER = "token_embd.weight", "output.weight", "ffn_gate_inp"
@@ -39,12 +39,6 @@ _NAMES = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.sinks": "attn_sinks.weight",
-    "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_a_layernorm": "attn_q_a_norm",
-    "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-    "self_attn.kv_b_proj": "attn_kv_b",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -55,8 +49,20 @@ _NAMES = {
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
+    "conv.in_proj": "shortconv.in_proj",
+    "conv.conv": "shortconv.conv",
+    "conv.out_proj": "shortconv.out_proj",
 }
-_OTHER_NORM = "post_attention_norm"  # in place of ffn_norm
+# The axis of length 1 that a tensor lacks there.
+_SQUEEZED = {"ffn_gate_inp_shexp": 0, "shortconv.conv": 1}
+# A name that some families have in place of another one.
+_OTHER_NAMES = {"ffn_norm": "post_attention_norm", "output_norm.weight": "token_embd_norm.weight"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+?)(\.weight|\.bias)?")
 # The rotated pairs of these are side by side. llama.cpp's converter turns Mixtral's and Granite's.
 _ROTATES_NEIGHBOURS = ("mixtral", "granitemoe", "ernie4_5_moe")
@@ -75,6 +81,7 @@ _KEYS = {
     "num_experts": "expert_count",
 }
 _ROPE = "rope.scaling."
+_SOFTMAX_GATING, _SIGMOID_GATING = (1, 3), 2  # a softmax before or after the choice of experts
 _LATER_DENSE = {
     "n_shared_experts": "expert_shared_count",
     "first_k_dense_replace": "leading_dense_block_count",
@@ -91,7 +98,8 @@ class _Architecture:
 
     keys: config.json's keys beside `_KEYS`, with llama.cpp's names. fixed: values of config.json
     that no metadata has, because llama.cpp's code fixes them. experts: config.json's key for the
-    count of experts. sigmoid: the router takes a sigmoid, not a softmax.
+    count of experts. sigmoid: the router takes a sigmoid, not a softmax. derived: config.json's
+    keys whose numbers follow from two of llama.cpp's.
     """
 
     model_type: str
@@ -99,6 +107,28 @@ class _Architecture:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     experts: str = "num_experts"
     sigmoid: bool = False
+    derived: Mapping[str, tuple[str, Callable[[int, int], int], str]] = field(default_factory=dict)
+
+
+_DELTA_NET = {
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+    "full_attention_interval": "full_attention_interval",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "num_nextn_predict_layers": "nextn_predict_layers",
+}
+_VALUES = {"linear_value_head_dim": ("ssm.inner_size", floordiv, "ssm.time_step_rank")}
+_LATENTS = {
+    **_LATER_DENSE,
+    "q_lora_rank": "attention.q_lora_rank",
+    "kv_lora_rank": "attention.kv_lora_rank",
+    "qk_rope_head_dim": "rope.dimension_count",
+    "v_head_dim": "attention.value_length_mla",
+    "num_nextn_predict_layers": "nextn_predict_layers",
+}
+_UNROTATED = {"qk_nope_head_dim": ("attention.key_length_mla", sub, "rope.dimension_count")}
 
 
 _ARCHITECTURES = {
@@ -135,6 +165,21 @@ _ARCHITECTURES = {
     ),
     "dots1": _Architecture("dots1", _LATER_DENSE, experts="n_routed_experts", sigmoid=True),
     "minimax-m2": _Architecture("minimax_m2", experts="num_local_experts", sigmoid=True),
+    "qwen3next": _Architecture("qwen3_next", _DELTA_NET, derived=_VALUES),
+    "qwen35moe": _Architecture("qwen3_5_moe", _DELTA_NET, derived=_VALUES),
+    "deepseek2": _Architecture(
+        "deepseek_v3", _LATENTS, experts="n_routed_experts", sigmoid=True, derived=_UNROTATED
+    ),
+    "lfm2moe": _Architecture(
+        "lfm2_moe",
+        {
+            "conv_L_cache": "shortconv.l_cache",
+            "num_dense_layers": "leading_dense_block_count",
+            "norm_eps": "attention.layer_norm_rms_epsilon",
+            "routed_scaling_factor": "expert_weights_scale",
+        },
+        sigmoid=True,
+    ),
     "glm4moe": _Architecture(
         "glm4_moe",
         {**_LATER_DENSE, "num_nextn_predict_layers": "nextn_predict_layers"},
@@ -142,16 +187,18 @@ _ARCHITECTURES = {
         sigmoid=True,
     ),
 }
-_LATENT = {
-    **_LATER_DENSE,
-    "kv_lora_rank": "attention.kv_lora_rank",
-    "num_nextn_predict_layers": "nextn_predict_layers",
+
+
+# Of files whose router takes no sigmoid, though others of the architecture do.
+_SOFTMAX = {
+    "deepseek2": _Architecture(
+        "deepseek_v2",
+        _LATENTS,
+        {"topk_method": "group_limited_greedy", "norm_topk_prob": False},
+        experts="n_routed_experts",
+        derived=_UNROTATED,
+    )
 }
-_ARCHITECTURES["deepseek2"] = _Architecture(
-    "deepseek_v3", _LATENT, experts="n_routed_experts", sigmoid=True
-)
-# Families with a softmax, by the name of an architecture that has both.
-_SOFTMAX = {"deepseek2": _Architecture("deepseek_v2", _LATENT, experts="n_routed_experts")}
 
 
 def gguf_config(
@@ -163,7 +210,7 @@ def gguf_config(
     """
     name = metadata.get("general.architecture")
     gating = metadata.get(f"{name}.expert_gating_func")
-    known = _ARCHITECTURES if gating == 2 else {**_ARCHITECTURES, **_SOFTMAX}
+    known = _ARCHITECTURES if gating == _SIGMOID_GATING else {**_ARCHITECTURES, **_SOFTMAX}
     architecture = known.get(name) if isinstance(name, str) else None
     # llama.cpp calls a dense Llama and a Mixtral "llama". Only the experts distinguish them.
     if architecture is None or (name == "llama" and not metadata.get("llama.expert_count")):
@@ -173,26 +220,42 @@ def gguf_config(
             hint=f"It runs mixtures of experts, as GGUF of {', '.join(_ARCHITECTURES)}.",
         )
     keys = {**_KEYS, architecture.experts: "expert_count", **architecture.keys}
-    values = {key: metadata.get(f"{name}.{gguf_key}") for key, gguf_key in keys.items()}
+
+    def value(gguf_key: str) -> Any:
+        # Old files have the lengths of latent attention's heads under the usual keys.
+        usual = metadata.get(f"{name}.{gguf_key.removesuffix('_mla')}")
+        return metadata.get(f"{name}.{gguf_key}", usual)
+
+    values = {key: value(gguf_key) for key, gguf_key in keys.items()}
     if values["intermediate_size"] is None:
         values["intermediate_size"] = values["moe_intermediate_size"]
+    values |= _of_layers(values)
+    for key, (first, operation, second) in architecture.derived.items():
+        left, right = value(first), value(second)
+        if isinstance(left, int) and isinstance(right, int) and right > 0:
+            values[key] = operation(left, right)
+    # 0 groups of experts are none.
+    values |= {key: values[key] or None for key in ("n_group", "topk_group") if key in values}
     config = {key: value for key, value in values.items() if value is not None}
     for key, value in config.items():
+        if key == "layer_types":
+            continue
         if not isinstance(value, (bool, int, float)):  # a list has a value for each layer
             raise CheckpointError(
                 f"{where}: {key} is {type(value).__name__}, not a number: models with layers of "
                 "different shapes do not run"
             )
-    # 1 and 3 are a softmax, before or after the choice of experts. 2 is a sigmoid.
-    if gating not in (None, 0, *((2,) if architecture.sigmoid else (1, 3))):
+    right = (_SIGMOID_GATING,) if architecture.sigmoid else _SOFTMAX_GATING
+    if gating not in (None, 0, *right):
         raise CheckpointError(f"{where}: its router computes scores of the kind {gating!r:.80}")
     # The blocks that predict further tokens are counted with the others.
     if predicting := config.get("num_nextn_predict_layers"):
         config["num_hidden_layers"] = config.get("num_hidden_layers", 0) - predicting
-    if "kv_lora_rank" in config:
-        config |= _latent_heads(metadata, f"{name}.", where)
     return {
         "model_type": architecture.model_type,
+        # If the file has none.
+        "q_lora_rank": None,
+        "num_nextn_predict_layers": 0,
         **config,
         **_rope(metadata, f"{name}.", config, architecture.model_type, where),
         **_shown_by(tensors),
@@ -200,29 +263,15 @@ def gguf_config(
     }
 
 
-def _latent_heads(metadata: Mapping[str, Any], prefix: str, where: str) -> dict[str, Any]:
-    """Return the heads of latent attention, and the groups of experts that come with it.
-
-    In newer files the lengths of keys and values are those of latents.
-    """
-    attention = f"{prefix}attention."
-    key, value = (
-        metadata.get(f"{attention}{x}_length_mla", metadata.get(f"{attention}{x}_length"))
-        for x in ("key", "value")
-    )
-    rotated = metadata.get(f"{prefix}rope.dimension_count")
-    if not isinstance(key, int) or not isinstance(rotated, int):
-        raise CheckpointError(f"{where}: the columns of its heads are missing")
-    groups = metadata.get(f"{prefix}expert_group_count") or 1
-    return {
-        "q_lora_rank": metadata.get(f"{attention}q_lora_rank"),
-        "qk_nope_head_dim": key - rotated,
-        "qk_rope_head_dim": rotated,
-        "v_head_dim": value,
-        "n_group": groups,
-        "topk_group": metadata.get(f"{prefix}expert_group_used_count") or 1,
-        "topk_method": "greedy" if groups == 1 else "group_limited_greedy",
-    }
+def _of_layers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that a list of key heads shows, in which convolutions have none."""
+    heads = values["num_key_value_heads"]
+    if not isinstance(heads, list) or not all(type(count) is int for count in heads):
+        return {}
+    if {*heads} - {0, max(heads, default=0)}:
+        return {}
+    types = ["full_attention" if count else "conv" for count in heads]
+    return {"num_key_value_heads": max(heads), "layer_types": types}
 
 
 def _shown_by(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -268,10 +317,9 @@ def _rope(
             "beta_slow": "yarn_beta_slow",
         }
         rope |= {key: metadata.get(f"{prefix}{_ROPE}{name}") for key, name in numbers.items()}
-        # A tenth of what sharpens scores. It is also what cos and sin are divided by, so that
-        # nothing is left of `mscale`.
-        if sharper := metadata.get(f"{prefix}{_ROPE}yarn_log_multiplier"):
-            rope |= dict.fromkeys(("mscale", "mscale_all_dim"), 10 * sharper)
+        # llama.cpp's converter writes a tenth of DeepSeek's mscale_all_dim, which is its mscale.
+        if isinstance(logarithmic := metadata.get(f"{prefix}{_ROPE}yarn_log_multiplier"), float):
+            rope |= dict.fromkeys(("mscale", "mscale_all_dim"), 10 * logarithmic)
         # No metadata has it. Of these families, gpt-oss alone sets it to false.
         rope["truncate"] = model_type != "gpt_oss"
     return {**keys, "rope_parameters": rope}
@@ -279,65 +327,46 @@ def _rope(
 
 def gguf_tensors(config: ModelConfig, available: Collection[str]) -> Tensors:
     """Yield the name of each installed tensor, with its slices of the `available` tensors."""
-    stacked = any(name.endswith("_exps.weight") for name in available)
-    norm = any(_OTHER_NORM in name for name in available)
+    kinds = {name.split(".", 2)[2] if name.startswith("blk.") else name for name in available}
+    bare = {name.removesuffix(".weight") for name in kinds} | kinds
+    names = {usual: own for usual, own in _OTHER_NAMES.items() if own in bare}
 
     def experts(config: ModelConfig, prefix: str) -> Tensors:
         yield from router(config, prefix, "mlp.gate")
-        yield from _experts(config, prefix, stacked=stacked)
+        yield from _experts(config, prefix, kinds)
 
     moe = with_shared_expert(experts, "mlp.shared_expert")
     family, neighbours = FAMILIES[config.model_type], config.model_type in _ROTATES_NEIGHBOURS
-    mixers = {
-        **family.mixers,
-        "attention": attention(rotates_neighbours=neighbours),
-        "latent_attention": _latents if "blk.0.attn_k_b.weight" in available else latent_attention,
-    }
+    mixers = gguf_mixers(kinds, rotates_neighbours=neighbours)
     # llama.cpp's converter adds the offsets of norms.
     as_stored = Family(config.model_type, family.read_config, moe, mixers)
     for installed, slices in decoder_tensors(config, as_stored):
-        yield installed, tuple(_renamed(source, other_norm=norm) for source in slices)
+        yield installed, tuple(_renamed(source, names) for source in slices)
 
 
-def _latents(config: ModelConfig, layer: int) -> Tensors:
-    """Yield the tensors of latent attention, whose matrices of heads newer files have in stacks."""
-    latent = config.kv_lora_rank
-    shapes = {
-        "k_b_proj": ("k_b", (latent, config.qk_nope_head_dim)),
-        "v_b_proj": ("v_b", (config.v_head_dim, latent)),
-    }
-    for installed, slices in latent_attention(config, layer):
-        role = installed.removesuffix(".weight").rpartition(".")[2]
-        if role in shapes:
-            name, shape = shapes[role]
-            stack = f"blk.{layer}.attn_{name}.weight"
-            heads = range(config.num_attention_heads)
-            yield installed, tuple(Slice(f"{stack}[{head}]", shape) for head in heads)
-        else:
-            yield installed, slices
+def _experts(config: ModelConfig, prefix: str, available: Collection[str]) -> Tensors:
+    """Yield a layer's experts, of which a tensor [E, rows, columns] has one matrix of each.
 
-
-def _experts(config: ModelConfig, prefix: str, *, stacked: bool) -> Tensors:
-    """Yield a layer's experts. stacked: a tensor has one matrix of all experts, [E, rows, columns].
-
-    Old files of Mixtral have a tensor for each matrix.
+    It may have two, gate above up. Old files of Mixtral have a tensor for each matrix.
     """
     inner, hidden = config.intermediate_size, config.hidden_size
     own = prefix.replace("model.layers.", "blk.")
+    parts = ("gate_up",) if "ffn_gate_up_exps.weight" in available else ("gate", "up")
+    stacked = "ffn_down_exps.weight" in available
     for expert in range(config.num_local_experts):
         installed = expert_prefix(prefix, expert)
-        gate, up, down = (
+        *gate_up, down = (
             f"{own}ffn_{x}_exps.{{}}[{expert}]" if stacked else f"{own}ffn_{x}.{expert}.{{}}"
-            for x in ("gate", "up", "down")
+            for x in (*parts, "down")
         )
         for parameter, width in (
             ("weight", (hidden,)),
             *([("bias", ())] if config.moe_bias else []),
         ):
-            rows = (inner, *width)
+            rows = (2 * inner // len(parts), *width)
             yield (
                 f"{installed}w13.{parameter}",
-                tuple(Slice(x.format(parameter), rows) for x in (gate, up)),
+                tuple(Slice(x.format(parameter), rows) for x in gate_up),
             )
         factor = config.residual_multiplier
         yield (
@@ -348,15 +377,14 @@ def _experts(config: ModelConfig, prefix: str, *, stacked: bool) -> Tensors:
             yield f"{installed}w2.bias", (Slice(down.format("bias"), (hidden,)),)
 
 
-def _renamed(source: Slice, *, other_norm: bool) -> Slice:
-    """Return the slice with llama.cpp's name."""
+def _renamed(source: Slice, other_names: Mapping[str, str]) -> Slice:
+    """Return the slice with llama.cpp's name. `other_names` are those that the file has."""
     match = _LAYER.fullmatch(source.name)
     if match is None:
-        return replace(source, name=_NAMES.get(source.name, source.name))
+        own = _NAMES.get(source.name, source.name)
+        return replace(source, name=other_names.get(own, own))
     layer, name, suffix = match.groups(default="")
-    own = _NAMES[name]
-    if own == "ffn_norm" and other_norm:
-        own = _OTHER_NORM
-    # The gate [1, D] of a shared expert is a vector [D] there.
-    shape = source.shape[1:] if own == "ffn_gate_inp_shexp" else source.shape
+    own = other_names.get(_NAMES[name], _NAMES[name])
+    shape, axis = source.shape, _SQUEEZED.get(own)
+    shape = shape if axis is None else shape[:axis] + shape[axis + 1 :]
     return replace(source, name=f"blk.{layer}.{own}{suffix}", shape=shape)

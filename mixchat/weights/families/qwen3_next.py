@@ -58,6 +58,7 @@ def read_hybrid(raw: dict[str, Any], **defaults: Any) -> ModelConfig:
         qk_norm="head",
         attn_output_gate=True,
         fp32_norms=True,
+        num_nextn_predict_layers=read.whole_number(keys, "num_nextn_predict_layers"),
     )
 
 

@@ -165,8 +165,12 @@ def _cut(matrix: torch.Tensor, source: Slice) -> torch.Tensor:
         matrix = matrix.T
     if source.rows is not None:
         matrix = matrix[source.rows.start : source.rows.stop : source.rows.step]
-    if source.columns is not None:
+    if isinstance(source.columns, range):
         matrix = matrix[:, source.columns.start : source.columns.stop : source.columns.step]
+    elif source.columns is not None:
+        matrix = matrix[:, list(source.columns)]
+    if source.exponentials:
+        matrix = (-matrix.float()).log()
     if source.factor == 1 and source.added == 0:
         return matrix
     return matrix.float() * source.factor + source.added

@@ -9,13 +9,16 @@ from pathlib import Path
 import gguf
 import gguf_files
 import pytest
+import torch
 from fake_hub import REPO, FakeHub
+from safetensors.torch import load
 from weight_tools import Meter, files_of, get
 
 from mixchat.base.errors import CheckpointError, HubError, UsageError
 from mixchat.base.progress import NoProgress
 from mixchat.weights.care.repair import repair, verify
 from mixchat.weights.families.gguf import gguf_config
+from mixchat.weights.format.blueprint import SHARED_FILE
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.format.workspace import workspace
 from mixchat.weights.make import download_plan
@@ -58,7 +61,16 @@ class TestFamilies:
         path = gguf_files.write(checkpoint, tmp_path / "model.gguf")
         # Not rounded, so that every weight shows.
         made = install_from(path, tmp_path / "made", quant_type="none")
-        assert made == install_from(checkpoint, tmp_path / "own", quant_type="none")
+        own = install_from(checkpoint, tmp_path / "own", quant_type="none")
+        assert {**made, SHARED_FILE: b""} == {**own, SHARED_FILE: b""}
+        made_tensors, tensors = load(made[SHARED_FILE]), load(own[SHARED_FILE])
+        # The logarithm of an exponential is not what it was in its last bits.
+        rounded = {name for name in tensors if name.endswith("A_log")}
+        for name in rounded:
+            torch.testing.assert_close(made_tensors[name], tensors[name])
+        exact = tensors.keys() - rounded
+        assert [name for name in exact if not torch.equal(made_tensors[name], tensors[name])] == []
+        assert made_tensors.keys() == tensors.keys()
 
     def test_every_other_architecture_is_refused_by_its_name(self) -> None:
         run = {gguf.MODEL_ARCH_NAMES[number] for number in gguf_files.ARCHITECTURES.values()}
@@ -68,6 +80,56 @@ class TestFamilies:
             with pytest.raises(CheckpointError, match="does not run the architecture") as caught:
                 gguf_config({"general.architecture": other, f"{other}.expert_count": 8}, {}, "x")
             assert f"'{other}'" in str(caught.value)
+
+    def test_gate_and_up_may_be_one_matrix(
+        self, make_checkpoint: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        checkpoint = make_checkpoint(model_type="qwen3_moe", vocab_size=262)
+        path = gguf_files.write(checkpoint, tmp_path / "model.gguf", joined=True)
+        made = install_from(path, tmp_path / "made")
+        assert made == install_from(checkpoint, tmp_path / "own")
+
+    def test_queries_may_have_no_latent(
+        self, make_checkpoint: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        checkpoint = make_checkpoint(model_type="deepseek_v2", vocab_size=262, q_lora_rank=None)
+        path = gguf_files.write(checkpoint, tmp_path / "model.gguf")
+        made = install_from(path, tmp_path / "made")
+        assert made == install_from(checkpoint, tmp_path / "own")
+
+    @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+    def test_an_old_deepseek_has_keys_and_values_in_one_matrix(
+        self, family: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        checkpoint = make_checkpoint(model_type=family, vocab_size=262)
+        config, weights = gguf_files.read(checkpoint)
+        tensors = gguf_files.tensors_of(config, weights)
+        for name in [name for name in tensors if "attn_k_b" in name or "attn_v_b" in name]:
+            del tensors[name]
+        for layer in range(config["num_hidden_layers"]):
+            whole = weights[f"model.layers.{layer}.self_attn.kv_b_proj.weight"]
+            tensors[f"blk.{layer}.attn_kv_b.weight"] = whole
+        lengths = {
+            "head_count_kv": config["num_attention_heads"],
+            "key_length": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
+            "value_length": config["v_head_dim"],
+        }
+        path = tmp_path / "model.gguf"
+        changed = {"key_length_mla": None, "value_length_mla": None, **lengths}
+        changes = {f"deepseek2.attention.{key}": value for key, value in changed.items()}
+        gguf_files.write_tensors(path, config, tensors, "F32", changes=changes)
+        made = install_from(path, tmp_path / "made")
+        assert made == install_from(checkpoint, tmp_path / "own")
+
+    def test_the_blocks_of_qwen3_5_that_predict_further_tokens_are_not_its_layers(self) -> None:
+        metadata = {
+            "general.architecture": "qwen35moe",
+            "qwen35moe.block_count": 9,
+            "qwen35moe.nextn_predict_layers": 1,
+            "qwen35moe.full_attention_interval": 4,
+        }
+        raw = gguf_config(metadata, {}, "x")
+        assert (raw["num_hidden_layers"], raw["num_nextn_predict_layers"]) == (8, 1)
 
     def test_an_old_mixtral_has_each_matrix_for_itself(self, mixtral: Path, tmp_path: Path) -> None:
         path = gguf_files.write(mixtral, tmp_path / "model.gguf", separate=True)
