@@ -42,6 +42,7 @@ class HostCompute:
         self._unrequested: list[ExpertKey] = []
         # By rows, pairs and the form of the experts. The most recently used one comes last.
         self._programs: dict[tuple[int, int, int], RowExperts] = {}
+        self._keys: dict[int, list[ExpertKey]] = {}  # of all experts of a layer
 
     def begin(self, rows: LayerRows, keys: Collection[ExpertKey]) -> None:
         """Start loading these experts, for `compute_next`, as far as there are slots."""
@@ -114,8 +115,9 @@ class HostCompute:
         """
         if not self._is_few(hidden_states, selected.numel(), exact=exact):
             return None
-        keys = [ExpertKey(layer, expert) for expert in range(self._experts)]
-        resident = self.fetcher.resident([keys])
+        if layer not in self._keys:
+            self._keys[layer] = [ExpertKey(layer, expert) for expert in range(self._experts)]
+        resident = self.fetcher.resident([self._keys[layer]])
         if not resident or not resident[0][0].has_stages(hidden_states):
             return None
         pairs, experts = selected.numel(), resident[0]
