@@ -12,7 +12,7 @@ import torch
 
 from mixchat.engine.kv_cache import room_of
 from mixchat.engine.layer_cache import Extent, LayerCache
-from mixchat.engine.tensor_cache import PlainKVCache
+from mixchat.engine.tensor_cache import PlainKVCache, in_8_bits
 from mixchat.kernels.cpu.pages import PAGE, CacheShape
 from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.kv_store import KVTensors, store
@@ -88,8 +88,9 @@ class DeviceKVCache(PlainKVCache):
 
     def _named(self) -> dict[str, torch.Tensor]:
         """Return views of the tensors by their names in `content`, [G, room, n]."""
-        numbers, scales = self.tensors
-        named = {"keys": numbers[0], "values": numbers[1]}
+        numbers, scales, rotating = self.tensors
+        # Of latents, only values are numbers.
+        named = {"keys": numbers[0] if rotating is None else rotating, "values": numbers[-1]}
         if scales is not None:
             named |= {"key_scales": scales[0, ..., None], "value_scales": scales[1, ..., None]}
         return named
@@ -120,8 +121,19 @@ class DeviceKVCache(PlainKVCache):
         # First, since the kernel may have stored tokens when an interruption is seen.
         self._keep(past, end)
         on_device = self._past.at(past)
-        store(self.tensors, keys, values, on_device)
+        if self.shape.latent_dim:
+            self._store_latents(slice(past, end), keys, values)
+        else:
+            store(self.tensors, keys, values, on_device)
         return on_device
+
+    def _store_latents(self, places: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
+        named = self._named()
+        for name, new in (("key", keys), ("value", values)):
+            numbers = new.transpose(0, 1)  # [1, T, n]
+            if self._quantized:
+                numbers, named[f"{name}_scales"][:, places] = in_8_bits(numbers)
+            named[f"{name}s"][:, places] = numbers
 
     def attend(
         self,
@@ -131,8 +143,8 @@ class DeviceKVCache(PlainKVCache):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         tensors, window = self.tensors, self.window
-        out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
         tokens, heads, _ = queries.shape
+        out = queries.new_empty(tokens, heads, self.shape.value_dim)
         # What a ring takes without losing what the first of these tokens sees.
         most = tokens if not self._is_ring else tensors.room - (window or 0)
         for start in range(0, tokens, most):
@@ -140,7 +152,8 @@ class DeviceKVCache(PlainKVCache):
             past = self._store(self.length + start, keys[chunk], values[chunk])
             some = queries[chunk].contiguous()
             parts = Parts.for_tokens(some.shape[0], heads, tensors, window)
-            attend(some, tensors, past, out[chunk], parts, window, sinks)
+            scale = self.shape.score_scale
+            attend(some, tensors, past, out[chunk], parts, window, sinks, scale=scale)
         return out
 
 
@@ -160,18 +173,24 @@ def device_caches(
     for device in dict.fromkeys(on.values()):
         layers, past = [layer for layer, each in on.items() if each == device], Past(device)
         stored = {layer: torch.int8 if shapes[layer].bits == 8 else dtype for layer in layers}
-        rows = {
-            layer: 2 * shapes[layer].groups * room_of(capacity, windows[layer]) for layer in layers
-        }
-        sizes = [rows[n] * shapes[n].head_dim * stored[n].itemsize for n in layers]
-        scales = [4 * rows[n] if shapes[n].bits == 8 else 0 for n in layers]
+        rows = {layer: shapes[layer].groups * room_of(capacity, windows[layer]) for layer in layers}
+        columns = {n: shapes[n].key_dim + shapes[n].value_dim for n in layers}
+        sizes = [rows[n] * columns[n] * stored[n].itemsize for n in layers]
+        scales = [8 * rows[n] if shapes[n].bits == 8 else 0 for n in layers]
         block = torch.empty(sum(sizes) + sum(scales), dtype=torch.uint8, device=device)
         pieces = torch.split(block, [*sizes, *scales])
         # Scales lie behind all numbers, which stay aligned for wide loads.
         for layer, piece, behind in zip(layers, pieces, pieces[len(layers) :], strict=False):
             shape, window = shapes[layer], windows[layer]
-            numbers = piece.view(stored[layer]).view(2, shape.groups, -1, shape.head_dim)
             scale = behind.view(torch.float32).view(2, shape.groups, -1) if len(behind) else None
-            tensors = KVTensors(numbers, scale)
+            numbers, rotating = piece.view(stored[layer]), None
+            if shape.latent_dim:
+                ends = [rows[layer] * columns for columns in (shape.value_dim, shape.key_dim)]
+                latents, others = torch.split(numbers, ends)
+                numbers = latents.view(1, 1, -1, shape.value_dim)
+                rotating = others.view(1, -1, shape.key_dim)
+            else:
+                numbers = numbers.view(2, shape.groups, -1, shape.head_dim)
+            tensors = KVTensors(numbers, scale, rotating)
             caches[layer] = DeviceKVCache(shape, capacity, window, dtype, tensors, past)
     return caches

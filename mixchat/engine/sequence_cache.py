@@ -208,8 +208,7 @@ def _layers(
         else:
             shapes[layer] = kv_shape(config, layer, bits or bits_of(dtype))
     windows = {layer: config.window(layer) for layer in shapes}
-    # The kernels of GPUs take no latents.
-    if gpu.is_gpu(on[0]) and not config.kv_lora_rank:
+    if gpu.is_gpu(on[0]):
         # Triton is imported only if a GPU computes.
         from mixchat.engine.device_cache import device_caches
 
@@ -219,10 +218,9 @@ def _layers(
         for layer, shape in shapes.items():
             layers[layer] = PagedKVCache(shape, capacity, windows[layer])
     else:
-        masks = {device: Masks(device) for device in on}
+        masks = Masks()
         for layer, shape in shapes.items():
-            shared = masks[on[layer]]
-            layers[layer] = TensorKVCache(shape, capacity, windows[layer], dtype, shared)
+            layers[layer] = TensorKVCache(shape, capacity, windows[layer], dtype, masks)
     return [layers[layer] for layer in range(len(on))]
 
 

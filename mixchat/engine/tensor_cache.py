@@ -14,7 +14,6 @@ from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.layer_cache import Extent
 from mixchat.kernels.cpu.pages import CacheShape
 
-CPU = torch.device("cpu")
 _GROWTH = 512  # tokens for which tensors get room at once
 _INT8_MAX = 127
 _SINK_TOKENS = 64  # that torch computes at once
@@ -52,10 +51,9 @@ class PlainKVCache(KVCache):
 
 
 class Masks:
-    """The masks of a pass, which all layers of a device with the same window share."""
+    """The masks of a pass, which all layers with the same window share."""
 
-    def __init__(self, device: torch.device = CPU) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
 
     def mask(self, past: int, tokens: int, window: int | None) -> torch.Tensor | None:
@@ -64,13 +62,12 @@ class Masks:
         if key not in self._masks:
             if len(self._masks) == _MASKS:
                 self._masks.clear()
-            mask = attention_mask(*key)
-            self._masks[key] = None if mask is None else mask.to(self.device)
+            self._masks[key] = attention_mask(*key)
         return self._masks[key]
 
 
 class TensorKVCache(PlainKVCache):
-    """A cache for torch's attention on a device that has no kernel, which is the masks' own."""
+    """A cache for torch's attention on a CPU that has no kernel."""
 
     def __init__(
         self,
@@ -84,19 +81,15 @@ class TensorKVCache(PlainKVCache):
         self._masks = masks
         self.clear()
 
-    @property
-    def device(self) -> torch.device:
-        return self._masks.device
-
     def content(self, extent: Extent) -> dict[str, torch.Tensor]:
         kept = slice(self._start(extent), extent.tokens)
-        return {name: self._part(name, kept).cpu() for name in self._stored}
+        return {name: self._part(name, kept) for name in self._stored}
 
     def clear(self) -> None:
         self.length = self._first = 0
         # Each tensor has a number, its first token.
         self._stored = {
-            spec.name: (0, torch.empty(spec.shape, dtype=spec.dtype, device=self.device))
+            spec.name: (0, torch.empty(spec.shape, dtype=spec.dtype))
             for spec in self.specs(Extent())
         }
 
@@ -104,15 +97,13 @@ class TensorKVCache(PlainKVCache):
         self._first = start = self._start(extent)
         for name, tensor in content.items():
             # A copy, because the content may be a view of a saved file's longer tensor.
-            self._stored[name] = start, tensor[:, : length - start].to(self.device, copy=True)
+            self._stored[name] = start, tensor[:, : length - start].clone()
 
     def store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         for name, new in (("key", keys), ("value", values)):
             numbers = new.transpose(0, 1)  # [G, T, h]
             if self._quantized:
-                scales = numbers.float().abs().amax(-1, keepdim=True) / _INT8_MAX
-                # A key of zeros has a scale of 0, and stays zeros.
-                numbers = (numbers.float() / scales.clamp(min=1e-30)).round()
+                numbers, scales = in_8_bits(numbers)
                 self._put(f"{name}_scales", scales)
             self._put(f"{name}s", numbers)
 
@@ -173,6 +164,13 @@ class TensorKVCache(PlainKVCache):
             )
         merged = attended.view(groups, shared, tokens, -1).permute(2, 0, 1, 3)  # [T, G, R, h]
         return merged.reshape(tokens, heads, -1)
+
+
+def in_8_bits(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return numbers [G, T, h] as whole ones from -127 to 127, and their scales [G, T, 1]."""
+    scales = numbers.float().abs().amax(-1, keepdim=True) / _INT8_MAX
+    # A key of zeros has a scale of 0, and stays zeros.
+    return (numbers.float() / scales.clamp(min=1e-30)).round(), scales
 
 
 def _attention_with_sinks(

@@ -112,6 +112,29 @@ def test_a_token_that_a_graph_stores_is_where_the_cache_expects_it():
     assert one.extent.first == 512
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_latents_are_kept_and_seen_as_in_tensors(bits):
+    latents = {"kv_lora_rank": 32, "qk_nope_head_dim": 8, "qk_rope_head_dim": 16, "v_head_dim": 8}
+    config = replace(SMALL, layer_types=(), sliding_window=None, **latents)
+    one, copy = new(bits=bits, config=config), new(bits=bits, config=config)
+    reference = other(config, bits)
+    assert cache_bytes(config, CAPACITY, torch.bfloat16, bits) == sum(
+        tensor.nbytes for layer in one.layers for tensor in layer.tensors if tensor is not None
+    )
+    for count in (20, 1, 9, 1):
+        queries = torch.randn(count, SMALL.num_attention_heads, 48).bfloat16()
+        keys, values = torch.randn(count, 1, 16).bfloat16(), torch.randn(count, 1, 32).bfloat16()
+        for layer, expected in zip(one.layers, reference.layers, strict=True):
+            found = layer.attend(queries, keys, values)
+            assert close([found], [expected.attend(queries, keys, values)])
+        one.advance(count)
+        reference.advance(count)
+    copy.copy_from(one, 25)
+    expected = reference.layers[0].content(copy.extent)
+    for name, tensor in copy.layers[0].content(copy.extent).items():
+        assert torch.equal(tensor, expected[name])
+
+
 class History:
     """All tokens that a cache should have, and those that it may have lost."""
 

@@ -71,6 +71,10 @@ class _Tile(NamedTuple):
         numbers = tensors.numbers
         _, groups, _, width = numbers.shape
         eight_bits, rows = numbers.dtype == torch.int8, tokens * heads // groups
+        if width > 256:
+            # Latents, whose sums take most registers. Turing has 64 KiB of shared memory.
+            options = {"num_warps": 8, "num_stages": 1 if gpu.is_amd() else 2}
+            return cls(16 if gpu.has_bf16(numbers.device) else 8, 16, options)
         if gpu.is_amd():
             keys, options = 32 if width <= 64 else 16, {"num_warps": 4, "num_stages": 1}
             return cls(16 if rows <= 16 else 32, keys, options)
@@ -98,17 +102,20 @@ def attend(
     window: int | None = None,
     sinks: torch.Tensor | None = None,
     gates: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> None:
     """Store the attention of `queries` [T, H, h] in `out` [T, H, h].
 
-    If there are `gates`, of the same shape, their sigmoids multiply it.
+    If there are `gates`, of the same shape, their sigmoids multiply it. `scale` multiplies scores,
+    1 / sqrt(h) by default. If the cache holds latents, `queries` [T, H, h + r] have r more columns
+    for the rotating numbers of keys.
 
     The cache holds the keys and values of these tokens already, after `past` tokens, int32 on the
     GPU. A token attends to itself and all before it, or to the last `window` of these. `sinks` are
     logits [H], fp32, of which each joins the sum of a head's softmax. `parts` are for T tokens.
     """
-    (tokens, heads, width), groups = queries.shape, tensors.numbers.shape[1]
-    shared = heads // groups
+    (tokens, heads, _), (_, groups, _, width) = queries.shape, tensors.numbers.shape
+    shared, turning = heads // groups, queries.shape[2] - width
     tile = _Tile.of(tokens, heads, tensors)
     shape = {"WINDOW": window or 0, "H": heads, "R": shared, "WIDTH": width}
     shape |= {"ROWS": tile.rows, "KEYS": tile.keys}
@@ -120,6 +127,9 @@ def attend(
         *((sinks, gates) if parts.splits == 1 else (None, None)),
         *(tokens, tensors.room, parts.splits),
         **shape,
+        SCALE=width**-0.5 if scale is None else scale,
+        TURNING=turning,
+        TURNS=triton.next_power_of_2(max(turning, 16)),
         WHOLE=parts.splits == 1,
         **tile.options,
     )
@@ -151,6 +161,7 @@ def _attend(
     queries,
     numbers,
     scales,
+    rotating,
     past,
     out,
     part_sums,
@@ -167,6 +178,9 @@ def _attend(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    TURNING: tl.constexpr,
+    TURNS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """Attend with some rows of a group to the keys of a split."""
@@ -182,7 +196,12 @@ def _attend(
     token, wide = rows // R, columns[None, :] < WIDTH
     inside = (token < tokens)[:, None] & wide
     row = token * H + group * R + rows % R  # in queries and `out`
-    query = tl.load(queries + row[:, None] * WIDTH + columns[None, :], inside, 0.0)
+    own = queries + row[:, None] * (WIDTH + TURNING)
+    query = tl.load(own + columns[None, :], inside, 0.0)
+    if rotating is not None:
+        turns = tl.arange(0, TURNS)[None, :]
+        wanted = (token < tokens)[:, None] & (turns < TURNING)
+        turned = tl.load(own + WIDTH + turns, wanted, 0.0)
     position = (length + token)[:, None]
     # A group's keys, and how far its values are behind them.
     behind = room.to(tl.int64) * (H // R)
@@ -199,11 +218,25 @@ def _attend(
         at = places[:, None] * WIDTH + columns[None, :]
         held = (keys < stop)[:, None] & wide
         key = tl.load(numbers + at, held, 0).to(query.dtype)
-        value = tl.load(numbers + behind * WIDTH + at, held, 0).to(query.dtype)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * (_LOG2_E / WIDTH**0.5)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * (_LOG2_E * SCALE)
         if scales is not None:
             scale = scales + group.to(tl.int64) * room + places
-            scores *= tl.load(scale, keys < stop, 0.0)[None, :]
+            key_scale = tl.load(scale, keys < stop, 0.0)
+            value_scale = tl.load(scale + behind, keys < stop, 0.0)
+        if rotating is None:
+            value = tl.load(numbers + behind * WIDTH + at, held, 0).to(query.dtype)
+            if scales is not None:
+                scores *= key_scale[None, :]
+        else:
+            value = key
+            other = rotating + places[:, None] * TURNING + turns
+            held = (keys < stop)[:, None] & (turns < TURNING)
+            key = tl.load(other, held, 0).to(query.dtype)
+            others = tl.dot(turned, tl.trans(key), input_precision="ieee") * (_LOG2_E * SCALE)
+            if scales is not None:
+                scores *= value_scale[None, :]
+                others *= key_scale[None, :]
+            scores += others
         seen = keys[None, :] <= position
         if WINDOW:
             seen &= keys[None, :] > position - WINDOW
@@ -214,7 +247,7 @@ def _attend(
         weights = weights * factor + tl.sum(weight, 1)
         largest = highest
         if scales is not None:
-            weight *= tl.load(scale + behind, keys < stop, 0.0)[None, :]
+            weight *= value_scale[None, :]
         sums = tl.dot(weight.to(query.dtype), value, sums * factor[:, None], input_precision="ieee")
     if WHOLE:
         if sinks is not None:

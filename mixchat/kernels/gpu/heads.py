@@ -42,7 +42,7 @@ def heads(
     launch(
         _heads,
         (count + 2 * groups + (0 if gates is None else count),),
-        *(qkv, query_norm, key_norm, *rope, queries, gates, *tensors),
+        *(qkv, query_norm, key_norm, *rope, queries, gates, *tensors[:2]),
         *(past, eps, clip, tensors.room),
         H=count,
         G=groups,

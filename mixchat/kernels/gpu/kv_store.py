@@ -21,10 +21,14 @@ class KVTensors(NamedTuple):
 
     numbers: keys and values [2, G, room, h], in 8 bits or in the type of hidden states. scales: of
     each key and value in 8 bits [2, G, room], fp32. `p % room` is the place of the token p.
+
+    Latents, which are keys and values at once, lie in `numbers` [1, 1, room, h]. `rotating` [1,
+    room, r] has the other numbers of keys then, whose scales come first.
     """
 
     numbers: torch.Tensor
     scales: torch.Tensor | None
+    rotating: torch.Tensor | None = None
 
     @property
     def room(self) -> int:
@@ -40,7 +44,7 @@ def store(tensors: KVTensors, keys: torch.Tensor, values: torch.Tensor, past: to
     launch(
         _store,
         (triton.cdiv(tokens, _TOKENS), groups),
-        *(keys, values, *tensors, past, tokens, keys.stride(0), values.stride(0), tensors.room),
+        *(keys, values, *tensors[:2], past, tokens, keys.stride(0), values.stride(0), tensors.room),
         G=groups,
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),

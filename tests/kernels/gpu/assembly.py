@@ -185,6 +185,16 @@ def call_store(groups: int, width: int, bits: int) -> None:
     store(kv_tensors(groups, width, bits), rows, rows, past)
 
 
+def call_latents(heads: int, tokens: int, bits: int) -> None:
+    """Attend to latents of 512 numbers, and 64 that rotate."""
+    shape, dtype = (1, 2**15), torch.int8 if bits == 8 else BF16
+    scales = empty(2, *shape, dtype=FP32) if bits == 8 else None
+    tensors = KVTensors(empty(1, *shape, 512, dtype=dtype), scales, empty(*shape, 64, dtype=dtype))
+    parts = Parts.for_tokens(tokens, heads, tensors, None)
+    queries, out = empty(tokens, heads, 576), empty(tokens, heads, 512)
+    attend(queries, tensors, empty(1, dtype=INT32), out, parts, scale=576**-0.5)
+
+
 @dataclass(frozen=True)
 class Attention:
     """The attention of some tokens, in a model's shape."""
@@ -245,6 +255,9 @@ CALLS: dict[str, Callable[[], None]] = {
     "attend gpt-oss in 8 bits": Attention(64, 8, 64, bits=8, sinks=True),
     "attend qwen3-next": Attention(16, 2, 256, gated=True),
     "attend heads of 80 columns": Attention(32, 8, 80),
+    "attend glm-4.7-flash": partial(call_latents, 20, 1, 16),
+    "attend glm-4.7-flash in 8 bits": partial(call_latents, 20, 1, 8),
+    "prompt attend glm-4.7-flash": partial(call_latents, 20, 512, 16),
     "prompt attend qwen3": Attention(32, 4, 128, tokens=512),
     "prompt attend qwen3 in 8 bits": Attention(32, 4, 128, tokens=512, bits=8),
     "prompt attend gpt-oss": Attention(64, 8, 64, tokens=512, window=128, sinks=True),

@@ -20,6 +20,10 @@ LEAST_OCCUPANCY = {
     "attend qwen3 in 8 bits": 0.3,
     # Heads of 256 columns leave fewer registers.
     "attend qwen3-next": 0.3,
+    # The sums of latents of 512 columns take half of a thread's registers.
+    "attend glm-4.7-flash": 0.2,
+    "attend glm-4.7-flash in 8 bits": 0.2,
+    "prompt attend glm-4.7-flash": 0.2,
     # They are bound by arithmetic, for which matrix units need no other threads.
     "prompt attend qwen3": 0.1,
     "prompt attend qwen3 in 8 bits": 0.1,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gpu_tools import kv_tensors, length_of
 
-from mixchat.engine.tensor_cache import attention_mask
+from mixchat.engine.tensor_cache import attention_mask, in_8_bits
 from mixchat.kernels.cpu.rows import gated as gated_rows
 from mixchat.kernels.gpu import attention
 from mixchat.kernels.gpu.attention import Parts, attend
@@ -124,3 +124,30 @@ def test_a_long_prompt_is_not_split():
     assert Parts.for_tokens(1, 64, tensors, None).splits == 32
     assert Parts.for_tokens(2048, 64, tensors, None).splits == 1
     assert Parts.for_tokens(1, 64, tensors, 128).splits == 3
+
+
+@pytest.mark.parametrize(("past", "tokens"), [(0, 1), (70, 1), (3, 20)])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(("heads", "latent", "turning"), [(20, 512, 64), (3, 64, 16), (5, 48, 24)])
+def test_latents_are_keys_and_values(past, tokens, bits, heads, latent, turning):
+    room, dtype = past + tokens, torch.bfloat16
+    stored = torch.int8 if bits == 8 else dtype
+    rows = torch.randn(1, room, latent + turning).to(dtype)
+    parts, scales = torch.split(rows, [latent, turning], dim=-1), None
+    if bits == 8:
+        pairs = [in_8_bits(part) for part in parts]
+        scales = torch.stack([scale[..., 0] for _, scale in reversed(pairs)])
+        parts = tuple(numbers for numbers, _ in pairs)
+        rows = torch.cat([numbers * scale for numbers, scale in pairs], -1)
+    numbers, rotating = (part.to(stored).contiguous() for part in parts)
+    tensors = KVTensors(numbers[None], scales, rotating)
+    queries = torch.randn(tokens, heads, latent + turning).to(dtype)
+    out = torch.full((tokens, heads, latent), torch.nan).to(dtype)
+    attend(
+        *(queries, tensors, length_of(past), out, Parts.for_tokens(tokens, heads, tensors, None)),
+        scale=0.1,
+    )
+    # `expected` divides by the root of the width.
+    scaled = queries.double() * 0.1 * (latent + turning) ** 0.5
+    right = expected(scaled, torch.stack([rows, rows]).double(), None, None)[..., :latent]
+    torch.testing.assert_close(out, right.to(dtype), rtol=2**-6, atol=2**-6)
