@@ -144,6 +144,7 @@ def route(
     gate: Tensor,
     bias: Tensor | None,
     correction: Tensor | None,
+    scales: Tensor | None,
     logits: Tensor,
     selected: Tensor,
     weights: Tensor,
@@ -152,7 +153,7 @@ def route(
 ) -> None:
     scoring: Scoring = "sigmoid" if shape["SIGMOID"] else "softmax"
     more = bias, scoring, correction, shape["SCALING"]
-    router = Router(gate, shape["K"], shape["NORMALIZED"], *more)
+    router = Router(gate, shape["K"], shape["NORMALIZED"], *more, scales=scales)
     chosen = router._by_torch(x[None])
     selected.copy_(chosen[0][0])
     weights.copy_(chosen[1][0])
