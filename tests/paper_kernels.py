@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from mixchat.engine.tensor_cache import in_8_bits
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.convolution import Convolution
 from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule, GatedNorm
@@ -242,6 +243,49 @@ def gated_convolution(
     out.copy_(convolution._by_torch(row, before, after)[0])
 
 
+def head_products(x: Tensor, addresses: Tensor, levels: Tensor, out: Tensor, **shape: Any) -> None:
+    places = shape["R"], shape["C"], x.dtype
+    for row, codes, absmax, result in zip(x, *addresses.tolist(), out, strict=True):
+        weight = dense(shape["TYPE"], codes, absmax, *places)[: shape["ROWS"]]
+        result[: shape["ROWS"]] = functional.linear(row.float(), weight)
+
+
+def normalized(partials: Tensor, weight: Tensor, out: Tensor, eps: float, **shape: Any) -> None:
+    row = partials.view(shape["S"], -1).sum(0).to(out.dtype)[: shape["C"]]
+    out.copy_(rows.rms_norm(row[None], weight, eps)[0])
+
+
+def latent_heads(
+    queries: Tensor,
+    latents: Tensor,
+    norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    past: Tensor,
+    numbers: Tensor,
+    scales: Tensor | None,
+    rotating: Tensor,
+    kept: Tensor,
+    whole: Tensor,
+    eps: float,
+    room: int,
+    **shape: Any,
+) -> None:
+    heads, latent, turning = shape["H"], shape["LATENT"], shape["TURNING"]
+    row, own = (part.view(-1, part.shape[-1]).sum(0).to(kept.dtype) for part in (queries, latents))
+    kept.copy_(row[: kept.numel()].view(kept.shape))
+    place = past.long()
+    others = row[kept.numel() :][: heads * turning].view(1, heads, turning)
+    whole[:, latent:] = rows.rotate(others, cos[place], sin[place])[0]
+    key = rows.rotate(own[-turning:].view(1, 1, -1), cos[place], sin[place])[0]
+    value = rows.rms_norm(own[-latent - turning : -turning].reshape(1, -1), norm, eps)
+    for number, (new, stored) in enumerate(((key, rotating[0]), (value, numbers[0, 0]))):
+        if scales is not None:
+            new, scale = in_8_bits(new)
+            scales[number, 0, place] = scale[0]
+        stored[place] = new.to(stored.dtype)
+
+
 DOUBLES: dict[str, Callable[..., None]] = {
     "_product": product,
     "_dequantize": dequantize,
@@ -251,5 +295,8 @@ DOUBLES: dict[str, Callable[..., None]] = {
     "_route": route,
     "_heads": heads,
     "_delta_net": delta_net,
+    "_head_products": head_products,
+    "_normalized": normalized,
+    "_latent_heads": latent_heads,
     "_gated_convolution": gated_convolution,
 }

@@ -20,10 +20,10 @@ import torch
 
 from mixchat.base import gpu
 from mixchat.engine.gpu_layer import (
-    MIXERS,
     Kernels,
     TokenTensors,
     expert_kernels,
+    heads_are_supported,
     mixer_kernels,
     mlp_kernels,
     router_kernels,
@@ -92,9 +92,9 @@ def new_gpu_decoder(
         return None
     if used.config.n_group > 1 or used.config.sandwich_norms:
         return None
-    if not all(isinstance(block.mixer, MIXERS) for block in model.blocks):
-        return None
     if not all(form_of(matrix).is_supported for matrix in matrices):
+        return None
+    if not all(heads_are_supported(block.mixer) for block in model.blocks):
         return None
     if not gpu.page_lock(new_block(_ALIGNMENT), model.device):
         return None

@@ -16,9 +16,10 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.engine.attention import Attention
 from mixchat.engine.delta_net import GatedDeltaNet
 from mixchat.engine.device_cache import DeviceKVCache
+from mixchat.engine.latent_attention import HeadMatrices, LatentAttention
 from mixchat.engine.layer_cache import LayerCache
 from mixchat.engine.mlp import DenseMLP
-from mixchat.engine.model import Block
+from mixchat.engine.model import Block, Mixer
 from mixchat.engine.short_conv import ShortConv
 from mixchat.kernels.cpu.router import Router
 from mixchat.kernels.gpu.attention import Parts, attend
@@ -26,15 +27,15 @@ from mixchat.kernels.gpu.convolution import gated_convolution
 from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net
 from mixchat.kernels.gpu.experts import experts_down, experts_up
 from mixchat.kernels.gpu.heads import heads
+from mixchat.kernels.gpu.latents import Norm, latent_heads, normalized
 from mixchat.kernels.gpu.norm import add_norm
-from mixchat.kernels.gpu.product import product, split
+from mixchat.kernels.gpu.product import head_products, product, split
 from mixchat.kernels.gpu.route import route
 from mixchat.weights.format.gpu_expert import GpuExpertForm
-from mixchat.weights.matrix.gpu_linear import as_gpu
+from mixchat.weights.matrix.gpu_linear import GpuLinear, as_gpu
 from mixchat.weights.matrix.quant_type import Linear
 
 Kernels = list[Callable[[], object]]
-MIXERS = Attention, GatedDeltaNet, ShortConv  # that graphs can have
 
 
 @dataclass
@@ -113,6 +114,9 @@ def mixer_kernels(
         own, outputs = _delta_net_kernels(mixer, addresses, tokens)
     elif isinstance(mixer, ShortConv):
         own, outputs = _convolution_kernels(mixer, addresses, tokens)
+    elif isinstance(mixer, LatentAttention):
+        assert isinstance(cache, DeviceKVCache)
+        own, outputs = _latent_kernels(mixer, cache, tokens)
     else:
         assert isinstance(mixer, Attention)
         assert isinstance(cache, DeviceKVCache)
@@ -186,6 +190,58 @@ def _convolution_kernels(
     weight = mixer.convolution.weight
     convolve = partial(gated_convolution, projected, weight, addresses, convolved)
     return [project, convolve, project_out], outputs
+
+
+def _latent_kernels(
+    mixer: LatentAttention, cache: DeviceKVCache, tokens: TokenTensors
+) -> tuple[Kernels, torch.Tensor]:
+    """Return the kernels from the normed row to partial sums of the output, fp32 [S, D]."""
+    config, stored, past = mixer.config, cache.tensors, tokens.past
+    count, latent = config.num_attention_heads, config.kv_lora_rank
+    whole = tokens.tensor("queries", 1, count, latent + config.qk_rope_head_dim)
+    kept = tokens.tensor("kept queries", count, config.qk_nope_head_dim)
+    attended = tokens.tensor("attended", 1, count, latent)
+    values = tokens.tensor("values of heads", count, config.v_head_dim)
+    norms = {role: Norm(norm.weight, norm.eps) for role, norm in mixer.norms.items()}
+    project, latents = _product("latents", tokens.normed, mixer.matrices["a_proj"], tokens)
+    kernels: Kernels = [project]
+    queries = latents
+    if config.q_lora_rank:
+        row = tokens.tensor("latent of queries", config.q_lora_rank)
+        kernels.append(partial(normalized, latents, norms["q_a_norm"], row))
+        project, queries = _product("projected", row, mixer.matrices["q_b_proj"], tokens)
+        kernels.append(project)
+    tables = norms["kv_a_norm"], mixer.rope.tables
+    parts, scale = Parts.for_tokens(1, count, stored, None), cache.shape.score_scale
+    project_out, outputs = _product("mixed", values.view(-1), mixer.matrices["o_proj"], tokens)
+    kernels += [
+        partial(latent_heads, queries, latents, *tables, past, stored, kept, whole[0]),
+        _head_products(mixer.heads["k_b_proj"], kept, whole[0]),
+        partial(attend, whole, stored, past, attended, parts, scale=scale),
+        _head_products(mixer.heads["v_b_proj"], attended[0], values),
+        project_out,
+    ]
+    return kernels, outputs
+
+
+def heads_are_supported(mixer: Mixer) -> bool:
+    """Return whether kernels take the matrices of a mixer's heads, if it has such."""
+    if not isinstance(mixer, LatentAttention):
+        return True
+    matrices = (matrix for heads in mixer.heads.values() for matrix in heads.matrices)
+    return all(isinstance(matrix, GpuLinear) for matrix in matrices)
+
+
+def _head_products(heads: HeadMatrices, x: torch.Tensor, out: torch.Tensor) -> Callable[[], object]:
+    """Return the kernel of the products of heads x [H, C] with their matrices."""
+    matrices = [as_gpu(matrix).matrix for matrix in heads.matrices]
+    codes = [matrix.codes for matrix in matrices]
+    scales = [
+        code if m.absmax is None else m.absmax for m, code in zip(matrices, codes, strict=True)
+    ]
+    addresses = [[tensor.data_ptr() for tensor in each] for each in (codes, scales)]
+    table = torch.tensor(addresses, device=x.device)
+    return partial(head_products, x, table, matrices[0].form, matrices[0].levels, out)
 
 
 def router_kernels(

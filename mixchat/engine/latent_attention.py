@@ -34,7 +34,7 @@ class HeadMatrices:
     """A matrix [R, C] for each head."""
 
     def __init__(self, matrices: Sequence[Linear]) -> None:
-        self._matrices = matrices
+        self.matrices = matrices
         self._record: RecordRows = lambda rows: None
 
     def record_inputs(self, record: RecordRows) -> None:
@@ -44,9 +44,9 @@ class HeadMatrices:
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """Map x [H, T, C] to [H, T, R]."""
         self._record(x.flatten(0, 1))
-        packed = [matrix for matrix in self._matrices if isinstance(matrix, PackedLinear)]
+        packed = [matrix for matrix in self.matrices if isinstance(matrix, PackedLinear)]
         if not packed:
-            pairs = zip(self._matrices, x, strict=True)
+            pairs = zip(self.matrices, x, strict=True)
             return torch.stack([matrix(own, exact=exact) for matrix, own in pairs])
         out = x.new_empty(*x.shape[:2], packed[0].rows)
         flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -59,7 +59,7 @@ class HeadMatrices:
 
         The second ones need the first.
         """
-        packed = [as_packed(matrix) for matrix in self._matrices]
+        packed = [as_packed(matrix) for matrix in self.matrices]
         rounds, products = PackedLinear.grouped_steps(packed, x, outs, exact=True)
         return rounds, [*chain(*products)]
 
@@ -80,8 +80,8 @@ class LatentAttention:
         norms: Mapping[str, RMSNorm],
         rope: RotaryEmbedding,
     ) -> None:
-        self._layer, self._config, self._rope = layer, config, rope
-        self._matrices, self._heads, self._norms = dict(matrices), heads, norms
+        self._layer, self.config, self.rope = layer, config, rope
+        self.matrices, self.heads, self.norms = dict(matrices), heads, norms
 
     @classmethod
     def build(
@@ -104,51 +104,51 @@ class LatentAttention:
         )
 
     def record_inputs(self, records: Mapping[str, RecordRows]) -> None:
-        for role, matrix in self._matrices.items():
-            self._matrices[role] = RecordingLinear(matrix, records[role])
-        for role, matrices in self._heads.items():
+        for role, matrix in self.matrices.items():
+            self.matrices[role] = RecordingLinear(matrix, records[role])
+        for role, matrices in self.heads.items():
             matrices.record_inputs(records[role])
 
     def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
-        return sequences == 1 and rows.can_compute(dtype, self._rope.width // 2)
+        return sequences == 1 and rows.can_compute(dtype, self.rope.width // 2)
 
     def __call__(
         self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
     ) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
-        config, tokens = self._config, x.shape[0]
+        config, tokens = self.config, x.shape[0]
         heads, latent = config.num_attention_heads, config.kv_lora_rank
-        queries, latents, keys = self._split(self._matrices["a_proj"](x, exact=exact))
-        self._norms["kv_a_norm"].normalize_heads(latents)
+        queries, latents, keys = self._split(self.matrices["a_proj"](x, exact=exact))
+        self.norms["kv_a_norm"].normalize_heads(latents)
         if config.q_lora_rank:
-            self._norms["q_a_norm"].normalize_heads(queries)
-            queries = self._matrices["q_b_proj"](queries, exact=exact)
+            self.norms["q_a_norm"].normalize_heads(queries)
+            queries = self.matrices["q_b_proj"](queries, exact=exact)
         kept, rotating = self._by_head(queries)  # [T, H, n], [T, H, r]
-        absorbed = self._heads["k_b_proj"](kept.transpose(0, 1), exact=exact)  # [H, T, L]
+        absorbed = self.heads["k_b_proj"](kept.transpose(0, 1), exact=exact)  # [H, T, L]
         positions = context.positions(tokens)
         whole = x.new_empty(tokens, heads, latent + config.qk_rope_head_dim)
         whole[..., :latent] = absorbed.transpose(0, 1)
-        whole[..., latent:] = self._rope(rotating, positions)
-        keys = self._rope(keys.unsqueeze(1), positions)  # [T, 1, r]
+        whole[..., latent:] = self.rope(rotating, positions)
+        keys = self.rope(keys.unsqueeze(1), positions)  # [T, 1, r]
         attended = attend(self._layer, context, whole, keys, latents.unsqueeze(1))  # [T, H, L]
-        values = self._heads["v_b_proj"](attended.transpose(0, 1), exact=exact)  # [H, T, v]
-        return self._matrices["o_proj"](values.transpose(0, 1).flatten(1), exact=exact)
+        values = self.heads["v_b_proj"](attended.transpose(0, 1), exact=exact)  # [H, T, v]
+        return self.matrices["o_proj"](values.transpose(0, 1).flatten(1), exact=exact)
 
     def _split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return what `a_proj` gives: queries or their latents, latents [T, L], keys [T, r]."""
-        end = rows.shape[1] - self._config.qk_rope_head_dim
-        start = end - self._config.kv_lora_rank
+        end = rows.shape[1] - self.config.qk_rope_head_dim
+        start = end - self.config.kv_lora_rank
         return rows[:, :start], rows[:, start:end], rows[:, end:]
 
     def _by_head(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the columns of queries that do not rotate [T, H, n], and that do [T, H, r]."""
-        config, heads = self._config, self._config.num_attention_heads
+        config, heads = self.config, self.config.num_attention_heads
         kept = heads * config.qk_nope_head_dim
         tokens = queries.shape[0]
         return queries[:, :kept].view(tokens, heads, -1), queries[:, kept:].view(tokens, heads, -1)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
-        config, matrices = self._config, self._matrices
+        config, matrices = self.config, self.matrices
         heads, latent = config.num_attention_heads, config.kv_lora_rank
         width = config.qk_nope_head_dim + config.qk_rope_head_dim
         first = config.q_lora_rank or heads * width
@@ -157,26 +157,26 @@ class LatentAttention:
         queries, latents, keys = self._split(row)
         rotated = context.tensor("rotated keys", 1, 1, config.qk_rope_head_dim)
         # Each of these steps needs the step before it, so one thread runs them in order.
-        prepare = [self._norms["kv_a_norm"].heads_step(latents)]
-        prepare.append(context.rotate(self._rope, keys.unsqueeze(1), rotated))
+        prepare = [self.norms["kv_a_norm"].heads_step(latents)]
+        prepare.append(context.rotate(self.rope, keys.unsqueeze(1), rotated))
         projected: list[Stage] = []
         if config.q_lora_rank:
             whole = context.tensor("queries", 1, heads * width)
-            norm = self._norms["q_a_norm"].heads_step(queries)
+            norm = self.norms["q_a_norm"].heads_step(queries)
             round_q, project_q = as_packed(matrices["q_b_proj"]).steps(queries, whole)
             projected = [alone(norm, round_q), together(project_q)]
             queries = whole
         kept, rotating = self._by_head(queries)
         absorbed = context.tensor("absorbed", 1, heads, latent + config.qk_rope_head_dim)
-        prepare.append(context.rotate(self._rope, rotating, absorbed[:, :, latent:]))
+        prepare.append(context.rotate(self.rope, rotating, absorbed[:, :, latent:]))
         places = [absorbed[:, head, :latent] for head in range(heads)]
-        round_kept, absorb = self._heads["k_b_proj"].steps(kept[0], places)
+        round_kept, absorb = self.heads["k_b_proj"].steps(kept[0], places)
         attended = context.tensor("attended latents", 1, heads, latent)
         (steps,) = context.attend(
             self._layer, absorbed, rotated, latents.unsqueeze(1), None, attended
         )
         values = context.tensor("values", 1, heads * config.v_head_dim)
-        round_attended, project_values = self._heads["v_b_proj"].steps(
+        round_attended, project_values = self.heads["v_b_proj"].steps(
             attended[0], values.chunk(heads, dim=1)
         )
         round_values, project_out = as_packed(matrices["o_proj"]).steps(values, context.added)

@@ -77,6 +77,19 @@ TINY_STATES = TINY | {
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
 }
+TINY_LATENTS = TINY | {
+    "model_type": "deepseek_v2",
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 128,
+    "first_k_dense_replace": 0,
+}
 CPU = torch.device("cpu")
 _SECTOR = 32  # bytes that a GPU reads from its memory at least
 

@@ -14,9 +14,15 @@ def test_a_token_is_one_graph_and_one_wait_if_vram_holds_all_experts(quant_type)
     assert row.syncs == 1
 
 
-def test_layers_with_states_keep_the_budget():
-    row = gpu_budget.counted("nf4", 1.0, gpu_budget.TINY_STATES)
-    assert row.kernels_a_layer == 11  # of which three are the shared expert
+@pytest.mark.parametrize(
+    ("config", "kernels"),
+    # Both have a shared expert, whose kernels are three, or two without a gate.
+    [(gpu_budget.TINY_STATES, 11), (gpu_budget.TINY_LATENTS, 15)],
+    ids=["states", "latents"],
+)
+def test_tokens_of_other_mixers_are_one_graph_and_one_wait(config, kernels):
+    row = gpu_budget.counted("nf4", 1.0, config)
+    assert row.kernels_a_layer == kernels
     assert row.launches <= 4
     assert row.syncs == 1
 

@@ -141,6 +141,36 @@ def product(x: torch.Tensor, matrix: Matrix, out: torch.Tensor | None = None) ->
     return out
 
 
+def head_products(
+    x: torch.Tensor,
+    addresses: torch.Tensor,
+    form: Form,
+    levels: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Store the product of each of N rows of x [N, C] with its own matrix in `out` [N, at least R].
+
+    addresses: of the matrices' codes, and then of their scales, int64 [2, N] on the GPU, multiples
+    of 16. All have the same form, and no bias.
+    """
+    threads = form.columns // form.tile.block * form.tile.threads
+    threads = min(max(triton.next_power_of_2(threads), _THREADS // 2), _THREADS)
+    launch(
+        _head_products,
+        (-(-form.stored_rows // form.tile.band), len(x)),
+        *(x, addresses, x if levels is None else levels, out),
+        N=len(x),
+        ROWS=form.rows,
+        R=form.stored_rows,
+        C=form.columns,
+        STRIDE=out.stride(0),
+        T=threads,
+        LANES=coded.lanes(),
+        TYPE=form.kernel_type,
+        **options(form, threads),
+    )
+
+
 @triton.jit
 def band_product(
     x,
@@ -302,3 +332,42 @@ def _product(
         total = tl.sum(sums[index].reshape(T // coded.tile("parts", TYPE), BAND), 0)
         at = out + (tl.program_id(1) * n + rows[index]) * ROWS + row
         tl.store(at, total + added, mask=row < ROWS)
+
+
+@triton.jit
+def _head_products(
+    x,
+    addresses,
+    levels,
+    out,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    T: tl.constexpr,
+    LANES: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    BAND: tl.constexpr = coded.tile("band", TYPE)
+    head, thread = tl.program_id(1), tl.arange(0, T)
+    codes = tl.load(addresses + head).to(tl.pointer_type(tl.uint8))
+    absmax = tl.load(addresses + N + head).to(tl.pointer_type(tl.uint8))
+    sums = band_product(
+        x + head * C,
+        (0,),
+        tl.multiple_of(codes, 16),
+        tl.multiple_of(absmax, 16),
+        coded.table(levels, LANES, TYPE),
+        tl.program_id(0) * BAND + thread * 0,
+        thread,
+        0,
+        C // coded.tile("block", TYPE),
+        R,
+        C,
+        T,
+        TYPE,
+    )
+    row = tl.program_id(0) * BAND + coded.row_of(TYPE)
+    total = tl.sum(sums[0].reshape(T // coded.tile("parts", TYPE), BAND), 0)
+    tl.store(out + head * STRIDE + row, total, mask=row < ROWS)

@@ -41,8 +41,9 @@ from mixchat.kernels.gpu.dequantize import dequantize
 from mixchat.kernels.gpu.experts import ExpertForm, Levels, Part, experts_down, experts_up
 from mixchat.kernels.gpu.heads import heads
 from mixchat.kernels.gpu.kv_store import KVTensors, store
+from mixchat.kernels.gpu.latents import Norm, latent_heads, normalized
 from mixchat.kernels.gpu.norm import add_norm
-from mixchat.kernels.gpu.product import Form, Matrix, product
+from mixchat.kernels.gpu.product import Form, Matrix, head_products, product
 from mixchat.kernels.gpu.route import route
 
 BF16, FP32, INT32, UINT8 = torch.bfloat16, torch.float32, torch.int32, torch.uint8
@@ -185,6 +186,22 @@ def call_store(groups: int, width: int, bits: int) -> None:
     store(kv_tensors(groups, width, bits), rows, rows, past)
 
 
+def call_head_products(quant_type: str, heads: int, rows: int, columns: int) -> None:
+    form, levels = form_of(quant_type, rows, columns), levels_of(quant_type)
+    x, addresses = empty(heads, columns), empty(2, heads, dtype=torch.int64)
+    head_products(x, addresses, form, levels, empty(heads, rows))
+
+
+def call_latent_heads(heads: int, width: int) -> None:
+    """Of a latent of 768 columns for queries, 512 for keys, and 64 that rotate."""
+    latents, norm = empty(4, 768 + 512 + 64, dtype=FP32), Norm(empty(512), 1e-6)
+    normalized(latents, Norm(empty(768), 1e-6), empty(768))
+    queries, rope = empty(1, heads * (width + 64), dtype=FP32), (empty(4096, 64), empty(4096, 64))
+    tensors = KVTensors(empty(1, 1, 2**15, 512), None, empty(1, 2**15, 64))
+    told = norm, rope, empty(1, dtype=INT32)
+    latent_heads(queries, latents, *told, tensors, empty(heads, width), empty(heads, 576))
+
+
 def call_latents(heads: int, tokens: int, bits: int) -> None:
     """Attend to latents of 512 numbers, and 64 that rotate."""
     shape, dtype = (1, 2**15), torch.int8 if bits == 8 else BF16
@@ -255,6 +272,9 @@ CALLS: dict[str, Callable[[], None]] = {
     "attend gpt-oss in 8 bits": Attention(64, 8, 64, bits=8, sinks=True),
     "attend qwen3-next": Attention(16, 2, 256, gated=True),
     "attend heads of 80 columns": Attention(32, 8, 80),
+    "latent_heads glm-4.7-flash": partial(call_latent_heads, 20, 192),
+    **{f"head_products {name}": partial(call_head_products, name, 20, 512, 192) for name in TYPES},
+    "head_products of values int8": partial(call_head_products, "int8", 20, 256, 512),
     "attend glm-4.7-flash": partial(call_latents, 20, 1, 16),
     "attend glm-4.7-flash in 8 bits": partial(call_latents, 20, 1, 8),
     "prompt attend glm-4.7-flash": partial(call_latents, 20, 512, 16),

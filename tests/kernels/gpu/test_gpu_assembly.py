@@ -44,7 +44,13 @@ def rows_of(only: str, *cards: str) -> list[dict[str, Any]]:
 def complaints(row: dict[str, Any]) -> list[str]:
     least = LEAST_OCCUPANCY.get(row["call"], 0.5)
     # Norms and the router read no codes.
-    reads_codes = row["kernel"] in ("_product", "_experts_up", "_experts_down", "_dequantize")
+    reads_codes = row["kernel"] in (
+        "_product",
+        "_head_products",
+        "_experts_up",
+        "_experts_down",
+        "_dequantize",
+    )
     found = {
         "spills": row["spills"] > 0,
         "loads codes in less than 128 bits": reads_codes and row["wide_loads"] < 3,
@@ -62,7 +68,8 @@ def complaints(row: dict[str, Any]) -> list[str]:
     [
         (
             "^product|mixtral (trellis2|none)|qwen3 nf4|gpt-oss mxfp4|dequantize nf4"
-            "|route glm4|add_norm|heads|delta_net|gated_conv|^attend (qwen3|gpt-oss|qwen3-next)$",
+            "|route glm4|add_norm|heads|delta_net|gated_convolution|^attend (qwen3|gpt-oss)$"
+            "|^attend qwen3-next$|head_products (none|int8|nf4)",
             ["sm_86"],
         ),
         ("^(prompt )?attend|^store|^heads olmoe", ["sm_80"]),
