@@ -7,6 +7,7 @@ keys and values.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -18,7 +19,7 @@ from mixchat.engine.state_cache import StateCache
 from mixchat.kernels.cpu.convolution import Convolution
 from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule, GatedNorm
 from mixchat.kernels.cpu.dense import dense_matmul, matmul_step
-from mixchat.kernels.cpu.program import Stage, alone, together
+from mixchat.kernels.cpu.program import Stage, Step, alone, together
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.matrix.linear import as_packed
 from mixchat.weights.matrix.quant_type import Linear, RecordingLinear, RecordRows
@@ -68,7 +69,7 @@ class GatedDeltaNet:
         self.out_proj = RecordingLinear(self.out_proj, records["out_proj"])
 
     def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
-        return sequences == 1 and self.rule.shape.can_compute(dtype, "cpu")
+        return self.rule.shape.can_compute(dtype, "cpu")
 
     def __call__(
         self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
@@ -89,29 +90,40 @@ class GatedDeltaNet:
         return self.out_proj(self.norm(values, projected[:, channels:]), exact=exact)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
-        shape = self.rule.shape
+        shape, tokens = self.rule.shape, context.sequences
         channels, values = shape.channels, shape.value_heads * shape.value_dim
-        projected = context.tensor("projected", 1, channels + values)
-        ba = context.tensor("ba", 1, 2 * shape.value_heads)
-        qkv = context.tensor("convolved", 1, channels, dtype=torch.float32)
-        read, normed = (context.tensor(name, 1, values) for name in ("read", "normed values"))
+        projected = context.tensor("projected", tokens, channels + values)
+        ba = context.tensor("ba", tokens, 2 * shape.value_heads)
+        qkv = context.tensor("convolved", tokens, channels, dtype=torch.float32)
+        read, normed = (context.tensor(name, tokens, values) for name in ("read", "normed values"))
         round_x, project = as_packed(self.in_proj).steps(context.normed, projected)
-        convolve = self.convolution.step(projected[:, :channels], qkv)
-        prepare, recur = self.rule.steps(qkv, ba, read)
+        convolves = [
+            self.convolution.step(row[:, :channels], out)
+            for row, out in zip(torch.split(projected, 1), torch.split(qkv, 1), strict=True)
+        ]
+        rules = [
+            self.rule.steps(*tensors)
+            for tensors in zip(
+                torch.split(qkv, 1), torch.split(ba, 1), torch.split(read, 1), strict=True
+            )
+        ]
+        prepares, recurs = zip(*rules, strict=True)
         norm = self.norm.step(read, projected[:, channels:], normed)
         round_values, project_out = as_packed(self.out_proj).steps(normed, context.added)
-
-        def set_place(cache: StateCache) -> None:
-            for _, before, after in cache.segments(1):
-                for name, step in (("conv", convolve), ("state", recur)):
-                    step.set(before=before[name].data_ptr(), after=after[name].data_ptr())
-
-        context.bind(self._layer, set_place)
+        steps = zip(convolves, recurs, strict=True)
+        context.bind(self._layer, *(partial(_set_place, *of_sequence) for of_sequence in steps))
         return [
             alone(round_x),
             together(project, matmul_step(context.normed, self.ba_proj, ba)),
-            alone(convolve, prepare),
-            together(recur),
+            together(*convolves),
+            alone(*prepares),
+            together(*recurs),
             alone(norm, round_values),
             together(project_out),
         ]
+
+
+def _set_place(convolve: Step, recur: Step, cache: StateCache) -> None:
+    for _, before, after in cache.segments(1):
+        for name, step in (("conv", convolve), ("state", recur)):
+            step.set(before=before[name].data_ptr(), after=after[name].data_ptr())

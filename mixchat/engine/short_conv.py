@@ -6,6 +6,7 @@ T = tokens of this call, D = hidden_size.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -16,7 +17,7 @@ from mixchat.engine.sequence_cache import TokenContext
 from mixchat.engine.state_cache import StateCache
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.convolution import Convolution
-from mixchat.kernels.cpu.program import Stage, alone, together
+from mixchat.kernels.cpu.program import Stage, Step, alone, together
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.matrix.linear import as_packed
 from mixchat.weights.matrix.quant_type import Linear, RecordingLinear, RecordRows
@@ -48,7 +49,7 @@ class ShortConv:
         self.out_proj = RecordingLinear(self.out_proj, records["out_proj"])
 
     def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
-        return sequences == 1 and rows.can_compute(dtype, self.convolution.channels)
+        return rows.can_compute(dtype, self.convolution.channels)
 
     def __call__(
         self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
@@ -64,22 +65,24 @@ class ShortConv:
         return self.out_proj(convolved, exact=exact)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
-        """Return `__call__` for one token, from `normed` to `added`."""
-        channels = self.convolution.channels
-        projected = context.tensor("projected", 1, 3 * channels)
-        convolved = context.tensor("convolved", 1, channels)
+        channels, tokens = self.convolution.channels, context.sequences
+        projected = context.tensor("projected", tokens, 3 * channels)
+        convolved = context.tensor("convolved", tokens, channels)
         round_x, project = as_packed(self.in_proj).steps(context.normed, projected)
-        convolve = self.convolution.step(projected, convolved)
+        convolves = [
+            self.convolution.step(row, out)
+            for row, out in zip(torch.split(projected, 1), torch.split(convolved, 1), strict=True)
+        ]
         round_out, project_out = as_packed(self.out_proj).steps(convolved, context.added)
-
-        def set_place(cache: StateCache) -> None:
-            for _, before, after in cache.segments(1):
-                convolve.set(before=before["conv"].data_ptr(), after=after["conv"].data_ptr())
-
-        context.bind(self._layer, set_place)
+        context.bind(self._layer, *(partial(_set_place, convolve) for convolve in convolves))
         return [
             alone(round_x),
             together(project),
-            alone(convolve, round_out),
+            alone(*convolves, round_out),
             together(project_out),
         ]
+
+
+def _set_place(convolve: Step, cache: StateCache) -> None:
+    for _, before, after in cache.segments(1):
+        convolve.set(before=before["conv"].data_ptr(), after=after["conv"].data_ptr())

@@ -11,9 +11,9 @@ from engine_tools import FAMILIES, answer, cache_content
 
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.engine.attention import Attention
 from mixchat.engine.decoder import Decoder
 from mixchat.engine.generate import Engine
+from mixchat.engine.latent_attention import LatentAttention
 from mixchat.engine.passes import SequenceTokens
 from mixchat.experts.trace import RecordingRunner
 from mixchat.kernels.cpu.compile import kernels_available
@@ -113,7 +113,7 @@ def test_several_sequences_at_once_have_the_bits_of_the_blocks(kind, slots, mode
     assert all(map(torch.equal, logits_of_several(engine), expected))
     decoders = engine.passes.model._decoder._decoders  # type: ignore[union-attr]
     mixers = {type(block.mixer) for block in engine.passes.model.blocks}
-    assert (set(decoders) == {1, 2, 3}) == (mixers == {Attention})
+    assert (set(decoders) == {1, 2, 3}) == (LatentAttention not in mixers)
 
 
 def test_programs_are_kept_for_the_last_counts_of_sequences(models):
