@@ -136,6 +136,24 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "num_mtp_layers": 0,
     },
+    "mistral4": {
+        **_LATENT,
+        "qk_nope_head_dim": 16,
+        "head_dim": 32,
+        "q_lora_rank": 48,
+        "norm_topk_prob": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 16.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 8,
+        },
+    },
     "minimax_m2": {"rotary_dim": 8},
     "qwen3_next": HYBRID,
     "qwen3_5_moe": HYBRID,
@@ -267,7 +285,12 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
             values[name] = values[names[name]]
         # Of a model for text and images, the language model alone.
         own_type = f"{model_type}_text" if f"{model_type}_text" in CONFIG_MAPPING else model_type
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(own_type, **values))
+        config = AutoConfig.for_model(own_type, **values)
+        if model_type == "mistral4":  # for which transformers knows a model, but not from a config
+            from transformers import Mistral4ForCausalLM
+
+            AutoModelForCausalLM.register(type(config), Mistral4ForCausalLM, exist_ok=True)
+        model = AutoModelForCausalLM.from_config(config)
         if model_type != "mixtral":  # transformers begins with norms of ones and biases of zeros
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 1 or name.endswith("bias"):

@@ -19,6 +19,7 @@ class RopeParameters:
 
     `original_max_position_embeddings` is the context in tokens that the model was first trained
     for, which all types but "default" have. Keys that a type does not take have their defaults.
+    llama_4_scaling_beta: queries are multiplied by 1 + beta * ln(1 + n) after n original contexts.
     partial_rotary_factor: the part of a head's columns that is rotated. Of "proportional" it is
     the part of all pairs (i, i + head_dim / 2). Their frequencies are those of whole heads.
     """
@@ -32,6 +33,7 @@ class RopeParameters:
     beta_slow: float = 1.0
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    llama_4_scaling_beta: float | None = None
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0

@@ -43,7 +43,8 @@ class SingleTokenContext:
         )
         self._tensors: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
         self._rotations: dict[tuple[RotaryEmbedding, int], Step] = {}
-        self._positions: list[torch.Tensor] = []  # what the steps that rotate point to
+        self._scalings: dict[tuple[RotaryEmbedding, int], Step] = {}
+        self._positions: list[torch.Tensor] = []  # what the steps that rotate or scale point to
         self._attention: dict[CacheShape, list[KVSteps]] = {}
         self._bound: dict[int, Sequence[Callable[[Any], None]]] = {}
 
@@ -60,6 +61,14 @@ class SingleTokenContext:
         if key not in self._rotations:
             self._rotations[key] = rows.rotate_step(x, out, rope.width)
         return self._rotations[key]
+
+    def scale(self, rope: RotaryEmbedding, x: torch.Tensor, out: torch.Tensor) -> Step:
+        """Return the step that multiplies rows x [N, n] by the tokens' `query_scales`."""
+        key = rope, x.data_ptr()
+        if key not in self._scalings:
+            weights = torch.ones(len(x), 1)
+            self._scalings[key] = rows.weighted_sum_step(x.unsqueeze(1), weights, out)
+        return self._scalings[key]
 
     def bind(self, layer: int, *set_places: Callable[[Any], None]) -> None:
         """Call these with the sequences' caches before each token, to set addresses in steps."""
@@ -99,6 +108,11 @@ class SingleTokenContext:
             for (rope, _), step in self._rotations.items()
             for tensor in rope.set_positions(step, positions)
         ]
+        for (rope, _), step in self._scalings.items():
+            assert rope.query_scales is not None
+            scales = rope.query_scales[positions]
+            step.set(weight=scales.data_ptr())
+            self._positions.append(scales)
         for layer, set_places in self._bound.items():
             for cache, set_place in zip(caches, set_places, strict=True):
                 set_place(cache.layers[layer])

@@ -92,6 +92,8 @@ def new_gpu_decoder(
         return None
     if used.config.n_group > 1 or used.config.sandwich_norms:
         return None
+    if any(rope.llama_4_scaling_beta for rope in used.config.ropes):
+        return None
     if not all(form_of(matrix).is_supported for matrix in matrices):
         return None
     if not all(heads_are_supported(block.mixer) for block in model.blocks):

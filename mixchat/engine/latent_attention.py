@@ -120,12 +120,14 @@ class LatentAttention:
         heads, latent = config.num_attention_heads, config.kv_lora_rank
         queries, latents, keys = self._split(self.matrices["a_proj"](x, exact=exact))
         self.norms["kv_a_norm"].normalize_heads(latents)
+        positions = context.positions(tokens)
         if config.q_lora_rank:
             self.norms["q_a_norm"].normalize_heads(queries)
+            if (scales := self.rope.query_scales) is not None:
+                queries = rows.weighted_sum(queries.unsqueeze(1), scales[positions].unsqueeze(1))
             queries = self.matrices["q_b_proj"](queries, exact=exact)
         kept, rotating = self._by_head(queries)  # [T, H, n], [T, H, r]
         absorbed = self.heads["k_b_proj"](kept.transpose(0, 1), exact=exact)  # [H, T, L]
-        positions = context.positions(tokens)
         whole = x.new_empty(tokens, heads, latent + config.qk_rope_head_dim)
         whole[..., :latent] = absorbed.transpose(0, 1)
         whole[..., latent:] = self.rope(rotating, positions)
@@ -162,9 +164,13 @@ class LatentAttention:
         projected: list[Stage] = []
         if config.q_lora_rank:
             whole = context.tensor("queries", 1, heads * width)
-            norm = self.norms["q_a_norm"].heads_step(queries)
+            prepare_q = [self.norms["q_a_norm"].heads_step(queries)]
+            if self.rope.query_scales is not None:
+                scaled = context.tensor("scaled queries", *queries.shape)
+                prepare_q.append(context.scale(self.rope, queries, scaled))
+                queries = scaled
             round_q, project_q = as_packed(matrices["q_b_proj"]).steps(queries, whole)
-            projected = [alone(norm, round_q), together(project_q)]
+            projected = [alone(*prepare_q, round_q), together(project_q)]
             queries = whole
         kept, rotating = self._by_head(queries)
         absorbed = context.tensor("absorbed", 1, heads, latent + config.qk_rope_head_dim)

@@ -47,6 +47,10 @@ class RotaryEmbedding:
         self._cos = torch.cat((cos, cos), dim=-1).to(device, dtype)  # [context, h]
         # `sin` has the sign, so that a rotation needs no negation.
         self._sin = torch.cat((-sin, sin), dim=-1).to(device, dtype)
+        self.query_scales: torch.Tensor | None = None  # fp32 [context]
+        if beta := parameters.llama_4_scaling_beta:
+            contexts = torch.arange(context) // parameters.original_max_position_embeddings
+            self.query_scales = (1 + beta * torch.log1p(contexts.float())).to(device)
 
     def __call__(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
         """Rotate x [T, heads, head_dim], whose tokens are at these T positions."""

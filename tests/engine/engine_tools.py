@@ -59,6 +59,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "sinks, biases and experts in mxfp4": {"model_type": "gpt_oss", "stored_as": "mxfp4"},
     "multipliers": {"model_type": "granitemoe"},
     "latents": {"model_type": "glm4_moe_lite", **_LATENT, "q_lora_rank": 64},
+    "queries scaled by their position": {
+        "model_type": "mistral4",
+        **_LATENT,
+        "qk_rope_head_dim": 64,
+        "head_dim": 128,
+        "q_lora_rank": 64,
+    },
     "latents of keys alone": {"model_type": "deepseek_v2", **_LATENT, "q_lora_rank": None},
     "latents and groups of experts": {
         "model_type": "deepseek_v3",

@@ -93,6 +93,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": False,
         },
     ),
+    "mistral4": ("mistral4", {"num_key_value_heads": 4}),
     "minimax_m2": ("minimax_m2", {}),
     "minimax_m2, whole heads rotated": (
         "minimax_m2",

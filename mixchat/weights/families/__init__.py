@@ -11,5 +11,5 @@
 - lfm2_moe.py: a family with short convolutions beside attention
 - gemma4.py: a family, with a dense part and norms of each part's output
 - qwen2_moe.py, ernie4_5_moe.py, dots1.py, glm4_moe.py: a family each, with dense parts
-- glm4_moe_lite.py, deepseek_v2.py, deepseek_v3.py: a family each, with latent attention
+- glm4_moe_lite.py, deepseek_v2.py, deepseek_v3.py, mistral4.py: families with latent attention
 """

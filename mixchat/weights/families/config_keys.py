@@ -30,7 +30,10 @@ _ROPE_NUMBERS: dict[RopeType, tuple[str, ...]] = {
     "default": (),
     "linear": (),
     "dynamic": (),
-    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    "yarn": (
+        *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+        "llama_4_scaling_beta",
+    ),
     "llama3": ("low_freq_factor", "high_freq_factor"),
     "longrope": ("attention_factor",),
     "proportional": (),

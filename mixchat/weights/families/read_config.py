@@ -24,6 +24,7 @@ from mixchat.weights.families.granitemoe import GRANITEMOE
 from mixchat.weights.families.lfm2_moe import LFM2_MOE
 from mixchat.weights.families.mellum import MELLUM
 from mixchat.weights.families.minimax_m2 import MINIMAX_M2
+from mixchat.weights.families.mistral4 import MISTRAL4
 from mixchat.weights.families.mixtral import MIXTRAL
 from mixchat.weights.families.olmoe import OLMOE
 from mixchat.weights.families.qwen2_moe import QWEN2_MOE
@@ -37,14 +38,13 @@ FAMILIES: dict[str, Family] = {
         *(MIXTRAL, QWEN3_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS),
         *(QWEN2_MOE, ERNIE4_5_MOE, DOTS1, GLM4_MOE, MINIMAX_M2),
         *(LFM2_MOE, QWEN3_NEXT, QWEN3_5_MOE, GLM4_MOE_LITE, DEEPSEEK_V2, DEEPSEEK_V3),
-        GEMMA4,
+        *(GEMMA4, MISTRAL4),
     )
 }
 
 _MAMBA = "Mamba layers"
 # Needs of well-known models that no family here has.
 _MISSING = {
-    "mistral4": "queries that are scaled by their position",
     "jamba": _MAMBA,
     "granitemoehybrid": _MAMBA,
     "nemotron_h": _MAMBA,
@@ -100,6 +100,8 @@ def _of_language_model(raw: dict[str, Any]) -> dict[str, Any]:
     """
     text, model_type, whole = raw.get("text_config"), raw.get("model_type"), raw
     if isinstance(text, dict):
+        # Mistral names the whole by the form of its image part.
+        model_type = model_type if model_type in FAMILIES else text.get("model_type", model_type)
         raw = {**raw, **{key: value for key, value in text.items() if value is not None}}
         # As in transformers, the whole model decides whether the head is the embedding, and which
         # tokens end an answer.

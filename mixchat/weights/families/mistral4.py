@@ -1,0 +1,57 @@
+"""Mistral 4, by Mistral AI: Mistral-Small-4-119B-A6.5B, the text part alone.
+
+Latent attention, whose queries grow with the position beyond the original context.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mixchat.base.errors import CheckpointError
+from mixchat.base.model_config import ModelConfig
+from mixchat.weights.families import config_keys as read
+from mixchat.weights.families.family import MLP_WITH_SHARED, Family, latent_attention
+
+_DEFAULTS = {
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "q_lora_rank": 1024,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "first_k_dense_replace": 0,
+}
+_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 128.0,
+    "original_max_position_embeddings": 8192,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
+def _read_config(raw: dict[str, Any]) -> ModelConfig:
+    raw = read.with_latent_heads({**_DEFAULTS, **raw})
+    if raw.get("n_group", 1) not in (1, None):
+        raise CheckpointError("config.json: n_group above 1: such a router does not run")
+    rope = raw.get("rope_parameters") or _ROPE
+    if isinstance(rope, dict):
+        # It is the rotating part of a head, which `qk_rope_head_dim` says, too.
+        rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
+    if not raw["q_lora_rank"]:
+        raise CheckpointError("config.json: q_lora_rank is missing")
+    keys = read.of_experts({**raw, "rope_parameters": rope}, "n_routed_experts")
+    return ModelConfig(
+        **read.shape_of(keys, rope_theta=1e4, rms_norm_eps=1e-6),
+        **read.dense_parts(raw),
+        **read.latent_attention(raw),
+        norm_topk_prob=read.flag(raw, "norm_topk_prob", True),
+        routed_scaling_factor=read.positive_number(raw, "routed_scaling_factor", 1.0),
+    )
+
+
+MISTRAL4 = Family("mistral4", _read_config, MLP_WITH_SHARED, {"latent_attention": latent_attention})
