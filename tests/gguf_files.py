@@ -7,6 +7,7 @@ stacks of experts, and the keys of the metadata.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,10 @@ ARCHITECTURES = {
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
     "lfm2_moe": gguf.MODEL_ARCH.LFM2MOE,
+    "gemma4": gguf.MODEL_ARCH.GEMMA4,
 }
 Weights = dict[str, torch.Tensor]
+_GEMMA_SCALE = re.compile(r"model\.layers\.(\d+)\.router\.(?:per_expert_)?scale")
 
 
 def read(checkpoint: Path) -> tuple[dict[str, Any], Weights]:
@@ -58,6 +61,12 @@ def tensors_of(config: Mapping[str, Any], weights: Weights) -> Weights:
         plain = plain.replace("expert_bias", "expert_bias.bias")
         if kind == "lfm2_moe" and ".experts." in plain:
             plain = plain.removeprefix("model.")
+        if kind == "gemma4":
+            plain = f"{plain}.weight" if plain.endswith("layer_scalar") else plain
+            if (number := _GEMMA_SCALE.fullmatch(plain)) is not None:
+                scaled = "ffn_down_exps" if "expert" in plain else "ffn_gate_inp"
+                found[f"blk.{number[1]}.{scaled}.scale"] = weight
+                continue
         own = names.get_name(plain, try_suffixes=(".weight", ".bias"))
         assert own is not None, name
         if kind in ("mixtral", "granitemoe") and (".attn_q." in own or ".attn_k." in own):
@@ -143,6 +152,8 @@ def _unstacked(kind: str, weights: Weights) -> Iterator[tuple[str, torch.Tensor]
         if number.isdecimal():
             own = matrix.split(".")[0]
             experts.setdefault(f"{prefix}.experts.{own}.weight", {})[int(number)] = weight
+        elif rest == "gate_up_proj" and kind == "gemma4":
+            yield f"{name}.weight", weight
         elif rest == "gate_up_proj" and kind != "gpt_oss":
             gate, up = weight.chunk(2, dim=1)
             yield from (
@@ -332,6 +343,7 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         inner = config["moe_intermediate_size"] * config["moe_num_shared_experts"]
         found["expert_shared_feed_forward_length"] = inner
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 1e6)}
+    rope = rope.get("full_attention", rope)
     found["rope.freq_base"] = float(rope["rope_theta"])
     rotated = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -365,6 +377,26 @@ def _of_mixers(config: Mapping[str, Any]) -> dict[str, Any]:
         }
     if "mlp_layer_types" in config:
         found["leading_dense_block_count"] = config["mlp_layer_types"].count("dense")
+    if family_of(config) == "gemma4":
+        heads, (full, *_) = config["num_key_value_heads"], config["per_layer_config"].values()
+        slides = [x == "sliding_attention" for x in config["layer_types"]]
+        ropes = config["rope_parameters"]
+        found |= {
+            "attention.head_count_kv": [
+                heads if x else full["num_key_value_heads"] for x in slides
+            ],
+            "attention.sliding_window_pattern": slides,
+            "attention.key_length": full["head_dim"],
+            "attention.value_length": full["head_dim"],
+            "attention.key_length_swa": config["head_dim"],
+            "attention.value_length_swa": config["head_dim"],
+            "attention.shared_kv_layers": 0,
+            "embedding_length_per_layer_input": 0,
+            "expert_used_count": config["top_k_experts"],
+            "final_logit_softcapping": config["final_logit_softcapping"],
+            "rope.freq_base_swa": float(ropes["sliding_attention"]["rope_theta"]),
+            "rope.dimension_count_swa": config["head_dim"],
+        }
     if config["model_type"] == "lfm2_moe":
         heads = config["num_key_value_heads"]
         types = config["layer_types"]

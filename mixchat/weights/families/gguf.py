@@ -55,13 +55,21 @@ _NAMES = {
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
     "self_attn.kv_a_layernorm": "attn_kv_a_norm",
     "self_attn.kv_b_proj": "attn_kv_b",
+    "mixer_out_norm": "post_attention_norm",
+    "post_feedforward_layernorm_1": "post_ffw_norm_1",
+    "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+    "post_feedforward_layernorm_2": "post_ffw_norm_2",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "layer_scalar": "layer_output_scale.weight",
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
     "conv.in_proj": "shortconv.in_proj",
     "conv.conv": "shortconv.conv",
     "conv.out_proj": "shortconv.out_proj",
 }
 # The axis of length 1 that a tensor lacks there.
 _SQUEEZED = {"ffn_gate_inp_shexp": 0, "shortconv.conv": 1}
-# A name that some families have in place of another one.
+# A name that some families have if they lack another one.
 _OTHER_NAMES = {"ffn_norm": "post_attention_norm", "output_norm.weight": "token_embd_norm.weight"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+?)(\.weight|\.bias)?")
 # The rotated pairs of these are side by side. llama.cpp's converter turns Mixtral's and Granite's.
@@ -180,6 +188,19 @@ _ARCHITECTURES = {
         },
         sigmoid=True,
     ),
+    "gemma4": _Architecture(
+        "gemma4",
+        {
+            "top_k_experts": "expert_used_count",
+            "head_dim": "attention.key_length_swa",
+            "global_head_dim": "attention.key_length",
+            "sliding_window": "attention.sliding_window",
+            "hidden_size_per_layer_input": "embedding_length_per_layer_input",
+            "num_kv_shared_layers": "attention.shared_kv_layers",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        {"enable_moe_block": True},
+    ),
     "glm4moe": _Architecture(
         "glm4_moe",
         {**_LATER_DENSE, "num_nextn_predict_layers": "nextn_predict_layers"},
@@ -229,7 +250,7 @@ def gguf_config(
     values = {key: value(gguf_key) for key, gguf_key in keys.items()}
     if values["intermediate_size"] is None:
         values["intermediate_size"] = values["moe_intermediate_size"]
-    values |= _of_layers(values)
+    values |= _of_layers(values["num_key_value_heads"], value("attention.sliding_window_pattern"))
     for key, (first, operation, second) in architecture.derived.items():
         left, right = value(first), value(second)
         if isinstance(left, int) and isinstance(right, int) and right > 0:
@@ -263,11 +284,20 @@ def gguf_config(
     }
 
 
-def _of_layers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys that a list of key heads shows, in which convolutions have none."""
-    heads = values["num_key_value_heads"]
+def _of_layers(heads: object, is_sliding: object) -> dict[str, Any]:
+    """Return the keys that a list of key heads shows, one for each layer.
+
+    Convolutions have none. Layers with a window may have others than full layers.
+    """
     if not isinstance(heads, list) or not all(type(count) is int for count in heads):
         return {}
+    if isinstance(is_sliding, list) and len(is_sliding) == len(heads):
+        kinds = {bool(slides): count for slides, count in zip(is_sliding, heads, strict=True)}
+        if any(kinds[bool(x)] != count for x, count in zip(is_sliding, heads, strict=True)):
+            return {}
+        types = ["sliding_attention" if slides else "full_attention" for slides in is_sliding]
+        own = {True: "num_key_value_heads", False: "num_global_key_value_heads"}
+        return {"layer_types": types, **{own[slides]: count for slides, count in kinds.items()}}
     if {*heads} - {0, max(heads, default=0)}:
         return {}
     types = ["full_attention" if count else "conv" for count in heads]
@@ -277,12 +307,14 @@ def _of_layers(values: Mapping[str, Any]) -> dict[str, Any]:
 def _shown_by(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Return the keys of config.json that only the tensors show."""
     bias = "blk.0.attn_q.bias" in tensors
+    counts = {x: sum(name.endswith(f"attn_{x}.weight") for name in tensors) for x in "kv"}
     return {
         "vocab_size": tensors.get(EMBEDDING, (0,))[0],
         "tie_word_embeddings": HEAD not in tensors,
         "attention_bias": bias,
         "qkv_bias": bias,
         "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
+        "attention_k_eq_v": counts["v"] < counts["k"],
     }
 
 
@@ -295,6 +327,12 @@ def _rope(
 ) -> dict[str, Any]:
     """Return the rotary embedding, with a head's width and the part of it that is rotated."""
     keys: dict[str, Any] = {}
+    theta = metadata.get(f"{prefix}rope.freq_base", 1e4)
+    if (sliding := metadata.get(f"{prefix}rope.freq_base_swa")) is not None:
+        # Gemma 4. That it rotates a quarter of a head shows in the tensor rope_freqs alone.
+        full = {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": 0.25}
+        own = {"rope_type": "default", "rope_theta": sliding}
+        return {"rope_parameters": {"full_attention": full, "sliding_attention": own}}
     rotated = metadata.get(f"{prefix}rope.dimension_count")
     if rotated is not None and "kv_lora_rank" not in config:
         width = config.get("head_dim", rotated)
@@ -306,7 +344,7 @@ def _rope(
         raise CheckpointError(
             f"{where}: rope scaling of the type {scaling!r:.80} does not run in GGUF"
         )
-    rope: dict[str, Any] = {"rope_theta": metadata.get(f"{prefix}rope.freq_base", 1e4)}
+    rope: dict[str, Any] = {"rope_theta": theta}
     if scaling == "none":
         return {**keys, "rope_parameters": {**rope, "rope_type": "default"}}
     rope |= {"rope_type": scaling, "factor": metadata.get(f"{prefix}{_ROPE}factor")}
@@ -329,14 +367,22 @@ def gguf_tensors(config: ModelConfig, available: Collection[str]) -> Tensors:
     """Yield the name of each installed tensor, with its slices of the `available` tensors."""
     kinds = {name.split(".", 2)[2] if name.startswith("blk.") else name for name in available}
     bare = {name.removesuffix(".weight") for name in kinds} | kinds
-    names = {usual: own for usual, own in _OTHER_NAMES.items() if own in bare}
+    names = {usual: own for usual, own in _OTHER_NAMES.items() if own in bare and usual not in bare}
+    family, neighbours = FAMILIES[config.model_type], config.model_type in _ROTATES_NEIGHBOURS
 
-    def experts(config: ModelConfig, prefix: str) -> Tensors:
+    def routed(config: ModelConfig, prefix: str) -> Tensors:
         yield from router(config, prefix, "mlp.gate")
         yield from _experts(config, prefix, kinds)
 
-    moe = with_shared_expert(experts, "mlp.shared_expert")
-    family, neighbours = FAMILIES[config.model_type], config.model_type in _ROTATES_NEIGHBOURS
+    dense = "mlp.shared_expert" if "ffn_up_shexp.weight" in kinds else "mlp"
+
+    def moe(config: ModelConfig, prefix: str) -> Tensors:
+        usual = dict(with_shared_expert(routed, dense)(config, prefix))
+        yield from usual.items()
+        # Norms and numbers of the family's own.
+        own = family.moe(config, prefix)
+        yield from ((name, slices) for name, slices in own if name not in usual)
+
     mixers = gguf_mixers(kinds, rotates_neighbours=neighbours)
     # llama.cpp's converter adds the offsets of norms.
     as_stored = Family(config.model_type, family.read_config, moe, mixers)

@@ -35,7 +35,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Buffers that old versions of transformers saved with the weights, and what predicts more tokens.
-_IGNORED = re.compile(r".*rotary_emb\.inv_freq|mtp\..*")
+_IGNORED = re.compile(r".*rotary_emb\.inv_freq|rope_freqs\.weight|mtp\..*")
 
 Read = Callable[[str], torch.Tensor]
 
