@@ -47,6 +47,7 @@ _OTHER_NAMES = (
     (r"qwen-?3-coder", "qwen3-coder"),
     (r"qwen-?3\.6", "qwen3.6"),
     (r"qwen-?3(?![.\d])", "qwen3"),
+    (r"gemma-?4", "gemma4"),
     (r"glm-?4\.7-flash", "glm-4.7-flash"),
     (r"lfm-?2(?!\.).*24b", "lfm2-24b"),
     (r"lfm-?2(?!\.)", "lfm2"),

@@ -105,6 +105,7 @@ class TestResolve:
             ("qwen3.6:35b-a3b", "qwen3.6"),
             ("Qwen3-Coder-Next-80B", "qwen3-coder-next"),
             ("GLM4.7-Flash", "glm-4.7-flash"),
+            ("gemma-4:26b", "gemma4"),
             ("lfm2:24b", "lfm2-24b"),
             ("LFM2-8B", "lfm2"),
             ("gpt_oss", "gpt-oss"),

@@ -2,7 +2,7 @@
 
 - read_config.py: finds the family of a config.json, and reads it
 - family.py: the form of a description, and the tensors that families have in common
-- gguf.py: llama.cpp's names for the same
+- gguf.py, gguf_config.py: llama.cpp's names for the tensors and the keys of a config.json
 - gguf_mixers.py: mixers whose rows and columns llama.cpp's converter has moved
 - config_keys.py: reads and checks single keys of a config.json
 - mixtral.py, qwen3_moe.py, mellum.py, olmoe.py, granitemoe.py, gpt_oss.py: a family each

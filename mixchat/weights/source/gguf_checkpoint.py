@@ -13,7 +13,7 @@ from mixchat.base.errors import CheckpointError, UsageError
 from mixchat.base.files import write_file
 from mixchat.base.progress import Task
 from mixchat.base.safetensors import SafetensorsFile
-from mixchat.weights.families.gguf import gguf_config
+from mixchat.weights.families.gguf_config import gguf_config
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.matrix.gguf_format import GgufSpec

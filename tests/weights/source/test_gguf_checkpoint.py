@@ -17,7 +17,7 @@ from weight_tools import Meter, files_of, get
 from mixchat.base.errors import CheckpointError, HubError, UsageError
 from mixchat.base.progress import NoProgress
 from mixchat.weights.care.repair import repair, verify
-from mixchat.weights.families.gguf import gguf_config
+from mixchat.weights.families.gguf_config import gguf_config
 from mixchat.weights.format.blueprint import SHARED_FILE
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.format.workspace import workspace
