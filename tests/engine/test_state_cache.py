@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import paper_gpu
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,10 +18,17 @@ from mixchat.engine.sequence_cache import SequenceCache, cache_bytes
 from mixchat.engine.state_cache import StateCache
 
 CAPACITY = 64
+DEVICES = [CPU, torch.device(paper_gpu.KIND, 0)]
 
 
-def new(layers: int = 2, checkpoints: int = 8) -> SequenceCache:
-    states = [StateCache({"sum": (2,)}, CPU, has_steps=True) for _ in range(layers)]
+@pytest.fixture(autouse=True)
+def paper() -> Iterator[None]:
+    with paper_gpu.in_place_of_cuda():
+        yield
+
+
+def new(layers: int = 2, checkpoints: int = 8, device: torch.device = CPU) -> SequenceCache:
+    states = [StateCache({"sum": (2,)}, device, has_steps=True) for _ in range(layers)]
     return SequenceCache(PLAIN, CAPACITY, states, checkpoints)
 
 
@@ -30,14 +38,14 @@ def add(cache: SequenceCache, ids: Iterable[int], layers: int | None = None) -> 
     for number, layer in enumerate(cache.layers[:layers]):
         assert isinstance(layer, StateCache)
         for rows, before, after in layer.segments(len(ids)):
-            state = before["sum"].clone()
+            state = before["sum"].cpu()
             for token in ids[rows]:
                 state = (3 * state + token + torch.tensor([0, number])) % 1009
             after["sum"].copy_(state)
 
 
 def sums(cache: SequenceCache) -> list[list[float]]:
-    return [layer.state["sum"].tolist() for layer in cache.layers]
+    return [layer.state["sum"].cpu().tolist() for layer in cache.layers]
 
 
 def of(ids: list[int]) -> list[list[float]]:
@@ -65,8 +73,9 @@ class Text(CachedPrefix):
         return len(ids) - reused
 
 
-def test_an_interrupted_pass_changes_nothing():
-    cache = new()
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_an_interrupted_pass_changes_nothing(device):
+    cache = new(device=device)
     add(cache, [5, 6])
     cache.advance(2)
     add(cache, [1, 2, 3], layers=1)  # Ctrl-C before the second layer
@@ -81,10 +90,11 @@ TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 SIZES = st.lists(st.integers(1, 9), max_size=9)
 
 
-@settings(max_examples=200)
-@given(st.lists(st.tuples(st.integers(0, 40), TEXTS, SIZES), min_size=1, max_size=8))
-def test_any_sequence_of_prompts_has_the_states_of_a_new_cache(prompts):
-    text, other = Text(new()), Text(new())
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@settings(max_examples=100)
+@given(prompts=st.lists(st.tuples(st.integers(0, 40), TEXTS, SIZES), min_size=1, max_size=8))
+def test_any_sequence_of_prompts_has_the_states_of_a_new_cache(device, prompts):
+    text, other = Text(new(device=device)), Text(new(device=device))
     ids: list[int] = []
     for kept, more, sizes in prompts:
         ids = [*ids[:kept], *more][:CAPACITY]
@@ -151,10 +161,11 @@ def test_a_place_can_be_added_while_a_prompt_is_computed():
     assert cache.extent.checkpoints == (16, 21)
 
 
-def test_content_comes_back_with_its_checkpoints():
-    text, ids = Text(new()), [number % 7 for number in range(20)]
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_content_comes_back_with_its_checkpoints(device):
+    text, ids = Text(new(device=device)), [number % 7 for number in range(20)]
     text.prompt(ids, [], places=(5, 9))
-    extent, restored = text.cache.extent, new()
+    extent, restored = text.cache.extent, new(device=device)
     assert extent == Extent(20, 0, (5, 9, 16))
     for layer, target in zip(text.cache.layers, restored.layers, strict=True):
         target.restore(layer.content(extent), extent, 16)
