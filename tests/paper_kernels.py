@@ -231,6 +231,22 @@ def delta_net(
     out.copy_(GatedNorm(norm, eps)(values, row[:, channels:].contiguous()).view(out.shape))
 
 
+def delta_rule(
+    qkv: Tensor,
+    gates: Tensor,
+    before: Tensor,
+    after: Tensor,
+    out: Tensor,
+    tokens: int,
+    stride: int,
+    **shape: Any,
+) -> None:
+    values = shape["BLOCKS"] * shape["BLOCK"]
+    rule = DeltaRule(DeltaNetShape(shape["K"], shape["V"], shape["KEY"], values), *gates[0].T)
+    rule.prepare = lambda qkv, ba: gates  # type: ignore[method-assign]
+    out.copy_(rule._by_torch(qkv, out, before, after))
+
+
 def gated_convolution(
     projected: Tensor, weight: Tensor, addresses: Tensor, out: Tensor, **shape: Any
 ) -> None:
@@ -295,6 +311,7 @@ DOUBLES: dict[str, Callable[..., None]] = {
     "_route": route,
     "_heads": heads,
     "_delta_net": delta_net,
+    "_delta_rule": delta_rule,
     "_head_products": head_products,
     "_normalized": normalized,
     "_latent_heads": latent_heads,

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from mixchat.base import gpu
 from mixchat.engine.attention import SingleTokenContext
 from mixchat.engine.model_tensors import ModelTensors
 from mixchat.engine.rope import RotaryEmbedding
@@ -85,9 +86,20 @@ class GatedDeltaNet:
             for segment, before, after in cache.segments(sequence.shape[0]):
                 qkv = self.convolution(sequence[segment], before["conv"], after["conv"])
                 states = before["state"], after["state"]
-                read.append(self.rule(qkv, logits[segment], *states))
+                read.append(self._updated(qkv, logits[segment], *states))
         values = read[0] if len(read) == 1 else torch.cat(read)  # [T, V * v]
         return self.out_proj(self.norm(values, projected[:, channels:]), exact=exact)
+
+    def _updated(
+        self, qkv: torch.Tensor, ba: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+    ) -> torch.Tensor:
+        """Return `DeltaRule.__call__`."""
+        if not gpu.is_gpu(qkv.device):
+            return self.rule(qkv, ba, before, after)
+        # Triton is imported only if a GPU computes.
+        from mixchat.kernels.gpu.delta_net import delta_rule
+
+        return delta_rule(qkv, self.rule.prepare(qkv, ba), before, after, ba.dtype)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
         shape, tokens = self.rule.shape, context.sequences

@@ -260,6 +260,19 @@ def test_states_are_those_of_whole_tokens_and_go_back_to_checkpoints(
     assert [*found, *more][:8] == expected
 
 
+def test_a_prompt_launches_no_more_for_more_tokens(paper, hybrid):
+    """Each layer's state took ten launches a token."""
+    engine = load(hybrid, hybrid.blueprint.expert_count)
+    counts = []
+    for tokens in (20, 20, 50):
+        before = paper.launches
+        with torch.inference_mode():
+            engine.passes.model.forward(torch.arange(5, 5 + tokens), engine.held()[1])
+        counts.append(paper.launches - before)
+        engine.forget()
+    assert counts[2] < counts[1] + 20
+
+
 def test_answers_of_a_model_with_states_are_the_same_in_company(paper, hybrid):
     engine = load(hybrid, hybrid.blueprint.expert_count, 0, parallel=2, more=10**8)
     expected = text(engine)

@@ -127,19 +127,14 @@ class DeltaRule:
         self, qkv: torch.Tensor, ba: torch.Tensor, before: torch.Tensor, after: torch.Tensor
     ) -> torch.Tensor:
         shape, tokens = self.shape, qkv.shape[0]
+        gates = self.prepare(qkv, ba)[..., None, None]  # [T, V, 2, 1, 1]
         keys, repeats = shape.key_heads * shape.key_dim, shape.value_heads // shape.key_heads
         heads = qkv[:, : 2 * keys].view(tokens, 2, shape.key_heads, shape.key_dim)
-        norms = torch.rsqrt((heads * heads).sum(-1, keepdim=True) + _NORM_EPS)
-        heads = (heads * norms).repeat_interleave(repeats, dim=2)[:, :, :, None, :, None]
-        queries, keys_of_heads = heads[:, 0] * shape.key_dim**-0.5, heads[:, 1]
+        heads = heads.repeat_interleave(repeats, dim=2)[:, :, :, None, :, None]
+        queries, keys_of_heads = heads[:, 0], heads[:, 1]
         blocks = shape.value_dim // shape.block
         values = qkv[:, 2 * keys :].view(tokens, shape.value_heads, blocks, shape.block)
-        # At the end of a tensor, torch's sigmoid and softplus have other bits than within it.
-        beta, alpha = ba.float().chunk(2, dim=1)
-        alpha = alpha + self.biases
-        beta = (1 / (1 + (-beta).exp()))[:, :, None, None]
-        steps = (-alpha.abs()).exp().log1p() + alpha.clamp(min=0)
-        decay = (self.rates * steps).exp()[:, :, None, None]
+        decay, beta = gates[:, :, 0], gates[:, :, 1]
         state, read = before, []
         for token in range(tokens):
             key = keys_of_heads[token]  # [V, 1, k, 1]
@@ -149,6 +144,19 @@ class DeltaRule:
             read.append((state * queries[token]).sum(2))
         after.copy_(state)
         return torch.stack(read).reshape(tokens, -1).to(ba.dtype)
+
+    def prepare(self, qkv: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+        """Normalize queries and keys in place. Return decays and rates [T, V, 2], by torch."""
+        shape = self.shape
+        keys = shape.key_heads * shape.key_dim
+        heads = qkv[:, : 2 * keys].view(-1, 2, shape.key_heads, shape.key_dim)
+        heads *= torch.rsqrt((heads * heads).sum(-1, keepdim=True) + _NORM_EPS)
+        heads[:, 0] *= shape.key_dim**-0.5
+        # At the end of a tensor, torch's sigmoid and softplus have other bits than within it.
+        rate, alpha = ba.float().chunk(2, dim=1)
+        alpha = alpha + self.biases
+        steps = (-alpha.abs()).exp().log1p() + alpha.clamp(min=0)
+        return torch.stack([(self.rates * steps).exp(), 1 / (1 + (-rate).exp())], dim=-1)
 
     def steps(self, qkv: torch.Tensor, ba: torch.Tensor, out: torch.Tensor) -> tuple[Step, Step]:
         """Return `__call__` as steps. `before` and `after` of the second one are not set yet."""

@@ -9,7 +9,7 @@ Import these modules only if a GPU computes: all but toolchain.py import Triton.
 - kv_store.py: stores keys and values in the memory of a KV cache
 - attention.py: attention of new tokens, one or many, over a KV cache
 - convolution.py: a short convolution for one token
-- delta_net.py: a Gated DeltaNet for one token, between its two products
+- delta_net.py: a Gated DeltaNet, between its two products
 - latents.py: queries, the latent and the key of one token, for latent attention
 - codes.py: turns codes of each type into numbers
 - product.py: a few rows times a matrix

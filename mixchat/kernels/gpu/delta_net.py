@@ -1,11 +1,13 @@
-"""Gated DeltaNet for one token, between its two products: see kernels/cpu/delta_net.py.
+"""Gated DeltaNet between its two products: see kernels/cpu/delta_net.py.
 
-A program has a block of columns of one head's state, which it reads once and writes once. So the
-queries and keys of a head are computed by each of its programs, from numbers that are few beside
-those of the state. The last program of a head to finish normalizes what all have read.
+One kernel computes all for one token, and another one the states for a prompt. A program has a
+block of columns of one head's state, which it reads once and writes once. So the queries and keys
+of a head are computed by each of its programs, from numbers that are few beside those of the state.
+For one token, the last program of a head to finish normalizes what all have read.
 
-V and K = heads of values, and of keys and queries, v and k = their columns, C = 2 K k + V v
-channels: queries, keys, values. D = hidden_size, L = taps of the convolution, S = partial sums.
+T = tokens, V and K = heads of values, and of keys and queries, v and k = their columns, D =
+hidden_size, C = 2 K k + V v channels: queries, keys, values. L = taps of the convolution, S =
+partial sums.
 """
 
 from __future__ import annotations
@@ -81,6 +83,93 @@ def delta_net(
         AT_ONCE=min(triton.next_power_of_2(projected.shape[0]), 8),
         num_warps=_THREADS // 32,
     )
+
+
+def delta_rule(
+    qkv: torch.Tensor,
+    gates: torch.Tensor,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Update the state by T tokens, one after the other. Return what each reads [T, V * v].
+
+    qkv: [T, C], fp32, rows of a matrix, with queries and keys as `DeltaRule.prepare` leaves them.
+    gates: decays and rates [T, V, 2], as it returns them. before, after: states [V, v / block, k,
+    block], fp32.
+    """
+    (tokens, channels), (heads, blocks, key_dim, block) = qkv.shape, before.shape
+    out = torch.empty(tokens, heads * blocks * block, dtype=dtype, device=qkv.device)
+    launch(
+        _delta_rule,
+        (heads, blocks),
+        *(qkv, gates, before, after, out, tokens, qkv.stride(0)),
+        K=(channels - heads * blocks * block) // (2 * key_dim),
+        V=heads,
+        KEY=key_dim,
+        ROWS=triton.next_power_of_2(key_dim),
+        BLOCK=block,
+        COLUMNS=triton.next_power_of_2(block),
+        BLOCKS=blocks,
+        num_warps=_THREADS // 32,
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _delta_rule(
+    qkv,
+    gates,
+    before,
+    after,
+    out,
+    tokens,
+    stride,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KEY: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    WIDTH: tl.constexpr = BLOCKS * BLOCK
+    head, block = tl.program_id(0), tl.program_id(1)
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    places = (head * BLOCKS + block) * (KEY * BLOCK) + row[:, None] * BLOCK + column[None, :]
+    wanted, own = row < KEY, column < BLOCK
+    inside = wanted[:, None] & own[None, :]
+    state = tl.load(before + places, inside, 0.0)
+    at = head * WIDTH + block * BLOCK + column
+    queries = qkv + head // (V // K) * KEY + row
+    values = qkv + 2 * K * KEY + at
+    gates += 2 * head
+    # A token's numbers are loaded while the one before it is computed.
+    query, key = tl.load(queries, wanted, 0.0), tl.load(queries + K * KEY, wanted, 0.0)
+    value, decay, rate = tl.load(values, own, 0.0), tl.load(gates), tl.load(gates + 1)
+    out += at
+    for token in range(tokens):
+        is_last = token + 1 == tokens
+        skipped = tl.where(is_last, 0, stride)
+        queries, values = queries + skipped, values + skipped
+        gates += tl.where(is_last, 0, 2 * V)
+        next_query, next_key = (
+            tl.load(queries, wanted, 0.0),
+            tl.load(queries + K * KEY, wanted, 0.0),
+        )
+        next_value, next_decay, next_rate = (
+            tl.load(values, own, 0.0),
+            tl.load(gates),
+            tl.load(gates + 1),
+        )
+        state *= decay
+        delta = rate * (value - tl.sum(state * key[:, None], 0))
+        state += key[:, None] * delta[None, :]
+        read = tl.sum(state * query[:, None], 0)
+        tl.store(out, read, own)
+        out += V * WIDTH
+        query, key, value, decay, rate = next_query, next_key, next_value, next_decay, next_rate
+    tl.store(after + places, state, inside)
 
 
 @triton.jit

@@ -36,7 +36,7 @@ from mixchat.kernels.cpu.router import Router
 from mixchat.kernels.gpu import codes, launch
 from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.convolution import gated_convolution
-from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net
+from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net, delta_rule
 from mixchat.kernels.gpu.dequantize import dequantize
 from mixchat.kernels.gpu.experts import ExpertForm, Levels, Part, experts_down, experts_up
 from mixchat.kernels.gpu.heads import heads
@@ -176,6 +176,15 @@ def call_delta_net(keys: int, values: int, size: int) -> None:
     delta_net(empty(size), projected, weights, *kept, empty(out), empty(out), counters)
 
 
+def call_delta_rule(keys: int, values: int) -> None:
+    qkv, gates = (
+        empty(512, (2 * keys + values) * 128, dtype=FP32),
+        empty(512, values, 2, dtype=FP32),
+    )
+    state = empty(values, 4, 128, 32, dtype=FP32)
+    delta_rule(qkv, gates, state, state, BF16)
+
+
 def call_convolution(channels: int) -> None:
     projected, weight = empty(1, 3 * channels, dtype=FP32), empty(3, channels, dtype=FP32)
     gated_convolution(projected, weight, empty(2, dtype=torch.int64), empty(channels))
@@ -263,6 +272,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "heads olmoe in 8 bits": partial(call_heads, 16, 16, 128, [2048, 2048], bits=8),
     "heads qwen3-next": partial(call_heads, 16, 2, 256, [256, 256], gated=True),
     "delta_net qwen3.6": partial(call_delta_net, 16, 32, 2048),
+    "delta_rule qwen3.6": partial(call_delta_rule, 16, 32),
     "gated_convolution lfm2": partial(call_convolution, 2048),
     "store qwen3": partial(call_store, 4, 128, 16),
     "store qwen3 in 8 bits": partial(call_store, 4, 128, 8),

@@ -7,7 +7,7 @@ from gpu_tools import addresses_of
 from mixchat.kernels.cpu.convolution import Convolution
 from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule, GatedNorm
 from mixchat.kernels.cpu.dense import dense_matmul
-from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net
+from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net, delta_rule
 
 EPS = 1e-5
 
@@ -56,3 +56,22 @@ def test_tokens_after_each_other_are_those_of_a_cpu(shape, size, taps, splits, d
         torch.testing.assert_close(state[new], expected_state, rtol=within, atol=within)
         torch.testing.assert_close(out, expected, rtol=within, atol=within)
         assert not counters.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 17])
+@pytest.mark.parametrize(
+    "shape",
+    [DeltaNetShape(1, 2, 128, 64), DeltaNetShape(3, 6, 24, 48), DeltaNetShape(2, 2, 16, 16)],
+)
+def test_a_prompt_s_tokens_are_those_of_a_cpu(shape, tokens, dtype):
+    rule = DeltaRule(shape, torch.rand(shape.value_heads), torch.randn(shape.value_heads))
+    rows, ba = torch.randn(tokens, shape.channels + 8), torch.randn(tokens, 2 * shape.value_heads)
+    ba, before = ba.to(dtype), torch.randn(shape.state_shape)
+    after, expected_after = torch.empty_like(before), torch.empty_like(before)
+    expected = rule(rows[:, : shape.channels].clone(), ba, before, expected_after)
+    qkv = rows[:, : shape.channels]  # rows of a matrix
+    out = delta_rule(qkv, rule.prepare(qkv, ba), before, after, dtype)
+    within = {torch.bfloat16: 2**-7, torch.float32: 1e-4}[dtype]
+    torch.testing.assert_close(out, expected, rtol=within, atol=within)
+    torch.testing.assert_close(after, expected_after, rtol=1e-4, atol=1e-4)
