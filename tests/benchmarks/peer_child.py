@@ -41,8 +41,8 @@ ARCHITECTURES = {
     "qwen3_next": "qwen3next",
     "qwen3_5_moe": "qwen35moe",
     "lfm2_moe": "lfm2moe",
+    "glm4_moe_lite": "deepseek2",
 }
-ARCHITECTURES |= {"glm4_moe_lite": "deepseek2"}
 SHAPES = [name for name, known in KNOWN.items() if known.config["model_type"] in ARCHITECTURES]
 VOCAB = 32000  # tokens that every model has
 LARGE, SMALL = 0.22, 0.00014  # scales of blocks: weights of 1, and of 0.0006 in the mean
@@ -78,17 +78,19 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
         after = "post_attention_norm" if has_other else "ffn_norm"
         yield f"{block}attn_norm.weight", (hidden,), 0, "F32"
         yield f"{block}{after}.weight", (hidden,), 0, "F32"
-        mixer = config.mixer(layer)
-        if mixer == "linear_attention":
-            yield from delta_net(config, block)
-        elif mixer == "conv":
-            yield from short_conv(config, f"{block}shortconv.")
-        else:
-            yield from attention(config, f"{block}attn_")
-        if layer < config.first_k_dense_replace:
-            yield from mlp(config, f"{block}ffn_", "", config.dense_intermediate_size)
-        else:
+        yield from MIXERS[config.mixer(layer)](config, block)
+        is_sparse = layer >= config.first_k_dense_replace
+        if is_sparse:
             yield from experts(config, f"{block}ffn_")
+        if inner := config.mlp_intermediate_size(layer):
+            suffix = "_shexp" if is_sparse else ""
+            yield f"{block}ffn_gate{suffix}.weight", (inner, hidden), SMALL, dense
+            yield f"{block}ffn_up{suffix}.weight", (inner, hidden), SMALL, dense
+            yield f"{block}ffn_down{suffix}.weight", (hidden, inner), SMALL, dense
+        if is_sparse and config.shared_expert_gate:
+            yield f"{block}ffn_gate_inp_shexp.weight", (hidden,), 0, "F32"
+        if is_sparse and config.e_score_correction_bias:
+            yield f"{block}exp_probs_b.bias", (config.num_local_experts,), 0, "F32"
 
 
 def dense_type(config: ModelConfig) -> str:
@@ -96,7 +98,8 @@ def dense_type(config: ModelConfig) -> str:
     return "Q8_0" if config.moe_bias else "Q4_0"
 
 
-def attention(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
+def attention(config: ModelConfig, block: str) -> Iterator[Tensor]:
+    prefix = f"{block}attn_"
     hidden, heads, groups = (
         config.hidden_size,
         config.num_attention_heads * config.head_dim,
@@ -120,7 +123,8 @@ def attention(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
         yield f"{prefix}sinks.weight", (config.num_attention_heads,), 0, "F32"
 
 
-def latent_attention(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
+def latent_attention(config: ModelConfig, block: str) -> Iterator[Tensor]:
+    prefix = f"{block}attn_"
     hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     kept, rotated, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     for name, shape in (
@@ -153,18 +157,19 @@ def delta_net(config: ModelConfig, block: str) -> Iterator[Tensor]:
     yield f"{block}ssm_out.weight", (hidden, values), SMALL, dense
 
 
-def short_conv(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
-    hidden, dense = config.hidden_size, dense_type(config)
+def short_conv(config: ModelConfig, block: str) -> Iterator[Tensor]:
+    hidden, dense, prefix = config.hidden_size, dense_type(config), f"{block}shortconv."
     yield f"{prefix}in_proj.weight", (3 * hidden, hidden), SMALL, dense
     yield f"{prefix}conv.weight", (hidden, config.conv_L_cache), 0, "F32"
     yield f"{prefix}out_proj.weight", (hidden, hidden), SMALL, dense
 
 
-def mlp(config: ModelConfig, prefix: str, suffix: str, inner: int) -> Iterator[Tensor]:
-    hidden, dense = config.hidden_size, dense_type(config)
-    for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden)):
-        yield f"{prefix}{name}{suffix}.weight", (rows, columns), SMALL, dense
-    yield f"{prefix}down{suffix}.weight", (hidden, inner), SMALL, dense
+MIXERS = {
+    "attention": attention,
+    "latent_attention": latent_attention,
+    "linear_attention": delta_net,
+    "conv": short_conv,
+}
 
 
 def experts(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
@@ -173,11 +178,6 @@ def experts(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
     yield f"{prefix}gate_inp.weight", (count, hidden), 0, "F32"
     if config.moe_bias:
         yield f"{prefix}gate_inp.bias", (count,), 0, "F32"
-    if config.e_score_correction_bias:
-        yield f"{prefix.removesuffix('ffn_')}exp_probs_b.bias", (count,), 0, "F32"
-    if config.shared_expert_gate:
-        yield from mlp(config, prefix, "_shexp", config.shared_expert_intermediate_size)
-        yield f"{prefix}gate_inp_shexp.weight", (hidden,), 0, "F32"
     for name, rows, columns in (
         ("gate", inner, hidden),
         ("up", inner, hidden),
@@ -239,16 +239,13 @@ def _add_keys(writer: Any, config: ModelConfig) -> None:
     if config.kv_lora_rank:
         _add_keys_of_latents(writer, config)
     else:
-        has_keys = [config.mixer(layer) == "attention" for layer in range(config.num_hidden_layers)]
-    groups = config.num_key_value_heads
-    if "conv" in config.layer_types:
-        writer.add_head_count_kv([groups if keys else 0 for keys in has_keys])
-    else:
-        writer.add_head_count_kv(groups)
+        mixers = map(config.mixer, range(config.num_hidden_layers))
+        groups = [config.num_key_value_heads * (mixer != "conv") for mixer in mixers]
+        writer.add_head_count_kv(groups if 0 in groups else groups[0])
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
         partial = config.rope_parameters.partial_rotary_factor
-    writer.add_rope_dimension_count(int(config.head_dim * partial))
+        writer.add_rope_dimension_count(int(config.head_dim * partial))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_expert_count(config.num_local_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
@@ -301,9 +298,11 @@ def _add_keys_of_states(writer: Any, config: ModelConfig) -> None:
     if config.model_type == "qwen3_5_moe":
         writer.add_rope_dimension_sections([11, 11, 10, 0])
     if "conv" in config.layer_types:
+        import gguf
+
         writer.add_shortconv_l_cache(config.conv_L_cache)
         writer.add_leading_dense_block_count(config.first_k_dense_replace)
-        writer.add_expert_gating_func(2)  # sigmoid
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
 
 
 def _blocks(
