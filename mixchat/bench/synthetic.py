@@ -116,7 +116,7 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
     # With smaller embeddings all tokens would look alike to the routers.
     if spec.name == EMBEDDING:
         return torch.randn(spec.shape, generator=generator).to(spec.dtype)
-    if spec.name.endswith("norm.weight"):
+    if spec.name.endswith(("norm.weight", "layer_scalar", "per_expert_scale")):
         return torch.ones(spec.shape, dtype=spec.dtype)
     return (0.02 * torch.randn(spec.shape, generator=generator)).to(spec.dtype)
 
