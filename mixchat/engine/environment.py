@@ -37,10 +37,24 @@ def prepare_environment() -> None:
             f"ulimit -v leaves {format_size(free)}",
             hint="Raise that limit.",
         )
-    with interrupts.starting():
+    with interrupts.starting(), _without_collections():
         if threading.current_thread() is not threading.main_thread():
             _load_library()
         import torch  # noqa: F401
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Collect no garbage in this block, and never again what lives at its end.
+
+    Torch makes 250,000 objects, and collections that visit them took .3 s of the start.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _load_library() -> None:
@@ -60,17 +74,3 @@ def _load_library() -> None:
     for name, mode in (("libtorch_global_deps.*", os.RTLD_GLOBAL), ("libtorch_cpu.*", 0)):
         for path in Path(spec.origin).parent.glob(f"lib/{name}"):
             dlopen(os.fsencode(path), os.RTLD_NOW | mode)
-
-
-@contextmanager
-def without_collections() -> Iterator[None]:
-    """Collect no garbage in this block, and never again what lives at its end.
-
-    Torch makes 250,000 objects, and collections that visit them took .3 s of the start.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()

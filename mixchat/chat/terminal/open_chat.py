@@ -23,7 +23,6 @@ from mixchat.base.options import ChatOptions
 from mixchat.base.progress import Reporter
 from mixchat.base.settings import data_dir
 from mixchat.chat.terminal.loading import Loading
-from mixchat.engine.environment import without_collections
 from mixchat.face.numbers import with_numbers
 from mixchat.face.reading_time import Predictor, ReadingTime
 
@@ -90,8 +89,7 @@ class OpenChat:
         from mixchat.chat.saved.chat_saver import ChatSaver
 
         resumed, reporter = self._resumed, self._reporter
-        with without_collections():
-            self.session = self._open(self._name, resumed and resumed.chat, shown=shown)
+        self.session = self._open(self._name, resumed and resumed.chat, shown=shown)
         self.saver = ChatSaver(
             self.session,
             self._store,
