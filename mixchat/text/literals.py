@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 PYTHON = '"'
 GEMMA = '<|"|>'
@@ -79,10 +79,21 @@ def json_of(literal: str, quote: str) -> str:
             return _CONSTANTS.get(found, found)
         return json.dumps(found) if quote == GEMMA else "[" if found == "(" else "]"
 
+    return checked_json(_TOKENS[quote].sub(converted, literal)) or json.dumps(literal)
+
+
+def checked_json(text: str) -> str | None:
+    """Return JSON in its usual form, None if the text is no JSON."""
     with suppress(ValueError, RecursionError):
-        value = json.loads(_TOKENS[quote].sub(converted, literal))
-        return json.dumps(value, allow_nan=False)
-    return json.dumps(literal)
+        value = json.loads(text, parse_constant=_refuse)
+        with suppress(ValueError):
+            return json.dumps(value, allow_nan=False)
+        return text  # with a number that is larger than Python's
+    return None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a number in JSON")
 
 
 def _unescaped(text: str) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mixchat.text.literals import LiteralEnd, json_of
+from mixchat.text.literals import LiteralEnd, checked_json, json_of
 from mixchat.text.thinking import AnswerText, ThinkingFormat, ThinkingParser, parser_of, pending
 from mixchat.text.tool_call import CallDelta, Tool, new_call_id
 from mixchat.text.tool_formats import ToolFormat
@@ -226,10 +225,8 @@ class _MarkupParser(_TaggedParser):
     def _value(self, argument: str, text: str) -> str:
         """Return an argument's value as JSON. What is no JSON is a string."""
         tool = self._tools.get(self._name)
-        if tool is None or not tool.takes_text(argument):
-            with suppress(ValueError, RecursionError):
-                return json.dumps(json.loads(text), allow_nan=False)
-        return json.dumps(text)
+        takes_text = tool is not None and tool.takes_text(argument)
+        return (None if takes_text else checked_json(text)) or json.dumps(text)
 
 
 class _LiteralsParser(_TaggedParser):

@@ -183,6 +183,21 @@ def test_written_calls_are_read_again(name: str, value: Any) -> None:
     assert json.loads(first.arguments) == json.loads(second.arguments) == json.loads(call.arguments)
 
 
+@pytest.mark.parametrize(
+    ("tools", "answer"),
+    [
+        ("lfm", '<|tool_call_start|>[f(a={"x": 7E999, "y": NAN})]<|tool_call_end|>'),
+        ("qwen-coder", "<tool_call>\n<function=f>\n<parameter=a>\n{}\n</parameter>\n</function>"),
+    ],
+)
+def test_a_number_larger_than_pythons_stays_a_number(tools: str, answer: str) -> None:
+    """The schemas allow it, and the object with it became a string."""
+    for text, is_object in (('{"x": 7E999}', True), ('{"x": NaN}', False)):
+        written = answer.replace('{"x": 7E999, "y": NAN}', text).replace("{}", text)
+        (call,) = joined_calls(parsed(tools, None, written, []).calls)
+        assert call.arguments == '{"a": ' + (text if is_object else json.dumps(text)) + "}"
+
+
 def test_thinking_stays_apart_from_calls() -> None:
     found = parsed("tags", TAGS, f"<think>Hm.</think>\n\nSo:\n<tool_call>{F}</tool_call>", [])
     assert (found.thinking, found.text, len(joined_calls(found.calls))) == ("Hm.", "So:", 1)
