@@ -85,6 +85,7 @@ class PlanReport(Report):
             "kept": outline.installed,
             "kept_bytes": outline.blueprint.size,
             "quantization": outline.blueprint.quantization.description(),
+            "left_out": outline.blueprint.config.left_out,
             "fits": not outline.lacking,
             "disk": disk_as_json(outline.disk),
             **_speed_as_json(expected),
@@ -180,6 +181,8 @@ class PlanReport(Report):
             yield "", f"the GPU's speed is predicted by {card}, not measured"
         elif plan.measurement.busy:
             yield "", "measured on a busy machine: use --measure when it is idle"
+        if left_out := outline.blueprint.config.left_out:
+            yield "text only", f"parts for {' and '.join(left_out)} are left out"
         for number, line in enumerate(wrap(plan.reason or "", _REASON_WIDTH)):
             yield "" if number else "device", line
         if self.command:

@@ -146,8 +146,6 @@ def _model(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
         f"{config.num_moe_layers} layers",
     )
     yield "shared", f"{format_size(demand.shared)}: the weights that every token needs"
-    if config.left_out:
-        yield "text only", f"its parts for {' and '.join(config.left_out)} are left out"
     parallel = plan.fit.options.parallel
     each = f" for each of {parallel} answers at once" if parallel > 1 else ""
     chosen = "" if plan.fit.options.context_size else ", chosen by the free memory"
