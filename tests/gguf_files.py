@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "glm4_moe_lite": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
+    "mistral4": gguf.MODEL_ARCH.MISTRAL4,
     "lfm2_moe": gguf.MODEL_ARCH.LFM2MOE,
     "gemma4": gguf.MODEL_ARCH.GEMMA4,
 }
@@ -331,7 +332,7 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     found = {theirs: config[key] for theirs, own in keys.items() for key in own if config.get(key)}
     found |= _of_mixers(config)
     sigmoids = ("dots1", "glm4_moe", "glm4_moe_lite", "deepseek_v3", "minimax_m2", "lfm2_moe")
-    if config["model_type"] == "deepseek_v2":
+    if config["model_type"] in ("deepseek_v2", "mistral4"):
         found["expert_gating_func"] = 1
     if config["model_type"] in sigmoids:
         normalized = bool(config.get("norm_topk_prob", True))
@@ -354,6 +355,8 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
             "rope.scaling.factor": float(rope["factor"]),
             "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
         }
+    if "llama_4_scaling_beta" in rope:
+        found["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
     if "mscale_all_dim" in rope:
         found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
     return {f"{name}.{key}": value for key, value in found.items()}

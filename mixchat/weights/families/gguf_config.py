@@ -116,6 +116,7 @@ _ARCHITECTURES = {
     "deepseek2": _Architecture(
         "deepseek_v3", _LATENTS, experts="n_routed_experts", sigmoid=True, derived=_UNROTATED
     ),
+    "mistral4": _Architecture("mistral4", _LATENTS, experts="n_routed_experts", derived=_UNROTATED),
     "lfm2moe": _Architecture(
         "lfm2_moe",
         {
@@ -212,8 +213,10 @@ def gguf_config(
         config["num_hidden_layers"] = config.get("num_hidden_layers", 0) - predicting
     return {
         "model_type": architecture.model_type,
-        # If the file has none.
+        # If the file has none. Older files of DeepSeek's lack groups, and run without them there.
         "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
         "num_nextn_predict_layers": 0,
         **config,
         **_rope(metadata, f"{name}.", config, architecture.model_type, where),
@@ -296,6 +299,8 @@ def _rope(
         # llama.cpp's converter writes a tenth of DeepSeek's mscale_all_dim, which is its mscale.
         if isinstance(logarithmic := metadata.get(f"{prefix}{_ROPE}yarn_log_multiplier"), float):
             rope |= dict.fromkeys(("mscale", "mscale_all_dim"), 10 * logarithmic)
+        if (beta := metadata.get(f"{prefix}attention.temperature_scale")) is not None:
+            rope["llama_4_scaling_beta"] = beta
         # No metadata has it. Of these families, gpt-oss alone sets it to false.
         rope["truncate"] = model_type != "gpt_oss"
     return {**keys, "rope_parameters": rope}

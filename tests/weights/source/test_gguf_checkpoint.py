@@ -72,6 +72,16 @@ class TestFamilies:
         assert [name for name in exact if not torch.equal(made_tensors[name], tensors[name])] == []
         assert made_tensors.keys() == tensors.keys()
 
+    def test_a_file_without_groups_of_experts_has_none(
+        self, make_checkpoint: Callable[..., Path]
+    ) -> None:
+        """DeepSeek-V3's 8 groups were those of every file that named none."""
+        config, _ = gguf_files.read(make_checkpoint(model_type="glm4_moe_lite"))
+        metadata = gguf_files.metadata_of(config, "deepseek2")
+        old = {key: value for key, value in metadata.items() if "expert_group" not in key}
+        found = gguf_config({"general.architecture": "deepseek2", **old}, {}, "x")
+        assert (found["n_group"], found["topk_group"]) == (1, 1)
+
     def test_every_other_architecture_is_refused_by_its_name(self) -> None:
         run = {gguf.MODEL_ARCH_NAMES[number] for number in gguf_files.ARCHITECTURES.values()}
         others = {*gguf.MODEL_ARCH_NAMES.values()} - run
