@@ -1,5 +1,6 @@
 """The templates and tokenizers of the families that people run give transformers' ids."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,14 @@ import text_builders as build
 from family_texts import FAMILIES
 from tool_texts import GEMMA
 
+from mixchat.face.answer import AnswerLimits, AnswerState
 from mixchat.text.choose import load_template, load_tokenizer
+from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
 from mixchat.text.thinking import ThinkingFormat
+from mixchat.text.tool_call import joined_calls
+from mixchat.text.tool_formats import FORMATS
+from mixchat.text.tool_parser import answer_parser
 
 CASES = [(family, name) for family, text in FAMILIES.items() for name in text.templates]
 CONVERSATIONS = 200
@@ -130,3 +136,41 @@ def test_an_answers_thinking_is_in_no_later_prompt(tmp_path):
     assert template.encode([before, answer, after]) == (
         template.encode([before, Message("assistant", "Yes"), after])
     )
+
+
+def answered(directory: Path, said: str, tools: Any = None) -> tuple[Any, Any]:
+    """Return the state of an answer of Gemma 4 that is over, and its calls."""
+    tokenizer = load_tokenizer(directory)
+    template = load_template(directory, tokenizer)
+    prompt = template.encode([Message("user", "Hi")], {"enable_thinking": True})
+    parser = answer_parser(template.thinking, tools, tokenizer, prompt)
+    limits = AnswerLimits(template.stop_ids, (), None, 1000)
+    state = AnswerState(Detokenizer(tokenizer.token_bytes), limits, parser)
+    calls: tuple[Any, ...] = ()
+    for token in tokenizer.encode_template(said):
+        calls += state.add(token).calls
+    return state, joined_calls(calls)
+
+
+def test_gemmas_thinking_between_tokens_without_text_is_in_no_later_prompt(tmp_path):
+    directory = FAMILIES["gemma4"].write(tmp_path / "x", GEMMA)
+    state, _ = answered(directory, "<|channel>thought\nHm.\n<channel|>Yes <b><turn|>")
+    message = state.message()
+    assert (state.thinking, state.text, state.reason) == ("Hm.", "Yes <b>", "stop")
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer.decode(message.content_ids) == "Yes <b>"
+    template = load_template(directory, tokenizer)
+    talk = [Message("user", "a"), message, Message("user", "b")]
+    plain = [Message("user", "a"), Message("assistant", "Yes <b>"), Message("user", "b")]
+    assert template.encode(talk) == template.encode(plain)
+
+
+@pytest.mark.parametrize("thinking", ["", "<|channel>thought\nHm.\n<channel|>"])
+def test_gemmas_call_ends_where_its_response_would_begin(tmp_path, thinking):
+    """An opening without text, right after a thinking, was no call: no answer had begun."""
+    directory = FAMILIES["gemma4"].write(tmp_path / "x", GEMMA)
+    said = f'{thinking}<|tool_call>call:f{{a:<|"|>x, {{"<|"|>,b:[1]}}<tool_call|><|tool_response>'
+    state, (call,) = answered(directory, said, FORMATS["gemma"])
+    assert (state.reason, state.text) == ("tool_calls", "")
+    assert (call.name, json.loads(call.arguments)) == ("f", {"a": 'x, {"', "b": [1]})
+    assert state.thinking == ("Hm." if thinking else "")
