@@ -154,7 +154,7 @@ def no_dense_layers(raw: dict[str, Any]) -> None:
 
 def layer_types(raw: dict[str, Any]) -> dict[str, Any]:
     """Return `ModelConfig`'s arguments for the mixers and windows of `layer_types`."""
-    types = raw["layer_types"]
+    types = raw.get("layer_types")
     known = get_args(LayerType)
     if not isinstance(types, list) or not all(name in known for name in types):
         raise CheckpointError(

@@ -230,7 +230,7 @@ def _of_layers(heads: object, is_sliding: object) -> dict[str, Any]:
 
     Convolutions have none. Layers with a window may have others than full layers.
     """
-    if not isinstance(heads, list) or not all(type(count) is int for count in heads):
+    if not isinstance(heads, list) or not all(type(count) is int for count in heads) or not heads:
         return {}
     if isinstance(is_sliding, list) and len(is_sliding) == len(heads):
         kinds = {bool(slides): count for slides, count in zip(is_sliding, heads, strict=True)}
@@ -239,7 +239,7 @@ def _of_layers(heads: object, is_sliding: object) -> dict[str, Any]:
         types = ["sliding_attention" if slides else "full_attention" for slides in is_sliding]
         own = {True: "num_key_value_heads", False: "num_global_key_value_heads"}
         return {"layer_types": types, **{own[slides]: count for slides, count in kinds.items()}}
-    if {*heads} - {0, max(heads, default=0)}:
+    if {*heads} - {0, max(heads)}:
         return {}
     types = ["full_attention" if count else "conv" for count in heads]
     return {"num_key_value_heads": max(heads), "layer_types": types}

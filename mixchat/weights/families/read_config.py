@@ -101,7 +101,8 @@ def _of_language_model(raw: dict[str, Any]) -> dict[str, Any]:
     text, model_type, whole = raw.get("text_config"), raw.get("model_type"), raw
     if isinstance(text, dict):
         # Mistral names the whole by the form of its image part.
-        model_type = model_type if model_type in FAMILIES else text.get("model_type", model_type)
+        is_known = isinstance(model_type, str) and model_type in FAMILIES
+        model_type = model_type if is_known else text.get("model_type", model_type)
         raw = {**raw, **{key: value for key, value in text.items() if value is not None}}
         # As in transformers, the whole model decides whether the head is the embedding, and which
         # tokens end an answer.

@@ -18,6 +18,7 @@ from mixchat.base.errors import CheckpointError, HubError, UsageError
 from mixchat.base.progress import NoProgress
 from mixchat.weights.care.repair import repair, verify
 from mixchat.weights.families.gguf_config import gguf_config
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import SHARED_FILE
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.format.workspace import workspace
@@ -130,6 +131,20 @@ class TestFamilies:
         gguf_files.write_tensors(path, config, tensors, "F32", changes=changes)
         made = install_from(path, tmp_path / "made")
         assert made == install_from(checkpoint, tmp_path / "own")
+
+    @pytest.mark.parametrize("heads", [[], [0], [2, 0, "x"], [[2]], [1, 2], 0, "2"])
+    @pytest.mark.parametrize("windows", [None, [], [True, False], [True, False, "x"], 1])
+    def test_key_heads_of_layers_that_cannot_be_are_refused(
+        self, heads: object, windows: object
+    ) -> None:
+        for architecture in ("lfm2moe", "gemma4"):
+            metadata = {
+                "general.architecture": architecture,
+                f"{architecture}.attention.head_count_kv": heads,
+                f"{architecture}.attention.sliding_window_pattern": windows,
+            }
+            with pytest.raises(CheckpointError):
+                read_config(gguf_config(metadata, {}, "x"))
 
     def test_the_blocks_of_qwen3_5_that_predict_further_tokens_are_not_its_layers(self) -> None:
         metadata = {
