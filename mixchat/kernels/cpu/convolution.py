@@ -18,20 +18,24 @@ _FEW = 2**16  # numbers that one thread finishes before a second one has started
 _VECTORS = 2  # of channels, in one item of work. Their inputs in bf16 are a line of the cache.
 _PAD = 32  # numbers after each row of a result
 _SIGNATURE = Signature(
-    "x", "weight", "before", "after", "out", "tokens", "columns", "stride", "out_stride"
+    *("x", "weight", "bias", "before", "after", "out"),
+    *("tokens", "columns", "stride", "out_stride"),
 )
 
 
 class Convolution:
     """Sums up each channel's last L inputs, weighted, in fp32.
 
-    weight: [C, L], the oldest input's first. The inputs are x [T, C], and silu follows the sum. If
-    the convolution is `gated`, x is [T, 3C] with the parts gate, output gate and inputs. The gate
-    multiplies the inputs, and the output gate the sums.
+    weight: [C, L], the oldest input's first. bias: [C], which is added last. The inputs are x
+    [T, C], and silu follows the sum. If the convolution is `gated`, x is [T, 3C] with the parts
+    gate, output gate and inputs. The gate multiplies the inputs, and the output gate the sums.
     """
 
-    def __init__(self, weight: torch.Tensor, *, gated: bool = False) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, gated: bool = False
+    ) -> None:
         self.weight, self.gated = weight.float().t().contiguous(), gated  # [L, C]
+        self.bias = None if bias is None else bias.float().contiguous()
 
     @property
     def channels(self) -> int:
@@ -69,6 +73,8 @@ class Convolution:
         sums = inputs[: x.shape[0]] * self.weight[0]
         for tap in range(1, self.weight.shape[0]):
             sums = sums + inputs[tap : tap + x.shape[0]] * self.weight[tap]
+        if self.bias is not None:
+            sums = sums + self.bias
         after.copy_(inputs[x.shape[0] :])
         return (sums * parts[1]).to(x.dtype) if parts else silu(sums)
 
@@ -78,6 +84,7 @@ class Convolution:
         numbers = _SIGNATURE.numbers(
             x=x.data_ptr(),
             weight=self.weight.data_ptr(),
+            bias=0 if self.bias is None else self.bias.data_ptr(),
             out=out.data_ptr(),
             tokens=x.shape[0],
             columns=channels,
@@ -86,9 +93,10 @@ class Convolution:
         )
         lanes = LANES[instruction_set() or "avx2"]
         vectors = _VECTORS if channels % (_VECTORS * lanes) == 0 else 1
-        compiled = _compiled(x.dtype == torch.bfloat16, taps, self.gated, vectors)
+        has_bias = self.bias is not None
+        compiled = _compiled(x.dtype == torch.bfloat16, taps, self.gated, vectors, has_bias)
         threads = 1 if out.numel() <= _FEW else None
-        keeps = x, self.weight, out
+        keeps = x, self.weight, self.bias, out
         return Step(compiled.function("convolve"), _SIGNATURE, numbers, keeps, threads)
 
 
@@ -99,16 +107,24 @@ def silu(x: torch.Tensor) -> torch.Tensor:
 
 @compiled_here
 def _compiled(
-    module: ir.Module, lanes: int, bf16: bool, taps: int, gated: bool, vectors: int
+    module: ir.Module,
+    lanes: int,
+    bf16: bool,
+    taps: int,
+    gated: bool,
+    vectors: int,
+    has_bias: bool,
 ) -> None:
-    (_Gated if gated else _Activated)(module, lanes, bf16, taps, vectors).write()
+    (_Gated if gated else _Activated)(module, lanes, bf16, taps, vectors, has_bias).write()
 
 
 class _Activated:
     """The function `convolve`. An item of work is some vectors of channels, for all tokens."""
 
-    def __init__(self, module: ir.Module, lanes: int, bf16: bool, taps: int, vectors: int) -> None:
-        self.function = Function(module, "convolve")
+    def __init__(
+        self, module: ir.Module, lanes: int, bf16: bool, taps: int, vectors: int, has_bias: bool
+    ) -> None:
+        self.function, self._has_bias = Function(module, "convolve"), has_bias
         self.lanes, self.bf16, self._taps, self._vectors = lanes, bf16, taps, vectors
         self._floats = vector(f32, lanes)
         args = self.args = _SIGNATURE.read_by(self.function)
@@ -120,6 +136,7 @@ class _Activated:
         with function.each_item(function.pointer, self.columns // wide) as item:
             channels = [item * wide + number * self.lanes for number in range(self._vectors)]
             weights = [self._rows("weight", self._taps, channel) for channel in channels]
+            biases = [self._rows("bias", 1, channel) for channel in channels if self._has_bias]
             window = [self._rows("before", self._taps - 1, channel) for channel in channels]
             inputs = [value for values in window for value in values]
             with function.loop(0, args.number("tokens"), 1, inputs) as (token, carried):
@@ -130,6 +147,8 @@ class _Activated:
                     total = last[0] * weights[number][0]
                     for value, weight in zip(last[1:], weights[number][1:], strict=True):
                         total = function.multiply_add(value, weight, total)
+                    if self._has_bias:
+                        total = total + biases[number][0]
                     self.finish(total, token, channel)
             for number, channel in enumerate(channels):
                 for tap in range(self._taps - 1):

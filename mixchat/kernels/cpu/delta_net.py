@@ -1,9 +1,13 @@
-"""Gated DeltaNet (arXiv:2412.06464): a state instead of keys and values, updated by each token.
+"""Gated DeltaNet and Mamba2: a state instead of keys and values, updated by each token.
 
 The state S [k, v] of a head is a linear map from keys to values. A token with query q, key k, value
-v, decay g and rate b (beta) does
+v, decay g and rate b (beta) does in a DeltaNet (arXiv:2412.06464)
 
     S = g S;  S = S + k (b (v - S^T k))^T;  out = S^T q
+
+and in Mamba2 (arXiv:2405.21060), whose C, B, x and dt are q, k, v and b, and which has a number D
+
+    S = g S;  S = S + k (b v)^T;  out = S^T q + D v
 
 The columns of S do not depend on each other. So an item of work is a block of columns, which stays
 in the first cache for all tokens of a call. The order of operations is that of one token after the
@@ -49,6 +53,7 @@ _SIGNATURE = Signature(
     "after",
     "out",
     "rates",
+    "skips",
     "logits",
     "biases",
     "stride",
@@ -96,12 +101,19 @@ class DeltaNetShape:
 class DeltaRule:
     """Updates the states of a layer, and reads them.
 
-    A_log, dt_bias: [V], as in a checkpoint.
+    A_log, dt_bias: [V], as in a checkpoint. skips: Mamba2's D [V]. With it the rule is Mamba2's.
     """
 
-    def __init__(self, shape: DeltaNetShape, a_log: torch.Tensor, dt_bias: torch.Tensor) -> None:
+    def __init__(
+        self,
+        shape: DeltaNetShape,
+        a_log: torch.Tensor,
+        dt_bias: torch.Tensor,
+        skips: torch.Tensor | None = None,
+    ) -> None:
         self.shape = shape
         self.rates, self.biases = -a_log.float().exp(), dt_bias.float().contiguous()
+        self.skips = None if skips is None else skips.float().contiguous()
 
     def __call__(
         self, qkv: torch.Tensor, ba: torch.Tensor, before: torch.Tensor, after: torch.Tensor
@@ -109,8 +121,8 @@ class DeltaRule:
         """Return the read values [T, V * v], in the type of ba.
 
         qkv: [T, C], fp32, rows of a matrix, overwritten. ba: [T, 2V], the logits of the rates, and
-        then what the decays depend on. `before` is the state before these tokens. The state after
-        them is written to `after`.
+        then what the decays depend on, or Mamba2's dt [T, V], which both depend on. `before` is the
+        state before these tokens. The state after them is written to `after`.
         """
         if not self.shape.can_compute(ba.dtype, ba.device.type):
             return self._by_torch(qkv, ba, before, after)
@@ -139,24 +151,35 @@ class DeltaRule:
         for token in range(tokens):
             key = keys_of_heads[token]  # [V, 1, k, 1]
             state = state * decay[token][..., None]
-            delta = beta[token] * (values[token] - (state * key).sum(2))  # [V, blocks, block]
-            state = state + key * delta.unsqueeze(2)
-            read.append((state * queries[token]).sum(2))
+            delta = values[token]  # [V, blocks, block]
+            if self.skips is None:
+                delta = delta - (state * key).sum(2)
+            state = state + key * (beta[token] * delta).unsqueeze(2)
+            out = (state * queries[token]).sum(2)
+            if self.skips is not None:
+                out = out + self.skips[:, None, None] * values[token]
+            read.append(out)
         after.copy_(state)
         return torch.stack(read).reshape(tokens, -1).to(ba.dtype)
 
     def prepare(self, qkv: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
-        """Normalize queries and keys in place. Return decays and rates [T, V, 2], by torch."""
+        """Return decays and rates [T, V, 2], by torch.
+
+        A DeltaNet's queries and keys are normalized in place.
+        """
         shape = self.shape
+        # At the end of a tensor, torch's sigmoid and softplus have other bits than within it.
+        alpha = ba[:, -shape.value_heads :].float() + self.biases
+        steps = (-alpha.abs()).exp().log1p() + alpha.clamp(min=0)
+        decays = (self.rates * steps).exp()
+        if self.skips is not None:
+            return torch.stack([decays, steps], dim=-1)
         keys = shape.key_heads * shape.key_dim
         heads = qkv[:, : 2 * keys].view(-1, 2, shape.key_heads, shape.key_dim)
         heads *= torch.rsqrt((heads * heads).sum(-1, keepdim=True) + _NORM_EPS)
         heads[:, 0] *= shape.key_dim**-0.5
-        # At the end of a tensor, torch's sigmoid and softplus have other bits than within it.
-        rate, alpha = ba.float().chunk(2, dim=1)
-        alpha = alpha + self.biases
-        steps = (-alpha.abs()).exp().log1p() + alpha.clamp(min=0)
-        return torch.stack([(self.rates * steps).exp(), 1 / (1 + (-rate).exp())], dim=-1)
+        rate = ba[:, : shape.value_heads].float()
+        return torch.stack([decays, 1 / (1 + (-rate).exp())], dim=-1)
 
     def steps(self, qkv: torch.Tensor, ba: torch.Tensor, out: torch.Tensor) -> tuple[Step, Step]:
         """Return `__call__` as steps. `before` and `after` of the second one are not set yet."""
@@ -167,6 +190,7 @@ class DeltaRule:
             gates=gates.data_ptr(),
             out=out.data_ptr(),
             rates=self.rates.data_ptr(),
+            skips=0 if self.skips is None else self.skips.data_ptr(),
             logits=ba.data_ptr(),
             biases=self.biases.data_ptr(),
             stride=qkv.stride(0),
@@ -178,8 +202,8 @@ class DeltaRule:
             value_dim=shape.value_dim,
             scale=fp32_bits(shape.key_dim**-0.5),
         )
-        compiled = _compiled(ba.dtype == torch.bfloat16, shape.block)
-        keeps = qkv, ba, out, gates, self.rates, self.biases
+        compiled = _compiled(ba.dtype == torch.bfloat16, shape.block, self.skips is not None)
+        keeps = qkv, ba, out, gates, self.rates, self.biases, self.skips
         threads = 1 if qkv.numel() <= _FEW else None
         return (
             Step(compiled.function("prepare"), _SIGNATURE, numbers, keeps, threads),
@@ -188,15 +212,25 @@ class DeltaRule:
 
 
 class GatedNorm:
-    """The RMSNorm of each head, times the weight [v] and silu of a gate."""
+    """The RMSNorm of each head, times the weight [v] and silu of a gate.
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self.weight, self.eps = weight, eps
+    In Mamba2 x is multiplied by silu of the gate first. Then each group is normalized and has its
+    own part of the weight [groups * v]. groups: None for a DeltaNet.
+    """
+
+    def __init__(self, weight: torch.Tensor, eps: float, groups: int | None = None) -> None:
+        self.weight, self.eps, self._gates_first = weight, eps, groups is not None
+        self._width = weight.shape[0] // (groups or 1)
 
     def __call__(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Return the product for x and gate, [T, heads * v], in their type."""
-        width = self.weight.shape[0]
+        width = self._width
         if not rows.can_compute(x.dtype, width, x.device.type):
+            if self._gates_first:
+                product = (x.float() * silu(gate.float())).view(x.shape[0], -1, width)
+                mean = (product * product).mean(-1, keepdim=True)
+                product = (product * torch.rsqrt(mean + self.eps)).view(x.shape)
+                return product.to(x.dtype) * self.weight
             normed = rows.rms_norm(x.view(x.shape[0], -1, width), self.weight, self.eps)
             gates = silu(gate.float()).view(normed.shape)
             return (normed * gates).to(x.dtype).view(x.shape)
@@ -206,7 +240,7 @@ class GatedNorm:
 
     def step(self, x: torch.Tensor, gate: torch.Tensor, out: torch.Tensor) -> Step:
         """Return `__call__` as a step. x and out are contiguous. `gate` has rows of a matrix."""
-        width = self.weight.shape[0]
+        width = self._width
         numbers = _NORM.numbers(
             x=x.data_ptr(),
             gate=gate.data_ptr(),
@@ -218,44 +252,48 @@ class GatedNorm:
             width=width,
             eps=fp32_bits(self.eps),
         )
-        compiled = _compiled(x.dtype == torch.bfloat16, _BLOCK)
+        compiled = _compiled(x.dtype == torch.bfloat16, _BLOCK, self._gates_first)
         threads = 1 if x.numel() <= _FEW else None
         keeps = x, gate, self.weight, out
         return Step(compiled.function("gated_norm"), _NORM, numbers, keeps, threads)
 
 
 @compiled_here
-def _compiled(module: ir.Module, lanes: int, bf16: bool, block: int) -> None:
-    _Prepare(module, lanes, bf16).write()
-    _Recur(module, min(lanes, block), block, bf16).write()
-    _GatedNorm(module, lanes, bf16).write()
+def _compiled(module: ir.Module, lanes: int, bf16: bool, block: int, is_mamba: bool) -> None:
+    _Prepare(module, lanes, bf16, is_mamba).write()
+    _Recur(module, min(lanes, block), block, bf16, is_mamba).write()
+    _GatedNorm(module, lanes, bf16, is_mamba).write()
 
 
 class _Prepare:
     """The function `prepare`, which normalizes queries and keys, and computes decays and rates.
 
-    An item of work is a token.
+    An item of work is a token. Mamba2 normalizes nothing.
     """
 
-    def __init__(self, module: ir.Module, lanes: int, bf16: bool) -> None:
+    def __init__(self, module: ir.Module, lanes: int, bf16: bool, is_mamba: bool) -> None:
         self._function = Function(module, "prepare")
-        self._lanes, self._bf16 = lanes, bf16
+        self._lanes, self._bf16, self._is_mamba = lanes, bf16, is_mamba
         self._args = _SIGNATURE.read_by(self._function)
 
     def write(self) -> None:
         function, args = self._function, self._args
-        key_heads, key_dim = args.number("key_heads"), args.number("key_dim")
         value_heads = args.number("value_heads")
-        stride = args.number("stride")
-        scale, one = args.load("scale", f32), function.constant(f32, 1.0)
         with function.each_item(function.pointer, args.number("tokens")) as token:
-            with function.loop(0, key_heads * 2, 1) as (head, _):
-                factor = head.compare("<", key_heads).choose(scale, one)
-                row = args.pointer("qkv").plus((token * stride + head * key_dim) * 4)
-                self._normalize(row, key_dim, factor)
+            if not self._is_mamba:
+                self._normalize_heads(token)
             with function.loop(0, value_heads, 1) as (head, _):
                 self._gates(token, head, value_heads)
         function.finish()
+
+    def _normalize_heads(self, token: Value) -> None:
+        function, args = self._function, self._args
+        key_heads, key_dim = args.number("key_heads"), args.number("key_dim")
+        scale, one = args.load("scale", f32), function.constant(f32, 1.0)
+        with function.loop(0, key_heads * 2, 1) as (head, _):
+            factor = head.compare("<", key_heads).choose(scale, one)
+            start = token * args.number("stride") + head * key_dim
+            self._normalize(args.pointer("qkv").plus(start * 4), key_dim, factor)
 
     def _normalize(self, row: Pointer, width: Value, factor: Value) -> None:
         function, floats = self._function, vector(f32, self._lanes)
@@ -272,25 +310,31 @@ class _Prepare:
     def _gates(self, token: Value, head: Value, value_heads: Value) -> None:
         function, args = self._function, self._args
         at = token * args.number("logits_stride") + head
-        logit = as_fp32(args.pointer("logits"), at, self._bf16)
-        alpha = as_fp32(args.pointer("logits"), at + value_heads, self._bf16)
+        of_decay = at if self._is_mamba else at + value_heads
+        alpha = as_fp32(args.pointer("logits"), of_decay, self._bf16)
         step = softplus(function, alpha + args.pointer("biases").load(f32, head * 4))
         decay = exponential(function, args.pointer("rates").load(f32, head * 4) * step)
         target = (token * value_heads + head) * 8
         args.pointer("gates").store(decay, target)
-        args.pointer("gates").store(sigmoid(function, logit), target + 4)
+        if not self._is_mamba:
+            step = sigmoid(function, as_fp32(args.pointer("logits"), at, self._bf16))
+        args.pointer("gates").store(step, target + 4)
 
 
 class _Recur:
     """The function `recur`. An item of work is a block of columns of a head's state.
 
     One pass over the block updates it by a token, and reads it for the token's query and for the
-    next token's key. Before the first token a pass reads it for the first key alone.
+    next token's key. Before the first token a pass reads it for the first key alone. Mamba2 does
+    not read it for keys.
     """
 
-    def __init__(self, module: ir.Module, lanes: int, block: int, bf16: bool) -> None:
+    def __init__(
+        self, module: ir.Module, lanes: int, block: int, bf16: bool, is_mamba: bool
+    ) -> None:
         self._function = Function(module, "recur")
         self._lanes, self._block, self._bf16 = lanes, block, bf16
+        self._is_mamba = is_mamba
         self._floats = vector(f32, lanes)
         self._args = _SIGNATURE.read_by(self._function)
         self._offsets = [number * lanes * 4 for number in range(block // lanes)]
@@ -319,24 +363,34 @@ class _Recur:
                 offset = token * row_bytes
                 gates = args.pointer("gates").plus((token * value_heads + head) * 8)
                 decay, rate = (gates.load(f32, at).broadcast(self._lanes) for at in (0, 4))
-                deltas = [
-                    rate * (values.load(self._floats, offset + at) - decay * prediction)
-                    for at, prediction in zip(self._offsets, predicted, strict=True)
-                ]
+                own = [values.load(self._floats, offset + at) for at in self._offsets]
+                deltas = [rate * value for value in own]
+                if not self._is_mamba:
+                    deltas = [
+                        rate * (value - decay * prediction)
+                        for value, prediction in zip(own, predicted, strict=True)
+                    ]
                 source = function.address(token.compare("==", 0).choose(before, after))
                 factors = queries.plus(offset), keys.plus(offset), next_keys
                 target = function.address(after)
                 store = target.store_past_caches if past_caches else target.store
                 read, predicted = self._pass(source, store, factors, decay, deltas)
+                if self._is_mamba:
+                    skip = args.pointer("skips").load(f32, head * 4).broadcast(self._lanes)
+                    pairs = zip(own, read, strict=True)
+                    read = [function.multiply_add(value, skip, total) for value, total in pairs]
                 first = (token * value_heads * blocks + item) * block
                 for number, value in enumerate(read):
                     index = first + number * self._lanes
                     store_fp32(args.pointer("out"), value, index, self._bf16)
                 return predicted
 
-            predicted = self._predict(function.address(before), keys)
+            predicted = []
+            if not self._is_mamba:
+                predicted = self._predict(function.address(before), keys)
             with function.loop(0, last, 1, predicted) as (token, carried):
-                carried[:] = update(token, list(carried), keys.plus((token + 1) * row_bytes))
+                next_keys = None if self._is_mamba else keys.plus((token + 1) * row_bytes)
+                carried[:] = update(token, list(carried), next_keys)
             # All layers' states of one token are larger than caches.
             streams = last.compare("==", 0) & (args.number("after") % _LINE).compare("==", 0)
             with function.when(streams):
@@ -393,9 +447,9 @@ class _Recur:
 class _GatedNorm:
     """The function `gated_norm`. An item of work is a token. It rounds where transformers does."""
 
-    def __init__(self, module: ir.Module, lanes: int, bf16: bool) -> None:
+    def __init__(self, module: ir.Module, lanes: int, bf16: bool, gates_first: bool) -> None:
         self._function = Function(module, "gated_norm")
-        self._lanes, self._bf16 = lanes, bf16
+        self._lanes, self._bf16, self._gates_first = lanes, bf16, gates_first
         self._args = _NORM.read_by(self._function)
 
     def write(self) -> None:
@@ -406,22 +460,32 @@ class _GatedNorm:
             function.loop(0, heads, 1) as (head, _),
         ):
             first = (token * heads + head) * width
-            self._head(first, token * args.number("stride") + head * width, width)
+            gate = token * args.number("stride") + head * width
+            self._head(first, gate, head * width if self._gates_first else head * 0, width)
         function.finish()
 
-    def _head(self, first: Value, gate: Value, width: Value) -> None:
+    def _head(self, first: Value, gate: Value, weight: Value, width: Value) -> None:
         function, args, lanes, bf16 = self._function, self._args, self._lanes, self._bf16
         zeros = function.constant(vector(f32, lanes), 0.0)
         with function.loop(0, width, lanes, [zeros]) as (column, sums):
-            numbers = as_fp32(args.pointer("x"), first + column, bf16, lanes)
+            numbers = self._numbers(first + column, gate + column)
             sums[0] = function.multiply_add(numbers, numbers, sums[0])
         mean = reduced(function, sums[0], "fadd") / width.as_float(f32) + args.load("eps", f32)
         root = function.call("llvm.sqrt.f32", f32, mean)
         factor = (function.constant(f32, 1.0) / root).broadcast(lanes)
         with function.loop(0, width, lanes) as (column, _):
-            numbers = as_fp32(args.pointer("x"), first + column, bf16, lanes)
-            weights = as_fp32(args.pointer("weight"), column, bf16, lanes)
+            numbers = self._numbers(first + column, gate + column)
+            weights = as_fp32(args.pointer("weight"), weight + column, bf16, lanes)
             normed = rounded(rounded(numbers * factor, bf16) * weights, bf16)
-            gates = as_fp32(args.pointer("gate"), gate + column, bf16, lanes)
-            product = normed * (gates * sigmoid(function, gates))
-            store_fp32(args.pointer("out"), product, first + column, bf16)
+            if not self._gates_first:
+                normed = normed * self._silu(gate + column)
+            store_fp32(args.pointer("out"), normed, first + column, bf16)
+
+    def _numbers(self, index: Value, gate: Value) -> Value:
+        """Return what is normalized."""
+        numbers = as_fp32(self._args.pointer("x"), index, self._bf16, self._lanes)
+        return numbers * self._silu(gate) if self._gates_first else numbers
+
+    def _silu(self, gate: Value) -> Value:
+        gates = as_fp32(self._args.pointer("gate"), gate, self._bf16, self._lanes)
+        return gates * sigmoid(self._function, gates)

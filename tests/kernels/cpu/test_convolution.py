@@ -21,11 +21,12 @@ def form(request, monkeypatch):
         pytest.skip("kernels need AVX2 or NEON")
 
 
-def reference(x, weight, before, gated):
+def reference(x, weight, before, gated, bias=None):
     parts = x.double().chunk(3, dim=1) if gated else (None, None, x.double())
     inputs = parts[2] if parts[0] is None else parts[0] * parts[2]
     whole = torch.cat([before.double(), inputs])
-    out = functional.conv1d(whole.t()[None], weight.double()[:, None], groups=weight.shape[0])
+    bias = None if bias is None else bias.double()
+    out = functional.conv1d(whole.t()[None], weight.double()[:, None], bias, groups=weight.shape[0])
     out = out[0].t()
     return out * parts[1] if gated else functional.silu(out)
 
@@ -67,6 +68,18 @@ def test_a_token_has_the_same_bits_however_the_sequence_is_cut(form, gated, dtyp
         assert torch.equal(torch.cat(pieces), expected)
         assert torch.equal(state, whole)
     assert torch.equal(one_by_one[0], before)
+
+
+@each_dtype
+@each_form
+def test_a_bias_is_added_to_the_sums(form, gated, dtype):
+    for tokens in (1, 7, 300):
+        x, weight, before = random_case(tokens, 96, 4, dtype, gated)
+        bias = torch.randn(96) * 10
+        result = Convolution(weight, bias, gated=gated)(x, before, torch.empty_like(before))
+        expected = reference(x, weight, before, gated, bias)
+        error = 2**-8 if result.dtype == torch.bfloat16 else 2e-6
+        assert ((result - expected).abs() <= error * (expected.abs() + 20)).all()
 
 
 def test_threads_do_not_change_bits(monkeypatch):
