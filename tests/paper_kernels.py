@@ -95,7 +95,9 @@ def experts_up(
         if shape["BIAS_AT"] is not None:
             both += at(address + shape["BIAS_AT"], 8 * inner).view(torch.float32)
         gate, up = both.split(inner)
-        if limit is None:
+        if shape["GELU"]:
+            gated.copy_(functional.gelu(gate, approximate="tanh") * up)
+        elif limit is None:
             gated.copy_(functional.silu(gate) * up)
         else:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
@@ -136,7 +138,10 @@ def add_norm(
     **shape: Any,
 ) -> None:
     if shape["P"]:
-        x += partials.sum(0).to(x.dtype)
+        added = partials.sum(0).to(x.dtype)
+        x.copy_(x + added if shape["ADDS"] else added)
+        if shape["FACTOR"] is not None:
+            x *= shape["FACTOR"]
     normed.copy_(rows.rms_norm(x[None], weight, eps)[0])
 
 
@@ -179,6 +184,9 @@ def heads(
     count, groups, width = shape["H"], shape["G"], shape["WIDTH"]
     whole = qkv.view(shape["S"], -1).sum(0).to(queries.dtype).view(1, -1, width)
     keys = whole[:, count : count + groups]
+    values = keys if shape["VALUES_ARE_KEYS"] else whole[:, count + groups :][:, :groups]
+    if shape["V_NORM"]:
+        values = rows.rms_norm(values, torch.ones(width), eps)
     for norm, part in ((query_norm, whole[:, :count]), (key_norm, keys)):
         if norm is not None:
             apart = part.reshape(1, -1, len(norm))
@@ -190,7 +198,7 @@ def heads(
     queries.copy_(rotated[:count])
     if gates is not None:
         gates.copy_(whole[0, -count:])
-    for number, new in enumerate((rotated[count:], whole[0, count + groups :][:groups])):
+    for number, new in enumerate((rotated[count:], values[0])):
         at_place = numbers[number, :, int(place) % room]
         if scales is None:
             at_place.copy_(new)

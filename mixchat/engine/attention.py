@@ -169,10 +169,11 @@ class Attention:
         sinks: torch.Tensor | None = None,
         v_norm: RMSNorm | None = None,
     ) -> None:
-        self._layer, self._config, self._v_norm = layer, config, v_norm
+        self._layer, self._config, self.v_norm = layer, config, v_norm
         self.shape = self._heads, self._groups, self._width = config.attention_shape(layer)
+        self.values_are_keys = config.values_are_keys(layer)
         # The first head of values, and the first one after them.
-        self._values = self._heads + (0 if config.values_are_keys(layer) else self._groups)
+        self._values = self._heads + (0 if self.values_are_keys else self._groups)
         self._end = self._values + self._groups
         self.qkv_proj, self.o_proj, self.rope = qkv_proj, o_proj, rope
         self.qk_norms, self.sinks = qk_norms, None if sinks is None else sinks.float()
@@ -209,8 +210,8 @@ class Attention:
         qkv = self.qkv_proj(x, exact=exact)
         qkv = qkv.view(tokens, -1, self._width)  # [T, H + 2G, h], or [T, 2H + 2G, h] with gates
         values = qkv[:, self._values : self._end]  # [T, G, h]
-        if self._v_norm is not None:
-            values = self._v_norm(values)
+        if self.v_norm is not None:
+            values = self.v_norm(values)
         for norm, normed in self._normed(qkv):
             norm.normalize_heads(normed)
         if config.clip_qkv is not None:
@@ -233,9 +234,9 @@ class Attention:
         round_x, project = as_packed(self.qkv_proj).steps(context.normed, qkv.view(tokens, -1))
         # Each of these steps needs the step before it, so one thread runs them in order.
         prepare, values = [], qkv[:, self._values : self._end]
-        if self._v_norm is not None:
+        if self.v_norm is not None:
             normed_values = context.tensor("values", *values.shape)
-            prepare.append(self._v_norm.heads_step(values, normed_values))
+            prepare.append(self.v_norm.heads_step(values, normed_values))
             values = normed_values
         prepare += [norm.heads_step(normed) for norm, normed in self._normed(qkv)]
         if config.clip_qkv is not None:

@@ -21,19 +21,21 @@ import torch
 from mixchat.base import gpu
 from mixchat.engine.gpu_layer import (
     Kernels,
+    LayerSum,
     TokenTensors,
     expert_kernels,
     heads_are_supported,
     mixer_kernels,
     mlp_kernels,
+    routed_by_own_norm,
     router_kernels,
+    sandwich_sum,
 )
-from mixchat.engine.model import AfterLayer, Block, Output, Transformer
+from mixchat.engine.model import AfterLayer, Block, Output, SandwichBlock, Transformer
 from mixchat.engine.sequence_cache import SequenceCache, TokenContext, state_shapes
 from mixchat.engine.state_cache import StateCache
 from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.experts.store import new_block
-from mixchat.kernels.gpu.norm import add_norm
 from mixchat.kernels.gpu.product import product, split
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.gpu_expert import GpuExpertForm, expert_form
@@ -90,7 +92,7 @@ def new_gpu_decoder(
     matrices = [*used.shared_matrices.values()]
     if not gpu.is_gpu(model.device) or not all(experts_taken):
         return None
-    if used.config.n_group > 1 or used.config.sandwich_norms:
+    if used.config.n_group > 1:
         return None
     if any(rope.llama_4_scaling_beta for rope in used.config.ropes):
         return None
@@ -171,7 +173,9 @@ class _Section:
         self._reached.record()
         self._reached.synchronize()
         after_layer(max(self._blocks))
-        return tokens.x[None] if self._output is None else self._host["logits"].sum(0)
+        if self._output is None:
+            return tokens.x[None]
+        return self._output.capped(self._host["logits"].sum(0))
 
     def _set_place(self, cache: SequenceCache) -> None:
         """Let all kernels compute the next token of this cache."""
@@ -257,37 +261,40 @@ class _Section:
 
         with_host: whether the host adds to the outputs of layers with experts.
         """
-        tokens, added = self._tokens, self._tokens.sums[:0]
+        tokens, before = self._tokens, LayerSum(self._tokens.sums[:0])
         for number, block in self._blocks.items():
             layer, addresses = cache.layers[number], tokens.place[self._addresses[number]]
-            up = mixer_kernels(block, added, self._used.config, layer, addresses, tokens)
+            up = mixer_kernels(block, before, self._used.config, layer, addresses, tokens)
+            router: Kernels = []
             own: Kernels = []
+            dense: Kernels = []
             first, end = 1, 1
             if (form := self._forms[number].get("experts")) is not None:
                 first = 0 if with_host else 1
                 selected = tokens.selected[self._sparse.index(number)]
-                up += router_kernels(block.moe.router, selected, tokens.weights, tokens)
+                router = router_kernels(block.moe.router, selected, tokens.weights, tokens)
                 table, end = self._experts.table(block.moe.layer), end + form.sums(len(selected))
                 out = tokens.sums[1:end]
-                own += expert_kernels(form, table, selected, tokens.weights, out, tokens)
+                own = expert_kernels(form, table, selected, tokens.weights, out, tokens)
+            sums = tokens.sums[end:end]
             if (form := self._forms[number].get("mlp")) is not None:
                 assert block.mlp is not None
-                out = tokens.sums[end : end + form.sums(1)]
-                own += mlp_kernels(form, block.mlp, out, tokens)
-                end += len(out)
-            yield up, own
-            added = tokens.sums[first:end]
-        yield self._last_kernels(added), []
+                sums = tokens.sums[end : end + form.sums(1)]
+                dense = mlp_kernels(form, block.mlp, sums, tokens)
+            if isinstance(block, SandwichBlock):
+                yield [*up, *dense, *routed_by_own_norm(block, sums, router, tokens)], own
+                before = sandwich_sum(block, tokens.sums[first:end], tokens)
+            else:
+                yield [*up, *router], [*own, *dense]
+                before = LayerSum(tokens.sums[first : end + len(sums)])
+        yield self._last_kernels(before), []
 
-    def _last_kernels(self, added: torch.Tensor) -> Kernels:
+    def _last_kernels(self, before: LayerSum) -> Kernels:
         """Return the kernels after the layers, which add what the last one left to add."""
         tokens = self._tokens
-        output, eps = self._output, self._used.config.rms_norm_eps
+        output = self._output
         norm = next(iter(self._blocks.values())).mlp_norm if output is None else output.norm
-        kernels: Kernels = [
-            partial(add_norm, tokens.x, added, norm.weight, tokens.normed, eps, tokens.finished),
-            self._telling("selected"),
-        ]
+        kernels = [*before.adding(norm, tokens), self._telling("selected")]
         if output is not None:
             head = as_gpu(output.head).matrix
             kernels.append(partial(product, tokens.normed[None], head, self._sources["logits"]))

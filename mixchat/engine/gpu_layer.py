@@ -6,9 +6,10 @@ num_experts_per_tok, L = layers with experts, P = partial sums, S = splits of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +20,8 @@ from mixchat.engine.device_cache import DeviceKVCache
 from mixchat.engine.latent_attention import HeadMatrices, LatentAttention
 from mixchat.engine.layer_cache import LayerCache
 from mixchat.engine.mlp import DenseMLP
-from mixchat.engine.model import Block, Mixer
+from mixchat.engine.model import Block, Mixer, SandwichBlock
+from mixchat.engine.norm import RMSNorm
 from mixchat.engine.short_conv import ShortConv
 from mixchat.kernels.cpu.router import Router
 from mixchat.kernels.gpu.attention import Parts, attend
@@ -36,6 +38,7 @@ from mixchat.weights.matrix.gpu_linear import GpuLinear, as_gpu
 from mixchat.weights.matrix.quant_type import Linear
 
 Kernels = list[Callable[[], object]]
+_FP32 = torch.float32
 
 
 @dataclass
@@ -96,9 +99,25 @@ class TokenTensors:
         return self._others[name]
 
 
+class LayerSum(NamedTuple):
+    """The outputs of a layer, which the norm after it adds to x.
+
+    kernels: make `added`, fp32 [P, D]. factor: multiplies the new x.
+    """
+
+    added: torch.Tensor
+    kernels: Sequence[Callable[[], object]] = ()
+    factor: float | None = None
+
+    def adding(self, norm: RMSNorm, tokens: TokenTensors) -> Kernels:
+        """Return the kernels that add the outputs, and normalize the new x."""
+        operands = self.added, norm.weight, tokens.normed, norm.eps, tokens.finished
+        return [*self.kernels, partial(add_norm, tokens.x, *operands, factor=self.factor)]
+
+
 def mixer_kernels(
     block: Block,
-    added: torch.Tensor,
+    before: LayerSum,
     config: ModelConfig,
     cache: LayerCache,
     addresses: torch.Tensor,
@@ -106,10 +125,10 @@ def mixer_kernels(
 ) -> Kernels:
     """Return the kernels of a layer up to the norm before its router.
 
-    added: what is added to x first, fp32 [P, D]. addresses: of the layer's states, in their order
+    before: what is added to x first. addresses: of the layer's states, in their order
     in `state_shapes`, each before and after the token.
     """
-    mixer, eps = block.mixer, config.rms_norm_eps
+    mixer = block.mixer
     if isinstance(mixer, GatedDeltaNet):
         own, outputs = _delta_net_kernels(mixer, addresses, tokens)
     elif isinstance(mixer, ShortConv):
@@ -121,12 +140,51 @@ def mixer_kernels(
         assert isinstance(mixer, Attention)
         assert isinstance(cache, DeviceKVCache)
         own, outputs = _attention_kernels(mixer, config, cache, tokens)
-    x, normed, finished = tokens.x, tokens.normed, tokens.finished
+    mixed = LayerSum(outputs)
+    if isinstance(block, SandwichBlock):
+        out = _outputs(tokens)[:1]
+        mixed = LayerSum(out, [_normalized(outputs, block.norms["mixer_out"], out[0], tokens)])
+    adding = before.adding(block.mixer_norm, tokens)
+    return [*adding, *own, *mixed.adding(block.mlp_norm, tokens)]
+
+
+def routed_by_own_norm(
+    block: SandwichBlock, dense: torch.Tensor, router: Kernels, tokens: TokenTensors
+) -> Kernels:
+    """Return the kernels of a router between two norms. dense: the dense part's sums, fp32 [P, D].
+
+    The second norm is of what the experts get.
+    """
+    none = LayerSum(tokens.sums[:0])
     return [
-        partial(add_norm, x, added, block.mixer_norm.weight, normed, eps, finished),
-        *own,
-        partial(add_norm, x, outputs, block.mlp_norm.weight, normed, eps, finished),
+        _normalized(dense, block.norms["mlp_out"], _outputs(tokens)[0], tokens),
+        *none.adding(block.norms["router"], tokens),
+        *router,
+        *none.adding(block.norms["experts"], tokens),
     ]
+
+
+def sandwich_sum(block: SandwichBlock, sums: torch.Tensor, tokens: TokenTensors) -> LayerSum:
+    """Return the outputs of a layer whose experts left these sums, fp32 [P, D]."""
+    outputs, added = _outputs(tokens), tokens.tensor("added", 1, *tokens.x.shape, dtype=_FP32)
+    kernels = [
+        _normalized(sums, block.norms["experts_out"], outputs[1], tokens),
+        _normalized(outputs, block.norms["layer_out"], added[0], tokens),
+    ]
+    return LayerSum(added, kernels, block.scalar)
+
+
+def _outputs(tokens: TokenTensors) -> torch.Tensor:
+    """Return the outputs of a layer's dense part and of its experts, fp32 [2, D]."""
+    return tokens.tensor("outputs of parts", 2, *tokens.x.shape, dtype=_FP32)
+
+
+def _normalized(
+    sums: torch.Tensor, norm: RMSNorm, out: torch.Tensor, tokens: TokenTensors
+) -> Callable[[], object]:
+    """Return the kernel that stores the norm of a sum of rows, fp32 [P, D], in `out` [D]."""
+    unused = tokens.tensor("sum of rows", *tokens.x.shape)
+    return partial(add_norm, unused, sums, norm.weight, out, norm.eps, tokens.finished, adds=False)
 
 
 def _product(
@@ -151,11 +209,15 @@ def _attention_kernels(
     norms = [norm.weight for norm in attention.qk_norms]
     rope, clip, eps = attention.rope.tables, config.clip_qkv, config.rms_norm_eps
     past, sinks = tokens.past, attention.sinks
+    of_values = {
+        "v_norm": attention.v_norm is not None,
+        "values_are_keys": attention.values_are_keys,
+    }
     project, qkv = _product("qkv", tokens.normed, attention.qkv_proj, tokens)
     project_out, outputs = _product("mixed", attended.view(-1), attention.o_proj, tokens)
     kernels: Kernels = [
         project,
-        partial(heads, qkv, queries[0], stored, past, rope, norms, eps, clip, gates),
+        partial(heads, qkv, queries[0], stored, past, rope, norms, eps, clip, gates, **of_values),
         partial(attend, queries, stored, past, attended, parts, window, sinks, gates),
         project_out,
     ]

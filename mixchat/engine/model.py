@@ -195,12 +195,12 @@ class SandwichBlock(Block):
     ) -> None:
         super().__init__(mixer_norm, mixer, mlp_norm, moe, mlp)
         assert mlp is not None
-        self._norms, self._scalar, self._dense = norms, scalar, mlp
+        self.norms, self.scalar, self._dense = norms, scalar, mlp
 
     def __call__(
         self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
     ) -> torch.Tensor:
-        norms = self._norms
+        norms = self.norms
         x = x + norms["mixer_out"](self.mixer(self.mixer_norm(x), context, exact=exact))
         dense = norms["mlp_out"](self._dense(self.mlp_norm(x), exact=exact))
         added = self.moe(norms["experts"](x), exact=exact, router_input=norms["router"](x))
@@ -208,11 +208,11 @@ class SandwichBlock(Block):
 
     def _sum(self, x: torch.Tensor, dense: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
         """Return x with the outputs of dense part and experts."""
-        norms = self._norms
-        return (x + norms["layer_out"](dense + norms["experts_out"](added))) * self._scalar
+        norms = self.norms
+        return (x + norms["layer_out"](dense + norms["experts_out"](added))) * self.scalar
 
     def stages_up_to_router(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
-        x, normed, norms = context.x, context.normed, self._norms
+        x, normed, norms = context.x, context.normed, self.norms
         return [
             self.mixer_norm.stage(x, normed),
             *self.mixer.stages(context),
@@ -229,13 +229,13 @@ class SandwichBlock(Block):
     def expert_stages(
         self, routing: Routing, context: SingleTokenContext, experts: LayerExperts
     ) -> list[Stage]:
-        x, added, norms = context.x, context.added, self._norms
+        x, added, norms = context.x, context.added, self.norms
         return [
             *self.moe.expert_stages(routing, context, experts),
             norms["experts_out"].stage(added, added),
             alone(rows.add_step(added, context.dense, added)),
             norms["layer_out"].stage(added, added),
-            alone(rows.add_step(x, added, x), rows.scale_step(x, self._scalar)),
+            alone(rows.add_step(x, added, x), rows.scale_step(x, self.scalar)),
         ]
 
     def run_routed(self, routing: Routing, context: SingleTokenContext) -> None:

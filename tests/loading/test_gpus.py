@@ -103,11 +103,7 @@ def test_every_family_gives_the_cpu_s_logits(paper, make_checkpoint, install, fa
     engine = load(known, experts // 2 + 2, experts)
     # Tokens are graphs, if the router has no groups, and queries are not scaled by position.
     config = known.blueprint.config
-    is_graph = (
-        not config.sandwich_norms
-        and config.n_group == 1
-        and not config.rope_parameters.llama_4_scaling_beta
-    )
+    is_graph = config.n_group == 1 and not config.rope_parameters.llama_4_scaling_beta
     assert (engine.passes.model._decoder is not None) == is_graph
     assert apart(logits(engine, passes), known.expected) < 1e-5
 

@@ -28,11 +28,15 @@ def heads(
     eps: float = 0.0,
     clip: float | None = None,
     gates: torch.Tensor | None = None,
+    *,
+    v_norm: bool = False,
+    values_are_keys: bool = False,
 ) -> None:
     """Store a token's queries in `queries` [H, h], and its key and value after `past` tokens.
 
     qkv: partial sums [S, (H + 2 * G) * h], fp32. If there are `gates` [H, h], they are stored, too.
-    The sums then have H more heads, which are neither normalized nor rotated. past: int32 on the
+    The sums then have H more heads, which are neither normalized nor rotated. v_norm: values are
+    normalized without weights. values_are_keys: there are no sums of values. past: int32 on the
     GPU. rope: cos and sin [context, at most h], as `RotaryEmbedding.tables`. norms: the weights of
     queries and keys, of each head [h] or of all together [H * h] and [G * h]. All is rounded where
     CPUs round, which is not before a weight in fp32 multiplies.
@@ -53,6 +57,8 @@ def heads(
         S=qkv.shape[0],
         ROWS=min(triton.next_power_of_2(qkv.shape[0]), 8),
         COLUMNS=_COLUMNS,
+        V_NORM=v_norm,
+        VALUES_ARE_KEYS=values_are_keys,
     )
 
 
@@ -80,9 +86,12 @@ def _heads(
     S: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    V_NORM: tl.constexpr,
+    VALUES_ARE_KEYS: tl.constexpr,
 ):
     """Compute one head of the queries, keys, values or gates."""
-    R: tl.constexpr = (H + 2 * G + (0 if gates is None else H)) * WIDTH
+    VALUES: tl.constexpr = 0 if VALUES_ARE_KEYS else G
+    R: tl.constexpr = (H + G + VALUES + (0 if gates is None else H)) * WIDTH
     dtype: tl.constexpr = queries.dtype.element_ty
     head = tl.program_id(0)
     is_query = head < H
@@ -90,8 +99,10 @@ def _heads(
     inside, turns = columns < WIDTH, columns < tl.where(head < H + G, ROTATED, 0)
     # A column i < ROTATED / 2 turns with i + ROTATED / 2.
     partners = tl.where(columns < ROTATED // 2, columns + ROTATED // 2, columns - ROTATED // 2)
-    x = summed(qkv, head * WIDTH + columns, inside, S, R, ROWS).to(dtype).to(tl.float32)
-    y = summed(qkv, head * WIDTH + partners, turns, S, R, ROWS).to(dtype).to(tl.float32)
+    # The head's sums. Those after the keys come earlier if there are none of values.
+    source = tl.where(head < H + G, head, head - (G - VALUES))
+    x = summed(qkv, source * WIDTH + columns, inside, S, R, ROWS).to(dtype).to(tl.float32)
+    y = summed(qkv, source * WIDTH + partners, turns, S, R, ROWS).to(dtype).to(tl.float32)
     if query_norm is not None:
         if TOGETHER:
             start = tl.where(is_query, 0, H * WIDTH)
@@ -106,7 +117,7 @@ def _heads(
         else:
             mean = tl.sum(x * x) / WIDTH
             first_weight = 0
-        factor = tl.where(head < H + G, tl.rsqrt(mean + eps), 1.0)
+        factor = tl.where(head < (H + 2 * G if V_NORM else H + G), tl.rsqrt(mean + eps), 1.0)
         x = (x * factor).to(query_norm.dtype.element_ty).to(tl.float32)
         y = (y * factor).to(query_norm.dtype.element_ty).to(tl.float32)
         # Products with 1 change nothing, so values and gates need no code of their own.

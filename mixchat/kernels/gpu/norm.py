@@ -24,13 +24,17 @@ def add_norm(
     normed: torch.Tensor,
     eps: float,
     finished: torch.Tensor,
+    *,
+    adds: bool = True,
+    factor: float | None = None,
 ) -> None:
     """Add the sum of partials [P, D], fp32, to x [D]. Store rms_norm(x) * weight in normed [D].
 
     D is a multiple of 16, and P may be 0. The sum is rounded to the type of x before it is added,
     and the norm before it is multiplied, as on CPUs, unless the weight is in fp32. But partial sums
     of two parts are rounded once and not each: x then differs by one rounding. `finished`, int32,
-    is a counter that is 0 between two calls.
+    is a counter that is 0 between two calls. If it does not add, the sum replaces x. `factor`
+    multiplies the new x.
     """
     count, columns = partials.shape
     alone = count * columns <= _MOST_OF_ONE_PROGRAM
@@ -45,6 +49,8 @@ def add_norm(
         BLOCK=block,
         PART=part,
         ROWS=1 if alone else min(triton.next_power_of_2(count), _MAX_ROWS),
+        ADDS=adds,
+        FACTOR=factor,
         num_warps=min(max(block // 512, 4), 16),
     )
 
@@ -62,6 +68,8 @@ def _add_norm(
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
+    ADDS: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):
     """Sum PART columns. The last program to finish normalizes all."""
     columns = tl.program_id(0) * PART + tl.arange(0, PART)
@@ -69,8 +77,13 @@ def _add_norm(
     numbers = tl.load(x + columns, inside, 0.0)
     if P > 0:
         sums = summed(partials, columns, inside, P, D, ROWS)
-        added = sums.to(numbers.dtype).to(tl.float32)
-        numbers = (numbers.to(tl.float32) + added).to(numbers.dtype)
+        added = sums.to(numbers.dtype)
+        if ADDS:
+            numbers = (numbers.to(tl.float32) + added.to(tl.float32)).to(numbers.dtype)
+        else:
+            numbers = added
+        if FACTOR is not None:
+            numbers = (numbers.to(tl.float32) * FACTOR).to(numbers.dtype)
         tl.store(x + columns, numbers, inside)
     if PART == BLOCK:
         _normalize(numbers, weight, normed, columns, inside, eps, D)
@@ -92,7 +105,7 @@ def _normalize(numbers, weight, normed, columns, inside, eps, D: tl.constexpr):
     weights = tl.load(weight + columns, inside, 0.0)
     scaled = (wide * factor).to(weights.dtype).to(tl.float32)
     weights = weights.to(tl.float32)
-    tl.store(normed + columns, scaled * weights, inside)
+    tl.store(normed + columns, (scaled * weights).to(numbers.dtype), inside)
 
 
 @triton.jit

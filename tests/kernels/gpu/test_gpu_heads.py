@@ -80,6 +80,24 @@ def test_gates_are_stored_as_they_are():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_values_may_be_normalized_and_may_be_the_keys(shared):
+    rotation = RotaryEmbedding(RopeParameters(1e4), 64, 64, torch.bfloat16, CPU)
+    norms = [RMSNorm(torch.randn(64), 1e-5) for _ in range(2)]
+    partials = torch.randn(3, (6 if shared else 8) * 64)
+    qkv = partials.sum(0).bfloat16().view(1, -1, 64)
+    values = RMSNorm(torch.ones(64), 1e-5)(qkv[:, 4 if shared else 6 :][:, :2])
+    norms[1].normalize_heads(qkv[:, 4:6])
+    queries, tensors = torch.empty(4, 64).bfloat16(), kv_tensors(2, 32, 64, torch.bfloat16, 16)
+    weights = [norm.weight for norm in norms]
+    of_values = {"v_norm": True, "values_are_keys": shared}
+    heads(partials, queries, tensors, length_of(5), rotation.tables, weights, 1e-5, **of_values)
+    keys, result = stored(tensors, 5)
+    torch.testing.assert_close(result, values[0].float(), rtol=2**-7, atol=2**-7)
+    expected = rotation(qkv[:, 4:6], slice(5, 6))[0].float()
+    torch.testing.assert_close(keys, expected, rtol=2**-7, atol=2**-7)
+
+
 def test_norms_with_weights_in_fp32_are_rounded_once():
     """Rounded before they were multiplied, a tenth of the numbers differed."""
     rotation = RotaryEmbedding(RopeParameters(1e4), 64, 64, torch.bfloat16, CPU)

@@ -35,6 +35,22 @@ def test_a_sum_is_added_and_normalized_as_on_a_cpu(dtype, count, columns):
         assert torch.equal(summed, added[0])
 
 
+@pytest.mark.parametrize(("count", "columns"), [(1, 48), (9, 2048), (70, 1024)])
+def test_a_sum_of_outputs_is_normalized_alone_and_added_with_a_factor(count, columns):
+    """As Gemma 4 does, whose parts of layers have norms of their outputs."""
+    x, weight = torch.randn(1, columns).bfloat16(), torch.randn(columns)
+    partials, finished = torch.randn(count, columns), torch.zeros(1, dtype=torch.int32)
+    unused, out = torch.randn(columns).bfloat16(), torch.full((1, columns), torch.nan)
+    add_norm(unused, partials, weight, out[0], 1e-5, finished, adds=False)
+    expected = rows.rms_norm(partials.sum(0, keepdim=True).bfloat16(), weight, 1e-5)
+    assert difference_in_roundings(out, expected) <= 4
+    assert torch.equal(out, out.bfloat16().float())
+    normed, summed = torch.empty(columns).bfloat16(), x[0].clone()
+    add_norm(summed, out, weight, normed, 1e-5, finished, factor=0.75)
+    assert torch.equal(summed, (x + out.bfloat16())[0] * 0.75)
+    assert difference_in_roundings(normed, rows.rms_norm(summed[None], weight, 1e-5)[0]) <= 4
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_norm_is_rounded_before_it_is_multiplied_unless_weights_are_in_fp32(dtype):
     """The CPU rounds twice, as transformers does. Rounded once, a hundred numbers differ."""
