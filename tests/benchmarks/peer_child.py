@@ -42,6 +42,7 @@ ARCHITECTURES = {
     "qwen3_5_moe": "qwen35moe",
     "lfm2_moe": "lfm2moe",
     "glm4_moe_lite": "deepseek2",
+    "gemma4": "gemma4",
 }
 SHAPES = [name for name, known in KNOWN.items() if known.config["model_type"] in ARCHITECTURES]
 VOCAB = 32000  # tokens that every model has
@@ -72,6 +73,8 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     yield f"{'token_embd' if is_lfm2 else 'output'}_norm.weight", (hidden,), 0, "F32"
     if not tied:
         yield "output.weight", (vocabulary, hidden), SMALL, head
+    if config.global_head_dim:  # divides the frequencies of wide heads
+        yield "rope_freqs.weight", (config.global_head_dim // 2,), 0, "F32"
     has_other = config.attention_sinks or config.attn_output_gate
     for layer in range(config.num_hidden_layers):
         block = f"blk.{layer}."
@@ -79,11 +82,15 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
         yield f"{block}attn_norm.weight", (hidden,), 0, "F32"
         yield f"{block}{after}.weight", (hidden,), 0, "F32"
         yield from MIXERS[config.mixer(layer)](config, block)
+        if config.sandwich_norms:
+            for name in OUTPUT_NORMS:
+                yield f"{block}{name}.weight", (hidden,), 0, "F32"
+            yield f"{block}layer_output_scale.weight", (1,), 0, "F32"
         is_sparse = layer >= config.first_k_dense_replace
         if is_sparse:
             yield from experts(config, f"{block}ffn_")
         if inner := config.mlp_intermediate_size(layer):
-            suffix = "_shexp" if is_sparse else ""
+            suffix = "_shexp" if is_sparse and not config.sandwich_norms else ""
             yield f"{block}ffn_gate{suffix}.weight", (inner, hidden), SMALL, dense
             yield f"{block}ffn_up{suffix}.weight", (inner, hidden), SMALL, dense
             yield f"{block}ffn_down{suffix}.weight", (hidden, inner), SMALL, dense
@@ -98,13 +105,16 @@ def dense_type(config: ModelConfig) -> str:
     return "Q8_0" if config.moe_bias else "Q4_0"
 
 
+OUTPUT_NORMS = (
+    *("post_attention_norm", "post_ffw_norm", "post_ffw_norm_1"),
+    *("pre_ffw_norm_2", "post_ffw_norm_2"),
+)
+
+
 def attention(config: ModelConfig, block: str) -> Iterator[Tensor]:
-    prefix = f"{block}attn_"
-    hidden, heads, groups = (
-        config.hidden_size,
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
-    )
+    prefix, layer, hidden = f"{block}attn_", int(block.split(".")[1]), config.hidden_size
+    count, groups, width = config.attention_shape(layer)
+    heads, groups = count * width, groups * width
     dense = dense_type(config)
     few = "Q8_0" if config.num_local_experts == 8 else dense
     for name, rows, columns, kind in (
@@ -113,12 +123,14 @@ def attention(config: ModelConfig, block: str) -> Iterator[Tensor]:
         ("v", groups, hidden, few),
         ("output", hidden, heads, dense),
     ):
+        if name == "v" and config.values_are_keys(layer):
+            continue
         yield f"{prefix}{name}.weight", (rows, columns), SMALL, kind
         if config.attention_bias:
             yield f"{prefix}{name}.bias", (rows,), 0, "F32"
     if config.qk_norm:  # of each head
-        yield f"{prefix}q_norm.weight", (config.head_dim,), 0, "F32"
-        yield f"{prefix}k_norm.weight", (config.head_dim,), 0, "F32"
+        yield f"{prefix}q_norm.weight", (width,), 0, "F32"
+        yield f"{prefix}k_norm.weight", (width,), 0, "F32"
     if config.attention_sinks:
         yield f"{prefix}sinks.weight", (config.num_attention_heads,), 0, "F32"
 
@@ -178,6 +190,9 @@ def experts(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
     yield f"{prefix}gate_inp.weight", (count, hidden), 0, "F32"
     if config.moe_bias:
         yield f"{prefix}gate_inp.bias", (count,), 0, "F32"
+    if config.per_expert_scale:
+        yield f"{prefix}gate_inp.scale", (hidden,), 0, "F32"
+        yield f"{prefix}down_exps.scale", (count,), 0, "F32"
     for name, rows, columns in (
         ("gate", inner, hidden),
         ("up", inner, hidden),
@@ -220,7 +235,10 @@ def write_q4_0(path: Path, layers: int, shape: str = "instruct") -> None:
     for name, shape, scale, kind in tensors(config):
         if kind != "F32":
             writer.write_tensor_data(_blocks(random, shape, scale, kind))
-        elif "norm" in name:
+        elif name == "rope_freqs.weight":
+            turning = np.arange(shape[0]) < shape[0] // 4
+            writer.write_tensor_data(np.where(turning, 1, 1e30).astype(np.float32))
+        elif "norm" in name or "scale" in name:
             writer.write_tensor_data(np.ones(shape, np.float32))
         elif name.endswith("ssm_a"):  # a decay needs a negative number
             writer.write_tensor_data(-np.ones(shape, np.float32))
@@ -233,11 +251,15 @@ def _add_keys(writer: Any, config: ModelConfig) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.dense_intermediate_size or config.intermediate_size)
+    beside = config.shared_expert_intermediate_size if config.sandwich_norms else 0
+    inner = config.dense_intermediate_size or beside or config.intermediate_size
+    writer.add_feed_forward_length(inner)
     writer.add_expert_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     if config.kv_lora_rank:
         _add_keys_of_latents(writer, config)
+    elif config.global_head_dim:
+        _add_keys_of_wide_heads(writer, config)
     else:
         mixers = map(config.mixer, range(config.num_hidden_layers))
         groups = [config.num_key_value_heads * (mixer != "conv") for mixer in mixers]
@@ -262,6 +284,25 @@ def _add_keys(writer: Any, config: ModelConfig) -> None:
     _add_keys_of_states(writer, config)
     if config.sliding_window is not None:  # of every other layer, as llama.cpp assumes
         writer.add_sliding_window(config.sliding_window)
+
+
+def _add_keys_of_wide_heads(writer: Any, config: ModelConfig) -> None:
+    """Add what belongs to Gemma 4, whose heads without a window are wider."""
+    layers = range(config.num_hidden_layers)
+    writer.add_sliding_window_pattern([config.window(layer) is not None for layer in layers])
+    writer.add_head_count_kv([config.attention_shape(layer)[1] for layer in layers])
+    for width, add in (
+        (config.global_head_dim, (writer.add_key_length, writer.add_value_length)),
+        (config.head_dim, (writer.add_key_length_swa, writer.add_value_length_swa)),
+    ):
+        for each in add:
+            each(width)
+    writer.add_rope_dimension_count(config.global_head_dim)
+    writer.add_rope_dimension_count_swa(config.head_dim)
+    writer.add_rope_freq_base_swa(config.rope(0).rope_theta)
+    writer.add_shared_kv_layers(0)
+    writer.add_embedding_length_per_layer_input(0)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
 def _add_keys_of_latents(writer: Any, config: ModelConfig) -> None:
