@@ -193,6 +193,21 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.22,
         "logits_scaling": 6.0,
     },
+    # Three groups of six heads.
+    "granitemoehybrid": {
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 6.0,
+        "shared_intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "mamba_n_heads": 6,
+        "mamba_d_head": 32,
+        "mamba_expand": 3,
+        "mamba_n_groups": 3,
+        "mamba_d_state": 32,
+    },
     "gpt_oss": {
         "sliding_window": 9,
         "rope_parameters": {

@@ -22,10 +22,10 @@ _USUAL = 4  # an answer may take 1/4 of the context by default
 
 _MAX_EXPERTS = 100_000  # in all layers, more than any model has
 
-LayerType = Literal["full_attention", "sliding_attention", "linear_attention", "conv"]
+LayerType = Literal["full_attention", "sliding_attention", "linear_attention", "conv", "mamba"]
 HiddenAct = Literal["silu", "gelu_pytorch_tanh"]
 # The part of a layer that mixes tokens. Layers with and without a window have the same.
-MixerType = Literal["attention", "latent_attention", "linear_attention", "conv"]
+MixerType = Literal["attention", "latent_attention", "linear_attention", "conv", "mamba"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class ModelConfig:
     linear_conv_kernel_dim, linear_key_head_dim, linear_value_head_dim, linear_num_key_heads,
     linear_num_value_heads: of "linear_attention", which is a Gated DeltaNet.
     conv_L_cache: the tokens that the short convolution of a layer "conv" reads.
+    mamba_n_heads, mamba_d_head, mamba_n_groups, mamba_d_state, mamba_d_conv, mamba_conv_bias: of
+    "mamba", which is Mamba2. The heads of a group share B and C of mamba_d_state numbers.
     kv_lora_rank: the width of the latent that keys and values are made of, 0 for none. Then all
     layers have latent attention. Its heads are of qk_nope_head_dim + qk_rope_head_dim columns, of
     which the last ones rotate, and values of v_head_dim. q_lora_rank: the width of the latent of
@@ -104,6 +106,12 @@ class ModelConfig:
     linear_num_key_heads: int = 0
     linear_num_value_heads: int = 0
     conv_L_cache: int = 0
+    mamba_n_heads: int = 0
+    mamba_d_head: int = 0
+    mamba_n_groups: int = 0
+    mamba_d_state: int = 0
+    mamba_d_conv: int = 0
+    mamba_conv_bias: bool = False
     kv_lora_rank: int = 0
     q_lora_rank: int = 0
     qk_nope_head_dim: int = 0
@@ -148,7 +156,7 @@ class ModelConfig:
     def mixer(self, layer: int) -> MixerType:
         """Return the part of a layer that mixes tokens."""
         layer_type = self.layer_type(layer)
-        if layer_type == "linear_attention" or layer_type == "conv":
+        if layer_type in ("linear_attention", "conv", "mamba"):
             return layer_type
         return "latent_attention" if self.kv_lora_rank else "attention"
 
@@ -165,6 +173,12 @@ class ModelConfig:
         """Return the heads of a DeltaNet's keys and of its values, and the columns of each."""
         heads = self.linear_num_key_heads, self.linear_num_value_heads
         return *heads, self.linear_key_head_dim, self.linear_value_head_dim
+
+    @property
+    def mamba_shape(self) -> tuple[int, int, int, int]:
+        """Return the groups and the heads of Mamba2, and the columns of B or C and of a head."""
+        heads = self.mamba_n_groups, self.mamba_n_heads
+        return *heads, self.mamba_d_state, self.mamba_d_head
 
     def values_are_keys(self, layer: int) -> bool:
         """Return whether a layer makes no values of its own."""
@@ -298,6 +312,10 @@ class ModelConfig:
                 *("linear_num_key_heads", "linear_num_value_heads"),
             ),
             "conv": ("conv_L_cache",),
+            "mamba": (
+                *("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state"),
+                "mamba_d_conv",
+            ),
             "latent_attention": ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
         }
         mixers = dict.fromkeys(map(self.mixer, range(self.num_hidden_layers)))
@@ -308,6 +326,8 @@ class ModelConfig:
         heads, keys = self.linear_num_value_heads, self.linear_num_key_heads
         if "linear_attention" in mixers and heads % keys:
             yield f"{heads} value heads cannot share {keys} key heads"
+        if "mamba" in mixers and self.mamba_n_heads % self.mamba_n_groups:
+            yield f"{self.mamba_n_heads} heads of Mamba2 cannot be {self.mamba_n_groups} groups"
         if self.attention_k_eq_v and not (self.v_norm and self.qk_norm):
             yield "values that are keys need norms of both"
         groups = self.num_global_key_value_heads or self.num_key_value_heads

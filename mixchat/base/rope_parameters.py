@@ -10,7 +10,9 @@ from mixchat.base.errors import CheckpointError
 
 _MAX_FACTOR = 1000  # by which a context is stretched
 
-RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"]
+RopeType = Literal[
+    "default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "nope"
+]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class RopeParameters:
     for, which all types but "default" have. Keys that a type does not take have their defaults.
     llama_4_scaling_beta: queries are multiplied by 1 + beta * ln(1 + n) after n original contexts.
     partial_rotary_factor: the part of a head's columns that is rotated. Of "proportional" it is
-    the part of all pairs (i, i + head_dim / 2). Their frequencies are those of whole heads.
+    the part of all pairs (i, i + head_dim / 2). Their frequencies are those of whole heads. "nope"
+    rotates nothing.
     """
 
     rope_theta: float

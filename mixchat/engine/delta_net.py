@@ -94,7 +94,7 @@ class GatedDeltaNet:
         self, qkv: torch.Tensor, ba: torch.Tensor, before: torch.Tensor, after: torch.Tensor
     ) -> torch.Tensor:
         """Return `DeltaRule.__call__`."""
-        if not gpu.is_gpu(qkv.device):
+        if not gpu.is_gpu(qkv.device) or self.rule.skips is not None:
             return self.rule(qkv, ba, before, after)
         # Triton is imported only if a GPU computes.
         from mixchat.kernels.gpu.delta_net import delta_rule
@@ -105,7 +105,7 @@ class GatedDeltaNet:
         shape, tokens = self.rule.shape, context.sequences
         channels, values = shape.channels, shape.value_heads * shape.value_dim
         projected = context.tensor("projected", tokens, channels + values)
-        ba = context.tensor("ba", tokens, 2 * shape.value_heads)
+        ba = context.tensor("ba", tokens, self.ba_proj.shape[0])
         qkv = context.tensor("convolved", tokens, channels, dtype=torch.float32)
         read, normed = (context.tensor(name, tokens, values) for name in ("read", "normed values"))
         round_x, project = as_packed(self.in_proj).steps(context.normed, projected)

@@ -24,7 +24,7 @@ from mixchat.engine.gpu_layer import (
     LayerSum,
     TokenTensors,
     expert_kernels,
-    heads_are_supported,
+    is_supported,
     mixer_kernels,
     mlp_kernels,
     routed_by_own_norm,
@@ -98,7 +98,7 @@ def new_gpu_decoder(
         return None
     if not all(form_of(matrix).is_supported for matrix in matrices):
         return None
-    if not all(heads_are_supported(block.mixer) for block in model.blocks):
+    if not all(is_supported(block.mixer) for block in model.blocks):
         return None
     if not gpu.page_lock(new_block(_ALIGNMENT), model.device):
         return None

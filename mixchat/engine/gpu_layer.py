@@ -19,6 +19,7 @@ from mixchat.engine.delta_net import GatedDeltaNet
 from mixchat.engine.device_cache import DeviceKVCache
 from mixchat.engine.latent_attention import HeadMatrices, LatentAttention
 from mixchat.engine.layer_cache import LayerCache
+from mixchat.engine.mamba import Mamba
 from mixchat.engine.mlp import DenseMLP
 from mixchat.engine.model import Block, Mixer, SandwichBlock
 from mixchat.engine.norm import RMSNorm
@@ -286,8 +287,10 @@ def _latent_kernels(
     return kernels, outputs
 
 
-def heads_are_supported(mixer: Mixer) -> bool:
-    """Return whether kernels take the matrices of a mixer's heads, if it has such."""
+def is_supported(mixer: Mixer) -> bool:
+    """Return whether there are kernels for a mixer, and for the matrices of its heads."""
+    if isinstance(mixer, Mamba):
+        return False
     if not isinstance(mixer, LatentAttention):
         return True
     matrices = (matrix for heads in mixer.heads.values() for matrix in heads.matrices)

@@ -17,6 +17,7 @@ from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.attention import Attention, SingleTokenContext
 from mixchat.engine.delta_net import GatedDeltaNet
 from mixchat.engine.latent_attention import LatentAttention
+from mixchat.engine.mamba import Mamba
 from mixchat.engine.mlp import DenseMLP
 from mixchat.engine.model_tensors import ModelTensors
 from mixchat.engine.moe import Routing, SparseMoE
@@ -71,6 +72,7 @@ _MIXERS: dict[MixerType, _MixerClass] = {
     "attention": Attention,
     "linear_attention": GatedDeltaNet,
     "conv": ShortConv,
+    "mamba": Mamba,
     "latent_attention": LatentAttention,
 }
 

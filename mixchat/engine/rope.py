@@ -125,6 +125,8 @@ def _frequencies(rope: RopeParameters, head_dim: int, context: int) -> torch.Ten
         case "proportional":
             turning = torch.arange(head_dim // 2) < int(rope.partial_rotary_factor * head_dim // 2)
             return torch.where(turning, 1.0 / powers, 0.0) / rope.factor
+        case "nope":
+            return torch.zeros(head_dim // 2)
         case _:  # "default", and "dynamic" within the original context
             return 1.0 / powers
 

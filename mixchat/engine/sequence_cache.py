@@ -241,13 +241,13 @@ def state_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     mixer = config.mixer(layer)
     if mixer == "conv":
         return {"conv": (config.conv_L_cache - 1, config.hidden_size)}
-    if mixer != "linear_attention":
+    if mixer == "linear_attention":
+        shape, taps = DeltaNetShape(*config.delta_net_shape), config.linear_conv_kernel_dim
+    elif mixer == "mamba":
+        shape, taps = DeltaNetShape(*config.mamba_shape), config.mamba_d_conv
+    else:
         return {}
-    shape = DeltaNetShape(*config.delta_net_shape)
-    return {
-        "conv": (config.linear_conv_kernel_dim - 1, shape.channels),
-        "state": shape.state_shape,
-    }
+    return {"conv": (taps - 1, shape.channels), "state": shape.state_shape}
 
 
 def cache_bytes(

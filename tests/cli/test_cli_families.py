@@ -10,9 +10,14 @@ from tiny_tokenizer import write_tokenizer
 from mixchat.base.safetensors import SafetensorsFile
 
 SHAPE = {"vocab_size": 262, "intermediate_size": 128, "max_position_embeddings": 512}
-# Stacks with factors, and codes as they are published. Mixtral has all other tests of commands.
+# Stacks with factors beside states, and codes as they are published. Mixtral has all other tests of
+# commands.
 CHECKPOINTS = {
-    "granitemoe": {"model_type": "granitemoe"},
+    "granitemoehybrid": {
+        "model_type": "granitemoehybrid",
+        "num_hidden_layers": 2,
+        "layer_types": ["attention", "mamba"],
+    },
     "gpt_oss in MXFP4": {"model_type": "gpt_oss", "stored_as": "mxfp4"},
 }
 MANIFESTS = {"mixchat.json", "mixchat.copy.json"}

@@ -53,6 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
     },
     "short convolutions": {"model_type": "lfm2_moe", "head_dim": 32, "num_attention_heads": 2},
+    "Mamba2 beside attention without positions": {"model_type": "granitemoehybrid"},
     "norms of projections": {"model_type": "olmoe", "num_attention_heads": 2, "head_dim": 32},
     "window and rope of a layer": {"model_type": "mellum", "moe_intermediate_size": 128},
     "sinks and biases": {"model_type": "gpt_oss"},
@@ -102,7 +103,11 @@ WAYS = {
 
 
 # Those with states, which can be cut back to checkpoints alone.
-RECURRENT = "states beside gated attention", "short convolutions"
+RECURRENT = (
+    "states beside gated attention",
+    "short convolutions",
+    "Mamba2 beside attention without positions",
+)
 
 
 class Always(Speculation):

@@ -21,6 +21,7 @@ from mixchat.weights.families.glm4_moe import GLM4_MOE
 from mixchat.weights.families.glm4_moe_lite import GLM4_MOE_LITE
 from mixchat.weights.families.gpt_oss import GPT_OSS
 from mixchat.weights.families.granitemoe import GRANITEMOE
+from mixchat.weights.families.granitemoehybrid import GRANITEMOEHYBRID
 from mixchat.weights.families.lfm2_moe import LFM2_MOE
 from mixchat.weights.families.mellum import MELLUM
 from mixchat.weights.families.minimax_m2 import MINIMAX_M2
@@ -38,16 +39,14 @@ FAMILIES: dict[str, Family] = {
         *(MIXTRAL, QWEN3_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS),
         *(QWEN2_MOE, ERNIE4_5_MOE, DOTS1, GLM4_MOE, MINIMAX_M2),
         *(LFM2_MOE, QWEN3_NEXT, QWEN3_5_MOE, GLM4_MOE_LITE, DEEPSEEK_V2, DEEPSEEK_V3),
-        *(GEMMA4, MISTRAL4),
+        *(GEMMA4, MISTRAL4, GRANITEMOEHYBRID),
     )
 }
 
-_MAMBA = "Mamba layers"
 # Needs of well-known models that no family here has.
 _MISSING = {
-    "jamba": _MAMBA,
-    "granitemoehybrid": _MAMBA,
-    "nemotron_h": _MAMBA,
+    "jamba": "Mamba layers of version 1",
+    "nemotron_h": "layers of a mixer or experts alone",
     "llama4": "attention in chunks",
     "minimax": "lightning attention",
     "phimoe": "SparseMixer routing",

@@ -1,7 +1,7 @@
 """The tensors of the part of a layer that mixes tokens, its mixer.
 
-A layer has one of four: attention, attention to latents (MLA), a Gated DeltaNet ("linear
-attention"), or a short convolution. D = hidden_size, H = num_attention_heads, h = head_dim.
+A layer has one of five: attention, attention to latents (MLA), a Gated DeltaNet ("linear
+attention"), a short convolution, or Mamba2. D = hidden_size, H = num_attention_heads, h = head_dim.
 """
 
 from __future__ import annotations
@@ -143,9 +143,36 @@ def _short_conv(specs: LayerSpecs) -> MixerSpec:
     return MixerSpec(matrices, {"conv": conv})
 
 
+def _mamba(specs: LayerSpecs) -> MixerSpec:
+    """Return C above B above x above z, which gates the output, and the small matrix of dt.
+
+    So a DeltaNet's queries, keys and values come in its order.
+    """
+    config, hidden, own = specs.config, specs.config.hidden_size, "mamba."
+    groups, heads, state, width = config.mamba_shape
+    values = heads * width
+    channels = 2 * groups * state + values
+    matrices = {
+        "in_proj": specs.matrix(f"{own}in_proj", channels + values, hidden),
+        "out_proj": specs.matrix(f"{own}out_proj", hidden, values),
+    }
+    tensors = {
+        "dt_proj": specs.tensor(f"{own}dt_proj.weight", heads, hidden),
+        "conv1d": specs.tensor(f"{own}conv1d.weight", channels, config.mamba_d_conv),
+        "dt_bias": specs.tensor(f"{own}dt_bias", heads, dtype=torch.float32),
+        "A_log": specs.tensor(f"{own}A_log", heads, dtype=torch.float32),
+        "D": specs.tensor(f"{own}D", heads, dtype=torch.float32),
+        "norm": specs.tensor(f"{own}norm.weight", values),
+    }
+    if config.mamba_conv_bias:
+        tensors["conv1d_bias"] = specs.tensor(f"{own}conv1d.bias", channels)
+    return MixerSpec(matrices, tensors)
+
+
 _MIXERS: dict[MixerType, Callable[[LayerSpecs], MixerSpec]] = {
     "attention": _attention,
     "latent_attention": _latent_attention,
     "linear_attention": _delta_net,
     "conv": _short_conv,
+    "mamba": _mamba,
 }

@@ -312,6 +312,35 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "mellum": {**_known("mellum2"), "mlp_layer_types": ["sparse"] * 28, "eos_token_id": [1, 2]},
     "olmoe": {**_known("olmoe"), "rope_scaling": None},
     "granitemoe": {**_known("granite"), "rope_scaling": None},
+    # H-Tiny, as other programs quote it.
+    "granitemoehybrid": {
+        **SHARED,
+        "vocab_size": 100352,
+        "hidden_size": 1536,
+        "intermediate_size": 512,
+        "shared_intermediate_size": 1024,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 6,
+        "mamba_d_conv": 4,
+        "mamba_d_head": 64,
+        "mamba_d_state": 128,
+        "mamba_expand": 2,
+        "mamba_n_groups": 1,
+        "mamba_n_heads": 48,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "layer_types": [
+            "attention" if layer in (5, 15, 25, 35) else "mamba" for layer in range(40)
+        ],
+        "position_embedding_type": "nope",
+        "max_position_embeddings": 131072,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "eos_token_id": 100257,
+    },
     "gpt_oss": {**_known("gpt-oss"), "experts_per_token": 4, "initial_context_length": 4096},
 }
 SAME = (
@@ -365,7 +394,8 @@ def test_a_published_config_is_read_as_transformers_reads_it(model_type):
     first = first or getattr(theirs, "mlp_layer_types", []).count("dense")
     assert ours.first_k_dense_replace == first
     assert not first or ours.dense_intermediate_size == theirs.intermediate_size
-    shared = getattr(theirs, "shared_expert_intermediate_size", None)
+    keys = "shared_expert_intermediate_size", "shared_intermediate_size"
+    shared = next((getattr(theirs, key) for key in keys if hasattr(theirs, key)), None)
     counts = (getattr(theirs, f"{x}_shared_experts", 0) for x in ("n", "moe_num"))
     assert ours.shared_expert_intermediate_size == (shared or inner * max(counts))
     eos = theirs.eos_token_id
@@ -375,7 +405,10 @@ def test_a_published_config_is_read_as_transformers_reads_it(model_type):
         assert ours.window(layer) == (theirs.sliding_window if "sliding" in kind else None)
         rope = theirs.rope_parameters.get(kind, theirs.rope_parameters)
         own = ours.rope(layer)
-        assert (own.rope_type, own.rope_theta) == (rope["rope_type"], rope["rope_theta"])
+        rope_type = rope["rope_type"]
+        if getattr(theirs, "position_embedding_type", "rope") != "rope":
+            rope_type = "nope"
+        assert (own.rope_type, own.rope_theta) == (rope_type, rope["rope_theta"])
         assert own.partial_rotary_factor == rope.get("partial_rotary_factor", 1)
 
 
@@ -406,6 +439,9 @@ def test_a_config_that_transformers_5_wrote_is_the_same(model_type):
         ("qwen3_next", ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim")),
         ("lfm2_moe", ("num_dense_layers", "use_expert_bias", "norm_eps", "conv_L_cache")),
         ("lfm2_moe", ("tie_embedding", "rope_theta", "num_experts", "conv_bias")),
+        ("granitemoehybrid", ("shared_intermediate_size", "mamba_d_head", "mamba_expand")),
+        ("granitemoehybrid", ("mamba_n_groups", "mamba_d_conv", "position_embedding_type")),
+        ("granitemoehybrid", ("mamba_conv_bias", "mamba_proj_bias")),
         ("olmoe", ("clip_qkv", "norm_topk_prob", "attention_bias")),
         ("gpt_oss", ("layer_types", "sliding_window", "swiglu_limit", "rope_scaling")),
     ],
@@ -536,6 +572,13 @@ def test_a_window_of_qwen_is_that_of_all_layers_if_it_is_used():
         ("lfm2_moe", {"layer_types": ["conv"] * 3}, "3 layer_types for 24 layers"),
         ("lfm2_moe", {"conv_L_cache": 0}, "conv_L_cache is 0"),
         ("mellum", {"mlp_layer_types": ["dense"] + ["sparse"] * 27}, "mlp_layer_types"),
+        ("granitemoehybrid", {"num_local_experts": 0}, "num_local_experts is 0"),
+        ("granitemoehybrid", {"mamba_n_groups": 5}, "48 heads of Mamba2 cannot be 5 groups"),
+        ("granitemoehybrid", {"mamba_d_state": 0}, "mamba_d_state is 0"),
+        ("granitemoehybrid", {"mamba_proj_bias": True}, "mamba_proj_bias"),
+        ("granitemoehybrid", {"time_step_limit": [0.1, 1]}, "time_step_limit"),
+        ("granitemoehybrid", {"layer_types": [[]] * 40}, "layer_types"),
+        ("granitemoehybrid", {"layer_types": "mamba"}, "layer_types"),
         ("mellum", {"mlp_layer_types": 3}, "mlp_layer_types"),
         ("mellum", {"layer_types": ALTERNATING}, "2 layer_types for 28"),
         ("mellum", {"layer_types": ["chunked_attention"] * 28}, "layer_types"),
