@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
     "olmoe": gguf.MODEL_ARCH.OLMOE,
     "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE,
+    "granitemoehybrid": gguf.MODEL_ARCH.GRANITE_HYBRID,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "ernie4_5_moe": gguf.MODEL_ARCH.ERNIE4_5_MOE,
     "dots1": gguf.MODEL_ARCH.DOTS1,
@@ -70,7 +71,8 @@ def tensors_of(config: Mapping[str, Any], weights: Weights) -> Weights:
                 continue
         own = names.get_name(plain, try_suffixes=(".weight", ".bias"))
         assert own is not None, name
-        if kind in ("mixtral", "granitemoe") and (".attn_q." in own or ".attn_k." in own):
+        turned = kind in ("mixtral", "granitemoe", "granitemoehybrid")
+        if turned and (".attn_q." in own or ".attn_k." in own):
             heads = "num_attention_heads" if ".attn_q." in own else "num_key_value_heads"
             weight = _neighbours(weight, config[heads])
         found[own] = weight.squeeze(0) if "inp_shexp" in own or "exp_probs" in own else weight
@@ -90,6 +92,8 @@ def _moved(
     for name, weight in weights:
         if "linear_attn." in name or (kind in HYBRIDS and name.endswith("norm.weight")):
             yield from _of_hybrid(config, name, weight)
+        elif ".mamba." in name:
+            yield _of_mamba(config, name, weight)
         elif name.endswith("kv_b_proj.weight"):
             heads = weight.view(config["num_attention_heads"], -1, weight.shape[1])
             keys, values = heads.split([config["qk_nope_head_dim"], config["v_head_dim"]], dim=1)
@@ -97,6 +101,19 @@ def _moved(
             yield name.replace("kv_b_proj", "v_b_proj"), values
         else:
             yield name, weight.squeeze(1) if name.endswith("conv.conv.weight") else weight
+
+
+def _of_mamba(
+    config: Mapping[str, Any], name: str, weight: torch.Tensor
+) -> tuple[str, torch.Tensor]:
+    own = name.rpartition("mamba.")[2]
+    if own == "A_log":
+        return name, -weight.float().exp()[:, None]
+    if own == "conv1d.weight":
+        return name, weight.squeeze(1)
+    if own == "norm.weight":
+        return name, weight.view(config["mamba_n_groups"], -1)
+    return name.replace("dt_bias", "dt_proj.bias"), weight[:, None] if own == "D" else weight
 
 
 HYBRIDS = ("qwen3_next", "qwen3_5_moe")
@@ -163,9 +180,10 @@ def _unstacked(kind: str, weights: Weights) -> Iterator[tuple[str, torch.Tensor]
             )
         elif rest == "down_proj" and kind != "gpt_oss":
             yield f"{name}.weight", weight
-        elif kind == "granitemoe" and name.endswith("input_linear.weight"):
-            moe = name.removesuffix("block_sparse_moe.input_linear.weight") + "mlp.experts."
-            gate, up = weight.chunk(2, dim=1)
+        elif kind.startswith("granitemoe") and name.endswith("input_linear.weight"):
+            own, is_shared = name.rsplit(".", 3)[0], "shared_mlp" in name
+            moe = f"{own}.mlp.{'shared_expert' if is_shared else 'experts'}."
+            gate, up = weight.chunk(2, dim=-2)
             yield from ((f"{moe}gate_proj.weight", gate), (f"{moe}up_proj.weight", up))
         elif kind == "gpt_oss" and ".experts." in name:
             yield from _of_gpt_oss(name, weight)
@@ -313,7 +331,9 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
         "expert_used_count": ("num_experts_per_tok", "moe_k"),
         "expert_feed_forward_length": ("moe_intermediate_size",),
-        "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+        "expert_shared_feed_forward_length": (
+            *("shared_expert_intermediate_size", "shared_intermediate_size"),
+        ),
         "expert_shared_count": ("n_shared_experts", "moe_num_shared_experts"),
         "expert_weights_scale": ("routed_scaling_factor",),
         "leading_dense_block_count": (
@@ -324,10 +344,10 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         "attention.q_lora_rank": ("q_lora_rank",),
         "attention.kv_lora_rank": ("kv_lora_rank",),
         "shortconv.l_cache": ("conv_L_cache",),
-        "ssm.conv_kernel": ("linear_conv_kernel_dim",),
-        "ssm.state_size": ("linear_key_head_dim",),
-        "ssm.group_count": ("linear_num_key_heads",),
-        "ssm.time_step_rank": ("linear_num_value_heads",),
+        "ssm.conv_kernel": ("linear_conv_kernel_dim", "mamba_d_conv"),
+        "ssm.state_size": ("linear_key_head_dim", "mamba_d_state"),
+        "ssm.group_count": ("linear_num_key_heads", "mamba_n_groups"),
+        "ssm.time_step_rank": ("linear_num_value_heads", "mamba_n_heads"),
     }
     found = {theirs: config[key] for theirs, own in keys.items() for key in own if config.get(key)}
     found |= _of_mixers(config)
@@ -369,6 +389,11 @@ def _of_mixers(config: Mapping[str, Any]) -> dict[str, Any]:
         found["ssm.inner_size"] = config["linear_num_value_heads"] * config["linear_value_head_dim"]
         found["full_attention_interval"] = 1 + config["layer_types"].index("full_attention")
         found["rope.dimension_sections"] = [11, 11, 10, 0]  # for the tokens of an image alone
+    if family_of(config) == "granitemoehybrid":
+        heads = config["num_key_value_heads"]
+        attends = ["attention" in x and "linear" not in x for x in config["layer_types"]]
+        found["attention.head_count_kv"] = [heads if x else 0 for x in attends]
+        found["ssm.inner_size"] = config["mamba_n_heads"] * config["mamba_d_head"]
     if config.get("kv_lora_rank"):
         rotated, latent = config["qk_rope_head_dim"], config["kv_lora_rank"]
         found |= {

@@ -316,7 +316,8 @@ def _mlp(config: ModelConfig, prefix: str, name: str, inner: int) -> Tensors:
     own, hidden = f"{prefix}{name}", config.hidden_size
     gate_up = (Slice(f"{own}.{x}_proj.weight", (inner, hidden)) for x in ("gate", "up"))
     yield f"{prefix}mlp.w13.weight", tuple(gate_up)
-    yield f"{prefix}mlp.w2.weight", (Slice(f"{own}.down_proj.weight", (hidden, inner)),)
+    down = Slice(f"{own}.down_proj.weight", (hidden, inner), factor=config.residual_multiplier)
+    yield f"{prefix}mlp.w2.weight", (down,)
 
 
 def expert_prefix(prefix: str, expert: int) -> str:

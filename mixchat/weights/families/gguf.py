@@ -67,7 +67,7 @@ _SQUEEZED = {"ffn_gate_inp_shexp": 0, "shortconv.conv": 1}
 _OTHER_NAMES = {"ffn_norm": "post_attention_norm", "output_norm.weight": "token_embd_norm.weight"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+?)(\.weight|\.bias)?")
 # The rotated pairs of these are side by side. llama.cpp's converter turns Mixtral's and Granite's.
-_ROTATES_NEIGHBOURS = ("mixtral", "granitemoe", "ernie4_5_moe")
+_ROTATES_NEIGHBOURS = ("mixtral", "granitemoe", "granitemoehybrid", "ernie4_5_moe")
 
 
 def gguf_tensors(config: ModelConfig, available: Collection[str]) -> Tensors:

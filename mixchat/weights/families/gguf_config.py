@@ -45,7 +45,7 @@ class _Architecture:
     keys: config.json's keys beside `_KEYS`, with llama.cpp's names. fixed: values of config.json
     that no metadata has, because llama.cpp's code fixes them. experts: config.json's key for the
     count of experts. sigmoid: the router takes a sigmoid, not a softmax. derived: config.json's
-    keys whose numbers follow from two of llama.cpp's.
+    keys whose numbers follow from two of llama.cpp's. stateful: the type of layers without keys.
     """
 
     model_type: str
@@ -54,6 +54,7 @@ class _Architecture:
     experts: str = "num_experts"
     sigmoid: bool = False
     derived: Mapping[str, tuple[str, Callable[[int, int], int], str]] = field(default_factory=dict)
+    stateful: str = "conv"
 
 
 _DELTA_NET = {
@@ -74,6 +75,12 @@ _LATENTS = {
     "v_head_dim": "attention.value_length_mla",
     "num_nextn_predict_layers": "nextn_predict_layers",
 }
+_MULTIPLIERS = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
 _UNROTATED = {"qk_nope_head_dim": ("attention.key_length_mla", sub, "rope.dimension_count")}
 
 
@@ -86,15 +93,22 @@ _ARCHITECTURES = {
         {"norm_topk_prob": False},
     ),
     "olmoe": _Architecture("olmoe", {"clip_qkv": "attention.clamp_kqv"}, {"norm_topk_prob": False}),
-    "granitemoe": _Architecture(
-        "granitemoe",
+    "granitemoe": _Architecture("granitemoe", _MULTIPLIERS, experts="num_local_experts"),
+    "granitehybrid": _Architecture(
+        "granitemoehybrid",
         {
-            "attention_multiplier": "attention.scale",
-            "embedding_multiplier": "embedding_scale",
-            "residual_multiplier": "residual_scale",
-            "logits_scaling": "logit_scale",
+            **_MULTIPLIERS,
+            "shared_intermediate_size": "expert_shared_feed_forward_length",
+            "mamba_n_heads": "ssm.time_step_rank",
+            "mamba_n_groups": "ssm.group_count",
+            "mamba_d_state": "ssm.state_size",
+            "mamba_d_conv": "ssm.conv_kernel",
         },
+        # Others than dense models do not rotate.
+        {"position_embedding_type": "nope"},
         experts="num_local_experts",
+        derived={"mamba_d_head": ("ssm.inner_size", floordiv, "ssm.time_step_rank")},
+        stateful="mamba",
     ),
     "gpt-oss": _Architecture(
         "gpt_oss", {"sliding_window": "attention.sliding_window"}, experts="num_local_experts"
@@ -189,7 +203,8 @@ def gguf_config(
     values = {key: value(gguf_key) for key, gguf_key in keys.items()}
     if values["intermediate_size"] is None:
         values["intermediate_size"] = values["moe_intermediate_size"]
-    values |= _of_layers(values["num_key_value_heads"], value("attention.sliding_window_pattern"))
+    sliding = value("attention.sliding_window_pattern")
+    values |= _of_layers(values["num_key_value_heads"], sliding, architecture.stateful)
     for key, (first, operation, second) in architecture.derived.items():
         left, right = value(first), value(second)
         if isinstance(left, int) and isinstance(right, int) and right > 0:
@@ -225,10 +240,10 @@ def gguf_config(
     }
 
 
-def _of_layers(heads: object, is_sliding: object) -> dict[str, Any]:
+def _of_layers(heads: object, is_sliding: object, stateful: str) -> dict[str, Any]:
     """Return the keys that a list of key heads shows, one for each layer.
 
-    Convolutions have none. Layers with a window may have others than full layers.
+    Those with a state have none. Layers with a window may have others than full layers.
     """
     if not isinstance(heads, list) or not all(type(count) is int for count in heads) or not heads:
         return {}
@@ -241,7 +256,7 @@ def _of_layers(heads: object, is_sliding: object) -> dict[str, Any]:
         return {"layer_types": types, **{own[slides]: count for slides, count in kinds.items()}}
     if {*heads} - {0, max(heads)}:
         return {}
-    types = ["full_attention" if count else "conv" for count in heads]
+    types = ["full_attention" if count else stateful for count in heads]
     return {"num_key_value_heads": max(heads), "layer_types": types}
 
 
@@ -254,6 +269,7 @@ def _shown_by(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "tie_word_embeddings": HEAD not in tensors,
         "attention_bias": bias,
         "qkv_bias": bias,
+        "mamba_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in tensors),
         "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "attention_k_eq_v": counts["v"] < counts["k"],
     }

@@ -14,6 +14,7 @@ from mixchat.weights.families.family import (
     latent_attention,
     short_conv,
 )
+from mixchat.weights.families.granitemoehybrid import mamba
 
 
 def gguf_mixers(
@@ -25,6 +26,7 @@ def gguf_mixers(
         "latent_attention": _split_latents if "attn_k_b.weight" in available else latent_attention,
         "linear_attention": _delta_net(tiled="ssm_alpha.weight" in available),
         "conv": short_conv,
+        "mamba": _mamba,
     }
 
 
@@ -86,3 +88,26 @@ def _delta_net(*, tiled: bool) -> MixerTensors:
         yield f"{to}norm.weight", (Slice(f"{own}ssm_norm.weight", (value,)),)
 
     return tensors
+
+
+def _mamba(config: ModelConfig, layer: int) -> Tensors:
+    """Describe Mamba2 with llama.cpp's names and shapes."""
+    groups, heads, state, width = config.mamba_shape
+    inner = heads * width
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "conv1d.weight": ("ssm_conv1d.weight", (inner + 2 * groups * state, config.mamba_d_conv)),
+        "conv1d.bias": ("ssm_conv1d.bias", (inner + 2 * groups * state,)),
+        "dt_bias": ("ssm_dt.bias", (heads,)),
+        "A_log": ("ssm_a", (heads, 1)),
+        "D": ("ssm_d", (heads, 1)),
+        "norm.weight": ("ssm_norm.weight", (groups, inner // groups)),
+    }
+    for installed, slices in mamba(config, layer):
+        renamed = []
+        for source in slices:
+            own = source.name.partition(".mamba.")[2]
+            usual = f"ssm_{own.replace('_proj', '')}", source.shape
+            name, shape = shapes.get(own, usual)
+            own_slice = replace(source, name=f"blk.{layer}.{name}", shape=shape)
+            renamed.append(replace(own_slice, exponentials=own == "A_log"))
+        yield installed, tuple(renamed)

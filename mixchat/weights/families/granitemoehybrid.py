@@ -67,7 +67,7 @@ def _with_shared_mlp(config: ModelConfig, prefix: str) -> Tensors:
     yield f"{prefix}mlp.w2.weight", (Slice(name, (hidden, inner), factor=factor),)
 
 
-def _mamba(config: ModelConfig, layer: int) -> Tensors:
+def mamba(config: ModelConfig, layer: int) -> Tensors:
     """Describe Mamba2, whose input projection is stored as z above x, B, C and dt."""
     own, hidden = f"model.layers.{layer}.mamba.", config.hidden_size
     groups, heads, state, width = config.mamba_shape
@@ -96,5 +96,5 @@ GRANITEMOEHYBRID = Family(
     "granitemoehybrid",
     _read_config,
     _with_shared_mlp,
-    {"attention": attention(), "mamba": _mamba},
+    {"attention": attention(), "mamba": mamba},
 )

@@ -69,7 +69,7 @@ _SPLITS: dict[str, list[dict[str, Any]]] = {
     **{name: [_DIGITS, _GPT2] for name in ("smollm", "refact", "starcoder")},
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _split(_WORDS % "")),
     **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "chatglm-bpe", "glm4", "lfm2"),
+        ("llama-bpe", "llama3", "llama-v3", "chatglm-bpe", "glm4", "lfm2", "dbrx"),
         _split(_WORDS % "{1,3}"),
     ),
     "qwen35": _split(_MARKED_WORDS),
