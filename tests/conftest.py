@@ -203,7 +203,6 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "layer_types": ["mamba", "attention", "mamba"],
         "mamba_n_heads": 6,
-        "mamba_d_head": 32,
         "mamba_expand": 3,
         "mamba_n_groups": 3,
         "mamba_d_state": 32,

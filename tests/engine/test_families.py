@@ -150,7 +150,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoehybrid",
         {
             "mamba_n_heads": 3,
-            "mamba_d_head": "auto",
             "mamba_n_groups": 1,
             "mamba_d_state": 10,
             "mamba_d_conv": 3,
