@@ -10,8 +10,8 @@ from tiny_tokenizer import write_tokenizer
 from mixchat.base.safetensors import SafetensorsFile
 
 SHAPE = {"vocab_size": 262, "intermediate_size": 128, "max_position_embeddings": 512}
-# Stacks with factors beside states, and codes as they are published. Mixtral has all other tests of
-# commands.
+# Stacks with factors beside states, codes as they are published, and layers with many norms and
+# heads of two shapes. Mixtral has all other tests of commands.
 CHECKPOINTS = {
     "granitemoehybrid": {
         "model_type": "granitemoehybrid",
@@ -19,6 +19,11 @@ CHECKPOINTS = {
         "layer_types": ["attention", "mamba"],
     },
     "gpt_oss in MXFP4": {"model_type": "gpt_oss", "stored_as": "mxfp4"},
+    "gemma4": {
+        "model_type": "gemma4",
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 MANIFESTS = {"mixchat.json", "mixchat.copy.json"}
 SCHEMA = {"enum": ["tea", "milk"]}
@@ -67,7 +72,7 @@ def contents(directory):
 
 
 def test_it_is_downloaded_shown_measured_and_removed(run, checkpoint, installed, ask, known_limits):
-    kind = json.loads((checkpoint / "config.json").read_text())["model_type"]
+    kind = json.loads((checkpoint / "config.json").read_text())["model_type"].removesuffix("_text")
     assert "mine" in run("list").out
     assert json.loads(run("show", "mine", "--json").out)["model_type"] == kind
     ids = ask()["ids"]
