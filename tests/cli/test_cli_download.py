@@ -147,13 +147,13 @@ def test_a_checkpoint_with_a_bad_tokenizer_is_refused_before_it_is_quantized(
 def test_an_unknown_rope_type_is_refused_with_those_that_run(mixchat, checkpoint, key):
     config = json.loads((checkpoint / "config.json").read_text())
     config.pop("rope_parameters", None)
-    config[key] = {"rope_type": "proportional", "factor": 4.0, "rope_theta": 1e6}
+    config[key] = {"rope_type": "other", "factor": 4.0, "rope_theta": 1e6}
     (checkpoint / "config.json").write_text(json.dumps(config))
     done = mixchat("download", str(checkpoint))
     error, hint = done.stderr.decode().splitlines()
     assert done.returncode == 6
-    assert error == "error: config.json: rope type 'proportional' is not supported"
-    types = "default, linear, dynamic, yarn, llama3, longrope"
+    assert error == "error: config.json: rope type 'other' is not supported"
+    types = "default, linear, dynamic, yarn, llama3, longrope, proportional"
     assert hint == f"hint: The types that run are {types}."
 
 

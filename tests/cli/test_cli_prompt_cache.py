@@ -129,7 +129,7 @@ def test_a_file_of_other_bits_is_noted_once_and_written_again(ask, tmp_path):
     done = ask("Why?", "--prompt-cache", file, "--kv-bits", "8")
     assert (done.stdout, done.returncode) == (expected.stdout, 0)
     line = done.stderr.decode()
-    assert line.startswith(f"note: {file} was written for another kind of KV cache, not ")
+    assert line.startswith(f"note: {file} was written for another kind of cache, not ")
     assert line.endswith("; it will be written again\n")
     assert line.count("\n") == 1
     again = ask("Why?", "--prompt-cache", file, "--kv-bits", "8", "--verbose")
