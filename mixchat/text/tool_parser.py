@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -131,7 +132,7 @@ class _CallParser(ThinkingParser):
         return taken
 
 
-class _TaggedParser(_CallParser):
+class _TaggedParser(_CallParser, ABC):
     """Finds calls with other control tokens in them than the opening of the first one."""
 
     def __init__(
@@ -147,6 +148,11 @@ class _TaggedParser(_CallParser):
         self.marks = {**self.marks, **{known[name]: name for name in self._tags}}
         self._tools = {tool.name: tool for tool in offered}
         self._name, self._count, self._came = "", 0, ""
+        self._read_format(format)
+
+    @abstractmethod
+    def _read_format(self, format: ToolFormat) -> None:
+        """Make the expressions by which this kind of calls is read."""
 
     def add(self, text: str) -> AnswerText:
         self._came = (self._came + text)[-_MAX_TAG:]
@@ -188,14 +194,7 @@ class _TaggedParser(_CallParser):
 class _MarkupParser(_TaggedParser):
     """Finds calls with a tag around each argument, which comes as soon as it is complete."""
 
-    def __init__(
-        self,
-        inner: ThinkingParser,
-        format: ToolFormat,
-        tokenizer: Tokenizer,
-        offered: Sequence[Tool],
-    ) -> None:
-        super().__init__(inner, format, tokenizer, offered)
+    def _read_format(self, format: ToolFormat) -> None:
         name_start, name_end, key, value, end, last = map(re.escape, format.markup)
         last = rf"[ \n]{{0,2}}{last or re.escape(format.closing)}"
         # A name without a text after it ends where an argument or the call's end begins.
@@ -232,14 +231,7 @@ class _MarkupParser(_TaggedParser):
 class _LiteralsParser(_TaggedParser):
     """Finds calls whose arguments are literals. An argument comes as soon as it is complete."""
 
-    def __init__(
-        self,
-        inner: ThinkingParser,
-        format: ToolFormat,
-        tokenizer: Tokenizer,
-        offered: Sequence[Tool],
-    ) -> None:
-        super().__init__(inner, format, tokenizer, offered)
+    def _read_format(self, format: ToolFormat) -> None:
         name_start, name_end, _, equals, _, end = map(re.escape, format.markup)
         before, between = r"\s*\[", r"\s*,"
         if not format.in_list:
