@@ -127,8 +127,10 @@ class SequenceCache:
 
         Those go that are closest to the one before, and none of the latest ones.
         """
-        made = {n for n in self._lengths if start <= n <= self.length}
-        self._checkpoints = kept = sorted({*self._checkpoints, *made})
+        new = {n for n in self._lengths if start <= n <= self.length}
+        if not new:  # as after most decoded tokens
+            return
+        self._checkpoints = kept = sorted({*self._checkpoints, *new})
         while len(others := [n for n in kept if n % self._spacing]) > self._places:
             gaps = {n: n - before for before, n in pairwise([0, *kept])}
             oldest = min(others[: len(others) - self._places + 1], key=gaps.__getitem__)
