@@ -25,7 +25,6 @@ from mixchat.cli.flags.settings import option, settings_of, value_source
 from mixchat.cli.output.progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 from mixchat.face.kept_caches import remove_server_caches
-from mixchat.weights.families.read_config import read_config_file
 
 if TYPE_CHECKING:
     from mixchat.weights.care.repair import Damage
@@ -69,6 +68,7 @@ def show_model(model: str = INSTALLED, as_json: bool = JSON) -> None:
         say(build, stream=sys.stdout)
         return
     from mixchat.cli.output.reports import ModelDetails
+    from mixchat.weights.families.read_config import read_config_file
     from mixchat.weights.format.manifest import check_files, read_manifest
 
     manifest = read_manifest(directory)

@@ -12,7 +12,6 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
 from mixchat.face.load import find_or_build, open_model
 from mixchat.face.reading_time import Predictor
-from mixchat.weights.families.read_config import read_config_file
 
 if TYPE_CHECKING:
     from mixchat.face.model import Model
@@ -45,6 +44,7 @@ class LocalModels:
 
         Raises `UsageError` for a size that the model cannot do.
         """
+        from mixchat.weights.families.read_config import read_config_file
         from mixchat.weights.models import installed_directory
 
         try:

@@ -77,7 +77,7 @@ def test_help_imports_few_modules():
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert int(done.stderr) < 290  # 277 of them, of which Typer brings 110, and the families 20
+    assert int(done.stderr) < 265  # 251 of them, of which Typer brings 110
 
 
 def test_ctrl_c_ends_it_quietly_before_anything_else_is_imported():
