@@ -1,4 +1,4 @@
-"""Chooses how many threads torch uses, and measures possible counts once."""
+"""Chooses how many threads torch uses, and measures possible counts once, on a quiet machine."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mixchat.base.files import read_json_object, write_private_file
 from mixchat.base.settings import data_dir
 from mixchat.kernels.cpu.compile import KERNELS
 from mixchat.planning.compute_speed import thread_seconds
+from mixchat.planning.machine_speeds import BUSY
 from mixchat.weights.format.blueprint import Blueprint
 
 # A later count has to be 1.05 times as fast, because measurements vary by some percent, and another
@@ -65,7 +66,9 @@ def candidates(physical: int, usable: int) -> list[int]:
 def known_or_best(path: Path, shape: str, counts: Sequence[int], measure: Measure) -> int:
     """Return the count that `path` has for this machine, else the best by `measure`, saved there.
 
-    It measures only once for a shape, because other counts may round differently.
+    It measures only once for a shape, because other counts may round differently. If other programs
+    took the cores meanwhile, the count is not saved. They made one thread seem the best, which is
+    half of the speed when they have ended.
     """
     if len(counts) == 1:
         return counts[0]
@@ -76,11 +79,14 @@ def known_or_best(path: Path, shape: str, counts: Sequence[int], measure: Measur
         saved = read_json_object(path, follow=False)
     if saved.get(key) in counts:
         return cast("int", saved[key])
+    programs = machine.OtherPrograms()
     seconds = measure(counts)
     best = counts[0]
     for count in counts[1:]:
         if seconds[count] * _MIN_GAIN < seconds[best]:
             best = count
+    if programs.share() > BUSY:
+        return best
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_private_file(path, json.dumps({**saved, key: best}, indent=1).encode())

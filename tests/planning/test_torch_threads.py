@@ -32,6 +32,16 @@ def _two_threads() -> Iterator[None]:
     torch_threads._torch_default.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def share(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let other programs take these shares of the cores, one a measurement, and then nothing."""
+    shares: list[float] = []
+    monkeypatch.setattr(
+        machine.OtherPrograms, "share", lambda programs: shares.pop(0) if shares else 0.0
+    )
+    return shares
+
+
 class Machine:
     """Says how long each count of threads takes, and counts how often it was asked."""
 
@@ -71,6 +81,14 @@ def test_a_count_is_kept_for_its_shape(tmp_path):
     assert known_or_best(path, "small", [1, 2], Machine({1: 1.0, 2: 1.5})) == 1
     assert known_or_best(path, "large", [1, 2], Machine({1: 2.0, 2: 1.0})) == 2
     assert known_or_best(path, "small", [1, 2], Machine({})) == 1
+
+
+def test_a_count_is_kept_only_if_no_other_program_took_the_cores(tmp_path, share):
+    """A first start in a busy minute left a person with one thread, half of the speed, for ever."""
+    path, share[:] = tmp_path / "threads.json", [0.5, 0.1]
+    assert known_or_best(path, "a shape", [1, 2], Machine({1: 1.0, 2: 1.0})) == 1
+    assert known_or_best(path, "a shape", [1, 2], Machine({1: 2.0, 2: 1.0})) == 2
+    assert known_or_best(path, "a shape", [1, 2], Machine({})) == 2
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"x": 1}'])
