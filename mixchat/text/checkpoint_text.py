@@ -124,7 +124,7 @@ class _SandboxedTemplate(_Sandboxed):
     def encode(
         self, messages: Sequence[Message], variables: Variables = None, tools: Sequence[Tool] = ()
     ) -> list[int]:
-        parts = [as_parts(message) for message in messages]
+        parts = [as_parts(message, variables) for message in messages]
         offered = [asdict(tool) for tool in tools]
         return self._ask_ids("encode_messages", parts, dict(variables or {}), offered)
 

@@ -11,7 +11,14 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 from mixchat.base.errors import CheckpointError, PromptError, short_message
-from mixchat.text.messages import Message, Variables, as_parts, require_question, system_in_question
+from mixchat.text.messages import (
+    Message,
+    Variables,
+    as_parts,
+    require_question,
+    shown_thinking,
+    system_in_question,
+)
 from mixchat.text.thinking import format_of
 from mixchat.text.tokenizer import Insert, Tokenizer
 from mixchat.text.tokenizer_files import ChatTemplate
@@ -85,12 +92,14 @@ class JinjaTemplate:
         if self.tools is not None and self.tools.kind == "harmony":
             for tool in offered:  # harmony's template fails without a description
                 tool["function"].setdefault("description", "")
-        extras = json.dumps([offered, list(map(as_parts, messages))], ensure_ascii=False)
+        parts = [as_parts(message, variables) for message in messages]
+        extras = json.dumps([offered, parts], ensure_ascii=False)
         used = self._reserved.union(*(message.content for message in messages), extras)
         cover = _Cover(self._tokenizer.control_tokens, used)
-        text = self._render(
-            list(map(cover.message, messages)), variables, cover.value(offered) or None
-        )
+        covered = [
+            cover.message(message, shown_thinking(message, variables)) for message in messages
+        ]
+        text = self._render(covered, variables, cover.value(offered) or None)
         return self._tokenizer.encode_template(text, cover.inserts)
 
     def _with_its_calls(self, messages: Sequence[Message], format: ToolFormat) -> Sequence[Message]:
@@ -191,14 +200,13 @@ class _Cover:
         self.inserts[char] = ids
         return char
 
-    def message(self, message: Message) -> dict[str, Any]:
-        """Return a message as templates know it."""
+    def message(self, message: Message, thinking: str) -> dict[str, Any]:
+        """Return a message as templates know it, with its thinking if they may show it."""
         covered = {"role": message.role, "content": self.content(message)}
         if message.calls:
             covered["tool_calls"] = self.value([call.to_json() for call in message.calls])
-            if message.thinking:
-                thinking = self._text(message.thinking)
-                covered |= {"reasoning_content": thinking, "thinking": thinking}
+        if thinking:
+            covered |= dict.fromkeys(("reasoning_content", "thinking"), self._text(thinking))
         return covered | ({"tool_call_id": self._text(message.call_id)} if message.call_id else {})
 
     def value(self, json_value: Any) -> Any:

@@ -11,6 +11,7 @@ from mixchat.text.tool_call import ToolCall
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 Variables: TypeAlias = "Mapping[str, Any] | None"  # of a chat template
+PRESERVES = "preserve_thinking"  # a variable of Qwen3.6's template, true or false
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,17 @@ class Message:
         return None if self.ids is None else self.ids[self.thinking_tokens :]
 
 
-def as_parts(message: Message) -> list[Any]:
-    """Return the parts of a message that a template reads, as JSON."""
-    calls = [astuple(call) for call in message.calls]
-    thinking = message.thinking if calls else ""
+def shown_thinking(message: Message, variables: Variables) -> str:
+    """Return the thinking of an answer that a template reads.
+
+    It is that before calls, or of all answers if a variable says so.
+    """
+    return message.thinking if message.calls or (variables or {}).get(PRESERVES) else ""
+
+
+def as_parts(message: Message, variables: Variables = None) -> list[Any]:
+    """Return the parts of a message that a template with these variables reads, as JSON."""
+    calls, thinking = [astuple(call) for call in message.calls], shown_thinking(message, variables)
     return [message.role, message.content, message.content_ids, thinking, calls, message.call_id]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mixchat.text.messages import PRESERVES
 from mixchat.text.tokenizer import TokenTexts
 from mixchat.text.tool_call import CallDelta, new_call_id
 
@@ -34,8 +35,9 @@ _HARMONY = (_CONSTRAIN, _CHANNEL, _MESSAGE, "<|start|>", "<|end|>", "<|return|>"
 # Stands for a mark between characters. Half a surrogate pair is in no decoded text.
 _MARK_CHAR = re.compile("[\ud800-\udfff]")
 _TAIL = 16  # tokens at a prompt's end that hold a tag and the newlines after it
-SWITCHES = ("enable_thinking", "thinking")  # variables of templates, true or false
-EFFORT = "reasoning_effort"  # a variable of templates
+# Variables of templates.
+SWITCHES = ("enable_thinking", "thinking")  # true or false
+EFFORT = "reasoning_effort"
 EFFORTS = ("minimal", "low", "medium", "high")
 
 
@@ -80,7 +82,7 @@ class ThinkingFormat:
 
 def format_of(source: str, variables: Collection[str]) -> ThinkingFormat | None:
     """Return the format of a chat template, which knows these variables. None without one."""
-    known = tuple(name for name in (*SWITCHES, EFFORT) if name in variables)
+    known = tuple(name for name in (*SWITCHES, PRESERVES, EFFORT) if name in variables)
     if _CHANNEL in source and _MESSAGE in source:
         return ThinkingFormat("harmony", known)
     opening, name, closing, _ = _TAGS["channel"]

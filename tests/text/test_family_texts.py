@@ -138,6 +138,19 @@ def test_an_answers_thinking_is_in_no_later_prompt(tmp_path):
     )
 
 
+def test_an_answers_thinking_is_in_later_prompts_if_a_client_asks_for_it(tmp_path):
+    shown = "{% if preserve_thinking %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    source = f"{{% for m in messages %}}{shown}{{{{ m.content }}}}{{% endfor %}}"
+    directory = FAMILIES["qwen3"].write(tmp_path / "x", source)
+    tokenizer = load_tokenizer(directory)
+    template = load_template(directory, tokenizer)
+    talk = [Message("assistant", "a", thinking="Hm"), Message("user", "b")]
+    for variables, text in (({}, "ab"), ({"preserve_thinking": True}, "<think>Hm</think>a")):
+        ids = template.encode(talk, variables)
+        start = tokenizer.encode_template(text)
+        assert ids[: len(start)] == start
+
+
 def answered(directory: Path, said: str, tools: Any = None) -> tuple[Any, Any]:
     """Return the state of an answer of Gemma 4 that is over, and its calls."""
     tokenizer = load_tokenizer(directory)

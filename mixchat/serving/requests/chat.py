@@ -5,7 +5,7 @@
 | messages                                   | system, developer, user, assistant, tool, as text  |
 | messages[-1] of the assistant              | the beginning of the answer                        |
 | messages[].name                            | ignored                                            |
-| messages[].reasoning_content               | ignored, except in an answer with tool_calls       |
+| messages[].reasoning_content               | ignored without tool_calls or preserve_thinking    |
 | temperature, top_p, seed                   | OpenAI's, else the model's advice                  |
 | top_k, min_p, repeat_penalty               | mixchat's own, with the limits of `run`            |
 | repetition_penalty                         | as repeat_penalty                                  |
@@ -51,7 +51,7 @@ from mixchat.serving.requests.fields import (
     wrong,
 )
 from mixchat.serving.requests.shared import APIRequest
-from mixchat.text.messages import Message
+from mixchat.text.messages import PRESERVES, Message
 from mixchat.text.thinking import EFFORT, EFFORTS, SWITCHES, ThinkingFormat
 
 if TYPE_CHECKING:
@@ -238,8 +238,7 @@ class _ChatMessage(RequestObject):
             )
             for number, call in enumerate(self.tool_calls)
         )
-        # Templates show thinking only between calls and their results.
-        thinking = self.reasoning_content if calls else ""
+        thinking = self.reasoning_content
         return Message(
             "system" if self.role == "developer" else self.role,
             str(self.content),
@@ -346,7 +345,7 @@ def _take_thinking(body: JSON, format: ThinkingFormat | None) -> tuple[JSON, JSO
             del remaining[_KWARGS]
         variables |= known
     for name, value in variables.items():
-        if name in SWITCHES and not isinstance(value, bool):
+        if name in (*SWITCHES, PRESERVES) and not isinstance(value, bool):
             raise value_error(f"{_KWARGS}.{name}", "true or false", value)
         if name == EFFORT and value not in EFFORTS:
             raise value_error(f"{_KWARGS}.{name}", " or ".join(EFFORTS), value)

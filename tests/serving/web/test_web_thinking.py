@@ -10,7 +10,7 @@ from mixchat.text.thinking import ThinkingFormat
 @pytest.fixture
 def thinking(served):
     """The model thinks, and its template has a switch."""
-    variables = ("enable_thinking", "reasoning_effort")
+    variables = ("enable_thinking", "preserve_thinking", "reasoning_effort")
     served.model.template.thinking = ThinkingFormat("tags", variables)
     return served
 
@@ -56,12 +56,14 @@ def test_a_model_that_does_not_think_has_no_reasoning_content(client):
         ({"reasoning_effort": "none"}, {"enable_thinking": False}),
         ({"think": False}, {"enable_thinking": False}),
         ({"response_format": {"type": "json_object"}}, {"enable_thinking": False}),
+        ({"chat_template_kwargs": {"preserve_thinking": True}}, {"preserve_thinking": True}),
         ({}, {}),
     ],
 )
 def test_what_the_template_knows_is_honoured(serve, fields, variables):
     served = serve()
-    served.model.template.thinking = ThinkingFormat("tags", ("enable_thinking", "reasoning_effort"))
+    known = ("enable_thinking", "preserve_thinking", "reasoning_effort")
+    served.model.template.thinking = ThinkingFormat("tags", known)
     assert exchange(served, request(CHAT, HI | fields)).status == 200
     assert served.model.template.variables[-1] == variables
 
@@ -75,7 +77,9 @@ def test_what_the_template_does_not_know_is_ignored_and_named(serve):
     assert lenient.model.template.variables[-1] == {"enable_thinking": False}
 
 
-@pytest.mark.parametrize("kwargs", [{"enable_thinking": "no"}, {"reasoning_effort": "<|end|>"}])
+@pytest.mark.parametrize(
+    "kwargs", [{"enable_thinking": "no"}, {"preserve_thinking": 1}, {"reasoning_effort": "<|end|>"}]
+)
 def test_a_variable_of_a_wrong_type_is_refused(thinking, kwargs):
     raw = exchange(thinking, request(CHAT, HI | {"chat_template_kwargs": kwargs}))
     (name,) = kwargs
