@@ -176,11 +176,13 @@ class _TaggedParser(_CallParser, ABC):
         self.calls, self._name, self._count = self.calls + 1, head[1], 0
         return [CallDelta(self.calls - 1, id=new_call_id(), name=self._name)]
 
-    def _argument_of(self, name: str, value: str, as_text: str) -> list[CallDelta]:
-        """Return an argument, whose value is JSON, or a text if the tool takes only that."""
+    def _takes_text(self, argument: str) -> bool:
+        """Return whether the called tool takes only a text there."""
         tool = self._tools.get(self._name)
-        if tool is not None and tool.takes_text(name) and not value.startswith('"'):
-            value = json.dumps(as_text)
+        return tool is not None and tool.takes_text(argument)
+
+    def _argument_of(self, name: str, value: str) -> list[CallDelta]:
+        """Return an argument, whose value is JSON."""
         self._count += 1
         separator = "{" if self._count == 1 else ", "
         return [CallDelta(self.calls - 1, f"{separator}{json.dumps(name)}: {value}")]
@@ -217,19 +219,17 @@ class _MarkupParser(_TaggedParser):
         if self._end in self._held and (match := self._argument.match(self._held)):
             self._take(match.end())
             name, text = match.groups()
-            return self._argument_of(name, self._value(name, text), text)
+            value = None if self._takes_text(name) else checked_json(text)
+            return self._argument_of(name, value or json.dumps(text))  # what is no JSON is a text
         match = self._last.match(self._held)
         return [] if match is None else self._end_call(match.end())
 
-    def _value(self, argument: str, text: str) -> str:
-        """Return an argument's value as JSON. What is no JSON is a string."""
-        tool = self._tools.get(self._name)
-        takes_text = tool is not None and tool.takes_text(argument)
-        return (None if takes_text else checked_json(text)) or json.dumps(text)
-
 
 class _LiteralsParser(_TaggedParser):
-    """Finds calls whose arguments are literals. An argument comes as soon as it is complete."""
+    """Finds calls whose arguments are literals. An argument comes as soon as it is complete.
+
+    LFM2 writes its list in JSON if a system text asks for that, which is read, too.
+    """
 
     def _read_format(self, format: ToolFormat) -> None:
         name_start, name_end, _, equals, _, end = map(re.escape, format.markup)
@@ -241,9 +241,14 @@ class _LiteralsParser(_TaggedParser):
         self._key = re.compile(rf"\s*(?:,\s*)?([^\s:=,(){{}}]+)\s*{equals}\s*")
         self._last = re.compile(rf"\s*(?:,\s*)?{end}")
         self._quote, self._argument = format.quote, ""
+        self._may_be_json, self._is_json = format.in_list, False
         self._literal = LiteralEnd(format.quote)
 
     def _call(self) -> list[CallDelta]:
+        if self._may_be_json and not self.calls:
+            self._is_json = _FIRST.match(self._held) is not None
+        if self._is_json:
+            return super()._call()
         if not self._name:
             return self._begin((self._next if self.calls else self._first).match(self._held))
         if not self._argument:
@@ -259,7 +264,9 @@ class _LiteralsParser(_TaggedParser):
             return []
         name, self._argument = self._argument, ""
         text = self._take(size).strip()
-        return self._argument_of(name, json_of(text, self._quote), text)
+        value = json_of(text, self._quote)
+        is_other = self._takes_text(name) and not value.startswith('"')
+        return self._argument_of(name, json.dumps(text) if is_other else value)
 
 
 class _ObjectEnd:
