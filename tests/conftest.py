@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,15 @@ os.environ["GOMP_SPINCOUNT"] = "1000"
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# What nohup and shells in the background ignore, the processes of tests would ignore, too. Ctrl-C
+# has to end them.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, lambda *_: None),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 # On a busy machine, a test takes longer than hypothesis allows by default.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
