@@ -7,9 +7,32 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import comb
 
-from mixchat.planning.gpu_speeds import EFFICIENCY, KERNEL_S, KERNELS_PER_LAYER, SYNC_S, GPUSpeeds
+from mixchat.base.model_config import MixerType, ModelConfig
+from mixchat.planning.gpu_speeds import EFFICIENCY, KERNEL_S, SYNC_S, GPUSpeeds
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.matrix.linear import LinearSpec
+
+# Of a token in a layer. `tests/benchmarks/gpu_budget.py` counts them. Mamba2 has no kernels yet.
+_OF_MIXERS: dict[MixerType, int] = {
+    "attention": 4,
+    "latent_attention": 6,
+    "linear_attention": 3,
+    "conv": 3,
+    "mamba": 3,
+}
+_OF_LATENT_QUERIES, _OF_SANDWICH_NORMS, _OF_NORMS, _OF_ROUTER, _OF_EXPERTS = 2, 6, 2, 1, 2
+
+
+def token_kernels(config: ModelConfig) -> int:
+    """Return the kernels of the layers for a token whose experts are all in VRAM."""
+    parts = [
+        _OF_NORMS + _OF_MIXERS[config.mixer(layer)] for layer in range(config.num_hidden_layers)
+    ]
+    of_layer = _OF_EXPERTS + (_OF_LATENT_QUERIES if config.q_lora_rank else 0)
+    of_moe = _OF_ROUTER + (_OF_SANDWICH_NORMS if config.sandwich_norms else 0)
+    if config.shared_expert_intermediate_size:
+        of_moe += _OF_EXPERTS + (_OF_ROUTER if config.shared_expert_gate else 0)
+    return sum(parts) + len(parts) * of_layer + config.num_moe_layers * of_moe
 
 
 @dataclass(frozen=True)
@@ -72,8 +95,8 @@ class GPUWork:
         for gpu, share in self._shares():
             expert_s = self._expert_reading(gpu)
             computing += share * (gpu.reading(self._dense) + layers * hit_rate * uses * expert_s)
-            computing += share * self._config.num_hidden_layers * KERNELS_PER_LAYER * KERNEL_S
-            if hit_rate < 1:
+            computing += share * token_kernels(self._config) * KERNEL_S
+            if hit_rate < 1:  # one more kernel adds what the CPU computed
                 computing += share * layers * (KERNEL_S + SYNC_S)
                 waiting += share * layers * _waiting(hit_rate, round(uses), expert_s, cpu_expert_s)
         hops = (len(self._parts) - 1) * SYNC_S

@@ -48,9 +48,6 @@ INSTRUCTIONS: dict[QuantType, float] = {
 BUS_PART = 0.8  # of a slot's bandwidth that a copy from page-locked RAM reaches
 LANES_PART = 0.8  # of a card's instructions that a kernel without waits gets
 COMPUTE_PART = 0.5  # of a card's rate that matrix products of a prompt reach
-# Of one token whose experts are all in VRAM, and one more that adds what the CPU computed.
-# `tests/benchmarks/gpu_budget.py` counts them.
-KERNELS_PER_LAYER = 9
 KERNEL_S = 2e-6  # to start and end one kernel of a CUDA graph
 SYNC_S = 2e-5  # until the host sees a result, or the GPU sees what the host computed
 _LAUNCH_S = 5e-6  # to start a kernel without a graph, as in prompts

@@ -90,6 +90,28 @@ TINY_LATENTS = TINY | {
     "moe_intermediate_size": 128,
     "first_k_dense_replace": 0,
 }
+TINY_CONVOLUTIONS = TINY | {
+    "model_type": "lfm2_moe",
+    "num_experts": EXPERTS,
+    "moe_intermediate_size": 128,
+    "num_dense_layers": 0,
+    "layer_types": ["conv", "conv"],
+}
+# Norms of outputs, and a dense part beside the experts.
+TINY_NORMS = TINY | {
+    "model_type": "gemma4",
+    "num_experts": EXPERTS,
+    "top_k_experts": CHOICES,
+    "moe_intermediate_size": 128,
+    "enable_moe_block": True,
+    "hidden_size_per_layer_input": 0,
+    "global_head_dim": 16,
+    "layer_types": ["full_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
 CPU = torch.device("cpu")
 _SECTOR = 32  # bytes that a GPU reads from its memory at least
 
@@ -124,6 +146,12 @@ def blueprint_of(quant_type: QuantType, config: dict[str, Any]) -> Blueprint:
     return Blueprint(read_config(config), form)
 
 
+def of_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Return a config with so many layers."""
+    types = {"layer_types": config["layer_types"][:layers]} if "layer_types" in config else {}
+    return config | types | {"num_hidden_layers": layers}
+
+
 def counted(quant_type: QuantType, resident: float, config: dict[str, Any] = TINY) -> Row:
     """Return what a token costs, or one more layer if not all experts are in VRAM."""
     one, two = (_token(quant_type, resident, config, layers) for layers in (1, 2))
@@ -137,7 +165,7 @@ def _token(
     quant_type: QuantType, resident: float, config: dict[str, Any], layers: int
 ) -> tuple[int, int, int]:
     """Return the launches, kernels and waits of a token of a tiny model."""
-    config = config | {"num_hidden_layers": layers}
+    config = of_layers(config, layers)
     blueprint = blueprint_of(quant_type, config)
     with paper_gpu.in_place_of_cuda(), tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "model"

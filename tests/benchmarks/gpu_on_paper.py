@@ -21,8 +21,8 @@ from mixchat.base.options import ExpertSize, LoadOptions
 from mixchat.planning.cards import Card, find_card
 from mixchat.planning.expectation import gpu_token_cost
 from mixchat.planning.fitting import FreeMemory, expected_mix, fit_model
-from mixchat.planning.gpu_cost import GPUWork, parts_of
-from mixchat.planning.gpu_speeds import KERNELS_PER_LAYER, GPUSpeeds
+from mixchat.planning.gpu_cost import GPUWork, parts_of, token_kernels
+from mixchat.planning.gpu_speeds import GPUSpeeds
 from mixchat.planning.machine_speeds import MachineSpeeds
 from mixchat.planning.routing import expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
@@ -129,7 +129,7 @@ def models_table() -> Iterator[tuple[str, ...]]:
                 title,
                 types_of(blueprint),
                 f"{found.vram / 1e9:.2f}",
-                f"{KERNELS_PER_LAYER * layers + KERNELS_AT_END}",
+                f"{token_kernels(blueprint.config) + KERNELS_AT_END}",
                 f"{LAUNCHES_PER_LAYER * layers}",
             )
 

@@ -54,7 +54,7 @@ def test_two_gpus_of_a_size_have_speeds_that_are_said_to_be_assumed(mixchat, mea
     assert "predicted by a cheap card, not measured" in verdict_text(done)
     found = json.loads(mixchat(*arguments, "--json", fake=False).stdout)
     assert [(card["memory"], card["origin"]) for card in found["gpus"]] == [(3e11, "assumed")] * 2
-    assert found["assumed"]["kernels_per_layer"] == 9
+    assert found["assumed"]["kernels"] == 32 * 9
     assert found["machine"]["free"]["other_gpus"] == {"cuda:1": int(7.5 * GB)}
     assert found["device"] == "cuda:0"
     assert found["cost"]["waiting"] > found["cost"]["copying"] == 0

@@ -9,7 +9,7 @@ from planning_tools import BLUEPRINT, GPU_SPEEDS, without_disk
 
 from mixchat.planning.expectation import OVERLAP, ModelSize, TokenCost, gpu_token_cost, token_cost
 from mixchat.planning.gpu_cost import GPUWork, parts_of
-from mixchat.planning.gpu_speeds import KERNEL_S, KERNELS_PER_LAYER, SYNC_S
+from mixchat.planning.gpu_speeds import KERNEL_S, SYNC_S
 from mixchat.planning.machine_speeds import MachineSpeeds
 
 # 8 uses of experts a token. A head as large as three experts.
@@ -71,7 +71,7 @@ def test_a_gpu_reads_what_it_holds_while_the_cpu_computes_the_rest():
 def test_with_all_in_vram_a_token_takes_its_bytes_its_kernels_and_one_wait():
     """Every type had 300 GB/s, so that a plan for any card and any bits was the same."""
     gpu, work = GPU_SPEEDS.gpus[0], GPUWork(BLUEPRINT, parts_of(GPU_SPEEDS.gpus, (1,)))
-    kernels = 32 * KERNELS_PER_LAYER * KERNEL_S
+    kernels = 32 * 9 * KERNEL_S
     seconds = gpu_cost(1, 1).seconds
     assert seconds == pytest.approx(
         work.bytes_per_token / (0.8 * gpu.memory) + kernels + SYNC_S, rel=1e-3

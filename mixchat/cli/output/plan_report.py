@@ -14,6 +14,7 @@ from mixchat.cli.output.plan_text import count_text, gpus_text, section, speed_t
 from mixchat.cli.output.reports import DownloadReport, Report, aligned, disk_as_json
 from mixchat.planning import gpu_speeds
 from mixchat.planning.expectation import LONG_PROMPT
+from mixchat.planning.gpu_cost import token_kernels
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def assumed_figures(plan: MachinePlan) -> dict[str, Any] | None:
     types = [name for name, (_, origin) in plan.types_on_gpu.items() if origin == "assumed"]
     return {
         "efficiency": types,
-        "kernels_per_layer": gpu_speeds.KERNELS_PER_LAYER,
+        "kernels": token_kernels(plan.fit.blueprint.config),
         "kernel_seconds": gpu_speeds.KERNEL_S,
         "sync_seconds": gpu_speeds.SYNC_S,
         "bus_part": gpu_speeds.BUS_PART,

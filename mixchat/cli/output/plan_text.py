@@ -12,6 +12,7 @@ from mixchat.base.quantities import format_age, format_rates, format_size, forma
 from mixchat.cli.output.reports import aligned
 from mixchat.planning import gpu_speeds
 from mixchat.planning.expectation import LONG_PROMPT
+from mixchat.planning.gpu_cost import token_kernels
 from mixchat.planning.machine_speeds import IN_USE
 from mixchat.planning.routing import repeats_as_mixtral
 from mixchat.weights.make.quantize_options import DEMO_LOSS
@@ -97,11 +98,9 @@ def _gpus(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         ]
         if parts:
             yield origin, f"kernels reach of that memory's speed {', '.join(parts)}"
-    yield (
-        "assumed",
-        f"{gpu_speeds.KERNEL_S * 1e6:.0f} us for each of {gpu_speeds.KERNELS_PER_LAYER} kernels a "
-        f"layer, {gpu_speeds.SYNC_S * 1e6:.0f} us a wait",
-    )
+    kernels = token_kernels(plan.fit.blueprint.config)
+    each, wait = (1e6 * seconds for seconds in (gpu_speeds.KERNEL_S, gpu_speeds.SYNC_S))
+    yield "assumed", f"{each:.0f} us for each of {kernels} kernels, {wait:.0f} us a wait"
     if plan.gpus[0].origin != "measured":
         # Both are in the figures above.
         bus, compute = gpu_speeds.BUS_PART, gpu_speeds.COMPUTE_PART
