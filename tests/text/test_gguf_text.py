@@ -31,7 +31,7 @@ from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.messages import Message
 from mixchat.text.spm import _user_defined
 from mixchat.text.tokenizer import Tokenizer as OurTokenizer
-from mixchat.weights.source.gguf_text import generation_config, text_files
+from mixchat.weights.source.gguf_text import _SPLITS, generation_config, text_files
 
 DATA = Path(mistral_common.__file__).parent / "data"
 MISTRAL = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
@@ -90,6 +90,11 @@ def test_byte_pairs_are_the_original_s(family: str, rule: str, tmp_path: Path) -
     talk = [Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "12 + 34?")]
     encoded = [load_template(d, load_tokenizer(d)).encode(talk) for d in (made, original)]
     assert encoded[0] == encoded[1]
+
+
+def test_tekken_splits_text_as_mistral_common_does() -> None:
+    published = json.loads((DATA / "tekken_240911.json").read_bytes())
+    assert _SPLITS["tekken"][0]["pattern"] == {"Regex": published["config"]["pattern"]}
 
 
 def merging(spec: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
@@ -197,7 +202,7 @@ def test_sampling_is_what_the_makers_advise() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.pre": "tekken"}, "rules for splitting text, 'tekken', are not known"),
+        ({"tokenizer.ggml.pre": "mpt"}, "rules for splitting text, 'mpt', are not known"),
         ({"tokenizer.ggml.pre": None}, "are not known"),
         ({"tokenizer.ggml.model": "bert"}, "kind 'bert' does not run"),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, "types of its tokens"),

@@ -125,8 +125,12 @@ _ARCHITECTURES = {
     ),
     "dots1": _Architecture("dots1", _LATER_DENSE, experts="n_routed_experts", sigmoid=True),
     "minimax-m2": _Architecture("minimax_m2", experts="num_local_experts", sigmoid=True),
-    "qwen3next": _Architecture("qwen3_next", _DELTA_NET, derived=_VALUES),
-    "qwen35moe": _Architecture("qwen3_5_moe", _DELTA_NET, derived=_VALUES),
+    "qwen3next": _Architecture(
+        "qwen3_next", _DELTA_NET, derived=_VALUES, stateful="linear_attention"
+    ),
+    "qwen35moe": _Architecture(
+        "qwen3_5_moe", _DELTA_NET, derived=_VALUES, stateful="linear_attention"
+    ),
     "deepseek2": _Architecture(
         "deepseek_v3", _LATENTS, experts="n_routed_experts", sigmoid=True, derived=_UNROTATED
     ),
@@ -184,7 +188,9 @@ def gguf_config(
     """
     name = metadata.get("general.architecture")
     gating = metadata.get(f"{name}.expert_gating_func")
-    known = _ARCHITECTURES if gating == _SIGMOID_GATING else {**_ARCHITECTURES, **_SOFTMAX}
+    # Older files of GLM-4.7-Flash do not say it. Here only scores of a sigmoid have corrections.
+    is_sigmoid = gating == _SIGMOID_GATING or any(map(_is_correction, tensors))
+    known = _ARCHITECTURES if is_sigmoid else {**_ARCHITECTURES, **_SOFTMAX}
     architecture = known.get(name) if isinstance(name, str) else None
     # llama.cpp calls a dense Llama and a Mixtral "llama". Only the experts distinguish them.
     if architecture is None or (name == "llama" and not metadata.get("llama.expert_count")):
@@ -220,6 +226,9 @@ def gguf_config(
                 f"{where}: {key} is {type(value).__name__}, not a number: models with layers of "
                 "different shapes do not run"
             )
+    for key, fixed in architecture.fixed.items():
+        if config.get(key, fixed) != fixed:
+            raise CheckpointError(f"{where}: {key} cannot be {config[key]} in {name}")
     right = (_SIGMOID_GATING,) if architecture.sigmoid else _SOFTMAX_GATING
     if gating not in (None, 0, *right):
         raise CheckpointError(f"{where}: its router computes scores of the kind {gating!r:.80}")
@@ -238,6 +247,10 @@ def gguf_config(
         **_shown_by(tensors),
         **architecture.fixed,
     }
+
+
+def _is_correction(tensor: str) -> bool:
+    return tensor.endswith("exp_probs_b.bias")
 
 
 def _of_layers(heads: object, is_sliding: object, stateful: str) -> dict[str, Any]:

@@ -44,6 +44,10 @@ _CASED = (
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}?"
     r"|\p{N}{1,3}|" + _REST % "/"
 )
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
+    + _REST % "/"
+)
 _GPT2: dict[str, Any] = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -74,10 +78,11 @@ _SPLITS: dict[str, list[dict[str, Any]]] = {
     ),
     "qwen35": _split(_MARKED_WORDS),
     "gpt-4o": _split(_CASED),
+    "tekken": _split(_TEKKEN),
 }
 _NORMALIZED = ("qwen2", "qwen35", "deepseek-r1-qwen", "olmo")  # to NFC
 # A token in the vocabulary needs no merges.
-_WHOLE_TOKENS = ("llama-bpe", "llama3", "llama-v3", "lfm2")
+_WHOLE_TOKENS = ("llama-bpe", "llama3", "llama-v3", "lfm2", "tekken")
 
 
 def text_files(

@@ -83,6 +83,28 @@ class TestFamilies:
         found = gguf_config({"general.architecture": "deepseek2", **old}, {}, "x")
         assert (found["n_group"], found["topk_group"]) == (1, 1)
 
+    def test_a_file_with_corrections_of_scores_has_those_of_a_sigmoid(
+        self, make_checkpoint: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        """Published files of GLM-4.7-Flash do not say it, and were read as DeepSeek-V2's."""
+        checkpoint = make_checkpoint(model_type="glm4_moe_lite", vocab_size=262)
+        config, weights = gguf_files.read(checkpoint)
+        path, tensors = tmp_path / "model.gguf", gguf_files.tensors_of(config, weights)
+        unsaid = {"deepseek2.expert_gating_func": None}
+        gguf_files.write_tensors(path, config, tensors, "F32", changes=unsaid)
+        made = install_from(path, tmp_path / "made")
+        assert made == install_from(checkpoint, tmp_path / "own")
+
+    def test_what_a_family_cannot_be_is_refused(self) -> None:
+        """The weights of a softmax that sum to one were read as DeepSeek-V2's, which do not."""
+        metadata = {
+            "general.architecture": "deepseek2",
+            "deepseek2.expert_gating_func": 1,
+            "deepseek2.expert_weights_norm": True,
+        }
+        with pytest.raises(CheckpointError, match="norm_topk_prob cannot be True"):
+            gguf_config(metadata, {}, "x")
+
     def test_every_other_architecture_is_refused_by_its_name(self) -> None:
         run = {gguf.MODEL_ARCH_NAMES[number] for number in gguf_files.ARCHITECTURES.values()}
         others = {*gguf.MODEL_ARCH_NAMES.values()} - run
@@ -155,6 +177,15 @@ class TestFamilies:
         }
         raw = gguf_config(metadata, {}, "x")
         assert (raw["num_hidden_layers"], raw["num_nextn_predict_layers"]) == (8, 1)
+
+    def test_layers_of_qwen3_5_without_key_heads_have_states(self) -> None:
+        metadata = {
+            "general.architecture": "qwen35moe",
+            "qwen35moe.attention.head_count_kv": [0, 0, 0, 2],
+        }
+        raw = gguf_config(metadata, {}, "x")
+        assert raw["num_key_value_heads"] == 2
+        assert raw["layer_types"] == [*["linear_attention"] * 3, "full_attention"]
 
     def test_an_old_mixtral_has_each_matrix_for_itself(self, mixtral: Path, tmp_path: Path) -> None:
         path = gguf_files.write(mixtral, tmp_path / "model.gguf", separate=True)
