@@ -6,19 +6,12 @@ several tokens (mtp) are left out.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.weights.families.family import (
-    MLP_EXPERTS,
-    Family,
-    Slice,
-    Tensors,
-    attention,
-    delta_net,
-    with_shared_expert,
-)
-from mixchat.weights.families.qwen3_next import read_hybrid
+from mixchat.weights.families.family import Slice, Tensors, delta_net
+from mixchat.weights.families.qwen3_next import QWEN3_NEXT, read_hybrid
 
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
@@ -36,10 +29,9 @@ def _in_proj(config: ModelConfig, own: str) -> Tensors:
         yield f"{own}{name}.weight", tuple(slices)
 
 
-QWEN3_5_MOE = Family(
-    "qwen3_5_moe",
-    _read_config,
-    with_shared_expert(MLP_EXPERTS, "mlp.shared_expert"),
-    {"attention": attention(norm_offset=1.0), "linear_attention": delta_net(_in_proj)},
-    norm_offset=1.0,
+QWEN3_5_MOE = replace(
+    QWEN3_NEXT,
+    model_type="qwen3_5_moe",
+    read_config=_read_config,
+    mixers={**QWEN3_NEXT.mixers, "linear_attention": delta_net(_in_proj)},
 )

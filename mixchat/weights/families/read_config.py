@@ -46,6 +46,8 @@ FAMILIES: dict[str, Family] = {
 # Needs of well-known models that no family here has.
 _MISSING = {
     "jamba": "Mamba layers of version 1",
+    "kimi_k2": "a tokenizer that is Python code",
+    "kimi_linear": "Kimi delta attention",
     "nemotron_h": "layers of a mixer or experts alone",
     "llama4": "attention in chunks",
     "minimax": "lightning attention",

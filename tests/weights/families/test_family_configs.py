@@ -602,6 +602,7 @@ def test_what_does_not_run_is_refused_in_one_line(model_type, change, message):
     ("model_type", "missing"),
     [
         ("jamba", "Mamba"),
+        ("kimi_k2", "tokenizer"),
         ("llama4", "attention in chunks"),
     ],
 )
