@@ -12,8 +12,7 @@
 - norm.py: the RMSNorm
 - attention.py: attention of a layer
 - latent_attention.py: attention to latents, which keys and values would be made of
-- delta_net.py, mamba.py, short_conv.py: gated DeltaNets, Mamba2 and short convolutions, which have
-  states
+- delta_net.py, short_conv.py: gated DeltaNets, Mamba2 and short convolutions, which have states
 - rope.py: rotary position embedding
 - decoder.py: the next token of one sequence, or of each of several, as programs of kernels
 - gpu_decoder.py: computes one token on GPUs as CUDA graphs

@@ -1,4 +1,7 @@
-"""Gated DeltaNet of one layer, which keeps a state of fixed size in place of keys and values.
+"""Gated DeltaNet or Mamba2 of one layer, with a state of fixed size in place of keys and values.
+
+In Mamba2, C, B and x take the places of queries, keys and values, and decays and rates depend on
+the same logits.
 
 T = tokens of this call, D = hidden_size, V = value heads, v = their width, C = channels of queries,
 keys and values.
@@ -30,7 +33,7 @@ class GatedDeltaNet:
     """A recurrent mixer. It computes one token after the other, however many a call has.
 
     in_proj: to queries, keys, values and the gate of the output. ba_proj: [2V, D], to the logits of
-    rates and decays.
+    rates and decays, or [V, D] in Mamba2.
     """
 
     def __init__(
@@ -54,15 +57,16 @@ class GatedDeltaNet:
         spec, config = used.mixer(layer), used.config
         in_proj, out_proj = map(tensors.linear, spec.matrices.values())
         own = {role: tensors.tensor(tensor) for role, tensor in spec.tensors.items()}
-        shape = DeltaNetShape(*config.delta_net_shape)
+        is_mamba = config.mixer(layer) == "mamba"
+        shape = DeltaNetShape(*(config.mamba_shape if is_mamba else config.delta_net_shape))
         return cls(
             layer,
             in_proj,
             out_proj,
             own["ba_proj"].contiguous(),
-            Convolution(own["conv1d"]),
-            DeltaRule(shape, own["A_log"], own["dt_bias"]),
-            GatedNorm(own["norm"].contiguous(), config.rms_norm_eps),
+            Convolution(own["conv1d"], own.get("conv1d_bias")),
+            DeltaRule(shape, own["A_log"], own["dt_bias"], own.get("D")),
+            GatedNorm(own["norm"].contiguous(), config.rms_norm_eps, config.mamba_n_groups or None),
         )
 
     def record_inputs(self, records: Mapping[str, RecordRows]) -> None:

@@ -19,7 +19,6 @@ from mixchat.engine.delta_net import GatedDeltaNet
 from mixchat.engine.device_cache import DeviceKVCache
 from mixchat.engine.latent_attention import HeadMatrices, LatentAttention
 from mixchat.engine.layer_cache import LayerCache
-from mixchat.engine.mamba import Mamba
 from mixchat.engine.mlp import DenseMLP
 from mixchat.engine.model import Block, Mixer, SandwichBlock
 from mixchat.engine.norm import RMSNorm
@@ -289,8 +288,8 @@ def _latent_kernels(
 
 def is_supported(mixer: Mixer) -> bool:
     """Return whether there are kernels for a mixer, and for the matrices of its heads."""
-    if isinstance(mixer, Mamba):
-        return False
+    if isinstance(mixer, GatedDeltaNet):
+        return mixer.rule.skips is None  # Mamba2 has none
     if not isinstance(mixer, LatentAttention):
         return True
     matrices = (matrix for heads in mixer.heads.values() for matrix in heads.matrices)

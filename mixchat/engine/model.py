@@ -17,7 +17,6 @@ from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.attention import Attention, SingleTokenContext
 from mixchat.engine.delta_net import GatedDeltaNet
 from mixchat.engine.latent_attention import LatentAttention
-from mixchat.engine.mamba import Mamba
 from mixchat.engine.mlp import DenseMLP
 from mixchat.engine.model_tensors import ModelTensors
 from mixchat.engine.moe import Routing, SparseMoE
@@ -72,7 +71,7 @@ _MIXERS: dict[MixerType, _MixerClass] = {
     "attention": Attention,
     "linear_attention": GatedDeltaNet,
     "conv": ShortConv,
-    "mamba": Mamba,
+    "mamba": GatedDeltaNet,
     "latent_attention": LatentAttention,
 }
 

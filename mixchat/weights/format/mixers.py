@@ -146,7 +146,7 @@ def _short_conv(specs: LayerSpecs) -> MixerSpec:
 def _mamba(specs: LayerSpecs) -> MixerSpec:
     """Return C above B above x above z, which gates the output, and the small matrix of dt.
 
-    So a DeltaNet's queries, keys and values come in its order.
+    The roles are a DeltaNet's, whose class computes it, and so is the order.
     """
     config, hidden, own = specs.config, specs.config.hidden_size, "mamba."
     groups, heads, state, width = config.mamba_shape
@@ -157,7 +157,7 @@ def _mamba(specs: LayerSpecs) -> MixerSpec:
         "out_proj": specs.matrix(f"{own}out_proj", hidden, values),
     }
     tensors = {
-        "dt_proj": specs.tensor(f"{own}dt_proj.weight", heads, hidden),
+        "ba_proj": specs.tensor(f"{own}dt_proj.weight", heads, hidden),
         "conv1d": specs.tensor(f"{own}conv1d.weight", channels, config.mamba_d_conv),
         "dt_bias": specs.tensor(f"{own}dt_bias", heads, dtype=torch.float32),
         "A_log": specs.tensor(f"{own}A_log", heads, dtype=torch.float32),
