@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from mixchat.kernels.cpu.emit import Pointer, Value
-from mixchat.kernels.cpu.units import ByteUnit, Unit, UnitSet, WordUnit, on_each
+from mixchat.kernels.cpu.emit import Pointer, Value, i8, i16, i32, vector
+from mixchat.kernels.cpu.units import ByteUnit, Unit, UnitSet, WordUnit, on, on_each
 
 LOW_BITS = 4  # of a code, in the low lines
 CODES_OF_LOW = 4  # in a word of a low line
@@ -44,12 +44,16 @@ class _Planes(Unit):
 
     def joined(self, codes: Pointer, offset: Value, first: int) -> Value:
         """Return the levels of code `first` of all words, for bytes with those of `first` + 2."""
-        extra = self.bits - LOW_BITS
         line, code = divmod(first, CODES_OF_LOW)
         low = codes.load(self.words, offset + line * _LINE) >> LOW_BITS * code
         high = codes.load(self.words, offset + self.columns // CODES_OF_LOW * _LINE)
         width = 16 // self.fields  # bits of a level
         levels = low & sum(0xF << width * number for number in range(self.fields))
+        return self.with_high_bits(levels, high, first)
+
+    def with_high_bits(self, levels: Value, high: Value, first: int) -> Value:
+        """Return levels of low bits with their other bits, of a high line."""
+        extra, width = self.bits - LOW_BITS, 16 // self.fields
         for number in range(self.fields):
             # To just above the low bits, by one shift, whichever way it goes.
             up = LOW_BITS + width * number - extra * (first + 2 * number)
@@ -62,16 +66,90 @@ class _InWords(_Planes, WordUnit):
     largest_x, fields = 32767, 1
 
 
-class _InBytes(_Planes, ByteUnit):
+class InBytes(_Planes, ByteUnit):
     """A word of a low line has codes of columns 0 and 2, or 1 and 3. So has x."""
 
     fields, x_order = 2, (0, 2, 1, 3)
 
 
+class WordsByBytes(InBytes):
+    """Multiplies words of x by their bytes, in 6 instructions instead of the 10 of `_InWords`.
+
+    Levels in bytes take half the instructions of levels in words. The sums of low and of high bytes
+    are added after a block. They are integers, so the bits are those of `_InWords`.
+    """
+
+    x_type, largest_x = i16, 32767
+    needs = "avx512vnni", "avx512vbmi"
+
+    @classmethod
+    def widths(cls) -> tuple[int, ...]:
+        return (1,)
+
+    @property
+    def sums(self) -> int:
+        """Return the count of vectors of sums, of the low bytes, then of the high ones."""
+        return 2 * super().sums
+
+    @property
+    def columns_at_once(self) -> int:
+        return len(self.x_order)
+
+    @classmethod
+    def arranged(cls, x: Value) -> Value:
+        # The low bytes of four columns, then the high ones.
+        count = len(cls.x_order)
+        order = [
+            first + 2 * column + byte
+            for first in range(0, 2 * cls.lanes, 2 * count)
+            for byte in (0, 1)
+            for column in range(count)
+        ]
+        return super().arranged(x).bits_as(vector(i8, 2 * cls.lanes)).shuffled(order)
+
+    def with_high_bits(self, levels: Value, high: Value, first: int) -> Value:
+        # Each byte takes 8 bits of its 64, from any bit on.
+        extra = self.bits - LOW_BITS
+        starts = [
+            16 * word + extra * (first + 2 * byte) - LOW_BITS
+            for word in range(4)
+            for byte in range(self.fields)
+        ]
+        control = self.function.constant(self.bytes, [start % 64 for start in starts] * 8)
+        name = "llvm.x86.avx512.pmultishift.qb.512"
+        moved = self.function.call(name, self.bytes, control, high.bits_as(self.bytes))
+        return levels | (moved & ((1 << extra) - 1 << LOW_BITS)).bits_as(self.words)
+
+    def add(self, sums: list[Value], levels: list[Value], x: Pointer, offset: Value) -> list[Value]:
+        low, high = (x.load(i32, offset + at).broadcast(self.lanes) for at in (0, 4))
+        levels = [of_rows.bits_as(self.totals) for of_rows in levels]
+        # Low bytes have no sign. Neither have levels, which are below 64.
+        factors = [(low, of_rows) for of_rows in levels] + [(of_rows, high) for of_rows in levels]
+        return [self.added(total, *pair) for total, pair in zip(sums, factors, strict=True)]
+
+    def added(self, total: Value, unsigned: Value, signed: Value) -> Value:
+        """Return sums plus the products of four bytes in each lane."""
+        return self.function.call(self.cpu.add_bytes, self.totals, total, unsigned, signed)
+
+    def starts_of(self, total: Value) -> list[Value]:
+        count = self.sums // 2
+        zero = self.function.constant(self.totals, 0)
+        return [self.start(total)] * count + [zero] * count
+
+    def in_order(self, sums: list[Value]) -> list[Value]:
+        count = self.sums // 2
+        return [low + (high << 8) for low, high in zip(sums[:count], sums[count:], strict=True)]
+
+
 def _planes(bits: int, columns: int) -> UnitSet:
     half = 2 ** (bits - 1)
     members = {"bits": bits, "columns": columns, "level_of_one": half, "offset": half}
-    return UnitSet(bits, on_each(_InWords, **members), on_each(_InBytes, **members))
+    return UnitSet(
+        bits,
+        on_each(_InWords, **members),
+        on_each(InBytes, **members),
+        {"avx512": on("avx512", WordsByBytes, **members)},
+    )
 
 
 FIVE_BITS, SIX_BITS = _planes(5, columns=16), _planes(6, columns=8)

@@ -120,7 +120,8 @@ def grouped_matmul_steps(
     products: list[Step] = []
     counts = [out.shape[0] for out in outs]
     assert shared or sum(counts) == (flat if x_rows is None else x_rows).shape[0]
-    units = [_unit(matrices[0], 1 if exact else count) for count in counts]
+    alone = max(most, *counts) == 1
+    units = [_unit(matrices[0], 1 if exact else count, alone) for count in counts]
     first = 0
     for unit, numbers in itertools.groupby(range(len(outs)), key=units.__getitem__):
         group = [*numbers]
@@ -180,10 +181,10 @@ def _decoded_bytes(unit: type[Unit], matrix: QuantizedMatrix) -> int:
     return matrix.shape[1] * BAND * torch.get_num_threads() if issubclass(unit, Trellis) else 0
 
 
-def _unit(matrix: QuantizedMatrix, tokens: int) -> type[Unit]:
+def _unit(matrix: QuantizedMatrix, tokens: int, alone: bool) -> type[Unit]:
     instructions = instruction_set()
     assert instructions is not None
-    return matrix.units.unit_for(instructions, tokens)
+    return matrix.units.unit_for(instructions, tokens, alone)
 
 
 def _steps(
@@ -266,9 +267,7 @@ def _write_round_x(module: Any, unit: type[Unit], bf16: bool, chosen: bool) -> N
     x, x_integers = args.pointer("x"), args.pointer("x_integers")
     scales, sums = args.pointer("x_scales"), args.pointer("x_sums")
     columns, lanes = args.number("columns"), unit.lanes
-    blocks, size = columns // unit.block, unit.x_type.width // 8
-    integers, size_of_order = vector(i32, lanes), len(unit.x_order)
-    order = [start + at for start in range(0, lanes, size_of_order) for at in unit.x_order]
+    blocks, size, integers = columns // unit.block, unit.x_type.width // 8, vector(i32, lanes)
     with (
         function.each_item(function.pointer, args.number("tokens")) as token,
         function.loop(0, blocks, 1) as (block, _),
@@ -290,8 +289,7 @@ def _write_round_x(module: Any, unit: type[Unit], bf16: bool, chosen: bool) -> N
         for number, piece in enumerate(pieces):
             rounded = function.rounded(piece * factor.broadcast(lanes)).as_integer(integers)
             total = total + rounded
-            narrow = rounded.narrowed(vector(unit.x_type, lanes)).shuffled(order)
-            x_integers.store(narrow, (first + number * lanes) * size)
+            x_integers.store(unit.arranged(rounded), (first + number * lanes) * size)
         if unit.offset:
             total_of_lanes = function.call(f"llvm.vector.reduce.add.v{lanes}i32", i32, total)
             sums.store(total_of_lanes * -unit.offset, (token * blocks + block) * 4)

@@ -109,10 +109,10 @@ class Tile:
                             for token in range(self.tokens):
                                 x_column = column + group * unit.columns_at_once
                                 x_index = (self._token + token) * self._columns + x_column
-                                x = unit.load_x(self._x, x_index * (unit.x_type.width // 8))
+                                offset = x_index * (unit.x_type.width // 8)
                                 first = (band * self.tokens + token) * unit.sums
-                                for index, rows in enumerate(levels, first):
-                                    sums[index] = unit.add_products(sums[index], rows, x)
+                                own = slice(first, first + unit.sums)
+                                sums[own] = unit.add(sums[own], levels, self._x, offset)
             passes.append(sums)
         size = self._unit.sums
         pairs = range(0, len(passes[0]), size)
@@ -136,11 +136,10 @@ class Tile:
         if not unit.offset:
             zero = self.function.constant(vector(i32, unit.lanes), 0)
             return [zero] * (self.bands * self.tokens * unit.sums)
-        offsets = [
-            unit.start(self._x_sums.load(i32, self._block_of(token, block)))
-            for token in range(self.tokens)
+        totals = [
+            self._x_sums.load(i32, self._block_of(token, block)) for token in range(self.tokens)
         ]
-        return [start for start in offsets for _ in range(unit.sums)] * self.bands
+        return [start for total in totals for start in unit.starts_of(total)] * self.bands
 
     def _block_of(self, token: int, block: Value) -> Value:
         """Return a block's offset in bytes in `x_scales` and `x_sums`."""

@@ -18,13 +18,14 @@ an offset start at minus the offset times the sum of x.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 
 from mixchat.kernels.cpu.arithmetic import as_fp32
-from mixchat.kernels.cpu.compile import CPUS, LANES, Cpu, InstructionSet
+from mixchat.kernels.cpu.compile import CPUS, LANES, Cpu, InstructionSet, has_feature
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, i8, i16, i32, vector
 
 MANY = 16  # tokens from which on x has 8 bits
@@ -54,6 +55,7 @@ class Unit(ABC):
     # The order of columns in x, within as many columns, if levels are not in their order.
     x_order: ClassVar[tuple[int, ...]] = (0,)
     unrolled: ClassVar[int] = 1  # steps of the loop over columns that are written out
+    needs: ClassVar[tuple[str, ...]] = ()  # features, by LLVM's names, beside those of the CPU
 
     def __init__(self, function: Function, table: Pointer) -> None:
         self.function, self.table = function, table
@@ -95,13 +97,32 @@ class Unit(ABC):
         """Return the columns of a list of levels."""
         return 32 // int(self.x_type.width)
 
+    @classmethod
+    def arranged(cls, x: Value) -> Value:
+        """Return `lanes` rounded numbers of x as they are stored for `add`."""
+        size = len(cls.x_order)
+        order = [start + at for start in range(0, cls.lanes, size) for at in cls.x_order]
+        return x.narrowed(vector(cls.x_type, cls.lanes)).shuffled(order)
+
     def load_x(self, x: Pointer, offset: Value) -> Value:
         """Load x of `columns_at_once` columns, `offset` bytes on, for `add_products`."""
         return x.load(i32, offset)
 
+    def add(self, sums: list[Value], levels: list[Value], x: Pointer, offset: Value) -> list[Value]:
+        """Return a token's sums of a band plus the products of levels with x, `offset` bytes on."""
+        numbers = self.load_x(x, offset)
+        return [
+            self.add_products(total, of_rows, numbers)
+            for total, of_rows in zip(sums, levels, strict=True)
+        ]
+
     def start(self, total: Value) -> Value:
         """Return sums that start at `total`, 32 bits."""
         return total.broadcast(self.lanes)
+
+    def starts_of(self, total: Value) -> list[Value]:
+        """Return a token's sums of a band, which together start at `total`, 32 bits."""
+        return [self.start(total)] * self.sums
 
     def scales(self, absmax: Pointer, index: Value) -> Value:
         """Load the scales of `lanes` rows as fp32, from number `index` on."""
@@ -184,11 +205,12 @@ def on_each(unit: type, *added: type, **changes: Any) -> dict[InstructionSet, ty
 
 
 class UnitSet(NamedTuple):
-    """The units for codes of `bits` bits."""
+    """The units for codes of `bits` bits. `alone` are for one token, with the bits of `words`."""
 
     bits: int
     words: dict[InstructionSet, type[Unit]]
     bytes: dict[InstructionSet, type[Unit]]
+    alone: Mapping[InstructionSet, type[Unit]] = MappingProxyType({})
 
     @property
     def band(self) -> int:
@@ -200,10 +222,18 @@ class UnitSet(NamedTuple):
         """Return the columns whose weights share a scale."""
         return next(iter(self.words.values())).block
 
-    def unit_for(self, instructions: InstructionSet, tokens: int) -> type[Unit]:
-        """Return the unit for `tokens` tokens: bytes for many, if the CPU multiplies bytes."""
+    def unit_for(
+        self, instructions: InstructionSet, tokens: int, alone: bool = False
+    ) -> type[Unit]:
+        """Return the unit for `tokens` tokens: bytes for many, if the CPU multiplies bytes.
+
+        alone: whether there is never more than one token.
+        """
         if tokens >= MANY and self.bytes and CPUS[instructions].multiplies_bytes:
             return self.bytes[instructions]
+        fastest = self.alone.get(instructions) if alone else None
+        if fastest is not None and all(map(has_feature, fastest.needs)):
+            return fastest
         return self.words[instructions]
 
     def level_tables(self, levels: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from neon_tools import compile_emulated
 
 from mixchat.kernels.cpu import compile as compiling
 from mixchat.kernels.cpu import quantized_matmul as kernel
-from mixchat.kernels.cpu import trellis_units
+from mixchat.kernels.cpu import trellis_units, units
 from mixchat.kernels.cpu.compile import (
     CPUS,
     InstructionSet,
@@ -27,9 +27,11 @@ from mixchat.kernels.cpu.compile import (
 )
 from mixchat.kernels.cpu.emit import Value, i32, vector
 from mixchat.kernels.cpu.four_bit_units import FOUR_BITS
+from mixchat.kernels.cpu.plane_units import InBytes, WordsByBytes
 from mixchat.kernels.cpu.quantized_matmul import QuantizedMatrix
 from mixchat.kernels.cpu.trellis_units import Trellis
 from mixchat.kernels.cpu.units import MANY, Unit, UnitSet
+from mixchat.weights.matrix.int6 import INT5, INT6
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.nf4 import FP4, NF4
@@ -41,6 +43,7 @@ pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel need
 X86: tuple[InstructionSet, ...] = ("avx512", "avx2")
 IS_ARM = instruction_set() == "neon"
 WAYS = [f"{own} {form}" for form in ("words", "bytes") for own in (["neon"] if IS_ARM else X86)]
+WAYS += [] if IS_ARM else ["avx512 alone"]
 x86_alone = pytest.mark.skipif(IS_ARM, reason="this is no x86 CPU")
 
 
@@ -94,9 +97,21 @@ class TrellisEmulation(ByteEmulation):
         return choices[0]
 
 
+class WordsByBytesEmulation(WordsByBytes):
+    with_high_bits = InBytes.with_high_bits
+
+    def added(self, total: Value, unsigned: Value, signed: Value) -> Value:
+        for bit in range(0, 32, 8):
+            number = (signed << 24 - bit).arithmetic_shift(24)
+            total = total + (unsigned >> bit & 0xFF) * number
+        return total
+
+
 @functools.cache
 def emulated(unit: type[Unit]) -> type[Unit]:
     name = f"Emulated{unit.__name__}"
+    if issubclass(unit, WordsByBytes):
+        return type(name, (WordsByBytesEmulation, unit), {})
     if not issubclass(unit, Trellis):
         return type(name, (Emulation, unit), {})
     few = classmethod(lambda cls: (2, 1))  # which compile faster
@@ -111,11 +126,12 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     kind = request.node.callspec.params.get("kind", NF4)
     found = getattr(kind.units, form).get(instructions)
     if found is None:
-        pytest.skip("these codes have no unit for bytes")
+        pytest.skip(f"these codes have no unit for {form}")
     has_set = instructions != "avx512" or instruction_set() == "avx512"
     if not has_set and kind not in (*EVEN, *IN_BYTES):
         pytest.skip("the CPU has no AVX-512")
-    if not has_set or (form == "bytes" and not CPUS[instructions].multiplies_bytes):
+    lacks_bytes = form == "bytes" and not CPUS[instructions].multiplies_bytes
+    if not has_set or lacks_bytes or not all(map(has_feature, found.needs)):
         found = emulated(found)
     if has_set:
         choose(instructions, monkeypatch)
@@ -182,6 +198,30 @@ def test_a_token_alone_has_the_result_that_it_has_among_others(
         whole = matrix(x)
     assert torch.equal(whole, torch.cat([matrix(row) for row in x.split(1)]))
     assert torch.equal(whole[5:38], matrix(x[5:38]))
+
+
+@x86_alone
+@pytest.mark.parametrize("kind", [INT5, INT6], ids=["int5", "int6"])
+def test_a_lone_token_has_the_bits_of_words(
+    kind: BlockCodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix, x = Matrix(160, 192, kind), random(3, 192, seed=1)
+    x[0, 5], x[1, 64:128] = 50, 0
+    words, unit = matrix(x), kind.units.alone["avx512"]
+    if instruction_set() != "avx512" or not all(map(has_feature, unit.needs)):
+        unit = emulated(unit)
+    monkeypatch.setattr(UnitSet, "unit_for", lambda *_: unit)
+    assert torch.equal(torch.cat([matrix(row) for row in x.split(1)]), words)
+
+
+def test_only_a_lone_token_has_a_unit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, words = INT6.units.alone["avx512"], INT6.units.words["avx512"]
+    monkeypatch.setattr(units, "has_feature", lambda name: True)
+    assert INT6.units.unit_for("avx512", 1, True) is alone
+    assert INT6.units.unit_for("avx512", 1, False) is words
+    assert INT6.units.unit_for("avx2", 1, True) is INT6.units.words["avx2"]
+    monkeypatch.setattr(units, "has_feature", lambda name: name != "avx512vbmi")
+    assert INT6.units.unit_for("avx512", 1, True) is words
 
 
 @x86_alone
