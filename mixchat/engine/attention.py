@@ -6,7 +6,7 @@ h = head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,9 @@ from mixchat.engine.rope import RotaryEmbedding
 from mixchat.engine.sequence_cache import SequenceCache, TokenContext
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.pages import CacheShape
-from mixchat.kernels.cpu.program import Stage, Step, alone, together
+from mixchat.kernels.cpu.program import Stage, Step, in_order, together
 from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.expert import Expert, ExpertSlots
 from mixchat.weights.matrix.linear import as_packed
 from mixchat.weights.matrix.quant_type import Linear, RecordingLinear, RecordRows
 
@@ -47,6 +48,7 @@ class SingleTokenContext:
         self._positions: list[torch.Tensor] = []  # what the steps that rotate or scale point to
         self._attention: dict[CacheShape, list[KVSteps]] = {}
         self._bound: dict[int, Sequence[Callable[[Any], None]]] = {}
+        self._slots: dict[Hashable, ExpertSlots] = {}
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the tensor of this name, by default in the type of the hidden states."""
@@ -54,6 +56,12 @@ class SingleTokenContext:
         if key not in self._tensors:
             self._tensors[key] = torch.empty(shape, dtype=key[2])
         return self._tensors[key]
+
+    def slots(self, expert: Expert, pairs: int) -> ExpertSlots:
+        """Return slots for `normed`, which all layers with experts of this form share."""
+        if expert.form not in self._slots:
+            self._slots[expert.form] = ExpertSlots(expert, self.normed, pairs)
+        return self._slots[expert.form]
 
     def rotate(self, rope: RotaryEmbedding, x: torch.Tensor, out: torch.Tensor) -> Step:
         """Return the step that rotates x to the tokens' positions."""
@@ -232,15 +240,16 @@ class Attention:
         rotated = context.tensor("rotated", tokens, heads + groups, width)
         attended = context.tensor("attended", tokens, heads, width)
         round_x, project = as_packed(self.qkv_proj).steps(context.normed, qkv.view(tokens, -1))
-        # Each of these steps needs the step before it, so one thread runs them in order.
-        prepare, values = [], qkv[:, self._values : self._end]
+        values = qkv[:, self._values : self._end]
+        norm_values: list[Step] = []
+        clamp: list[Step] = []
         if self.v_norm is not None:
             normed_values = context.tensor("values", *values.shape)
-            prepare.append(self.v_norm.heads_step(values, normed_values))
+            norm_values.append(self.v_norm.heads_step(values, normed_values))
             values = normed_values
-        prepare += [norm.heads_step(normed) for norm, normed in self._normed(qkv)]
+        norms = [norm.heads_step(normed) for norm, normed in self._normed(qkv)]
         if config.clip_qkv is not None:
-            prepare.append(rows.clamp_step(qkv.view(tokens, -1), config.clip_qkv))
+            clamp.append(rows.clamp_step(qkv.view(tokens, -1), config.clip_qkv))
         rotate = context.rotate(self.rope, qkv[:, : heads + groups], rotated)
         queries, keys = rotated[:, :heads], rotated[:, heads:]
         steps = context.attend(self._layer, queries, keys, values, self.sinks, attended)
@@ -249,12 +258,13 @@ class Attention:
         o_proj = as_packed(self.o_proj)
         round_attended, project_out = o_proj.steps(row, context.added)
         return [
-            alone(round_x),
+            *in_order(tokens, [round_x]),
             together(project),
-            alone(*prepare, rotate, *(each.store for each in steps)),
+            # Values may be the keys before their norm.
+            *in_order(tokens, norm_values, norms, clamp, [rotate], [each.store for each in steps]),
             together(*(each.attend for each in steps)),
             together(*(each.merge for each in steps)),
-            alone(*gate, round_attended),
+            *in_order(tokens, gate, [round_attended]),
             together(project_out),
         ]
 

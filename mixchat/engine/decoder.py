@@ -2,8 +2,7 @@
 
 A program gives the same bits as the `__call__` of a `Block` with `exact`, and saves the time of
 Python between kernels. It ends with the router of a layer whose runner has to bring experts, or
-with the head. For several sequences it ends with each router, since one program of the runner then
-serves all layers.
+with the head.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from mixchat.engine.model import AfterLayer, Block, Output
 from mixchat.engine.sequence_cache import SequenceCache, TokenContext
 from mixchat.experts.holder import LayerExperts
 from mixchat.kernels.cpu import rows
-from mixchat.kernels.cpu.program import Program, Stage, Step, alone, together
+from mixchat.kernels.cpu.program import Program, Stage, Step, in_order, together
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.matrix.linear import PackedLinear
 
@@ -74,9 +73,9 @@ class _Decoder:
         self._head = None if output is None else _Head(output, self._context)
         dense = [*takewhile(lambda block: block.is_dense, blocks)]
         sparse = blocks[len(dense) :]
-        # The experts that the routers select, [layers * N, K].
-        count, choices = context.sequences, sparse[0].moe.choices
-        self._selected = torch.empty(len(sparse) * count, choices, dtype=torch.int64)
+        # The experts that the routers select, [layers, N, K].
+        shape = len(sparse), context.sequences, sparse[0].moe.choices
+        self._selected = torch.empty(shape, dtype=torch.int64)
         first = [stage for block in dense for stage in block.dense_stages(self._context)]
         last = [] if self._head is None else self._head.stages
         self._layers = [
@@ -87,7 +86,7 @@ class _Decoder:
                 first if block is sparse[0] else (),
                 last if block is sparse[-1] else (),
             )
-            for block, selected in zip(sparse, torch.split(self._selected, count), strict=True)
+            for block, selected in zip(sparse, self._selected, strict=True)
         ]
         self._dense = len(dense)
         self._programs: dict[tuple[int, int], Program] = {}  # by their layers: from and to
@@ -103,8 +102,7 @@ class _Decoder:
         while start < len(self._layers):
             # A program ends after the first layer without all experts in memory. The list keeps
             # the memory of the others until the program has ended.
-            keys = [layer.keys for layer in self._layers[start:]]
-            resident = self._runner.resident(keys) if len(caches) == 1 else ()
+            resident = self._runner.resident([layer.keys for layer in self._layers[start:]])
             layers = self._layers[start : start + len(resident) + 1]
             end = start + len(layers)
             for layer, experts in zip(layers, [*resident, None], strict=False):
@@ -116,8 +114,9 @@ class _Decoder:
                 self._programs[start, end] = Program(stages)
             self._programs[start, end].run()
             if resident:
-                selected = self._selected[start : start + len(resident)].tolist()
-                self._runner.note_hits(layers[0].keys[0].layer, selected)
+                selected = self._selected[start : start + len(resident)].flatten(1).tolist()
+                hits = [[*dict.fromkeys(experts)] for experts in selected]
+                self._runner.note_hits(layers[0].keys[0].layer, hits)
             if len(resident) < len(layers):
                 layers[-1].run_routed()
             after_layer(self._dense + end - 1)
@@ -198,7 +197,8 @@ class _Head:
             self._logits = torch.empty(len(context.x), head.rows, dtype=context.x.dtype)
             round_x, self._project = head.steps(context.normed, self._logits)
             first = norm.stage(context.x, context.normed)
-            self.stages = [first, alone(round_x), together(self._project)]
+            rounds = in_order(len(context.x), [round_x])
+            self.stages = [first, *rounds, together(self._project)]
 
     def prepare(self) -> None:
         """Let the stages write to a new tensor."""

@@ -26,7 +26,7 @@ from mixchat.engine.sequence_cache import TokenContext
 from mixchat.engine.short_conv import ShortConv
 from mixchat.experts.holder import ExpertRunner, LayerExperts
 from mixchat.kernels.cpu import rows
-from mixchat.kernels.cpu.program import Stage, alone
+from mixchat.kernels.cpu.program import Stage, alone, in_order
 from mixchat.kernels.cpu.router import Router
 from mixchat.weights.format.blueprint import HEAD, Blueprint
 from mixchat.weights.matrix.quant_type import Linear, RecordRows
@@ -156,7 +156,7 @@ class Block:
         return [
             self.mixer_norm.stage(x, normed),
             *self.mixer.stages(context),
-            alone(rows.add_step(x, context.added, x)),
+            *in_order(context.sequences, [rows.add_step(x, context.added, x)]),
             self.mlp_norm.stage(x, normed),
             *(self.mlp.stages(context) if self.mlp else ()),
         ]
@@ -169,7 +169,7 @@ class Block:
         return [
             *self.moe.expert_stages(routing, context, experts),
             *([alone(rows.add_step(added, context.dense, added))] if self.mlp else ()),
-            alone(rows.add_step(x, added, x)),
+            *in_order(context.sequences, [rows.add_step(x, added, x)]),
         ]
 
     def run_routed(self, routing: Routing, context: SingleTokenContext) -> None:

@@ -11,8 +11,7 @@ from mixchat.engine.attention import SingleTokenContext
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.holder import ExpertRunner, LayerExperts
 from mixchat.kernels.cpu import rows
-from mixchat.kernels.cpu.arrange import arrange_step
-from mixchat.kernels.cpu.program import Stage, alone, together
+from mixchat.kernels.cpu.program import Stage, alone, in_order, together
 from mixchat.kernels.cpu.router import Router
 
 Routing = tuple[torch.Tensor, torch.Tensor]  # selected experts [T, K], int64, and weights, fp32
@@ -47,24 +46,21 @@ class SparseMoE:
     def router_stages(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
         """Return the router as stages that fill `routing`, for one token of each sequence."""
         score, choose = self.router.steps(context.normed, *routing)
-        return [together(score), alone(choose)]
+        return [together(score), *in_order(context.sequences, [choose])]
 
     def expert_stages(
         self, routing: Routing, context: SingleTokenContext, experts: LayerExperts
     ) -> list[Stage]:
-        """Return a runner's work for one sequence as stages that map `normed` to `added`.
+        """Return a runner's work as stages that map `normed` to `added`.
 
         `experts` are the layer's E.
         """
         selected, weights = routing
-        outputs = context.tensor("outputs", self.choices, context.x.shape[1])
-        stages, slots = experts[0].slots(context.normed, outputs)
-        order = torch.empty(2, selected.numel(), dtype=torch.int64)
-        arrange = arrange_step(
-            selected.view(-1), torch.zeros_like(order[0]), experts.addresses, slots, order
-        )
-        weighted_sum = rows.weighted_sum_step(outputs, weights, context.added, order[1:])
-        return [alone(arrange), *stages, alone(weighted_sum)]
+        slots = context.slots(experts[0], selected.numel())
+        chosen_by = torch.arange(selected.numel()) // self.choices
+        arrange = slots.arrange(selected.view(-1), chosen_by, experts.addresses)
+        added = rows.weighted_sum_step(slots.outputs, weights, context.added, slots.places)
+        return [alone(arrange), *slots.stages, *in_order(context.sequences, [added])]
 
     def run_routed(self, routing: Routing, context: SingleTokenContext) -> torch.Tensor:
         """Return what the runner adds for `normed`."""

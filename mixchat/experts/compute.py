@@ -15,11 +15,10 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.holder import LayerExperts
 from mixchat.experts.layer_rows import LayerRows
-from mixchat.kernels.cpu.arrange import arrange_step
 from mixchat.kernels.cpu.program import Program, alone
 from mixchat.kernels.cpu.rows import weighted_sum
 from mixchat.kernels.cpu.units import MANY
-from mixchat.weights.format.expert import Expert, compute_together
+from mixchat.weights.format.expert import Expert, ExpertSlots, compute_together
 
 _LOADS_AHEAD = 2  # experts on their way while one is computed
 # Numbers of x for experts that are computed together, which fit in a CPU's cache.
@@ -157,13 +156,12 @@ class RowExperts:
     """
 
     def __init__(self, expert: Expert, x: torch.Tensor, pairs: int, experts: int) -> None:
-        self._x, self._outputs = torch.empty_like(x), x.new_empty(pairs, x.shape[1])
-        self._pairs, order = torch.zeros(2, 2, pairs, dtype=torch.int64)
-        x_rows, self.places = order
-        stages, slots = expert.slots(self._x, self._outputs, x_rows if len(x) > 1 else None)
+        self._x, self._pairs = torch.empty_like(x), torch.zeros(2, pairs, dtype=torch.int64)
+        slots = ExpertSlots(expert, self._x, pairs)
+        self._outputs, self.places = slots.outputs, slots.places
         table = torch.zeros(experts, len(expert.addresses), dtype=torch.int64)
-        self._arrange = arrange_step(self._pairs[0], self._pairs[1], table, slots, order)
-        self._program = Program([alone(self._arrange), *stages])
+        self._arrange = slots.arrange(self._pairs[0], self._pairs[1], table)
+        self._program = Program([alone(self._arrange), *slots.stages])
 
     def __call__(
         self, x: torch.Tensor, addresses: torch.Tensor, experts: torch.Tensor, rows: torch.Tensor

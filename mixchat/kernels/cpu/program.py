@@ -10,6 +10,7 @@ import ctypes
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -133,6 +134,16 @@ def together(*steps: Step) -> Stage:
 def alone(*steps: Step) -> Stage:
     """Return a stage that one thread runs in this order."""
     return Stage(steps, alone=True)
+
+
+def in_order(rows: int, *groups: Sequence[Step]) -> list[Stage]:
+    """Return stages for steps of so many rows, of which each group needs the group before it.
+
+    One thread computes a lone row, since all threads would need longer to meet.
+    """
+    if rows == 1:
+        return [alone(*chain(*groups))]
+    return [together(*group) for group in groups if group]
 
 
 _SIGNATURE = Signature("steps", "stages", "count", "team_size", "give_way", "done")

@@ -9,7 +9,7 @@ boundary, on disk and in memory. For Mixtral 8x7B in NF4:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -18,7 +18,7 @@ import torch
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import ALIGNMENT, TensorSpec
-from mixchat.kernels.cpu.arrange import Slots
+from mixchat.kernels.cpu.arrange import Slots, arrange_step
 from mixchat.kernels.cpu.program import Program, Stage, Step, alone, together
 from mixchat.kernels.cpu.rows import Swiglu, can_compute
 from mixchat.weights.matrix.linear import LinearSpec, PackedLinear, as_packed
@@ -48,7 +48,7 @@ class Expert:
         return [*as_packed(self.gate_up).addresses, *as_packed(self.down).addresses]
 
     def has_stages(self, x: torch.Tensor) -> bool:
-        """Return whether `stages` and `slots` take rows like x [T, D]."""
+        """Return whether `stages` and `ExpertSlots` take rows like x [T, D]."""
         matrices = self.gate_up, self.down
         if not all(isinstance(matrix, PackedLinear) and matrix.is_whole for matrix in matrices):
             return False
@@ -58,17 +58,26 @@ class Expert:
         """Return `__call__` with `exact` as stages that map x [N, D] to `out` [N, D]."""
         return _stages([self], x, [out], exact=True)[0]
 
-    def slots(
-        self, x: torch.Tensor, out: torch.Tensor, x_rows: torch.Tensor | None = None
-    ) -> tuple[list[Stage], Slots]:
-        """Return stages that map rows of x [N, D] to `out` [P, D] with `exact`, and their slots.
+    @property
+    def form(self) -> Hashable:
+        """Return what all experts have in common that `ExpertSlots` of this one take."""
+        return as_packed(self.gate_up).form, as_packed(self.down).form, self.swiglu
 
-        P slots take experts of the same form, each with up to N rows that follow one another.
-        x_rows [P], int64: the rows of x. None if each row of `out` has the only row of x.
-        """
-        outs = torch.split(out, 1)
-        alike, most = [self] * len(outs), x.shape[0]
-        stages, products = _stages(alike, x, outs, x_rows, exact=True, most=most)
+
+class ExpertSlots:
+    """Stages that compute the experts of rows of x [N, D], with `exact`.
+
+    Each of P slots takes an expert of the form of `expert`, and up to N rows. A pair is a row and
+    an expert that it has chosen. After `arrange` and the stages `outputs` [P, D] has the output of
+    each pair in the row that `places` [P] says.
+    """
+
+    def __init__(self, expert: Expert, x: torch.Tensor, pairs: int) -> None:
+        self.outputs = x.new_empty(pairs, x.shape[1])
+        self._order = torch.zeros(2, pairs, dtype=torch.int64)
+        x_rows, self.places = self._order
+        outs, chosen = torch.split(self.outputs, 1), x_rows if len(x) > 1 else None
+        self.stages, products = _stages([expert] * pairs, x, outs, chosen, exact=True, most=len(x))
         of_matrix, of_rows = (
             [[(step, name) for step in slot for name in names] for slot in products]
             for names in (_OF_MATRIX, _OF_ROWS)
@@ -81,7 +90,11 @@ class Expert:
         first, second = numbers[0], numbers[min(1, len(numbers) - 1)]
         is_count = torch.tensor([name == "tokens" for _, name in of_rows[0]]).long()
         factors = torch.stack((first - is_count, second - first, is_count), dim=1)
-        return stages, Slots(torch.tensor(targets), factors)
+        self._slots = Slots(torch.tensor(targets), factors)
+
+    def arrange(self, experts: torch.Tensor, rows: torch.Tensor, table: torch.Tensor) -> Step:
+        """Return `arrange_step` of these slots."""
+        return arrange_step(experts, rows, table, self._slots, self._order)
 
 
 def compute_together(

@@ -5,7 +5,7 @@ R = rows (out features), C = columns (in features).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -73,6 +73,14 @@ class PackedLinear:
     def addresses(self) -> tuple[int, int, int]:
         """Return the addresses of codes, absmax and bias, 0 without one."""
         return self._matrix.addresses
+
+    @property
+    def form(self) -> Hashable:
+        """Return what all matrices have in common whose steps differ in `addresses` alone."""
+        matrix = self._matrix
+        levels = 0 if matrix.levels is None else matrix.levels.data_ptr()
+        strides, biased = matrix.absmax_strides, matrix.bias is not None
+        return matrix.shape, matrix.units.bits, levels, strides, biased
 
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> tuple[Step, Step]:
         """Return the steps that write `__call__` of x [N, C] with `exact` to `out` [N, R].
