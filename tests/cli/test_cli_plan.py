@@ -68,6 +68,7 @@ def test_a_plan_says_that_only_a_models_text_part_is_planned(planned, measured):
     assert verdict(planned("qwen3.6"))["text only"] == left_out
     parts = json.loads(planned("qwen3.6", "--json").stdout)["left_out"]
     assert parts == ["images", "predicting further tokens"]
+    assert verdict(planned("glm-4.7-flash"))["left out"] == "parts for predicting further tokens"
     assert "text only" not in verdict(planned("qwen3-coder-next"))
 
 

@@ -183,7 +183,9 @@ class PlanReport(Report):
         elif plan.measurement.busy:
             yield "", "measured on a busy machine: use --measure when it is idle"
         if left_out := outline.blueprint.config.left_out:
-            yield "text only", f"parts for {' and '.join(left_out)} are left out"
+            parts = f"parts for {' and '.join(left_out)}"
+            is_text = {"images", "sound"} & {*left_out}
+            yield ("text only", f"{parts} are left out") if is_text else ("left out", parts)
         for number, line in enumerate(wrap(plan.reason or "", _REASON_WIDTH)):
             yield "" if number else "device", line
         if self.command:
