@@ -1,7 +1,8 @@
 """Errors, options, files and facts of this machine, which every room uses.
 
 - errors.py: the tree of errors, each with its exit code and hint
-- model_config.py: the shape of a model, with the keys of config.json, and its context
+- model_config.py: the shape of a model, with the keys of config.json
+- context.py: the tokens that a prompt and its answer may have together
 - rope_parameters.py: the rotary position embedding of a model's layers
 - settings.py: the directories of mixchat's files, and the settings in config.toml
 - quantities.py: sizes, rates and times as text, and amounts of memory from text

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import BinaryIO
 
+from mixchat.base.context import Context
 from mixchat.base.errors import PromptError
-from mixchat.base.model_config import Context
 
 
 def read_text_file(path: Path, context: Context) -> str:

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from mixchat.base.context import Context
 from mixchat.base.errors import PromptError, ServerError, UsageError
-from mixchat.base.model_config import Context
 from mixchat.base.options import ChatOptions
 from mixchat.engine.stats import GenerationStats
 from mixchat.face.events import End, Event, LeftOut, Piece

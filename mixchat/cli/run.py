@@ -23,7 +23,7 @@ from mixchat.serving.client.server_models import ServerModels, is_served_here
 from mixchat.serving.client.server_url import SERVER_IDENTITY, SERVER_PORT
 
 if TYPE_CHECKING:
-    from mixchat.base.model_config import Context
+    from mixchat.base.context import Context
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.session import ChatSession, ModelProvider
     from mixchat.chat.terminal.active_chat import AfterTurn

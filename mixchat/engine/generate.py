@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from mixchat.base import gpu, machine
-from mixchat.base.model_config import Context
+from mixchat.base.context import Context
 from mixchat.base.options import SamplingOptions
 from mixchat.base.progress import Note
 from mixchat.engine.answer_request import AnswerRequest, OnPrefill

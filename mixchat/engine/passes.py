@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from mixchat.base import gpu, interrupts
+from mixchat.base.context import Context
 from mixchat.base.errors import CheckpointError, PromptError
-from mixchat.base.model_config import Context
 from mixchat.base.progress import Note
 from mixchat.engine.chunk_sizer import SMALLEST_CHUNK
 from mixchat.engine.layer_cache import LayerCache

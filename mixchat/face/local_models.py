@@ -6,8 +6,9 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, cast
 
+from mixchat.base.context import Context
 from mixchat.base.errors import MixchatError, UsageError
-from mixchat.base.model_config import MAX_DEFAULT_TOKENS, Context
+from mixchat.base.model_config import MAX_DEFAULT_TOKENS
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
 from mixchat.face.load import find_or_build, open_model

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, TypeAlias
 
+from mixchat.base.context import BYTES_PER_TOKEN, Context
 from mixchat.base.errors import PromptError
-from mixchat.base.model_config import BYTES_PER_TOKEN, Context
 from mixchat.face.request import FormError, Request, ToolOffer
 from mixchat.text.form.call_form import CallForm
 from mixchat.text.form.output_constraint import OutputConstraint

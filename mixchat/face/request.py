@@ -16,7 +16,7 @@ from mixchat.text.messages import Message
 from mixchat.text.tool_call import Tool
 
 if TYPE_CHECKING:
-    from mixchat.base.model_config import Context
+    from mixchat.base.context import Context
     from mixchat.engine.generate import Engine
     from mixchat.engine.stats import GenerationStats
 

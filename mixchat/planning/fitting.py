@@ -11,9 +11,9 @@ from itertools import repeat
 
 import torch
 
+from mixchat.base.context import Context
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.machine import tightest_memory_limit
-from mixchat.base.model_config import Context
 from mixchat.base.options import ExpertSize, LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.sequence_cache import cache_bytes

@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixchat.base.context import Context
 from mixchat.base.errors import MixchatError
-from mixchat.base.model_config import DEFAULT_TOKENS, Context
+from mixchat.base.model_config import DEFAULT_TOKENS
 from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.manifest import MANIFEST_FILE, read_manifest
 from mixchat.weights.models import installed_directory, other_models

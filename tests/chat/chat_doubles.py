@@ -9,8 +9,8 @@ from typing import Any
 
 from character_tokens import character_bytes
 
+from mixchat.base.context import Context
 from mixchat.base.errors import MixchatError
-from mixchat.base.model_config import Context
 from mixchat.base.options import ChatOptions, SamplingOptions
 from mixchat.chat.session import ChatSession
 from mixchat.engine.answer_request import AnswerRequest

@@ -7,7 +7,8 @@ import pytest
 from command_line import FAKE
 from terminal import Terminal
 
-from mixchat.base.model_config import BYTES_PER_TOKEN, MAX_DEFAULT_TOKENS
+from mixchat.base.context import BYTES_PER_TOKEN
+from mixchat.base.model_config import MAX_DEFAULT_TOKENS
 
 LONGEST = MAX_DEFAULT_TOKENS * BYTES_PER_TOKEN
 CTRL_C, CTRL_D = "\x03", "\x04"

@@ -12,8 +12,8 @@ from engine_tools import answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixchat.base.context import Context
 from mixchat.base.errors import CheckpointError, UsageError
-from mixchat.base.model_config import Context
 from mixchat.base.options import LoadOptions
 from mixchat.base.rope_parameters import RopeParameters
 from mixchat.engine.prompt_cache import PromptCache

@@ -10,8 +10,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixchat.base.context import UNKNOWN_CONTEXT
 from mixchat.base.errors import PromptError, UsageError
-from mixchat.base.model_config import UNKNOWN_CONTEXT
 from mixchat.base.sanitize import sanitize
 from mixchat.chat import parameters
 from mixchat.chat.plain_text import read_text_file

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mixchat.base.context import Context
 from mixchat.base.errors import PromptError, UsageError
-from mixchat.base.model_config import Context
 from mixchat.base.progress import Note, noted_if_slow, waiting_for
 from mixchat.chat.plain_text import decode, read_stream, read_text_file
 

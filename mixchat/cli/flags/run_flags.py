@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
+from mixchat.base.context import Context
 from mixchat.base.errors import UsageError
-from mixchat.base.model_config import Context
 from mixchat.base.options import ChatOptions, Overflow, Think
 from mixchat.base.progress import Note
 from mixchat.chat.parameters import OVERFLOWS, THINKS, checked_word

@@ -9,8 +9,8 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
+from mixchat.base.context import UNKNOWN_CONTEXT, Context
 from mixchat.base.errors import PromptTooLongError, ServerError
-from mixchat.base.model_config import UNKNOWN_CONTEXT, Context
 from mixchat.base.options import RequestedSampling
 from mixchat.engine.stats import GenerationStats
 from mixchat.face.events import End, Event, LeftOut, Piece, Reading, Reason

@@ -8,8 +8,8 @@ from concurrent.futures import wait
 from socket import create_connection
 from typing import TYPE_CHECKING
 
+from mixchat.base.context import UNKNOWN_CONTEXT, Context
 from mixchat.base.errors import ModelNotFoundError, UsageError
-from mixchat.base.model_config import UNKNOWN_CONTEXT, Context
 from mixchat.base.progress import Reporter, in_background
 from mixchat.serving.client.server_url import SERVER_PORT, ServerURL
 

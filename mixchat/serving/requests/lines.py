@@ -10,8 +10,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
+from mixchat.base.context import UNKNOWN_CONTEXT, Context
 from mixchat.base.errors import PromptError
-from mixchat.base.model_config import UNKNOWN_CONTEXT, Context
 from mixchat.base.progress import in_background
 from mixchat.base.quantities import format_size
 from mixchat.face.events import End, Event, Failed, Piece

@@ -20,8 +20,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mixchat.base.context import Context
 from mixchat.base.errors import MixchatError
-from mixchat.base.model_config import Context
 from mixchat.base.progress import Note
 from mixchat.face.model import Model
 from mixchat.face.request import QueueFullError

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field
 
-from mixchat.base.model_config import Context
+from mixchat.base.context import Context
 from mixchat.face.events import End, Piece
 from mixchat.face.request import FormError, Request
 from mixchat.serving.requests import shared, tool_fields

@@ -18,7 +18,7 @@ from typing import cast
 
 from anyio import to_thread
 
-from mixchat.base.model_config import Context
+from mixchat.base.context import Context
 from mixchat.face.model import Model, ModelStats
 from mixchat.face.request import QueueFullError, ShuttingDownError
 from mixchat.serving.requests.shared import LATEST

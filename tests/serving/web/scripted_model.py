@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import torch
 from character_tokens import character_bytes
 
+from mixchat.base.context import Context
 from mixchat.base.errors import ResourceError
-from mixchat.base.model_config import Context
 from mixchat.base.options import SamplingOptions
 from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.batch import BatchedAnswer

@@ -13,8 +13,8 @@ import pytest
 from raw_http import exchange, read_response, request
 from scripted_model import scripted_model
 
+from mixchat.base.context import Context
 from mixchat.base.errors import ResourceError
-from mixchat.base.model_config import Context
 from mixchat.base.options import LoadOptions
 from mixchat.face.request import QueueFullError, ShuttingDownError
 from mixchat.serving import serve as serve_module
