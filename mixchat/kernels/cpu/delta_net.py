@@ -64,6 +64,7 @@ _SIGNATURE = Signature(
     "key_dim",
     "value_dim",
     "scale",
+    "ahead",
 )
 _NORM = Signature("x", "gate", "weight", "out", "stride", "tokens", "heads", "width", "eps")
 
@@ -86,6 +87,11 @@ class DeltaNetShape:
     def block(self) -> int:
         """Return the columns of a block."""
         return math.gcd(self.value_dim, _BLOCK)
+
+    @property
+    def block_bytes(self) -> int:
+        """Return the bytes of a block of a head's state."""
+        return self.key_dim * self.block * 4
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
@@ -201,6 +207,7 @@ class DeltaRule:
             key_dim=shape.key_dim,
             value_dim=shape.value_dim,
             scale=fp32_bits(shape.key_dim**-0.5),
+            ahead=torch.get_num_threads() * shape.block_bytes,
         )
         compiled = _compiled(ba.dtype == torch.bfloat16, shape.block, self.skips is not None)
         keeps = qkv, ba, out, gates, self.rates, self.biases, self.skips
@@ -374,7 +381,9 @@ class _Recur:
                 factors = queries.plus(offset), keys.plus(offset), next_keys
                 target = function.address(after)
                 store = target.store_past_caches if past_caches else target.store
-                read, predicted = self._pass(source, store, factors, decay, deltas)
+                read, predicted = self._pass(
+                    source, store, factors, decay, deltas, prefetches=past_caches
+                )
                 if self._is_mamba:
                     skip = args.pointer("skips").load(f32, head * 4).broadcast(self._lanes)
                     pairs = zip(own, read, strict=True)
@@ -418,10 +427,13 @@ class _Recur:
         factors: tuple[Pointer, Pointer, Pointer | None],
         decay: Value,
         deltas: list[Value],
+        *,
+        prefetches: bool,
     ) -> tuple[list[Value], list[Value]]:
         """Update the block of `source`, and store it. Return S^T q, and S^T k of the next token.
 
-        factors: the query, the key and the next token's key, if there is one.
+        factors: the query, the key and the next token's key, if there is one. prefetches: the block
+        that this thread will probably take next, so that memory is read while it is written, too.
         """
         function, zero = self._function, self._function.constant(self._floats, 0.0)
         count, lanes = len(deltas), self._lanes
@@ -431,6 +443,10 @@ class _Recur:
             for row in range(_TOGETHER):
                 at = (first + row) * 4
                 query, key = (pointer.load(f32, at).broadcast(lanes) for pointer in (queries, keys))
+                if prefetches:
+                    for line in range(0, self._block * 4, _LINE):
+                        ahead = self._args.number("ahead") + line
+                        source.prefetch(at * self._block + ahead, second=True)
                 for number, offset in enumerate(self._offsets):
                     column = at * self._block + offset
                     state = source.load(self._floats, column) * decay
