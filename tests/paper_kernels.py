@@ -17,7 +17,8 @@ from torch.nn import functional
 from mixchat.engine.tensor_cache import in_8_bits
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.convolution import Convolution
-from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule, GatedNorm
+from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule
+from mixchat.kernels.cpu.gated_norm import GatedNorm
 from mixchat.kernels.cpu.router import Router, Scoring
 from mixchat.kernels.gpu.codes import TILES
 from mixchat.weights.matrix.linear import TYPES, LinearSpec

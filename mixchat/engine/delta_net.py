@@ -21,8 +21,9 @@ from mixchat.engine.rope import RotaryEmbedding
 from mixchat.engine.sequence_cache import TokenContext
 from mixchat.engine.state_cache import StateCache
 from mixchat.kernels.cpu.convolution import Convolution
-from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule, GatedNorm
+from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule
 from mixchat.kernels.cpu.dense import dense_matmul, matmul_step
+from mixchat.kernels.cpu.gated_norm import GatedNorm
 from mixchat.kernels.cpu.program import Stage, Step, alone, together
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.matrix.linear import as_packed

@@ -24,6 +24,7 @@ Codes are quantized weights. Read emit.py first, then units.py, tile.py and quan
 - latent_kernel.py: the same for latents, which all heads share
 - attention_products.py: products of keys and values, with the instructions of each kind of CPU
 - convolution.py: short convolutions of each channel
-- delta_net.py: the states of gated DeltaNet
+- delta_net.py: the states of gated DeltaNet and Mamba2
+- gated_norm.py: the norm after these
 - dense.py: x times a dense matrix
 """

@@ -12,7 +12,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 )
 
 from mixchat.kernels.cpu import rows
-from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule, GatedNorm
+from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule
+from mixchat.kernels.cpu.gated_norm import GatedNorm
 
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = [

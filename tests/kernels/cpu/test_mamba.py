@@ -9,7 +9,8 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
 )
 
 from mixchat.kernels.cpu import rows
-from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule, GatedNorm
+from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule
+from mixchat.kernels.cpu.gated_norm import GatedNorm
 
 DTYPES = (torch.float32, torch.bfloat16)
 # The heads of groups and of x, and the numbers of a B and of a head's x.

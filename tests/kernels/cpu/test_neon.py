@@ -18,6 +18,7 @@ from mixchat.kernels.cpu import (
     convolution,
     delta_net,
     dense,
+    gated_norm,
     pages,
     program,
     router,
@@ -28,7 +29,8 @@ from mixchat.kernels.cpu import compile as compiling
 from mixchat.kernels.cpu import quantized_matmul as kernel
 from mixchat.kernels.cpu.compile import CPUS, LANES, InstructionSet, compiled_here, instruction_set
 from mixchat.kernels.cpu.convolution import Convolution
-from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule, GatedNorm
+from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule
+from mixchat.kernels.cpu.gated_norm import GatedNorm
 from mixchat.kernels.cpu.pages import PAGE, Bits, CacheShape
 from mixchat.kernels.cpu.quantized_matmul import QuantizedMatrix
 from mixchat.kernels.cpu.units import MANY
@@ -40,7 +42,7 @@ from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3
 
 TYPES = {kind.name: kind for kind in (INT8, INT6, INT5, NF4, MXFP4, TRELLIS2, TRELLIS3)}
 MODULES = (kernel, attention, convolution, delta_net, dense, pages, program, router, rows)
-MODULES += (trellis_encode,)
+MODULES += (gated_norm, trellis_encode)
 under_qemu = pytest.mark.skipif(
     instruction_set() in (None, "neon") or not can_emulate(),
     reason="no qemu-aarch64, no aarch64-linux-gnu-gcc, or no AVX2",

@@ -5,8 +5,9 @@ import torch
 from gpu_tools import addresses_of
 
 from mixchat.kernels.cpu.convolution import Convolution
-from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule, GatedNorm
+from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule
 from mixchat.kernels.cpu.dense import dense_matmul
+from mixchat.kernels.cpu.gated_norm import GatedNorm
 from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net, delta_rule
 
 EPS = 1e-5
