@@ -169,8 +169,9 @@ class KVSteps:
     def set(self, addresses: torch.Tensor, past: int) -> None:
         """Let the steps compute the token after `past` others in these pages."""
         splits = attention.count_splits(past + 1)
+        per_item = attention.rows_per_item(self._shape, splits)
         self.store.set(pages=addresses.data_ptr(), past=past)
-        self.attend.set(pages=addresses.data_ptr(), past=past, splits=splits)
+        self.attend.set(pages=addresses.data_ptr(), past=past, splits=splits, per_item=per_item)
         self.merge.set(splits=splits)
 
 

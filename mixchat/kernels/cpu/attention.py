@@ -23,6 +23,7 @@ from mixchat.kernels.cpu.pages import CacheShape
 from mixchat.kernels.cpu.program import Step, copy_of
 
 _NO_WINDOW = 2**30  # tokens
+_ROWS_TOGETHER = 4  # whose products are computed at once
 _MERGED = 16  # vectors of a value that are merged at once, as registers allow
 
 
@@ -92,6 +93,13 @@ def _no_sinks(heads: int) -> torch.Tensor:
 def count_splits(keys: int) -> int:
     """Return the number of parts into which `keys` keys are split."""
     return -(-keys // SPLIT)
+
+
+def rows_per_item(shape: CacheShape, splits: int) -> int:
+    """Return the rows of one item of work, so that a token's rows are items for all threads."""
+    items = -(-torch.get_num_threads() // (splits * shape.groups))
+    rows = -(-shape.shared // items)
+    return min(_kernel(shape).rows_of(shape), -(-rows // _ROWS_TOGETHER) * _ROWS_TOGETHER)
 
 
 def _kernel(shape: CacheShape) -> type[AttendKernel]:
