@@ -156,9 +156,11 @@ class _Layer:
     ) -> None:
         self._block, self._context, self.keys = block, context, block.moe.keys
         self._routing = selected, torch.empty(selected.shape)
-        self._up_to_router = [*first, *block.stages_up_to_router(self._routing, context)]
+        self._first = [*first, *block.mixer_stages(context)]
+        up_to_experts = block.stages_up_to_experts(self._routing, context)
+        self._up_to_experts = [*self._first, *up_to_experts]
         self._last, self._last_program = last, Program(last) if last else None
-        self.stages = self._up_to_router
+        self.stages = self._up_to_experts
         # Not kept alive, so that the memory of a slot can be given back.
         self._experts: weakref.ref[LayerExperts] | None = None
 
@@ -171,10 +173,10 @@ class _Layer:
         # A list that is gone gives None, too, but its stages have addresses that are gone.
         if previous is experts and (self._experts is None) == (experts is None):
             return False
-        self.stages = self._up_to_router
+        self.stages = self._up_to_experts
         if experts is not None:
-            of_experts = self._block.expert_stages(self._routing, self._context, experts)
-            self.stages = [*self.stages, *of_experts, *self._last]
+            after = self._block.stages_with_experts(self._routing, self._context, experts)
+            self.stages = [*self._first, *after, *self._last]
         self._experts = None if experts is None else weakref.ref(experts)
         return True
 

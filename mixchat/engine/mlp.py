@@ -42,16 +42,23 @@ class DenseMLP:
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
         """Return `__call__` for one token of each sequence, from `normed` to `dense`."""
+        rounds, network, gate = self.parts(context)
+        return [*rounds, *network, *gate]
+
+    def parts(self, context: SingleTokenContext) -> tuple[list[Stage], list[Stage], list[Stage]]:
+        """Return `stages` in parts: those that round the input, the others, those of the gate.
+
+        The first ones of network and gate do not need each other.
+        """
         out = context.dense
         if self.gate is None:
-            return self.network.stages(context.normed, out)
+            round_x, *network = self.network.stages(context.normed, out)
+            return [round_x], network, []
         ungated = context.tensor("ungated", *out.shape)
+        round_x, *network = self.network.stages(context.normed, ungated)
         weight = torch.empty(len(out), 1)
         score, choose = self.gate.steps(
             context.normed, torch.empty(len(out), 1, dtype=torch.int64), weight
         )
-        return [
-            *self.network.stages(context.normed, ungated),
-            together(score),
-            alone(choose, rows.weighted_sum_step(ungated, weight, out)),
-        ]
+        finish = alone(choose, rows.weighted_sum_step(ungated, weight, out))
+        return [round_x], network, [together(score), finish]

@@ -26,7 +26,7 @@ from mixchat.engine.sequence_cache import TokenContext
 from mixchat.engine.short_conv import ShortConv
 from mixchat.experts.holder import ExpertRunner, LayerExperts
 from mixchat.kernels.cpu import rows
-from mixchat.kernels.cpu.program import Stage, alone, in_order
+from mixchat.kernels.cpu.program import Stage, alone, beside, in_order
 from mixchat.kernels.cpu.router import Router
 from mixchat.weights.format.blueprint import HEAD, Blueprint
 from mixchat.weights.matrix.quant_type import Linear, RecordRows
@@ -140,37 +140,66 @@ class Block:
         # Both outputs are added first, as in transformers, since sums in bf16 depend on the order.
         return x + (outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1])
 
-    def stages_up_to_router(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
-        """Return stages up to the router, which fill `routing`."""
-        router_stages = self.moe.router_stages(routing, context)
-        return [*self._stages_up_to_experts(context), *router_stages]
-
     def dense_stages(self, context: SingleTokenContext) -> list[Stage]:
         """Return stages through a layer without experts."""
         x = context.x
         add = alone(rows.add_step(x, context.dense, x))
-        return [*self._stages_up_to_experts(context), add]
+        return [*self.mixer_stages(context), *self._dense_part(context), add]
 
-    def _stages_up_to_experts(self, context: SingleTokenContext) -> list[Stage]:
-        x, normed = context.x, context.normed
+    def mixer_stages(self, context: SingleTokenContext) -> list[Stage]:
+        """Return stages through the mixer, which add its output to `x`."""
+        x = context.x
         return [
-            self.mixer_norm.stage(x, normed),
+            self.mixer_norm.stage(x, context.normed),
             *self.mixer.stages(context),
             *in_order(context.sequences, [rows.add_step(x, context.added, x)]),
-            self.mlp_norm.stage(x, normed),
-            *(self.mlp.stages(context) if self.mlp else ()),
         ]
 
-    def expert_stages(
+    def _dense_part(self, context: SingleTokenContext) -> list[Stage]:
+        """Return stages through the norm and the dense part, if there is one."""
+        norm = self.mlp_norm.stage(context.x, context.normed)
+        return [norm, *(self.mlp.stages(context) if self.mlp else ())]
+
+    def stages_up_to_experts(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
+        """Return the stages after the mixer up to the experts, if some are not in memory."""
+        return [*self._dense_part(context), *self._router_stages(routing, context)]
+
+    def _router_stages(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
+        """Return stages that fill `routing`, and leave the input of the experts in `normed`."""
+        return self.moe.router_stages(routing, context)
+
+    def stages_with_experts(
         self, routing: Routing, context: SingleTokenContext, experts: LayerExperts
     ) -> list[Stage]:
-        """Return the stages after the router, if all experts are in memory."""
-        x, added = context.x, context.added
+        """Return the stages after the mixer, if all experts are in memory.
+
+        Threads share the work of dense part and experts, so that they meet less often.
+        """
+        norm, router = self.mlp_norm, self._router_stages(routing, context)
+        arrange, *network, weigh = self.moe.expert_stages(routing, context, experts)
+        gate: list[Stage] = []
+        rounds: list[Stage] = []
+        if self.mlp is not None:
+            # First, because `normed` may be another part's input then.
+            rounds, dense, gate = self.mlp.parts(context)
+            round_x, *network = network
+            network = [round_x, *beside(network, dense)]
         return [
-            *self.moe.expert_stages(routing, context, experts),
-            *([alone(rows.add_step(added, context.dense, added))] if self.mlp else ()),
-            *in_order(context.sequences, [rows.add_step(x, added, x)]),
+            norm.stage(context.x, context.normed),
+            *rounds,
+            *beside(router, gate[:1]),
+            arrange,
+            *network,
+            weigh,
+            *gate[1:],
+            *self._sum_stages(context),
         ]
+
+    def _sum_stages(self, context: SingleTokenContext) -> list[Stage]:
+        """Return the stages that add the outputs of dense part and experts to `x`."""
+        x, added = context.x, context.added
+        add_dense = [rows.add_step(added, context.dense, added)] if self.mlp else []
+        return in_order(context.sequences, add_dense, [rows.add_step(x, added, x)])
 
     def run_routed(self, routing: Routing, context: SingleTokenContext) -> None:
         """Compute what is after the router by the runner of the experts."""
@@ -212,27 +241,24 @@ class SandwichBlock(Block):
         norms = self.norms
         return (x + norms["layer_out"](dense + norms["experts_out"](added))) * self.scalar
 
-    def stages_up_to_router(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
-        x, normed, norms = context.x, context.normed, self.norms
-        return [
-            self.mixer_norm.stage(x, normed),
-            *self.mixer.stages(context),
-            norms["mixer_out"].stage(context.added, context.added),
-            alone(rows.add_step(x, context.added, x)),
-            self.mlp_norm.stage(x, normed),
-            *self._dense.stages(context),
-            norms["mlp_out"].stage(context.dense, context.dense),
-            norms["router"].stage(x, normed),
-            *self.moe.router_stages(routing, context),
-            norms["experts"].stage(x, normed),  # what the experts get
-        ]
+    def mixer_stages(self, context: SingleTokenContext) -> list[Stage]:
+        norm = self.norms["mixer_out"].stage(context.added, context.added)
+        *stages, add = super().mixer_stages(context)
+        return [*stages, norm, add]
 
-    def expert_stages(
-        self, routing: Routing, context: SingleTokenContext, experts: LayerExperts
-    ) -> list[Stage]:
+    def stages_up_to_experts(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
+        stages = super().stages_up_to_experts(routing, context)
+        return [*stages, self.norms["mlp_out"].stage(context.dense, context.dense)]
+
+    def _router_stages(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
+        x, normed, norms = context.x, context.normed, self.norms
+        stages = super()._router_stages(routing, context)
+        return [norms["router"].stage(x, normed), *stages, norms["experts"].stage(x, normed)]
+
+    def _sum_stages(self, context: SingleTokenContext) -> list[Stage]:
         x, added, norms = context.x, context.added, self.norms
         return [
-            *self.moe.expert_stages(routing, context, experts),
+            norms["mlp_out"].stage(context.dense, context.dense),
             norms["experts_out"].stage(added, added),
             alone(rows.add_step(added, context.dense, added)),
             norms["layer_out"].stage(added, added),

@@ -7,7 +7,7 @@ import torch
 
 from mixchat.kernels.cpu import rows, threads
 from mixchat.kernels.cpu.compile import kernels_available
-from mixchat.kernels.cpu.program import Program, Step, alone, together
+from mixchat.kernels.cpu.program import Program, Step, alone, beside, together
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 
@@ -95,3 +95,25 @@ def test_a_sum_has_the_bits_of_torch(dtype: torch.dtype) -> None:
     out = torch.empty_like(x)
     rows.add_step(x, other, out).run()
     assert torch.equal(out, x + other)
+
+
+@pytest.mark.usefixtures("_threads", "_way")
+def test_two_rows_of_stages_share_their_work_side_by_side() -> None:
+    one, sums = torch.ones(64, COLUMNS), [zeros(64) for _ in range(4)]
+    longer = [
+        alone(add(sums[0], one, sums[0])),
+        together(add(sums[0], one, sums[1])),
+        together(add(sums[1], one, sums[1])),
+    ]
+    shorter = [together(add(sums[2], one, sums[2])), together(add(sums[2], one, sums[3]))]
+    merged = beside(longer, shorter)
+    # A stage alone is never shared.
+    assert [(stage.alone, len(stage.steps)) for stage in merged] == [
+        *((True, 1), (False, 1)),
+        *((False, 2), (False, 1)),
+    ]
+    program = Program(merged)
+    for turn in range(1, 50):
+        program.run()
+        assert (sums[1] == turn + 2).all()
+        assert (sums[3] == turn + 1).all()
