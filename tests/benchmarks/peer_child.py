@@ -193,11 +193,10 @@ def experts(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
     if config.per_expert_scale:
         yield f"{prefix}gate_inp.scale", (hidden,), 0, "F32"
         yield f"{prefix}down_exps.scale", (count,), 0, "F32"
-    for name, rows, columns in (
-        ("gate", inner, hidden),
-        ("up", inner, hidden),
-        ("down", hidden, inner),
-    ):
+    gate_and_up = [("gate", inner, hidden), ("up", inner, hidden)]
+    if config.sandwich_norms:  # as Gemma 4's files have them, and as ik_llama.cpp wants them
+        gate_and_up = [("gate_up", 2 * inner, hidden)]
+    for name, rows, columns in (*gate_and_up, ("down", hidden, inner)):
         yield f"{prefix}{name}_exps.weight", (count, rows, columns), SMALL, kind
         if config.moe_bias:
             yield f"{prefix}{name}_exps.bias", (count, rows), 0, "F32"
