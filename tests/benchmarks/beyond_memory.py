@@ -125,7 +125,8 @@ def described(figures: dict[str, float]) -> str:
         f"limit {limit:.2f}, reached {figures['rate'] / limit:.0%}",
         f"computing {figures['computing']:.2f} s, reading {reading:.2f} s: "
         f"{figures['bytes'] / 1e9:.2f} GB at {figures['read_rate'] / 1e9:.2f} GB/s "
-        f"({figures['disk'] / 1e9:.2f} afterwards), the disk busy {figures['busy']:.0%}",
+        f"({figures['disk_before'] / 1e9:.2f} before, {figures['disk'] / 1e9:.2f} afterwards), "
+        f"the disk busy {figures['busy']:.0%}",
         f"hits {figures['hit_rate']:.1%}, expected {figures['expected_hit_rate']:.1%}",
         f"waited {figures['stalled']:.0%}",
         f"{figures['right']} of {figures['predictions']} predicted, depth {figures['depth']}",
@@ -194,6 +195,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         "read_rate": read_rate,
         "busy": did.read_seconds / total,
         "disk": disk.idle,
+        "disk_before": saved.typical.disk_bandwidth_idle,
         "predicted_low": expected.speed.low,
         "predicted_high": expected.speed.high,
         "predicted_meanwhile": meanwhile.tokens_per_second,

@@ -1,0 +1,104 @@
+"""The first token of a cold start, beside the disk, the plan and llama.cpp.
+
+    python tests/benchmarks/cold_start.py MODEL [--free GIB] [--host-memory SIZE] [--rounds 2]
+        [--tokens 24] [--peer PYTHON FILE.gguf]
+
+MODEL is the directory of an installed model, such as `python -m mixchat.bench.synthetic` writes.
+Each round measures the machine (`mixchat plan --measure`), then a start with nothing of the model
+in the page cache, a later prompt and tokens after it (`mixchat bench`), and then the same of
+llama.cpp (`peer_child.py bench`). With --free another process holds what is free beyond that.
+
+"The disk alone" is the time in which eight threads read as many bytes into memory that was used
+before, right after the start. mixchat's seconds count from the start of Python, llama.cpp's from
+the moment in which its imports are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+from beyond_memory import PEER, PROMPT, ballast, run
+
+from mixchat.base import system
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--free", type=float)
+    parser.add_argument("--host-memory")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--peer", nargs=2, metavar=("PYTHON", "GGUF"))
+    options = parser.parse_args()
+    flags = ["--device", "cpu", "--json"]
+    if options.host_memory:
+        flags += ["--host-memory", options.host_memory]
+    for _ in range(options.rounds):
+        with ballast(options.free):
+            plan = mixchat("plan", options.model, *flags, "--measure")
+            task = ("--prompt", str(PROMPT), "--tokens", str(options.tokens), "--rounds", "1")
+            print(described(plan, mixchat("bench", options.model, *flags, *task)), flush=True)
+            if options.peer:
+                python, gguf = options.peer
+                drop_pages(Path(gguf))
+                print(
+                    run(
+                        [
+                            python,
+                            str(PEER),
+                            "bench",
+                            gguf,
+                            str(PROMPT),
+                            str(max(options.tokens, 10)),
+                        ]
+                    ),
+                    end="",
+                    flush=True,
+                )
+
+
+def mixchat(command: str, model: Path, *flags: str) -> dict:
+    """Return the JSON of a command about a model."""
+    return json.loads(run([sys.executable, "-m", "mixchat", command, str(model), *flags]))
+
+
+def described(plan: dict, bench: dict) -> str:
+    """Return a plan and what came as a line."""
+    cold, warm, planned = bench["cold"], bench["warm"], plan["first_token"]
+    size, disk = cold["shared"] + cold["prompt"]["bytes_read"], bench["limits"]["disk"]
+    alone = size / disk
+    planned_cold = planned["starting"] + planned["cold"]["seconds"]
+    decode, speed = bench["tasks"][0]["mixchat"][0], plan["speed"]
+    placement, demand = plan["fit"]["placement"], plan["fit"]["demand"]
+    memory = demand["shared"] + placement["slots"] * demand["whole"] / demand["experts"]
+    taken = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    parts = (
+        f"{size / 1e9:.2f} GB, the disk alone {alone:.1f} s at {disk / 1e9:.2f} GB/s",
+        f"cold {cold['seconds']:.1f} s ({cold['starting']:.1f} starting, {cold['loading']:.1f} "
+        f"loading, {cold['prompt']['waiting']:.1f} waiting of {cold['prompt']['seconds']:.1f})",
+        f"1.3 times the disk and 1.5 s: {1.3 * alone + 1.5:.1f} s",
+        f"planned {planned_cold:.1f} s",
+        f"warm {warm['seconds']:.2f} s, planned {planned['warm']['seconds']:.2f}",
+        f"decoding {decode:.2f} tok/s, planned {speed['low']:.2f} to {speed['high']:.2f}",
+        f"memory {taken / 1e9:.1f} GB, planned {memory / 1e9:.1f}",
+    )
+    return "; ".join(parts)
+
+
+def drop_pages(path: Path) -> None:
+    """Let the page cache forget a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        system.advise(file.fileno(), 0, 0, needed=False)
+
+
+if __name__ == "__main__":
+    main()
