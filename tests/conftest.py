@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -254,6 +255,12 @@ def quantize_stacks(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
+def pytest_collection_finish() -> None:
+    """Leave out of each collection of garbage what all tests have: it takes a second, or two."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Give a test the same random tensors each time, whatever ran before it in its process."""
@@ -269,6 +276,17 @@ def no_held_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for descriptor in held.values():
         os.close(descriptor)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile each kernel once for all of xdist's workers, and keep all of them."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixchat.kernels.cpu.object_cache.data_dir", lambda: shared)
+        patch.setattr("mixchat.kernels.cpu.object_cache._MOST_FILES", 10_000)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

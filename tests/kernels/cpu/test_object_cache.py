@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from llvmlite import ir
 
+from mixchat.base.settings import data_dir
 from mixchat.kernels.cpu import compile as compiling
 from mixchat.kernels.cpu import object_cache
 from mixchat.kernels.cpu.compile import compile_module, compiled_here, instruction_set
@@ -23,9 +24,12 @@ from mixchat.kernels.cpu.trellis_units import TRELLIS_2, TRELLIS_3
 from mixchat.kernels.cpu.units import EIGHT_BITS
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of a person, in place of that of all tests."""
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
+    monkeypatch.setattr(object_cache, "data_dir", data_dir)
+    monkeypatch.setattr(object_cache, "_MOST_FILES", _MOST_FILES)
     return tmp_path / "kernels"
 
 

@@ -266,7 +266,9 @@ def test_a_bias_is_added_to_each_row_and_read_anew(
     assert [one.shape for one in biased.tensors] == [tuple(tensor.shape) for tensor in tensors]
     assert biased.tensors[-1].name == "w.bias"
     linear, without = biased.build(tensors), plain.build(plain.encode(weight))
-    for tokens, dtype in product(TOKENS, DTYPES):
+    # For bf16 a kernel is compiled of its own, which adds a bias to each type in one way.
+    narrow = [torch.bfloat16] if not kernel or kind.type in (NF4, TRELLIS3) else []
+    for tokens, dtype in product(TOKENS, [*narrow, torch.float16, torch.float32]):
         x, bias = random(tokens, shape[1], seed=tokens).to(dtype), random(1, shape[0], tokens)
         if biased.stored_rows == shape[0] or not kernel:
             tensors[-1].copy_(bias[0])
@@ -278,8 +280,7 @@ def test_a_bias_is_added_to_each_row_and_read_anew(
         torch.testing.assert_close(linear(x).double(), expected, rtol=rounding, atol=rounding)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, False), (torch.float32, True)])
 @needs_kernel
 def test_the_steps_of_a_packed_map_have_its_bits(
     kind: Kind, dtype: torch.dtype, bias: bool
