@@ -13,7 +13,7 @@ from mixchat.base.quantities import format_age
 from mixchat.planning.gpu_speeds import GPUSpeeds, typical_gpu
 
 _LIFETIME_S = 30 * 86400  # of a measurement
-_BUSY_LIFETIME_S = 600  # of a measurement while other programs were busy
+BUSY_LIFETIME_S = 600  # of a measurement while other programs were busy
 BUSY = 0.2  # of the cores' time that other programs take
 # The part of the disk's measured speed that reads into slots of small pages have.
 # `tests/benchmarks/beyond_memory.py` measures 0.7 to 0.95.
@@ -125,7 +125,7 @@ class Measurement:
         age = now - self.measured_at
         if age > _LIFETIME_S:
             return f"the last time was {format_age(age)}"
-        if self.busy and age > _BUSY_LIFETIME_S:
+        if self.busy and age > BUSY_LIFETIME_S:
             return f"it was busy the last time, {format_age(age)}"
         return None
 

@@ -6,9 +6,9 @@ import contextlib
 import functools
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -18,7 +18,7 @@ from mixchat.base.files import read_json_object, write_private_file
 from mixchat.base.settings import data_dir
 from mixchat.kernels.cpu.compile import KERNELS
 from mixchat.planning.compute_speed import thread_seconds
-from mixchat.planning.machine_speeds import BUSY
+from mixchat.planning.machine_speeds import BUSY, BUSY_LIFETIME_S
 from mixchat.weights.format.blueprint import Blueprint
 
 # A later count has to be 1.05 times as fast, because measurements vary by some percent, and another
@@ -67,8 +67,8 @@ def known_or_best(path: Path, shape: str, counts: Sequence[int], measure: Measur
     """Return the count that `path` has for this machine, else the best by `measure`, saved there.
 
     It measures only once for a shape, because other counts may round differently. If other programs
-    took the cores meanwhile, the count is not saved. They made one thread seem the best, which is
-    half of the speed when they have ended.
+    took the cores meanwhile, the count is saved for some minutes. They made one thread seem the
+    best, which is half of the speed when they have ended.
     """
     if len(counts) == 1:
         return counts[0]
@@ -77,17 +77,21 @@ def known_or_best(path: Path, shape: str, counts: Sequence[int], measure: Measur
     saved: dict[str, object] = {}
     with contextlib.suppress(CheckpointError):
         saved = read_json_object(path, follow=False)
-    if saved.get(key) in counts:
-        return cast("int", saved[key])
+    match saved.get(key):
+        case int(count) if count in counts:
+            return count
+        case [int(count), int(until)] if count in counts:
+            if 0 < until - time.time() <= BUSY_LIFETIME_S:
+                return count
     programs = machine.OtherPrograms()
     seconds = measure(counts)
     best = counts[0]
     for count in counts[1:]:
         if seconds[count] * _MIN_GAIN < seconds[best]:
             best = count
-    if programs.share() > BUSY:
-        return best
+    is_busy = programs.share() > BUSY
+    entry = [best, int(time.time()) + BUSY_LIFETIME_S] if is_busy else best
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_private_file(path, json.dumps({**saved, key: best}, indent=1).encode())
+        write_private_file(path, json.dumps({**saved, key: entry}, indent=1).encode())
     return best

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
@@ -83,11 +84,19 @@ def test_a_count_is_kept_for_its_shape(tmp_path):
     assert known_or_best(path, "small", [1, 2], Machine({})) == 1
 
 
-def test_a_count_is_kept_only_if_no_other_program_took_the_cores(tmp_path, share):
+def test_a_count_of_a_busy_machine_is_measured_again_ten_minutes_later(
+    tmp_path, share, monkeypatch
+):
     """A first start in a busy minute left a person with one thread, half of the speed, for ever."""
     path, share[:] = tmp_path / "threads.json", [0.5, 0.1]
+    now = time.time()
+    monkeypatch.setattr(torch_threads.time, "time", lambda: now)
     assert known_or_best(path, "a shape", [1, 2], Machine({1: 1.0, 2: 1.0})) == 1
+    now += 599
+    assert known_or_best(path, "a shape", [1, 2], Machine({})) == 1
+    now += 2
     assert known_or_best(path, "a shape", [1, 2], Machine({1: 2.0, 2: 1.0})) == 2
+    now -= 1e6
     assert known_or_best(path, "a shape", [1, 2], Machine({})) == 2
 
 
