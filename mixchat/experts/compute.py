@@ -91,7 +91,8 @@ class HostCompute:
                 rows.put(key, expert(rows.of(key), exact=rows.exact))
         elif self._is_few(x, pairs, exact=rows.exact):
             program = self._program(rows.layer, experts[0], x, pairs)
-            numbers = torch.arange(len(keys)).repeat_interleave(torch.tensor(counts))
+            # `repeat_interleave` starts torch's threads, which took a sixth of a token's time.
+            numbers = torch.tensor([n for n, count in enumerate(counts) for _ in range(count)])
             outputs = program(x, experts.addresses, numbers, rows.tokens_of(keys))
             for key, output in zip(keys, torch.split(outputs, counts), strict=True):
                 rows.put(key, output)
