@@ -129,6 +129,7 @@ def described(figures: dict[str, float]) -> str:
         f"the disk busy {figures['busy']:.0%}",
         f"hits {figures['hit_rate']:.1%}, expected {figures['expected_hit_rate']:.1%}",
         f"waited {figures['stalled']:.0%}",
+        f"memory {figures['memory'] / 1e9:.1f} GB, planned {figures['memory_planned'] / 1e9:.1f}",
         f"{figures['right']} of {figures['predictions']} predicted, depth {figures['depth']}",
         f"first token after {figures['first']:.1f} s, {figures['first_bytes'] / 1e9:.1f} GB",
     )
@@ -156,6 +157,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         prefetch.DEPTHS = (depth,)
     host_memory = None if budget == "auto" else MemoryBudget.parse(budget)
     options = LoadOptions(host_memory=host_memory, device="cpu", speculation=False)
+    before_loading = resident_bytes()
     engine = load_engine(model, options)
     prompt = torch.randint(5, 32000, (PROMPT,), generator=torch.Generator().manual_seed(0))
     sampling = SamplingOptions(temperature=1, seed=0)
@@ -169,6 +171,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
     did, total = engine.experts.stats.since(before), sum(seconds)
+    memory = resident_bytes() - before_loading
     with InstalledModel(model) as installed:
         blueprint = installed.blueprint
     placement = Placement(engine.experts.slots, 0, blueprint.expert_count)
@@ -182,6 +185,8 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     meanwhile = expect(blueprint, CPU, with_disk(saved, read_rate), placement)
     return {
         "slots": engine.experts.slots,
+        "memory": memory,
+        "memory_planned": blueprint.shared_size + engine.experts.slots * blueprint.mean_expert,
         "rate": len(seconds) / total,
         "median": 1 / median(seconds),
         "bytes": did.bytes_moved / len(seconds),
@@ -202,6 +207,12 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         "computing": expected.cost.computing,
         "expected_hit_rate": expected.hit_rate,
     }
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process takes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def with_disk(measured: Measurement, bandwidth: float) -> Measurement:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 
@@ -77,9 +76,6 @@ def described(plan: dict, bench: dict) -> str:
     alone = size / disk
     planned_cold = planned["starting"] + planned["cold"]["seconds"]
     decode, speed = bench["tasks"][0]["mixchat"][0], plan["speed"]
-    placement, demand = plan["fit"]["placement"], plan["fit"]["demand"]
-    memory = demand["shared"] + placement["slots"] * demand["whole"] / demand["experts"]
-    taken = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     parts = (
         f"{size / 1e9:.2f} GB, the disk alone {alone:.1f} s at {disk / 1e9:.2f} GB/s",
         f"cold {cold['seconds']:.1f} s ({cold['starting']:.1f} starting, {cold['loading']:.1f} "
@@ -88,7 +84,6 @@ def described(plan: dict, bench: dict) -> str:
         f"planned {planned_cold:.1f} s",
         f"warm {warm['seconds']:.2f} s, planned {planned['warm']['seconds']:.2f}",
         f"decoding {decode:.2f} tok/s, planned {speed['low']:.2f} to {speed['high']:.2f}",
-        f"memory {taken / 1e9:.1f} GB, planned {memory / 1e9:.1f}",
     )
     return "; ".join(parts)
 
