@@ -15,6 +15,7 @@ from mixchat.weights.families.family import (
     short_conv,
 )
 from mixchat.weights.families.granitemoehybrid import mamba
+from mixchat.weights.families.qwen3_next import in_proj
 
 
 def gguf_mixers(
@@ -24,7 +25,9 @@ def gguf_mixers(
     return {
         "attention": attention(rotates_neighbours=rotates_neighbours),
         "latent_attention": _split_latents if "attn_k_b.weight" in available else latent_attention,
-        "linear_attention": _delta_net(tiled="ssm_alpha.weight" in available),
+        "linear_attention": _delta_net(
+            tiled="ssm_alpha.weight" in available, joined="ssm_in.weight" in available
+        ),
         "conv": short_conv,
         "mamba": _mamba,
     }
@@ -43,12 +46,13 @@ def _split_latents(config: ModelConfig, layer: int) -> Tensors:
         yield installed, tuple(heads) if x else slices
 
 
-def _delta_net(*, tiled: bool) -> MixerTensors:
+def _delta_net(*, tiled: bool, joined: bool) -> MixerTensors:
     """Describe a gated DeltaNet.
 
     tiled: values come in the order of Qwen3.5's files, the first value head of each key head, then
     the second one of each. With 2 key heads of 2 value heads, the value heads 0 1 2 3 lie there as
     0 2 1 3. Qwen3-Next's files have them in order, and the rates and decays of a key head together.
+    joined: its first files have the input projection as a checkpoint has it.
     """
 
     def tensors(config: ModelConfig, layer: int) -> Tensors:
@@ -64,9 +68,13 @@ def _delta_net(*, tiled: bool) -> MixerTensors:
             rows = (range(start + n * width, start + (n + 1) * width) for n in places)
             return [*first, *(Slice(own + name, shape, part) for part in rows)]
 
-        qkv = by_head("attn_qkv.weight", hidden, width=value, start=mixed)
-        gates = by_head("attn_gate.weight", hidden, width=value)
-        yield f"{to}in_proj.weight", (*qkv, *gates)
+        if joined:
+            name, slices = next(in_proj(config, to))
+            yield name, tuple(replace(source, name=f"{own}ssm_in.weight") for source in slices)
+        else:
+            qkv = by_head("attn_qkv.weight", hidden, width=value, start=mixed)
+            gates = by_head("attn_gate.weight", hidden, width=value)
+            yield f"{to}in_proj.weight", (*qkv, *gates)
         if tiled:
             rates = by_head("ssm_beta.weight", hidden)
             yield f"{to}ba_proj.weight", (*rates, *by_head("ssm_alpha.weight", hidden))

@@ -62,7 +62,7 @@ def read_hybrid(raw: dict[str, Any], **defaults: Any) -> ModelConfig:
     )
 
 
-def _in_proj(config: ModelConfig, own: str) -> Tensors:
+def in_proj(config: ModelConfig, own: str) -> Tensors:
     """Each key head is followed by its values and gates, or by its rates and decays."""
     keys, values, key, value = config.delta_net_shape
     hidden, each = config.hidden_size, values // keys
@@ -88,6 +88,6 @@ QWEN3_NEXT = Family(
     "qwen3_next",
     read_hybrid,
     with_shared_expert(MLP_EXPERTS, "mlp.shared_expert"),
-    {"attention": attention(norm_offset=1.0), "linear_attention": delta_net(_in_proj)},
+    {"attention": attention(norm_offset=1.0), "linear_attention": delta_net(in_proj)},
     norm_offset=1.0,
 )

@@ -130,6 +130,27 @@ class TestFamilies:
         made = install_from(path, tmp_path / "made")
         assert made == install_from(checkpoint, tmp_path / "own")
 
+    def test_an_old_qwen3_next_has_one_matrix_before_its_states(
+        self, make_checkpoint: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        checkpoint = make_checkpoint(model_type="qwen3_next", vocab_size=262)
+        config, weights = gguf_files.read(checkpoint)
+        tensors = gguf_files.tensors_of(config, weights)
+        for name in [name for name in tensors if "attn_qkv" in name]:
+            layer = name.split(".")[1]
+            del tensors[name], tensors[f"blk.{layer}.attn_gate.weight"]
+            whole = weights[f"model.layers.{layer}.linear_attn.in_proj_qkvz.weight"]
+            tensors[f"blk.{layer}.ssm_in.weight"] = whole
+        path = tmp_path / "model.gguf"
+        gguf_files.write_tensors(path, config, tensors, "F32")
+        made = install_from(path, tmp_path / "made")
+        own = install_from(checkpoint, tmp_path / "own")
+        assert {**made, SHARED_FILE: b""} == {**own, SHARED_FILE: b""}
+        made_tensors, tensors = load(made[SHARED_FILE]), load(own[SHARED_FILE])
+        assert torch.equal(
+            *(x["model.layers.0.linear_attn.in_proj.codes"] for x in (made_tensors, tensors))
+        )
+
     @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
     def test_an_old_deepseek_has_keys_and_values_in_one_matrix(
         self, family: str, make_checkpoint: Callable[..., Path], tmp_path: Path
