@@ -97,6 +97,26 @@ def test_tekken_splits_text_as_mistral_common_does() -> None:
     assert _SPLITS["tekken"][0]["pattern"] == {"Regex": published["config"]["pattern"]}
 
 
+@pytest.mark.parametrize(
+    ("rule", "pieces"),
+    [
+        # Its class of signs has the letters of ASCII, too.
+        (
+            "deepseek-llm",
+            ["Hi", ",", " w", "\u00f6", "rld", " ", "2", "0", "2", "4", "!", "\n", "\u4f60\u597d"],
+        ),
+        ("deepseek-v3", ["Hi", ",", " w\u00f6rld", " ", "202", "4", "!\n", "\u4f60\u597d"]),
+    ],
+)
+def test_deepseeks_rules_split_a_text(rule: str, pieces: list[str]) -> None:
+    steps = {"type": "Sequence", "pretokenizers": _SPLITS[rule]}
+    tokenizer = Tokenizer(models.BPE())
+    spec = json.loads(tokenizer.to_str()) | {"pre_tokenizer": steps}
+    split = Tokenizer.from_str(json.dumps(spec)).pre_tokenizer.pre_tokenize_str
+    text = "".join(pieces)
+    assert [text[start:end] for _, (start, end) in split(text)] == pieces
+
+
 def merging(spec: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """The metadata of a tokenizer.json with merges, and with special tokens of these names."""
     added = {token["id"]: 3 if token["special"] else 4 for token in spec["added_tokens"]}
