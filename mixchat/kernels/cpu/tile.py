@@ -11,13 +11,13 @@ from itertools import product
 from typing import Any
 
 from mixchat.kernels.cpu.arithmetic import store_fp32
-from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i32, vector
+from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i32, i64, vector
 from mixchat.kernels.cpu.program import Signature
 from mixchat.kernels.cpu.trellis_units import Trellis
 from mixchat.kernels.cpu.units import Unit
 
 # Blocks by which scales are prefetched early. Those of two blocks may lie far apart in memory.
-_AHEAD = 2
+_AHEAD = 4
 # Bytes by which codes are prefetched early. The CPU's prefetcher stops at the end of each page.
 _CODES_AHEAD = 3072
 _LINE = 64  # bytes of a cache line
@@ -152,11 +152,16 @@ class Tile:
             self._x_scales.load(f32, self._block_of(token, block)).broadcast(unit.lanes)
             for token in range(self.tokens)
         ]
+        # After the last block come those of the band that is probably next.
+        next_block = block + _AHEAD
+        is_next = next_block.compare(">=", self._blocks)
+        next_block = is_next.choose(next_block - self._blocks, next_block)
         for band in range(self.bands):
             first_row = self._numbers[band] * unit.band
             first = first_row * self._of_row + block * self._of_block
-            ahead = (first + self._of_block * _AHEAD) * unit.scale_bytes
-            self._absmax.prefetch(ahead, once=self.tokens == 1)
+            next_row = first_row + is_next.choose(function.constant(i64, unit.band), 0)
+            next_first = next_row * self._of_row + next_block * self._of_block
+            self._absmax.prefetch(next_first * unit.scale_bytes, once=self.tokens == 1)
             scales = [
                 unit.scales(self._absmax, first + number * unit.lanes) for number in range(parts)
             ]
