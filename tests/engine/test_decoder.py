@@ -151,6 +151,27 @@ def test_with_all_experts_in_memory_their_runner_is_not_asked(models, monkeypatc
     assert same(written(engine), expected)
 
 
+def test_with_all_experts_in_memory_several_sequences_are_one_program(models, monkeypatch):
+    engine = load(models("nf4"), parallel=3)
+    expected = logits_of_several(engine)
+    engine.forget()
+    for prefix in engine.sequences:
+        prefix.clear()
+    programs: list[Program] = []
+    run = Program.run
+    monkeypatch.setattr(Program, "run", lambda program: [programs.append(program), run(program)])
+    for number, prefix in enumerate(engine.sequences):
+        engine.passes.compute([SequenceTokens(prefix, PROMPT[: 9 * number + 5])], exact=True)
+    programs.clear()
+    before = engine.experts.stats
+    chunks = [SequenceTokens(prefix, [row]) for row, prefix in enumerate(engine.sequences)]
+    assert torch.equal(engine.passes.compute(chunks, exact=True), expected[0])
+    assert len(programs) == 1
+    # An expert that several rows have chosen is a hit once.
+    hits = engine.experts.stats.since(before).hits
+    assert {*hits.values()} == {1}
+
+
 def test_experts_that_are_evicted_and_come_back_elsewhere_are_found(models):
     """The addresses of a layer's experts are looked up in a table, which must not grow old."""
     engine = load(models("nf4"))

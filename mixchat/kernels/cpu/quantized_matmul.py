@@ -32,7 +32,7 @@ from mixchat.kernels.cpu.tile import SIGNATURE, DecodedTile, Tile, write_decode
 from mixchat.kernels.cpu.trellis_units import Trellis
 from mixchat.kernels.cpu.units import BAND, Unit, UnitSet
 
-# Bands that are read at once for one token. Memory was slower with more.
+# Bands that are read at once for few tokens. Memory was slower with more.
 _STREAMS = 2
 # Bytes of a stream in one item of work, if each thread still gets enough items.
 _STREAM_BYTES, _ITEMS = 2**20, 8
@@ -244,7 +244,7 @@ def _steps(
 def _compiled(module: Any, lanes: int, unit: type[Unit], bf16: bool, biased: bool) -> None:
     for chosen in (False, True):
         _write_round_x(module, unit, bf16, chosen)
-    wide = Tile(module, unit, bf16, biased, _STREAMS, 1)
+    wide = [Tile(module, unit, bf16, biased, _STREAMS, width) for width in unit.wide_widths()]
     if issubclass(unit, Trellis):
         decoded = unit.decoded
         widths = decoded.widths()
@@ -339,10 +339,12 @@ class _DecodedTokens(_Tokens):
             self._each_tile(function, band * 2 + half, start, end, slot)
 
 
-def _write_multiply(module: Any, unit: type[Unit], wide: Tile, alone: Tile, many: _Tokens) -> None:
+def _write_multiply(
+    module: Any, unit: type[Unit], wide: Sequence[Tile], alone: Tile, many: _Tokens
+) -> None:
     """Write `multiply`. An item of work is `_STREAMS` runs of bands and one chunk of tokens.
 
-    `wide` and `alone` are for one token.
+    `wide` are for one token, for two and so on, and `alone` is for one.
     """
     function = Function(module, "multiply")
     args = SIGNATURE.read_by(function)
@@ -360,12 +362,15 @@ def _write_multiply(module: Any, unit: type[Unit], wide: Tile, alone: Tile, many
         end = function.minimum(start + chunk, tokens)
         first = item % groups * size
         last = function.minimum(first + size, bands)
-        together = is_one & (last - first).compare("==", size)
-        with function.when(together), function.loop(first, first + run, 1) as (band, _):
-            function.call_own(wide.function, function.pointer, band, start, run)
-        apart = is_one & together.compare("==", 0)
-        with function.when(apart), function.loop(first, last, 1) as (band, _):
+        is_whole = (last - first).compare("==", size)
+        for tile in wide:
+            together = is_whole & tokens.compare("==", tile.tokens)
+            with function.when(together), function.loop(first, first + run, 1) as (band, _):
+                function.call_own(tile.function, function.pointer, band, start, run)
+        apart = (is_whole & tokens.compare("<=", len(wide))).compare("==", 0)
+        with function.when(apart & is_one), function.loop(first, last, 1) as (band, _):
             function.call_own(alone.function, function.pointer, band, start, run)
-        with function.when(is_one.compare("==", 0)), function.loop(first, last, 1) as (band, _):
+        is_many = apart & is_one.compare("==", 0)
+        with function.when(is_many), function.loop(first, last, 1) as (band, _):
             many.write(args, band, start, end)
     function.finish()

@@ -23,7 +23,7 @@ bits without a sign, because AVX2 adds two products in 16 bits: 127 * 127 * 2 = 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -98,6 +98,10 @@ class Trellis(_Levels):
     @classmethod
     def passes(cls, function: Function, table: Pointer) -> list[Unit]:
         return [cls(function, table, half) for half in (0, 1)]
+
+    @classmethod
+    def wide_widths(cls) -> Sequence[int]:
+        return (1,)  # the levels of several tokens are decoded first
 
     @property
     def sums(self) -> int:

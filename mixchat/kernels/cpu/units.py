@@ -18,7 +18,7 @@ an offset start at minus the offset times the sum of x.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -67,6 +67,11 @@ class Unit(ABC):
     def widths(cls) -> tuple[int, ...]:
         """Return how many tokens are computed at once, the most first, as registers allow."""
         return (8, 4, 3, 2, 1) if cls.lanes == 16 else (2, 1)
+
+    @classmethod
+    def wide_widths(cls) -> Sequence[int]:
+        """Return for how many tokens two bands are computed at once, as registers allow."""
+        return range(1, min(3, cls.widths()[0]) + 1) if cls.lanes == 16 else (1,)
 
     @abstractmethod
     def levels(self, codes: Pointer, offset: Value) -> Iterable[list[Value]]:

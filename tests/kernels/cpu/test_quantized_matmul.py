@@ -165,7 +165,7 @@ def test_the_product_is_that_of_the_dequantized_matrix(unit: str, kind: BlockCod
     # The last one has streams of several bands, and an item of work that is not whole.
     for shape in ((32, 64), (160, 192), (96, 1536), (4768, 64)):
         matrix = Matrix(*shape, kind)
-        for tokens in (1, 2, 7, 8, 70):
+        for tokens in (1, 2, 3, 7, 8, 70):
             x = random(tokens, shape[1], seed=1)
             for numbers in map(x.to, dtypes(unit)):
                 result, expected = matrix(numbers), numbers.double() @ matrix.exact.T
