@@ -1,6 +1,7 @@
 """Imports run in one direction: from what a person sees down to bytes, and never in a circle."""
 
 import ast
+import functools
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -70,7 +71,10 @@ def imported_by(path: Path) -> set[str]:
     return found & set(MODULES)
 
 
-IMPORTS = {name: imported_by(path) for name, path in MODULES.items()}
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """Return each module's imports. Parsing them takes a second, which collecting shall not."""
+    return {name: imported_by(path) for name, path in MODULES.items()}
 
 
 def room_of(module: str) -> str:
@@ -84,12 +88,12 @@ def test_every_room_has_its_place_in_the_order():
 def test_a_module_imports_only_from_its_own_room_and_those_below():
     for module in set(MODULES) - {"mixchat.__main__"}:
         below = ORDER[ORDER.index(room_of(module)) :]
-        assert [other for other in IMPORTS[module] if room_of(other) not in below] == [], module
+        assert [other for other in imports()[module] if room_of(other) not in below] == [], module
 
 
 def test_no_modules_import_each_other_in_a_circle():
     try:
-        TopologicalSorter(IMPORTS).prepare()
+        TopologicalSorter(imports()).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
 
@@ -97,7 +101,7 @@ def test_no_modules_import_each_other_in_a_circle():
 @pytest.mark.parametrize("top", ["chat", "text"])
 def test_chat_and_text_import_nothing_below_the_engine(top):
     above = [module for module in MODULES if module.startswith(f"mixchat.{top}.")]
-    reached = {other for module in above for other in IMPORTS[module]}
+    reached = {other for module in above for other in imports()[module]}
     rooms = {room_of(other).split("/")[0] for other in reached}
     assert rooms.isdisjoint(UNKNOWN_TO_CHAT_AND_TEXT)
 

@@ -4,10 +4,12 @@ import contextlib
 import itertools
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import pytest
 from engine_tools import answer
 
 from mixchat.base.options import LoadOptions
@@ -21,16 +23,23 @@ WHERE = {module.__file__ for module in (cache, fetcher, load_queue)}
 
 
 @contextlib.contextmanager
-def ctrl_c_at(line: int) -> Iterator[list[str]]:
-    """Press Ctrl-C before the line of this number that is carried out, and yield its place."""
-    lines, pressed = itertools.count(), list[str]()
+def ctrl_c_from(first: int, places: Counter[str]) -> Iterator[list[int]]:
+    """Press Ctrl-C before a line that is carried out, and yield its number.
+
+    It is the first line from this number on at which Ctrl-C was pressed less than three times. A
+    loop's later turns tell nothing new.
+    """
+    lines, pressed = itertools.count(), list[int]()
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         if frame.f_code.co_filename not in WHERE:
             return None
-        if event == "line" and next(lines) == line:
-            pressed.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
-            signal.raise_signal(signal.SIGINT)
+        if event == "line" and (line := next(lines)) >= first and not pressed:
+            place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            if places[place] < 3:
+                places[place] += 1
+                pressed.append(line)
+                signal.raise_signal(signal.SIGINT)
         return trace
 
     before = sys.gettrace()
@@ -43,6 +52,7 @@ def ctrl_c_at(line: int) -> Iterator[list[str]]:
         sys.settrace(before)
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_between_any_two_lines_the_next_answer_is_right(tiny_model, monkeypatch):
     monkeypatch.setattr(load_queue, "_IDLE_S", 0)  # so that its threads are started again and again
 
@@ -51,12 +61,14 @@ def test_after_ctrl_c_between_any_two_lines_the_next_answer_is_right(tiny_model,
     two = MemoryBudget(size=2 * InstalledModel(tiny_model).blueprint.expert.stride)
     engine = load_engine(tiny_model, LoadOptions(device="cpu", host_memory=two))
     assert engine.experts.slots == 2
-    for line in itertools.count():
+    places, first = Counter[str](), 0
+    while True:
         engine.forget()
-        with ctrl_c_at(line) as pressed:
+        with ctrl_c_from(first, places) as pressed:
             answer(engine, PROMPT, max_tokens=TOKENS)
         if not pressed:
             break
+        first = pressed[0] + 1
         engine.forget()
-        assert answer(engine, PROMPT, max_tokens=TOKENS) == expected, pressed
-    assert line > 200
+        assert answer(engine, PROMPT, max_tokens=TOKENS) == expected, places
+    assert len(places) > 50
