@@ -25,6 +25,7 @@ from mixchat.engine.model import LAST, AfterLayer, Transformer
 from mixchat.engine.sequence_cache import SequenceCache
 from mixchat.experts.holder import ExpertHolder
 from mixchat.experts.memory import within_memory
+from mixchat.kernels.cpu.threads import one_thread
 
 
 def shared_beginning(ids: Sequence[int], prompt: Sequence[int]) -> int:
@@ -178,6 +179,7 @@ class ForwardPasses:
             self.total_seconds += time.perf_counter() - start
         return logits
 
+    @one_thread()
     def checked(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits [V] in fp32, on the CPU. Raises `CheckpointError` unless all are finite."""
         checked = logits.cpu().float()

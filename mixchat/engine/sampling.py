@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from mixchat.base.options import SamplingOptions
+from mixchat.kernels.cpu.threads import one_thread
 
 # A lower temperature would make logits overflow, and is greedy.
 _MIN_TEMPERATURE = 1e-5
@@ -60,6 +61,7 @@ class Sampler:
         else:
             self._generator.manual_seed(options.seed)
 
+    @one_thread()
     def sample(self, logits: torch.Tensor, history: Sequence[int]) -> int:
         """Return the next token after `history`. logits: [V], any float type, on the CPU."""
         options, logits = self._options, logits.float()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 # libgomp, LLVM's libomp and Intel's all have GCC's entry point.
-_NEEDED = ("GOMP_parallel", "omp_get_num_threads")
+_NEEDED = ("GOMP_parallel", "omp_get_num_threads", "omp_get_max_threads", "omp_set_num_threads")
 
 
 class NativeFunction:
@@ -42,6 +44,24 @@ def team_size_function() -> int | None:
     """
     library = _library()
     return None if library is None else _address_of(library.omp_get_num_threads)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute in this thread alone, for operations that are shorter than a wake-up.
+
+    Between two operations Python takes long enough for OpenMP's threads to fall asleep.
+    """
+    library = _library()
+    if library is None:
+        yield
+        return
+    count = library.omp_get_max_threads()
+    try:
+        library.omp_set_num_threads(1)
+        yield
+    finally:
+        library.omp_set_num_threads(count)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import pytest
 from mixchat.kernels.cpu import threads
 from mixchat.kernels.cpu.threads import NativeFunction
 
-pytest.importorskip("torch")  # brings OpenMP into the process
+torch = pytest.importorskip("torch")  # brings OpenMP into the process
 
 CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -63,3 +63,24 @@ def _native_threads() -> set[int]:
     import os
 
     return {int(name) for name in os.listdir("/proc/self/task")}
+
+
+def test_torch_has_one_thread_only_within_the_block() -> None:
+    """Drawing a token took 2 ms longer, because each operation on logits woke another thread."""
+    if threads._library() is None:
+        pytest.skip("no OpenMP library is loaded")
+    inside = []
+
+    @threads.one_thread()
+    def fails() -> None:
+        inside.append(torch.get_num_threads())
+        raise ZeroDivisionError
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            fails()
+        assert (inside, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(before)
