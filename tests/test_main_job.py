@@ -41,7 +41,7 @@ def mixchat(home: Path, *arguments: str, stdin: str = "") -> subprocess.Complete
 
 def test_the_answer_is_byte_identical_for_every_size_of_the_cache(home):
     """Two experts of 240 are the least: 1.41 MB each, in whole pages."""
-    story = ("run", "-m", "demo", "--seed", "7", "-n", "48", "Tell me a story about a lighthouse.")
+    story = ("run", "-m", "demo", "--seed", "7", "-n", "24", "Tell me a story about a lighthouse.")
     answers = {
         size: mixchat(home, *story, "--host-memory", size, "--verbose")
         for size in ("2.83MB", "30%", "100%")

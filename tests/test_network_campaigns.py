@@ -8,9 +8,10 @@ from campaign_runs import assert_finds_no_fault
 @pytest.mark.parametrize(
     "command",
     [
-        ["hub_faults.py", "--rounds", "2"],
+        # Each lie, with and without its length, about one or two of five files.
+        ["hub_faults.py", "--rounds", "2", "--every", "3"],
         ["hostile_requests.py", "--rounds", "0.02"],
-        ["crowd.py", "--count", "200", "--files", "160", "--seconds", "2"],
+        ["crowd.py", "--count", "200", "--files", "160", "--seconds", "1"],
         ["hostile.py", "--parts", "mutations", "--mutations", "40"],
     ],
     ids=lambda command: command[0],
