@@ -21,6 +21,7 @@ from mixchat.kernels.cpu.units import MANY
 from mixchat.weights.format.expert import Expert, ExpertSlots, compute_together
 
 _LOADS_AHEAD = 2  # experts on their way while one is computed
+_GROUPS = 4  # of a prompt's experts of a layer, which are computed as they arrive
 # Numbers of x for experts that are computed together, which fit in a CPU's cache.
 _MAX_X_NUMBERS = 2**21
 # Of rows and experts that a program computes. Others have programs of their own in each call.
@@ -38,6 +39,7 @@ class HostCompute:
     def __init__(self, fetcher: Fetcher, experts: int, forms: Sequence[int] | None = None) -> None:
         self.fetcher, self._experts, self._forms = fetcher, experts, forms
         self._order: list[ExpertKey] = []  # those that are still to be computed
+        self._least = 1  # of them that are computed together, if as many are left
         self._unrequested: list[ExpertKey] = []
         # By rows, pairs and the form of the experts. The most recently used one comes last.
         self._programs: dict[tuple[int, int, int], RowExperts] = {}
@@ -50,6 +52,10 @@ class HostCompute:
         # evict each just before its turn. The others come in the order of their file.
         self._order = sorted(keys, key=lambda key: (self.fetcher.state(key), key))
         self._unrequested = list(self._order)
+        # The threads of a program wait for each other again and again, and for a core while reads
+        # touch new memory. Computing Qwen3's experts as they came made the prompt of a cold start
+        # take 5.0 and 5.3 s instead of 4.0 and 3.9, by turns.
+        self._least = 1 if rows.is_one_token else max(len(self._order) // _GROUPS, 1)
         self._request()
 
     def prefetch(self, keys: Iterable[ExpertKey]) -> None:
@@ -65,10 +71,11 @@ class HostCompute:
             return False
         interrupts.check()
         self._request()
-        self.fetcher.wait(self._order[0])
+        requested = self._order[: len(self._order) - len(self._unrequested)]
+        for key in requested[: self._least]:
+            self.fetcher.wait(key)
         # Slots for the loads ahead stay free of experts that are in use.
         ahead = min(_LOADS_AHEAD, self.fetcher.slots - 1) if self._unrequested else 0
-        requested = self._order[: len(self._order) - len(self._unrequested)]
         room = self.fetcher.slots - ahead
         keys = [*islice(takewhile(self.fetcher.has_ended, requested), room)]
         if not rows.is_one_token:
