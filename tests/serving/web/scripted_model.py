@@ -143,7 +143,10 @@ class ScriptedBatch:
 
     def step(self) -> list[ScriptedAnswer]:
         changed = [answer for answer in self._answers if answer.step()]
-        self._answers = [answer for answer in self._answers if not answer.has_ended]
+        # Another thread may have cancelled an answer since its step. It ends in the next one.
+        for answer in changed:
+            if answer.has_ended:
+                self._answers.remove(answer)
         if not changed:
             time.sleep(0.002)
         return changed
