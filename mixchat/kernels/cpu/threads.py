@@ -76,20 +76,22 @@ def _address_of(function: object) -> int:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """Return the OpenMP library that torch has loaded. A second one's threads would compete."""
+    """Return torch with its OpenMP library. The threads of a second one would compete."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return None
-    names = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if ".so" in line}
-    for name in sorted(names):
-        if Path(name).name.startswith(("libgomp", "libiomp", "libomp")):
+    for line in maps.splitlines():
+        name = line.split(maxsplit=5)[-1]
+        if Path(name).name.startswith("libtorch_cpu."):
+            # Its own OpenMP is found among what it needs. SentencePiece brings another one along.
             library = ctypes.CDLL(name)
             if all(hasattr(library, name) for name in _NEEDED):
                 entry = library.GOMP_parallel
                 entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
                 entry.restype = None
                 return library
+            return None
     return None
 
 

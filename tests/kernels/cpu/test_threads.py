@@ -2,11 +2,12 @@ import ctypes
 import threading
 
 import pytest
+import sentencepiece  # noqa: F401  # brings an OpenMP of its own into the process
 
 from mixchat.kernels.cpu import threads
 from mixchat.kernels.cpu.threads import NativeFunction
 
-torch = pytest.importorskip("torch")  # brings OpenMP into the process
+torch = pytest.importorskip("torch")  # so does torch
 
 CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
