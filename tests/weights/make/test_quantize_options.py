@@ -232,13 +232,16 @@ def peak_memory(checkpoint: Path, target: Path) -> int:
 
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_count_of_layers(make_checkpoint, tmp_path):
-    """Four layers more, 100 MB, may not cost more than two experts."""
+    """Eight layers more, 200 MB, or 27 MB in codes, may not cost more than three experts.
+
+    On a slow disk, one or two more are in flight.
+    """
     shape = {"hidden_size": 512, "intermediate_size": 1024}
     peaks = [
         peak_memory(make_checkpoint(**shape, num_hidden_layers=layers), tmp_path / str(layers))
-        for layers in (2, 6)
+        for layers in (2, 10)
     ]
-    assert peaks[1] - peaks[0] < 2 * 3 * 512 * 1024 * 4
+    assert peaks[1] - peaks[0] < 3 * 3 * 512 * 1024 * 4
 
 
 @pytest.mark.slow
