@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from mixchat.kernels.cpu import rows
-from mixchat.kernels.cpu.program import Stage, Step, alone, together
+from mixchat.kernels.cpu.program import Stage, Step, in_order
 
 
 class RMSNorm:
@@ -23,8 +23,8 @@ class RMSNorm:
 
     def stage(self, x: torch.Tensor, out: torch.Tensor) -> Stage:
         """Return `__call__` as a stage, from x [T, D] to `out` [T, D]."""
-        step = rows.rms_norm_step(x, self.weight, self.eps, out)
-        return alone(step) if x.shape[0] == 1 else together(step)
+        (stage,) = in_order(x.shape[0], [rows.rms_norm_step(x, self.weight, self.eps, out)])
+        return stage
 
     def normalize_heads(self, x: torch.Tensor) -> None:
         """Normalize heads [T, heads, h] in place.

@@ -81,18 +81,18 @@ def _library() -> ctypes.CDLL | None:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return None
-    for line in maps.splitlines():
-        name = line.split(maxsplit=5)[-1]
-        if Path(name).name.startswith("libtorch_cpu."):
-            # Its own OpenMP is found among what it needs. SentencePiece brings another one along.
-            library = ctypes.CDLL(name)
-            if all(hasattr(library, name) for name in _NEEDED):
-                entry = library.GOMP_parallel
-                entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-                entry.restype = None
-                return library
-            return None
-    return None
+    names = (line.split(maxsplit=5)[-1] for line in maps.splitlines())
+    name = next((name for name in names if Path(name).name.startswith("libtorch_cpu.")), None)
+    if name is None:
+        return None
+    # Torch's own OpenMP is found among what it needs. SentencePiece brings another one along.
+    library = ctypes.CDLL(name)
+    if not all(hasattr(library, needed) for needed in _NEEDED):
+        return None
+    entry = library.GOMP_parallel
+    entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    entry.restype = None
+    return library
 
 
 @functools.cache
