@@ -258,7 +258,7 @@ def quantize_stacks(directory: Path) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with slow files, then those of many tests. A long one at the end is waited for."""
+    """Begin with slow files, then files of many tests. A long one at the end is waited for."""
     counts = Counter(item.path for item in items)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in slow, -counts[item.path]))

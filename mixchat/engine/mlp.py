@@ -46,7 +46,7 @@ class DenseMLP:
         return [*rounds, *network, *gate]
 
     def parts(self, context: SingleTokenContext) -> tuple[list[Stage], list[Stage], list[Stage]]:
-        """Return `stages` in parts: those that round the input, the others, those of the gate.
+        """Return `stages` in three parts, which round the input, compute the network, and gate it.
 
         The first ones of network and gate do not need each other.
         """

@@ -36,7 +36,7 @@ def test_a_token_of_each_mixer_has_the_kernels_that_a_plan_counts(config):
     assert row.syncs == 1
 
 
-# The types differ in the kernels of the test above. A layer's graphs are those of any type.
+# The types differ in the kernels of the test above. All types have the same graphs of a layer.
 @pytest.mark.parametrize("quant_type", ["none", "int8", "nf4", "trellis3"])
 def test_a_layer_is_two_graphs_and_one_wait_if_ram_holds_half_of_the_experts(quant_type):
     row = gpu_budget.counted(quant_type, 0.5)

@@ -76,7 +76,7 @@ class WordsByBytes(InBytes):
     """Multiplies words of x by their bytes, in 6 instructions instead of the 10 of `_InWords`.
 
     Levels in bytes take half the instructions of levels in words. The sums of low and of high bytes
-    are added after a block. They are integers, so the bits are those of `_InWords`.
+    are added after a block. They are integers, so the result has the same bits as `_InWords`'.
     """
 
     x_type, largest_x = i16, 32767

@@ -152,7 +152,7 @@ class Tile:
             self._x_scales.load(f32, self._block_of(token, block)).broadcast(unit.lanes)
             for token in range(self.tokens)
         ]
-        # After the last block come those of the band that is probably next.
+        # After the last block come the first blocks of the band that is probably next.
         next_block = block + _AHEAD
         is_next = next_block.compare(">=", self._blocks)
         next_block = is_next.choose(next_block - self._blocks, next_block)

@@ -55,7 +55,7 @@ class Unit(ABC):
     # The order of columns in x, within as many columns, if levels are not in their order.
     x_order: ClassVar[tuple[int, ...]] = (0,)
     unrolled: ClassVar[int] = 1  # steps of the loop over columns that are written out
-    needs: ClassVar[tuple[str, ...]] = ()  # features, by LLVM's names, beside those of the CPU
+    needs: ClassVar[tuple[str, ...]] = ()  # more features of the CPU, by LLVM's names
 
     def __init__(self, function: Function, table: Pointer) -> None:
         self.function, self.table = function, table

@@ -26,7 +26,7 @@ from mixchat.kernels.cpu.units import EIGHT_BITS
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of a person, in place of that of all tests."""
+    """The cache that a person has, in place of the one that all tests share."""
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
     monkeypatch.setattr(object_cache, "data_dir", data_dir)
     monkeypatch.setattr(object_cache, "_MOST_FILES", _MOST_FILES)
