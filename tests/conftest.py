@@ -270,6 +270,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let Python free what was left out. Triton's library would complain of leaks."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Give a test the same random tensors each time, whatever ran before it in its process."""
