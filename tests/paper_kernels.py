@@ -77,7 +77,7 @@ def dequantize(
     codes: Tensor, absmax: Tensor, levels: Tensor, out: Tensor, first: int, rows: int, **shape: Any
 ) -> None:
     places = codes.data_ptr(), absmax.data_ptr()
-    weight = dense(shape["TYPE"], *places, shape["R"], shape["C"], torch.float32)
+    weight = dense(shape["TYPE"], *places, first + rows, shape["C"], torch.float32)
     out[:rows] = weight[first : first + rows].to(out.dtype)
 
 

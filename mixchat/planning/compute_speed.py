@@ -291,7 +291,7 @@ class FilledTensors:
 
     def linear(self, spec: LinearSpec) -> Linear:
         tensors = [self.tensor(tensor) for tensor in spec.tensors]
-        return build_linear(spec, tensors, in_place=False)
+        return build_linear(spec, tensors)
 
     def parts(self, spec: LinearSpec, count: int) -> list[Linear]:
         return build_parts(spec, [self.tensor(tensor) for tensor in spec.tensors], count)

@@ -11,8 +11,7 @@ for codes of 4 to 6 bits, if the CPU multiplies bytes. The error is 8e-3, while 
 to 4 bits has cost 9e-2, and to 6 bits 2.4e-2. For a trellis x always has 7 bits and a sign, and
 rounding the weights has cost 0.14 or more.
 
-N = tokens, R = rows (out features), C = columns (in features), B = blocks of 64 columns, or of 32
-in MXFP4.
+N = tokens, R = rows (out features), C = columns (in features).
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class QuantizedMatrix(NamedTuple):
     """A matrix of codes, in the order that `weights/matrix/` describes."""
 
     codes: torch.Tensor  # of `units.bits` bits
-    absmax: torch.Tensor  # flat [B * R], or [R / 32, B, 32], in the form that the units load
+    absmax: torch.Tensor  # flat, one for each block of each row
     levels: torch.Tensor | None  # of `UnitSet.level_tables`; None if codes are numbers themselves
     shape: tuple[int, int]  # R, a multiple of the units' band, and C, of their block
     units: UnitSet
@@ -56,18 +55,6 @@ class QuantizedMatrix(NamedTuple):
         """Return the addresses of codes, absmax and bias, 0 without one."""
         bias = 0 if self.bias is None else self.bias.data_ptr()
         return self.codes.data_ptr(), self.absmax.data_ptr(), bias
-
-    @property
-    def of_bands(self) -> QuantizedMatrix:
-        """Return the matrix with a copy of absmax [R / 32, B, 32], which is read faster."""
-        assert self.units.band == BAND  # others are decoded by halves
-        bands = self.absmax.view(-1, self.shape[0] // BAND, BAND)
-        return self._replace(absmax=bands.transpose(0, 1).contiguous())
-
-    @property
-    def absmax_strides(self) -> tuple[int, int]:
-        """Return how many numbers of absmax one row and one block count for."""
-        return (self.absmax.shape[1], BAND) if self.absmax.dim() == 3 else (1, self.shape[0])
 
 
 def quantized_matmul(
@@ -200,7 +187,6 @@ def _steps(
     The second one is to be divided into `alike` steps with up to `most` rows, by `_Parts`.
     """
     (rows, columns), units, levels = matrix.shape, matrix.units, matrix.levels
-    of_row, of_block = matrix.absmax_strides
     tokens = flat.shape[0] if x_rows is None else x_rows.shape[0]
     bf16 = flat.dtype == torch.bfloat16
     size, block = unit.x_type.width // 8, unit.block
@@ -220,8 +206,6 @@ def _steps(
         x_integers=start,
         x_scales=start + blocks * block * size,
         x_sums=start + blocks * (block * size + 4),
-        absmax_of_row=of_row,
-        absmax_of_block=of_block,
         levels=0 if levels is None else levels.data_ptr(),
         rows=rows,
         columns=columns,

@@ -11,13 +11,12 @@ from itertools import product
 from typing import Any
 
 from mixchat.kernels.cpu.arithmetic import store_fp32
-from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i32, i64, vector
+from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i32, vector
 from mixchat.kernels.cpu.program import Signature
 from mixchat.kernels.cpu.trellis_units import Trellis
 from mixchat.kernels.cpu.units import Unit
 
-# Blocks by which scales are prefetched early. Those of two blocks may lie far apart in memory.
-_AHEAD = 4
+_AHEAD = 4  # blocks by which scales are prefetched early
 # Bytes by which codes are prefetched early. The CPU's prefetcher stops at the end of each page.
 _CODES_AHEAD = 3072
 _LINE = 64  # bytes of a cache line
@@ -30,8 +29,6 @@ SIGNATURE = Signature(
     "x_sums",
     "codes",
     "absmax",
-    "absmax_of_row",
-    "absmax_of_block",
     "levels",
     "out",
     "rows",
@@ -67,7 +64,6 @@ class Tile:
         self._x_scales, self._x_sums = args.pointer("x_scales"), args.pointer("x_sums")
         self._bias = args.pointer("bias")
         self._rows, self._columns = args.number("rows"), args.number("columns")
-        self._of_row, self._of_block = map(args.number, ("absmax_of_row", "absmax_of_block"))
         first, self._token, self._apart = self.function.numbers
         self._numbers = [first + self._apart * number for number in range(bands)]
         self._blocks = self._columns // unit.block
@@ -145,6 +141,10 @@ class Tile:
         """Return a block's offset in bytes in `x_scales` and `x_sums`."""
         return ((self._token + token) * self._blocks + block) * 4
 
+    def _first_scale(self, band: Value, block: Value) -> Value:
+        """Return the number of the first scale in a block of a band."""
+        return (band * self._blocks + block) * self._unit.band
+
     def _add(self, block: Value, sums: list[list[Value]], totals: list[Value]) -> None:
         function, unit, parts = self.function, self._unit, self._parts
         floats = vector(f32, unit.lanes)
@@ -152,16 +152,11 @@ class Tile:
             self._x_scales.load(f32, self._block_of(token, block)).broadcast(unit.lanes)
             for token in range(self.tokens)
         ]
-        # After the last block come the first blocks of the band that is probably next.
-        next_block = block + _AHEAD
-        is_next = next_block.compare(">=", self._blocks)
-        next_block = is_next.choose(next_block - self._blocks, next_block)
-        for band in range(self.bands):
-            first_row = self._numbers[band] * unit.band
-            first = first_row * self._of_row + block * self._of_block
-            next_row = first_row + is_next.choose(function.constant(i64, unit.band), 0)
-            next_first = next_row * self._of_row + next_block * self._of_block
-            self._absmax.prefetch(next_first * unit.scale_bytes, once=self.tokens == 1)
+        for band, number_of_band in enumerate(self._numbers):
+            first = self._first_scale(number_of_band, block)
+            # After the last block comes the band that is probably next.
+            ahead = self._first_scale(number_of_band, block + _AHEAD)
+            self._absmax.prefetch(ahead * unit.scale_bytes, once=self.tokens == 1)
             scales = [
                 unit.scales(self._absmax, first + number * unit.lanes) for number in range(parts)
             ]
@@ -179,6 +174,9 @@ class DecodedTile(Tile):
 
     def _codes_of(self, band: Value) -> Pointer:
         return self._args.pointer("decoded").plus(self._apart)
+
+    def _first_scale(self, band: Value, block: Value) -> Value:
+        return ((band // 2 * self._blocks + block) * 2 + band % 2) * self._unit.band
 
 
 def write_decode(module: Any, unit: type[Trellis], half: int) -> Function:

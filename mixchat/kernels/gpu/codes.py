@@ -19,7 +19,7 @@ block, and then other blocks.
 The levels of a type are in the registers of a warp. Thread i has level i, and threads ask each
 other by a shuffle. A load from memory would need a second instruction for the address.
 
-R = stored rows, C = columns.
+C = columns.
 """
 
 from __future__ import annotations
@@ -256,9 +256,10 @@ def _trellis_numbers(
 
 
 @triton.jit
-def scales(absmax, row, block, place, R: tl.constexpr, TYPE: tl.constexpr):
+def scales(absmax, row, block, place, C: tl.constexpr, TYPE: tl.constexpr):
     """Return the scales of the thread's rows, fp32 [T, rows]. `row` is as in `load`."""
-    part, first = place % tile("parts", TYPE), block * R + row
+    part = place % tile("parts", TYPE)
+    first = row * (C // tile("block", TYPE)) + block * tile("band", TYPE)
     words = absmax.to(tl.pointer_type(tl.int32))
     if TYPE == "trellis2" or TYPE == "trellis3":
         return _trellis_scales(words + first // 4 + part * 4)

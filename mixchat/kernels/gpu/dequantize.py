@@ -31,7 +31,6 @@ def dequantize(matrix: Matrix, out: torch.Tensor, first_row: int = 0) -> None:
         out,
         first_row,
         rows,
-        R=form.stored_rows,
         C=form.columns,
         T=_THREADS,
         LANES=coded.lanes(),
@@ -48,7 +47,6 @@ def _dequantize(
     out,
     first_row,
     rows,
-    R: tl.constexpr,
     C: tl.constexpr,
     T: tl.constexpr,
     LANES: tl.constexpr,
@@ -65,7 +63,7 @@ def _dequantize(
     start = tl.program_id(0) * BAND
     row = first_row + start + thread * 0
     words = coded.load(codes, row, block, place, C, TYPE)
-    scale = coded.scales(absmax, row, block, place, R, TYPE)
+    scale = coded.scales(absmax, row, block, place, C, TYPE)
     # Rows of the thread, [T, rows]
     own = start + coded.rows_of(thread % PARTS, TYPE)
     at = out + own.to(tl.int64) * C

@@ -196,9 +196,7 @@ def band_product(
     if TYPE == "none" or TYPE == "none32":
         return _dense_product(x, rows, codes, row, thread, first, end, R, C, T, TYPE)
     else:
-        return _coded_product(
-            x, rows, codes, absmax, levels, row, thread, first, end, R, C, T, TYPE
-        )
+        return _coded_product(x, rows, codes, absmax, levels, row, thread, first, end, C, T, TYPE)
 
 
 @triton.jit
@@ -212,7 +210,6 @@ def _coded_product(
     thread,
     first,
     end,
-    R: tl.constexpr,
     C: tl.constexpr,
     T: tl.constexpr,
     TYPE: tl.constexpr,
@@ -239,7 +236,7 @@ def _coded_product(
                 with_left = tl.fma(even, left[:, None], sums[index])
                 added += (tl.fma(odd, right[:, None], with_left),)
             sums = added
-        scale = coded.scales(absmax, row, block, place, R, TYPE)
+        scale = coded.scales(absmax, row, block, place, C, TYPE)
         added = ()
         for index in tl.static_range(len(rows)):
             added += (tl.fma(sums[index], scale, totals[index]),)

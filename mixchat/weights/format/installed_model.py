@@ -90,7 +90,7 @@ class InstalledModel:
 
     def linear(self, spec: LinearSpec, device: torch.device) -> Linear:
         """Read a shared matrix to `device`."""
-        return build_linear(spec, self._read(spec, device), in_place=False)
+        return build_linear(spec, self._read(spec, device))
 
     def parts(self, spec: LinearSpec, count: int, device: torch.device) -> list[Linear]:
         """Read a shared matrix to `device`, as `count` matrices that lie one above the other."""

@@ -1,6 +1,6 @@
 """The manifest of an installed model, `mixchat.json`, written last to mark a finished model.
 
-{"format": 6,
+{"format": 7,
  "source": {"repo": "mistralai/Mixtral-8x7B-Instruct-v0.1", "commit": "...", "revision": null},
  "quantization": {"quant_type": "nf4", "blocksize": 64, "scales": "search", "attention": "int8",
                   "head": "int8", "dtype": "bfloat16"},
@@ -33,7 +33,7 @@ from mixchat.base.settings import models_dir
 MANIFEST_FILE = "mixchat.json"
 MANIFEST_COPY = "mixchat.copy.json"
 MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
-FORMAT = 6
+FORMAT = 7
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
 _EXPERT_TYPES = ("nf4", "fp4", "mxfp4", "trellis2", "trellis3", "none")
 _QUANTIZATION: dict[str, tuple[object, ...]] = {

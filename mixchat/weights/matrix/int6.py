@@ -8,7 +8,7 @@ The low four bits of codes and the others lie apart. Rows are taken 32 at a time
 16) at a time. A line is 32 words of 16 bits, for row 0 of one column, row 0 of the next, row 1 of
 the first, and so on up to row 15. Code 2p of a word is of a pair of columns p, and code 2p + 1 of
 the same pair, 16 rows on. Low lines hold the low bits of four codes in a word. The last line holds
-the other bits of them all. Scales are ordered as in `nf4.py`.
+the other bits of them all.
 
 In the order of the rows each block has 32 bytes with the low bits of two codes, the earlier one in
 the low nibble. Then come 16 bytes (or 8) with the other bits of 4 codes (or 8), the first one

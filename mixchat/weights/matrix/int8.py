@@ -2,8 +2,7 @@
 
 A code is an integer from -127 to 127, and a weight is code / 127 times `absmax`, the largest
 magnitude in its block, rounded to bf16. Rows are taken 32 at a time. For a pair of columns
-(2j, 2j+1) the 64 codes row0[2j], row0[2j+1], row1[2j], ... are one line of 64 bytes. Scales are
-ordered as in `nf4.py`.
+(2j, 2j+1) the 64 codes row0[2j], row0[2j+1], row1[2j], ... are one line of 64 bytes.
 
 R = rows, C = columns.
 """

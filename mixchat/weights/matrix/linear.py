@@ -79,8 +79,7 @@ class PackedLinear:
         """Return what all matrices have in common whose steps differ in `addresses` alone."""
         matrix = self._matrix
         levels = 0 if matrix.levels is None else matrix.levels.data_ptr()
-        strides, biased = matrix.absmax_strides, matrix.bias is not None
-        return matrix.shape, matrix.units.bits, levels, strides, biased
+        return matrix.shape, matrix.units.bits, levels, matrix.bias is not None
 
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> tuple[Step, Step]:
         """Return the steps that write `__call__` of x [N, C] with `exact` to `out` [N, R].
@@ -216,12 +215,8 @@ class LinearSpec:
         assert self.bias == (bias is not None)
         return tensors if bias is None else [*tensors, bias.float()]
 
-    def build(self, tensors: Sequence[torch.Tensor], *, in_place: bool = True) -> Linear:
-        """Return the map over these tensors.
-
-        With `in_place` they are used as they are. Otherwise absmax may be copied to an order that
-        is read faster.
-        """
+    def build(self, tensors: Sequence[torch.Tensor]) -> Linear:
+        """Return the map over these tensors, which are used in place."""
         if not self.has_kernel or tensors[0].device.type != "cpu":
             linear = TYPES[self.quant_type].build(tensors, (self.rows, self.columns))
             return BiasedLinear(linear, tensors[-1]) if self.bias else linear
@@ -233,24 +228,20 @@ class LinearSpec:
         matrix = QuantizedMatrix(
             codes, absmax, quantization.level_table, shape, quantization.units, bias
         )
-        return PackedLinear(matrix if in_place else matrix.of_bands, self.rows)
+        return PackedLinear(matrix, self.rows)
 
     def parts(
         self, tensors: Sequence[torch.Tensor], count: int
     ) -> tuple[LinearSpec, list[list[torch.Tensor]]]:
         """Return the spec of each of `count` matrices that lie one above the other.
 
-        Also return the tensors of each. Codes are views of those of the whole matrix.
+        Also return the tensors of each, views of those of the whole matrix.
         """
         assert not self.bias
         spec = replace(self, rows=self.rows // count)
-        if self.quant_type == "none":
-            return spec, [[part] for part in torch.chunk(tensors[0], count)]
-        absmax, codes = tensors
         assert self.rows == self.stored_rows == count * spec.stored_rows
-        scales = self._codes.unpacked_scales(absmax, self.rows)  # [R, C / blocksize]
-        pairs = zip(torch.chunk(scales, count), torch.chunk(codes, count), strict=True)
-        return spec, [[self._codes.packed_scales(part).reshape(-1), own] for part, own in pairs]
+        parts = zip(*(torch.chunk(tensor, count) for tensor in tensors), strict=True)
+        return spec, [[*part] for part in parts]
 
     def dequantized(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the matrix [R, C] as `dtype`."""

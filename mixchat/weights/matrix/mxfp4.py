@@ -2,7 +2,7 @@
 
 A code is a float of 4 bits (e2m1): a sign, two bits of exponent and one of mantissa. A weight is
 that number times a power of two. `absmax` holds the exponent of the power plus 127 (E8M0) in a
-byte, so that a weight takes 4.25 bits. Codes and scales are ordered as in `nf4.py`.
+byte, so that a weight takes 4.25 bits. Codes are ordered as in `nf4.py`.
 
 Models are published in MXFP4. It has fewer levels near 0 than NF4, and its scales are coarse, so
 that nothing else is quantized to it.

@@ -5,8 +5,7 @@ A code is an index into a table of 16 levels from -1 to 1, NF4's (QLoRA, arXiv:2
 weight is its level times the scale of its block.
 
 Rows are taken 32 at a time. For a pair of columns (2j, 2j+1) the 64 codes row0[2j], row0[2j+1],
-row1[2j], ... are one line of 32 bytes, the first 32 codes in the low nibbles. `absmax` is
-transposed, [columns / 64, rows].
+row1[2j], ... are one line of 32 bytes, the first 32 codes in the low nibbles.
 
 In the order of the rows, as bitsandbytes has them, a byte holds two codes of a row, the even column
 in the high nibble, and `absmax` goes row after row.

@@ -11,9 +11,7 @@ from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear
 
 
-def build_linear(
-    spec: LinearSpec, tensors: Sequence[torch.Tensor], *, in_place: bool = True
-) -> Linear:
+def build_linear(spec: LinearSpec, tensors: Sequence[torch.Tensor]) -> Linear:
     """Return the map over these tensors, as `LinearSpec.build` does on a CPU."""
     if gpu.is_gpu(tensors[0].device):
         # Triton is imported only if a GPU computes.
@@ -22,10 +20,10 @@ def build_linear(
         linear = build_on_gpu(spec, tensors)
         if linear is not None:
             return linear
-    return spec.build(tensors, in_place=in_place)
+    return spec.build(tensors)
 
 
 def build_parts(spec: LinearSpec, tensors: Sequence[torch.Tensor], count: int) -> list[Linear]:
     """Return the maps of `count` matrices that lie one above the other in these tensors."""
     own, parts = spec.parts(tensors, count)
-    return [build_linear(own, part, in_place=False) for part in parts]
+    return [build_linear(own, part) for part in parts]

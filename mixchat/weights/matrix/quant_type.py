@@ -142,7 +142,8 @@ class BlockCodes(QuantizationType):
 
     Their order is the same on disk and in every memory. Bands of 32 rows (64 in a trellis) come one
     after the other, and within a band the rows are interleaved, as the kernels read them. Rows of
-    zeros fill up the last band, so that S rows are stored. `absmax` is [C / blocksize, S].
+    zeros fill up the last band, so that S rows are stored. So a thread reads codes and scales as
+    two streams: `absmax` is [S / band, C / blocksize, band].
 
     Only while a model is made there are codes in the order of the rows. `pack` orders them.
     """
@@ -206,12 +207,12 @@ class BlockCodes(QuantizationType):
         return absmax.float()
 
     def packed_scales(self, absmax: torch.Tensor) -> torch.Tensor:
-        """Return scales [S, C / blocksize] in the order of the kernels."""
-        return absmax.T
+        """Return scales [bands, band, C / blocksize] in the order of the kernels."""
+        return absmax.transpose(1, 2)
 
-    def unpacked_scales(self, absmax: torch.Tensor, rows: int) -> torch.Tensor:
-        """Return stored scales as [S, C / blocksize]. `rows` is S."""
-        return absmax.view(-1, rows).T
+    def unpacked_scales(self, absmax: torch.Tensor) -> torch.Tensor:
+        """Undo `packed_scales`."""
+        return absmax.transpose(1, 2)
 
     def pack(self, codes: torch.Tensor, absmax: torch.Tensor, columns: int) -> list[torch.Tensor]:
         """Return the tensors that hold flat codes and absmax, which are in the order of the rows.
@@ -219,7 +220,8 @@ class BlockCodes(QuantizationType):
         Rows of zeros are added.
         """
         rows = self.stored_rows(len(absmax) * self.blocksize // columns)
-        scales = _filled_up(absmax, rows * columns // self.blocksize).view(rows, -1)
+        scales = _filled_up(absmax, rows * columns // self.blocksize)
+        scales = scales.view(-1, self.units.band, columns // self.blocksize)
         result = codes.new_empty(rows * columns * self.bits // 8)
         # Some bands at a time, which bounds the memory.
         band = columns * self.units.band  # weights
@@ -235,7 +237,8 @@ class BlockCodes(QuantizationType):
         """Yield the matrix as `dtype`, some bands at a time."""
         (rows, columns), band, (absmax, codes) = shape, self.units.band, tensors[:2]
         count = max(1, _PIECE // (columns * band)) * band  # rows
-        scales = self.unpacked_scales(self.scales(absmax), self.stored_rows(rows))
+        of_bands = self.scales(absmax).view(-1, columns // self.blocksize, band)
+        scales = self.unpacked_scales(of_bands).reshape(-1, columns // self.blocksize)
         pieces = torch.split(codes, count * columns * self.bits // 8)
         for start, piece, scale in zip(
             range(0, rows, count), pieces, torch.split(scales, count), strict=True

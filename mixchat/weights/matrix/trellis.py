@@ -88,8 +88,8 @@ class TrellisCodes(BlockCodes):
     def packed_scales(self, absmax: torch.Tensor) -> torch.Tensor:
         return trellis_order.packed_scales(absmax)
 
-    def unpacked_scales(self, absmax: torch.Tensor, rows: int) -> torch.Tensor:
-        return trellis_order.unpacked_scales(absmax, rows)
+    def unpacked_scales(self, absmax: torch.Tensor) -> torch.Tensor:
+        return trellis_order.unpacked_scales(absmax)
 
 
 def _flat(words: torch.Tensor, scales: torch.Tensor) -> Encoded:

@@ -55,13 +55,13 @@ def unpacked(codes: torch.Tensor, columns: int, planes: int) -> torch.Tensor:
 
 
 def packed_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Return scales [S, C / 64] as [C / 64, S] in the kernel's order of the rows."""
-    # [band, j, turn of both passes, C / 64]
-    bands = scales.view(len(scales) // RING, _ROW_WORDS, 16, -1)
-    return bands.permute(3, 0, 2, 1)
+    """Return scales [bands, 64, n] as [bands, n, 64], in the kernel's order of the rows."""
+    bands, _, blocks = scales.shape
+    # [band, j, turn of both passes, block]
+    return scales.view(bands, _ROW_WORDS, 16, blocks).permute(0, 3, 2, 1).flatten(2)
 
 
-def unpacked_scales(scales: torch.Tensor, rows: int) -> torch.Tensor:
-    """Undo `packed_scales` for flat scales of `rows` rows."""
-    bands = scales.view(-1, rows // RING, 16, _ROW_WORDS)
-    return bands.permute(1, 3, 2, 0).reshape(rows, -1)
+def unpacked_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Undo `packed_scales`."""
+    bands, blocks, _ = scales.shape
+    return scales.view(bands, blocks, 16, _ROW_WORDS).permute(0, 3, 2, 1).flatten(1, 2)

@@ -160,8 +160,8 @@ def test_other_words_are_refused(installed: Path, part: str, value: object) -> N
     assert f"{part} {value!r} is not known" in refusal(installed)
 
 
-def test_a_manifest_names_format_6_and_the_types(installed: Path) -> None:
+def test_a_manifest_names_format_7_and_the_types(installed: Path) -> None:
     document = json.loads((installed / MANIFEST_FILE).read_text())
-    assert document["format"] == 6
+    assert document["format"] == 7
     quantization = document["quantization"]
     assert (quantization["attention"], quantization["head"]) == ("int8", "int8")

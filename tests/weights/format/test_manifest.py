@@ -8,7 +8,7 @@ import pytest
 from mixchat.base.errors import CheckpointError
 from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, check_files, read_manifest
 
-DAMAGES = ["", "{", "[1]", '{"format": 6}', '{"format": 6, "sha256": "0"}']
+DAMAGES = ["", "{", "[1]", '{"format": 7}', '{"format": 7, "sha256": "0"}']
 
 
 @pytest.fixture

@@ -189,15 +189,17 @@ def test_rows_of_zeros_fill_up_the_last_band(kind: Kind, rows: int) -> None:
     assert sum(tensor.nbytes for tensor in form.tensors) == nbytes
 
 
-def test_scales_of_a_block_of_columns_lie_together(kind: Kind) -> None:
-    if isinstance(kind.type, TrellisCodes):
-        pytest.skip("its rows are in the order of its kernel")
-    absmax = torch.arange(32 * 3).to(torch.bfloat16)  # three blocks in each row
-    columns = 3 * kind.type.blocksize
-    codes, _ = kind.type.codes(torch.zeros(32, columns))
+def test_scales_lie_by_bands_then_by_blocks_of_columns(kind: Kind) -> None:
+    band, columns = kind.type.units.band, 3 * kind.type.blocksize
+    absmax = torch.arange(2 * band * 3).to(kind.type.scale_dtype)  # 3 blocks in each of 2 bands
+    codes, _ = kind.type.codes(torch.zeros(2 * band, columns))
     scales, _ = kind.type.pack(codes, absmax, columns)
-    assert scales[:3].tolist() == [0, 3, 6]
-    assert scales[32:35].tolist() == [1, 4, 7]
+    of_bands = absmax.view(2, band, 3)
+    for number, block in enumerate(scales.split(band)):
+        expected = of_bands[number // 3, :, number % 3]
+        if isinstance(kind.type, TrellisCodes):  # its rows are in the order of its kernel
+            block, expected = block.sort().values, expected.sort().values
+        assert torch.equal(block, expected)
 
 
 def test_sizes_announced_are_sizes_written(kind: Kind) -> None:

@@ -46,11 +46,10 @@ def test_the_order_of_codes_is_that_of_bitsandbytes_on_cpus(rows, columns):
     from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
     weight = random_weight(rows, columns)
-    scales, packed = NF4.pack(*NF4.codes(weight), columns)
+    _, packed = NF4.pack(*NF4.codes(weight), columns)
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    expected, state = _convert_weight_packed_for_cpu(codes, state)
+    expected, _ = _convert_weight_packed_for_cpu(codes, state)
     assert torch.equal(packed, expected.view(-1))
-    assert torch.equal(scales.view(state.absmax.shape), state.absmax)
 
 
 def test_a_code_lies_where_the_docstring_says():
@@ -121,4 +120,4 @@ def test_a_nested_absmax_is_taken_over_to_bf16_rounding(kind):
     absmax, codes = linear.stack_quantized([one])
     plain = linear.encode(weight)
     assert torch.equal(codes, plain[1])
-    assert torch.equal(absmax.view(2, 64).T.reshape(-1), one.absmax.bfloat16())
+    assert torch.equal(absmax.view(2, 2, 32).transpose(1, 2).reshape(-1), one.absmax.bfloat16())
