@@ -191,8 +191,9 @@ def _steps(
     bf16 = flat.dtype == torch.bfloat16
     size, block = unit.x_type.width // 8, unit.block
     width = unit.widths()[0]
-    # Enough items for all threads, if `alike` matrices share the stage.
-    items = max(1, _ITEMS // alike) * torch.get_num_threads()
+    # Enough items for all threads, if `alike` matrices share the stage. Of many small ones each is
+    # one item, so that a thread reads on from matrix to matrix.
+    items = -(-_ITEMS * torch.get_num_threads() // alike)
     most_bands = rows // unit.band // (_STREAMS * items)
     # Threads may be at different steps of a stage, so each step has its own bytes.
     decoded = _decoded_bytes(unit, matrix) * min(alike, _DECODING) if most > 1 else 0
