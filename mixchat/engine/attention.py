@@ -204,7 +204,7 @@ class Attention:
         self.qkv_proj = RecordingLinear(self.qkv_proj, records["qkv_proj"])
         self.o_proj = RecordingLinear(self.o_proj, records["o_proj"])
 
-    def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
+    def has_stages(self, dtype: torch.dtype) -> bool:
         rotated = self.rope.width
         columns = rotated // 2, self._width - rotated
         return all(rows.can_compute(dtype, count) for count in columns)

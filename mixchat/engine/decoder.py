@@ -54,8 +54,6 @@ class Decoder:
             return None
         decoder = self._decoders.pop(count, None)
         if decoder is None:
-            if not all(block.mixer.has_stages(x.dtype, count) for block in self._blocks):
-                return None
             decoder = _Decoder(self._blocks, self._new_context(count), self._output)
         self._decoders[count] = decoder
         if len(self._decoders) > _MAX_DECODERS:
@@ -135,7 +133,7 @@ def new_decoder(
         return None
     if not all(rows.can_compute(dtype, matrix.columns) for matrix in matrices):
         return None
-    if not all(block.mixer.has_stages(dtype, 1) for block in blocks):
+    if not all(block.mixer.has_stages(dtype) for block in blocks):
         return None
     return Decoder(blocks, cache, config.hidden_size, dtype, output)
 

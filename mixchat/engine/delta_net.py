@@ -74,7 +74,7 @@ class GatedDeltaNet:
         self.in_proj = RecordingLinear(self.in_proj, records["in_proj"])
         self.out_proj = RecordingLinear(self.out_proj, records["out_proj"])
 
-    def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
+    def has_stages(self, dtype: torch.dtype) -> bool:
         return self.rule.shape.can_compute(dtype, "cpu")
 
     def __call__(

@@ -11,7 +11,6 @@ qk_nope_head_dim, qk_rope_head_dim and v_head_dim.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import torch
 
@@ -22,7 +21,7 @@ from mixchat.engine.norm import RMSNorm
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.engine.sequence_cache import TokenContext
 from mixchat.kernels.cpu import rows
-from mixchat.kernels.cpu.program import Program, Stage, Step, alone, together
+from mixchat.kernels.cpu.program import Program, Stage, Step, in_order, together
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.matrix.linear import PackedLinear, as_packed
 from mixchat.weights.matrix.quant_type import Linear, RecordingLinear, RecordRows
@@ -49,19 +48,26 @@ class HeadMatrices:
             pairs = zip(self.matrices, x, strict=True)
             return torch.stack([matrix(own, exact=exact) for matrix, own in pairs])
         out = x.new_empty(*x.shape[:2], packed[0].rows)
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        rounds, products = PackedLinear.grouped_steps(packed, flat, [*out], exact=exact)
-        Program([together(*rounds), *(together(*steps) for steps in products)]).run()
+        rounds, products = self.stages(x.contiguous(), out, exact=exact)
+        Program([together(*rounds), *products]).run()
         return out
 
-    def steps(self, x: torch.Tensor, outs: Sequence[torch.Tensor]) -> tuple[list[Step], list[Step]]:
-        """Return `__call__` for one token as steps, from x [H, C] to `outs`, each [1, R].
+    def stages(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        x_rows: torch.Tensor | None = None,
+        *,
+        exact: bool,
+    ) -> tuple[list[Step], list[Stage]]:
+        """Return `__call__` as steps that round x [H, T, C], and stages that write `out` [H, T, R].
 
-        The second ones need the first.
+        `x_rows` [H * T] choose rows of x [n, C] instead.
         """
         packed = [as_packed(matrix) for matrix in self.matrices]
-        rounds, products = PackedLinear.grouped_steps(packed, x, outs, exact=True)
-        return rounds, [*chain(*products)]
+        flat = x.flatten(0, -2)
+        rounds, products = PackedLinear.grouped_steps(packed, flat, [*out], x_rows, exact=exact)
+        return rounds, [together(*steps) for steps in products]
 
 
 class LatentAttention:
@@ -109,8 +115,10 @@ class LatentAttention:
         for role, matrices in self.heads.items():
             matrices.record_inputs(records[role])
 
-    def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
-        return sequences == 1 and rows.can_compute(dtype, self.rope.width // 2)
+    def has_stages(self, dtype: torch.dtype) -> bool:
+        config = self.config
+        columns = self.rope.width // 2, config.qk_nope_head_dim, config.kv_lora_rank
+        return all(rows.can_compute(dtype, count) for count in (*columns, config.v_head_dim))
 
     def __call__(
         self, x: torch.Tensor, context: TokenContext, *, exact: bool = False
@@ -150,52 +158,67 @@ class LatentAttention:
         return queries[:, :kept].view(tokens, heads, -1), queries[:, kept:].view(tokens, heads, -1)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
-        config, matrices = self.config, self.matrices
+        config, matrices, tokens = self.config, self.matrices, context.sequences
         heads, latent = config.num_attention_heads, config.kv_lora_rank
         width = config.qk_nope_head_dim + config.qk_rope_head_dim
         first = config.q_lora_rank or heads * width
-        row = context.tensor("latents", 1, first + latent + config.qk_rope_head_dim)
+        row = context.tensor("latents", tokens, first + latent + config.qk_rope_head_dim)
         round_x, project = as_packed(matrices["a_proj"]).steps(context.normed, row)
         queries, latents, keys = self._split(row)
-        rotated = context.tensor("rotated keys", 1, 1, config.qk_rope_head_dim)
-        # Each of these steps needs the step before it, so one thread runs them in order.
-        prepare = [self.norms["kv_a_norm"].heads_step(latents)]
-        prepare.append(context.rotate(self.rope, keys.unsqueeze(1), rotated))
+        rotated = context.tensor("rotated keys", tokens, 1, config.qk_rope_head_dim)
         projected: list[Stage] = []
         if config.q_lora_rank:
-            whole = context.tensor("queries", 1, heads * width)
-            prepare_q = [self.norms["q_a_norm"].heads_step(queries)]
+            normed = context.tensor("query latents", tokens, config.q_lora_rank)
+            prepare = [[self.norms["q_a_norm"].heads_step(queries, normed)]]
             if self.rope.query_scales is not None:
-                scaled = context.tensor("scaled queries", *queries.shape)
-                prepare_q.append(context.scale(self.rope, queries, scaled))
-                queries = scaled
-            round_q, project_q = as_packed(matrices["q_b_proj"]).steps(queries, whole)
-            projected = [alone(*prepare_q, round_q), together(project_q)]
-            queries = whole
+                scaled = context.tensor("scaled query latents", *normed.shape)
+                prepare.append([context.scale(self.rope, normed, scaled)])
+                normed = scaled
+            queries = context.tensor("queries", tokens, heads * width)
+            round_q, project_q = as_packed(matrices["q_b_proj"]).steps(normed, queries)
+            projected = [*in_order(tokens, *prepare, [round_q]), together(project_q)]
         kept, rotating = self._by_head(queries)
-        absorbed = context.tensor("absorbed", 1, heads, latent + config.qk_rope_head_dim)
-        prepare.append(context.rotate(self.rope, rotating, absorbed[:, :, latent:]))
-        places = [absorbed[:, head, :latent] for head in range(heads)]
-        round_kept, absorb = self.heads["k_b_proj"].steps(kept[0], places)
-        attended = context.tensor("attended latents", 1, heads, latent)
-        (steps,) = context.attend(
-            self._layer, absorbed, rotated, latents.unsqueeze(1), None, attended
+        # The matrix of a head has the rows of all tokens as its input.
+        by_head = context.tensor("kept", heads, tokens, config.qk_nope_head_dim)
+        products = context.tensor("absorbed by head", heads, tokens, latent)
+        round_kept, absorb = self.heads["k_b_proj"].stages(by_head, products, exact=True)
+        absorbed = context.tensor("absorbed", tokens, heads, latent + config.qk_rope_head_dim)
+        attended = context.tensor("attended latents", tokens, heads, latent)
+        steps = context.attend(self._layer, absorbed, rotated, latents.unsqueeze(1), None, attended)
+        values_by_head = context.tensor("values by head", heads, tokens, config.v_head_dim)
+        x_rows = torch.arange(tokens * heads).view(tokens, heads).t().flatten()
+        round_attended, project_values = self.heads["v_b_proj"].stages(
+            attended, values_by_head, x_rows, exact=True
         )
-        values = context.tensor("values", 1, heads * config.v_head_dim)
-        round_attended, project_values = self.heads["v_b_proj"].steps(
-            attended[0], values.chunk(heads, dim=1)
+        values = context.tensor("values", tokens, heads, config.v_head_dim)
+        round_values, project_out = as_packed(matrices["o_proj"]).steps(
+            values.flatten(1), context.added
         )
-        round_values, project_out = as_packed(matrices["o_proj"]).steps(values, context.added)
         return [
-            alone(round_x),
+            *in_order(tokens, [round_x]),
             together(project),
             *projected,
-            alone(*prepare, steps.store, *round_kept),
-            together(*absorb),
-            together(steps.attend),
-            together(steps.merge),
-            alone(*round_attended),
-            together(*project_values),
-            alone(round_values),
+            *in_order(
+                tokens,
+                [
+                    self.norms["kv_a_norm"].heads_step(latents),
+                    context.rotate(self.rope, keys.unsqueeze(1), rotated),
+                    context.rotate(self.rope, rotating, absorbed[:, :, latent:]),
+                    *_copies(kept, by_head.transpose(0, 1)),
+                ],
+                [*(each.store for each in steps), *round_kept],
+            ),
+            *absorb,
+            *in_order(tokens, _copies(products.transpose(0, 1), absorbed[:, :, :latent])),
+            together(*(each.attend for each in steps)),
+            together(*(each.merge for each in steps)),
+            *in_order(tokens, round_attended),
+            *project_values,
+            *in_order(tokens, _copies(values_by_head.transpose(0, 1), values), [round_values]),
             together(project_out),
         ]
+
+
+def _copies(x: torch.Tensor, out: torch.Tensor) -> list[Step]:
+    """Return steps that copy the heads of each token, from x [T, H, n] to `out`."""
+    return [rows.copy_step(*token) for token in zip(x, out, strict=True)]

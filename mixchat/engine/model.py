@@ -45,11 +45,8 @@ class Mixer(Protocol):
     ) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
 
-    def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
-        """Return whether `stages` take so many hidden states of this type.
-
-        Matrices are not asked.
-        """
+    def has_stages(self, dtype: torch.dtype) -> bool:
+        """Return whether `stages` take hidden states of this type. Matrices are not asked."""
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
         """Return `__call__` for one token of each sequence, from `normed` to `added`."""

@@ -48,7 +48,7 @@ class ShortConv:
         self.in_proj = RecordingLinear(self.in_proj, records["in_proj"])
         self.out_proj = RecordingLinear(self.out_proj, records["out_proj"])
 
-    def has_stages(self, dtype: torch.dtype, sequences: int) -> bool:
+    def has_stages(self, dtype: torch.dtype) -> bool:
         return rows.can_compute(dtype, self.convolution.channels)
 
     def __call__(

@@ -224,6 +224,12 @@ def add_step(x: torch.Tensor, addend: torch.Tensor, out: torch.Tensor) -> Step:
     return _step("add", x, out, addend, weight=addend.data_ptr(), columns=x.shape[-1])
 
 
+def copy_step(x: torch.Tensor, out: torch.Tensor) -> Step:
+    """Return a step that copies rows x [T, D] to `out`. Both may be parts of longer rows."""
+    arguments = {"columns": x.shape[1], "stride": x.stride(0), "out_stride": out.stride(0)}
+    return _step("copy", x, out, **arguments)
+
+
 def _step(
     name: str, x: torch.Tensor, out: torch.Tensor, *operands: torch.Tensor, **arguments: int
 ) -> Step:
@@ -237,7 +243,8 @@ def _step(
 @compiled_here
 def _compiled(module: ir.Module, lanes: int, bf16: bool) -> None:
     norms, products = (_RMSNorm, _UnroundedRMSNorm), (_Swiglu, _LimitedSwiglu, _Geglu, _Gate)
-    for operation in (*norms, *products, _Clamp, _Scale, _Softcap, _Rotate, _WeightedSum, _Add):
+    others = _Clamp, _Scale, _Softcap, _Rotate, _WeightedSum, _Add, _Copy
+    for operation in (*norms, *products, *others):
         operation(module, lanes, bf16).write()
 
 
@@ -438,3 +445,13 @@ class _Add(_Rows):
         with self.function.loop(0, self.columns, self.lanes) as (column, _):
             index = token * self.columns + column
             self.store(self.load(self.x, index) + self.load(addend, index), index)
+
+
+class _Copy(_Rows):
+    name = "copy"
+
+    def row(self, token: Value) -> None:
+        source = token * self.args.number("stride")
+        target = token * self.args.number("out_stride")
+        with self.function.loop(0, self.columns, self.lanes) as (column, _):
+            self.store(self.load(self.x, source + column), target + column)

@@ -223,3 +223,13 @@ def test_torch_computes_what_the_kernels_do_not_take():
     assert_near(rows.rotate(several, cos, sin), rotated)
     wide = torch.cat((several, several), dim=-1)
     assert_near(rows.rotate(wide, cos, sin), torch.cat((rotated, several), dim=-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_copied_from_and_to_parts_of_longer_rows(dtype):
+    for tokens in TOKENS:
+        source, target = torch.randn(tokens, 96).to(dtype), torch.zeros(tokens, 80, dtype=dtype)
+        expected = target.clone()
+        expected[:, 16:64] = source[:, 32:80]
+        rows.copy_step(source[:, 32:80], target[:, 16:64]).run()
+        assert torch.equal(target, expected)
