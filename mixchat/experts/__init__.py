@@ -19,7 +19,6 @@ memory.
 - residents.py: chooses the experts that a GPU holds, by their uses
 - placement.py: how many experts fit in each memory
 - memory.py: follows how much memory is free
-- tuner.py: tries variants of the same work and uses the cheapest
 - trace.py: records the routing, and the inputs of experts
 - workers/: experts on other machines, and both ends of the connection
 """

@@ -232,11 +232,6 @@ class ExpertStats:
     late_predictions: int = 0
 
     @property
-    def needed(self) -> int:
-        """Return the uses of experts that fast memory did not hold before they were requested."""
-        return self.misses.total() + self.right_predictions - self.late_predictions
-
-    @property
     def hit_rate(self) -> float:
         """Return the share of hits, 0 to 1, and 0 before the first use."""
         hits = self.hits.total()

@@ -15,7 +15,7 @@ from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.compute import HostCompute
 from mixchat.experts.holder import LayerExperts
 from mixchat.experts.layer_rows import LayerRows
-from mixchat.experts.prefetch import Prefetch, ranked_keys
+from mixchat.experts.prefetch import NextRouters, ranked_keys
 from mixchat.experts.sharing import share
 
 _LOCAL = 0  # this machine among the holders. Workers count from 1
@@ -45,8 +45,8 @@ class Dispatcher:
     """An `ExpertHolder`: experts in this machine's RAM, and workers on others.
 
     copies: experts of workers that this machine is to hold, too. If a worker fails, this machine
-    computes its experts from the same rows. `on_workers` and `on_gpus` are experts that RAM need
-    not hold.
+    computes its experts from the same rows. layers_ahead: whose experts `next_routers` predict for
+    one token. `on_workers` and `on_gpus` are experts that RAM need not hold.
     """
 
     def __init__(
@@ -54,12 +54,14 @@ class Dispatcher:
         local: HostCompute,
         stats: ExpertStats,
         *,
-        prefetch: Prefetch | None = None,
+        next_routers: NextRouters | None = None,
+        layers_ahead: int = 0,
         workers: Sequence[WorkerExperts] = (),
         copies: Set[ExpertKey] = frozenset(),
     ) -> None:
         self._local, self._fetcher, self._stats = local, local.fetcher, stats
-        self._prefetch, self._workers, self._copies = prefetch, workers, copies
+        self._next_routers, self._layers_ahead = next_routers, layers_ahead
+        self._workers, self._copies = workers, copies
         self.on_gpus: Set[ExpertKey] = frozenset()
         # The last layer's outputs, which nobody reads any more. New memory would take as long as
         # some matrix products.
@@ -211,9 +213,11 @@ class Dispatcher:
 
     def _look_ahead(self, rows: LayerRows) -> None:
         """Prefetch the copies of this layer's experts, then the predicted experts."""
-        if self._prefetch is None or self._fetcher.holds_all:
+        if self._next_routers is None or self._fetcher.holds_all:
             return
-        predicted = self._prefetch.predict(rows.layer, rows.hidden_states)
+        # A prompt needs most experts of the next layer.
+        depth = self._layers_ahead if rows.is_one_token else 1
+        predicted = self._next_routers(rows.layer, rows.hidden_states, depth)
         copies = [key for key in rows.counts if key in self._copies]
         self._local.prefetch([*copies, *ranked_keys(rows.layer, predicted)])
 

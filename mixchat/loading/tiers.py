@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise, product
 
@@ -20,7 +21,7 @@ from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.experts.memory import CPU, MemoryWatch
 from mixchat.experts.placement import MIN_SLOTS, Placement, SlotSizes, reserve_of
-from mixchat.experts.prefetch import NextRouters, Prefetch
+from mixchat.experts.prefetch import LAYERS_AHEAD, NextRouters
 from mixchat.experts.store import ExpertStore
 from mixchat.experts.vram import VramSlots
 from mixchat.loading.workers import Share
@@ -28,7 +29,10 @@ from mixchat.planning.fitting import slot_sizes
 from mixchat.planning.measuring import estimate, saved_measurement
 from mixchat.weights.format.installed_model import InstalledModel
 
-_SLOW_DISK = 1e9  # bytes a second
+# Bytes a second. Below the first the page cache keeps a model. Below the second a token's experts
+# are not predicted: with 500 MB/s right predictions gained nothing. If a third of them were wrong,
+# Qwen3's tokens came at 3.5 a second instead of 4.2 to 5.7.
+_SLOW_DISK, _SLOWEST_TO_PREDICT = 1e9, 6e8
 
 
 def build_experts(
@@ -101,10 +105,12 @@ def _in_ram(
     cache = ExpertCache(placement.slots, POLICIES[policy](passes), sizes.of)
     fetcher = Fetcher(cache, store, placement, passes, stats, _watch(installed, placement))
     forms = [id(blueprint.expert_of(layer)) for layer in range(installed.config.num_moe_layers)]
+    may_predict = _disk_rate(installed) >= _SLOWEST_TO_PREDICT
     return Dispatcher(
         HostCompute(fetcher, installed.config.num_local_experts, forms),
         stats,
-        prefetch=_prefetch(installed, stats) if predicts else None,
+        next_routers=_next_routers(installed) if predicts else None,
+        layers_ahead=LAYERS_AHEAD if may_predict else 0,
         workers=share.workers,
         copies=share.copies,
     )
@@ -120,9 +126,13 @@ def _stays_cached(installed: InstalledModel, placement: Placement) -> bool:
     cacheable = machine.free_memory() - placement.slots * blueprint.mean_expert
     if placement.slots < placement.experts or cacheable < blueprint.experts_size:
         return False
-    measured = saved_measurement(blueprint, installed.directory, CPU)
-    rate = None if measured is None else measured.typical.disk_bandwidth_idle
-    return rate is not None and rate < _SLOW_DISK
+    return _disk_rate(installed) < _SLOW_DISK
+
+
+def _disk_rate(installed: InstalledModel) -> float:
+    """Return the measured bytes a second of the disk, infinite if it was not measured."""
+    measured = saved_measurement(installed.blueprint, installed.directory, CPU)
+    return (measured and measured.typical.disk_bandwidth_idle) or math.inf
 
 
 def _in_vram(
@@ -174,14 +184,14 @@ def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
     )
 
 
-def _prefetch(installed: InstalledModel, stats: ExpertStats) -> Prefetch:
+def _next_routers(installed: InstalledModel) -> NextRouters:
     config, blueprint = installed.config, installed.blueprint
     layers = range(config.first_k_dense_replace, config.num_hidden_layers)
 
     def tensors(spec: Callable[[int], TensorSpec]) -> list[torch.Tensor]:
         return [installed.tensor(spec(layer)) for layer in layers]
 
-    routers = NextRouters(
+    return NextRouters(
         tensors(blueprint.gate),
         tensors(lambda layer: blueprint.norms(layer)[1]),
         config.num_experts_per_tok,
@@ -189,4 +199,3 @@ def _prefetch(installed: InstalledModel, stats: ExpertStats) -> Prefetch:
         tensors(blueprint.score_correction) if config.e_score_correction_bias else (),
         config.scoring_func,
     )
-    return Prefetch(routers, stats)

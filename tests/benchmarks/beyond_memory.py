@@ -144,9 +144,9 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
 
     from mixchat.base.options import LoadOptions, SamplingOptions
     from mixchat.base.quantities import MemoryBudget
-    from mixchat.experts import prefetch
     from mixchat.experts.memory import CPU
     from mixchat.experts.placement import Placement
+    from mixchat.loading import tiers
     from mixchat.loading.loader import load_engine
     from mixchat.planning.disk_speed import measure_disk
     from mixchat.planning.expectation import expect
@@ -154,7 +154,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     from mixchat.weights.format.installed_model import InstalledModel
 
     if depth is not None:
-        prefetch.DEPTHS = (depth,)
+        tiers.LAYERS_AHEAD = depth
     host_memory = None if budget == "auto" else MemoryBudget.parse(budget)
     options = LoadOptions(host_memory=host_memory, device="cpu", speculation=False)
     before_loading = resident_bytes()
@@ -194,7 +194,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         "stalled": did.stalled_seconds / total,
         "predictions": did.predictions,
         "right": did.right_predictions,
-        "depth": engine.passes.model.blocks[-1].moe.runner._prefetch.tuner.variant,
+        "depth": engine.passes.model.blocks[-1].moe.runner._layers_ahead,
         "first": first,
         "first_bytes": first_bytes,
         "read_rate": read_rate,

@@ -11,6 +11,7 @@ from mixchat.experts.dispatcher import Dispatcher, WorkerExperts
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.placement import Placement
+from mixchat.experts.prefetch import NextRouters
 from mixchat.experts.store import ExpertStore, ReadExpert
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -23,6 +24,7 @@ def runner(
     read: ReadExpert | None = None,
     workers: Sequence[WorkerExperts] = (),
     copies: Iterable[ExpertKey] = (),
+    next_routers: NextRouters | None = None,
 ) -> Dispatcher:
     blueprint, stats = installed.blueprint, ExpertStats()
     store = ExpertStore(
@@ -32,7 +34,14 @@ def runner(
         stats,
     )
     fetcher = Fetcher(ExpertCache(slots), store, Placement(slots, 0, 8), Passes(2), stats)
-    return Dispatcher(HostCompute(fetcher, 4), stats, workers=workers, copies=frozenset(copies))
+    return Dispatcher(
+        HostCompute(fetcher, 4),
+        stats,
+        next_routers=next_routers,
+        layers_ahead=3,
+        workers=workers,
+        copies=frozenset(copies),
+    )
 
 
 def fetcher_of(dispatcher: Dispatcher) -> Fetcher:

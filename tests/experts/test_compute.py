@@ -79,6 +79,16 @@ def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(inst
         assert len(fetcher._store.blocks) <= 4
 
 
+def test_predictions_take_few_of_the_slots(installed):
+    """They took a quarter, and Mixtral's tokens missed more experts than without predictions."""
+    fetcher = fetcher_of(runner(installed, 4))
+    for expert in range(4):
+        fetcher.load(ExpertKey(0, expert), [])
+    fetcher.prefetch([ExpertKey(1, expert) for expert in range(3)], [])
+    assert [*fetcher._loads] == [ExpertKey(1, 0)]
+    assert sum(fetcher.holds(ExpertKey(0, expert)) for expert in range(4)) == 3
+
+
 def test_the_memory_of_a_prefetch_that_was_given_up_counts_as_held(installed, monkeypatch):
     """The limit fell by one for each wrong prediction while memory was neither short nor ample."""
     fetcher, told = fetcher_of(runner(installed, 4)), []

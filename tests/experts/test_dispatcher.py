@@ -2,12 +2,14 @@
 
 from itertools import combinations, product
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from expert_doubles import FakeWorker, fetcher_of, routing, runner
 
 from mixchat.experts.cache import ExpertKey
+from mixchat.experts.fetcher import MISSING
 from mixchat.weights.format.installed_model import InstalledModel
 
 EVERYTHING = [ExpertKey(*key) for key in product(range(2), range(4))]
@@ -93,3 +95,24 @@ def test_the_tier_of_an_expert_is_that_of_its_nearest_copy(installed):
     worker.works = False
     assert spread.tier(EVERYTHING[1]) == "disk"
     assert spread.slots_by_tier == {"host": 4, "worker": 0}
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_experts_of_several_layers_are_predicted_for_a_token_and_of_one_for_a_prompt(
+    installed, tokens
+):
+    next_routers = Mock(return_value=torch.tensor([[3]]))
+    looking_ahead = runner(installed, 8, next_routers=next_routers)
+    looking_ahead.run(0, *routing(tokens))
+    (layer, _, depth), _ = next_routers.call_args
+    assert (layer, depth) == (0, 3 if tokens == 1 else 1)
+    assert fetcher_of(looking_ahead).state(ExpertKey(1, 3)) != MISSING
+
+
+def test_nothing_is_predicted_while_all_experts_are_in_memory(installed):
+    next_routers = Mock()
+    holder = runner(installed, 8, next_routers=next_routers)
+    for key in EVERYTHING:
+        holder.load(key, [])
+    holder.run(0, *routing(1))
+    next_routers.assert_not_called()

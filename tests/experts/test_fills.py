@@ -140,8 +140,9 @@ def test_an_expert_that_is_needed_comes_next_and_is_a_miss(installed, source):
 
 
 def test_a_predicted_expert_comes_before_others_and_a_wrong_one_comes_all_the_same(
-    installed, source
+    installed, source, monkeypatch
 ):
+    monkeypatch.setattr("mixchat.experts.fetcher._SLOTS_PER_PREFETCH", 4)
     experts, fetcher = begin(installed, source, EVERYTHING[:1])
     wrong, right = EVERYTHING[5], EVERYTHING[7]
     fetcher.prefetch([wrong, right], pinned=[])

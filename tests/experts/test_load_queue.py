@@ -15,7 +15,15 @@ from queue_doubles import PATIENCE, Stop, Work, arrivals
 from mixchat.base import interrupts
 from mixchat.base.errors import ResourceError
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.load_queue import FILL, PREDICTED, REQUESTED, ExpertLoad, Job, LoadQueue
+from mixchat.experts.load_queue import (
+    FILL,
+    PREDICTED,
+    PREDICTED_IN_FLIGHT,
+    REQUESTED,
+    ExpertLoad,
+    Job,
+    LoadQueue,
+)
 
 
 @pytest.fixture
@@ -113,6 +121,21 @@ def test_a_prefetch_that_was_put_off_and_is_requested_continues_before_other_pre
     log = work.finish()
     assert log[:5] == ["g0", "w0", "w there", "g1", "g there"]
     assert arrivals(log) == "wgva"
+
+
+def test_prefetches_leave_threads_to_what_will_be_requested(short_idle):
+    """Eight wrong predictions in flight kept the next layer waiting, as long as to read them."""
+    work = Work(threads=8)
+    for number in range(PREDICTED_IN_FLIGHT):
+        work.begin(str(number), stop=0)
+        work.stops[-1].wait()
+    prefetch = work.prefetch("g")
+    for _ in range(3):
+        work.begin("w").wait()
+    assert not prefetch.ended
+    work.stops[0].go()
+    prefetch.wait()
+    assert arrivals(work.finish())[:5] == "www0g"
 
 
 def test_fills_come_last_and_in_order(work):

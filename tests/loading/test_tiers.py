@@ -177,6 +177,18 @@ def test_experts_are_read_past_the_page_cache_unless_it_keeps_a_slow_disks_for_t
     assert asked == [True] * past
 
 
+@pytest.mark.parametrize(("rate", "layers"), [(5e8, 0), (7e8, 3), (None, 3)])
+def test_experts_are_predicted_unless_the_disk_is_too_slow_for_wrong_predictions(
+    tiny_model, monkeypatch, rate, layers
+):
+    typical = SimpleNamespace(disk_bandwidth_idle=rate)
+    monkeypatch.setattr(tiers, "saved_measurement", lambda *_: SimpleNamespace(typical=typical))
+    with InstalledModel(tiny_model) as installed:
+        placement, devices = Placement(4, 0, 8), [torch.device("cpu")]
+        experts = tiers.build_experts(installed, Share(placement), devices, "lru", print)
+    assert experts._layers_ahead == layers
+
+
 def test_a_disk_that_fails_ends_the_turn_and_not_the_chat(tiny_model, expected, monkeypatch):
     engine = load_engine(tiny_model, LoadOptions(MemoryBudget(fraction=0.4), device="cpu"))
     real, reads = os.preadv, iter(range(10**6))
