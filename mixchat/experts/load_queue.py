@@ -172,7 +172,7 @@ class LoadQueue:
     def _take(self) -> tuple[ExpertLoad, Job, Piece] | None:
         """Return the most urgent piece, and its load. Return None if the thread is to end."""
         with self._changed:
-            while not _program_is_over():
+            while True:
                 now = time.perf_counter()
                 if (taken := self._next_piece(now)) is not None:
                     if not self._pieces_in_flight:
@@ -184,7 +184,7 @@ class LoadQueue:
                 self._idle += 1
                 was_called = self._changed.wait(_IDLE_S)
                 self._idle -= 1
-                if not was_called and not self._waiting:
+                if not was_called and (not self._waiting or _main_thread_has_ended()):
                     break
             self._threads.discard(threading.current_thread())
             return None
@@ -207,6 +207,9 @@ class LoadQueue:
                     # Pieces of the slot's former expert are in flight.
                     passed_over.append(heappop(self._waiting))
                 elif self._is_held_back(priority, now):
+                    break
+                elif priority != REQUESTED and _main_thread_has_ended():
+                    # Python waits for these threads, and another thread may wait for an expert.
                     break
                 elif self._has_begun(load, job):
                     assert load.pieces
@@ -275,5 +278,5 @@ class LoadQueue:
             del self._filling[job.slot]
 
 
-def _program_is_over() -> bool:
+def _main_thread_has_ended() -> bool:
     return not threading.main_thread().is_alive()

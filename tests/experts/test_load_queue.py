@@ -267,6 +267,23 @@ def test_the_thread_goes_when_there_is_nothing_to_do_and_comes_back(work):
     assert arrivals(work.log) == "abc"
 
 
+def test_after_the_main_thread_what_is_requested_still_comes_and_nothing_else(work, monkeypatch):
+    """A thread that generated text after the end of a program's main thread waited for ever."""
+    held = work.hold()
+    others = [
+        work.begin(name, priority=priority) for name, priority in (("p", PREDICTED), ("f", FILL))
+    ]
+    work.begin("a", 2)
+    right = work.prefetch("g")
+    monkeypatch.setattr("mixchat.experts.load_queue._main_thread_has_ended", lambda: True)
+    work.queue.reorder(right, REQUESTED)
+    held.go()
+    right.wait()
+    work.begin("b").wait()
+    assert arrivals(work.finish()) == "agb"
+    assert not any(load.ended for load in others)
+
+
 def test_its_thread_is_inside_the_context_while_it_moves(short_idle):
     log: list[tuple[str, int]] = []
 
