@@ -273,7 +273,11 @@ class Fetcher:
         self._borrowed.discard(key)
 
     def resize(self, limit: int) -> None:
-        """Hold no more than `limit` experts, and free the memory of the others."""
+        """Hold no more than `limit` experts, and free the memory of the others.
+
+        Lent experts stay, beside the slots that computing needs.
+        """
+        limit = max(limit, len(self._borrowed) + MIN_SLOTS)
         if limit != self._cache.limit:
             self.count_hits()
             self._held_layers.clear()

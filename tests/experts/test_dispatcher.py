@@ -116,3 +116,20 @@ def test_nothing_is_predicted_while_all_experts_are_in_memory(installed):
         holder.load(key, [])
     holder.run(0, *routing(1))
     next_routers.assert_not_called()
+
+
+def test_with_little_memory_a_layer_is_computed_beside_experts_that_are_lent(installed):
+    """A copy to a GPU had all slots that were left, and the prompt failed."""
+    few, alone = runner(installed, 6), runner(installed, 8)
+    fetcher, lent = fetcher_of(few), EVERYTHING[:3]
+    for key in lent:
+        few.load(key, ())
+        assert few.borrow(key) is not None
+    inputs = routing(9, choices=3)
+    fetcher.resize(2)
+    assert torch.equal(few.run(1, *inputs), alone.run(1, *inputs))
+    assert all(map(few.holds, lent))
+    for key in lent:
+        few.give_back(key)
+    fetcher.resize(2)
+    assert len(fetcher._store.blocks) == 2
