@@ -100,7 +100,7 @@ def saved_tokens(path: Path) -> int:
     """Return how many tokens a file has, 0 if it is missing or damaged."""
     with suppress(CheckpointError, OSError), SafetensorsFile(path, follow=False) as file:
         if _IDS in file.header:
-            return file.header.spec(_IDS).shape[0]
+            return file.header.spec(_IDS).nbytes // torch.int64.itemsize
     return 0
 
 

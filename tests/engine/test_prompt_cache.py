@@ -122,6 +122,10 @@ def test_the_tokens_of_a_file_are_known_before_a_model_is_loaded(open_engine, tm
     for content in (b"", b"x" * 5000, (tmp_path / "f").read_bytes()[:200]):
         (tmp_path / "damaged").write_bytes(content)
         assert saved_tokens(tmp_path / "damaged") == 0
+    # Its ids have no length. It raised IndexError.
+    header = header_bytes([TensorSpec("ids", torch.int64, ())])
+    (tmp_path / "damaged").write_bytes(header + bytes(8))
+    assert saved_tokens(tmp_path / "damaged") <= 1
 
 
 def test_what_the_file_has_is_not_written_again(open_engine, tmp_path):
