@@ -48,10 +48,8 @@ class HostCompute:
     def begin(self, rows: LayerRows, keys: Collection[ExpertKey]) -> None:
         """Start loading these experts, for `compute_next`, as far as there are slots."""
         self.fetcher.settle(rows.layer, keys)
-        # Experts in their slots come first. Otherwise a prefill with more experts than slots would
-        # evict each just before its turn. The others come in the order of their file.
-        self._order = sorted(keys, key=lambda key: (self.fetcher.state(key), key))
-        self._unrequested = list(self._order)
+        self._order = [*keys]
+        self._sort()
         # The threads of a program wait for each other again and again, and for a core while reads
         # touch new memory. Computing Qwen3's experts as they came made the prompt of a cold start
         # take 5.0 and 5.3 s instead of 4.0 and 3.9, by turns.
@@ -149,10 +147,21 @@ class HostCompute:
             del self._programs[next(iter(self._programs))]
         return program
 
+    def _sort(self) -> None:
+        """Put the experts to compute in their order. All are to be requested again."""
+        # Experts in their slots come first. Otherwise a prefill with more experts than slots would
+        # evict each just before its turn. The others come in the order of their file.
+        self._order.sort(key=lambda key: (self.fetcher.state(key), key))
+        self._unrequested = list(self._order)
+
     def _request(self, in_use: Sequence[ExpertKey] = ()) -> None:
-        if self._unrequested:
+        while self._unrequested:
             count = self.fetcher.request(self._unrequested, {*self._order, *in_use})
             del self._unrequested[:count]
+            if in_use or len(self._unrequested) < len(self._order):
+                return
+            # The first one's earlier load has failed, and others on their way have all slots.
+            self._sort()
 
 
 class RowExperts:

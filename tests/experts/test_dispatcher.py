@@ -133,3 +133,24 @@ def test_with_little_memory_a_layer_is_computed_beside_experts_that_are_lent(ins
         few.give_back(key)
     fetcher.resize(2)
     assert len(fetcher._store.blocks) == 2
+
+
+def test_with_little_memory_a_layer_is_computed_after_a_read_that_failed(installed):
+    """Experts that came meanwhile had more slots than were left, and the pass ended."""
+    failed = list[ExpertKey]()
+
+    def read(key: ExpertKey, block: torch.Tensor, start: int) -> None:
+        if key == EVERYTHING[0] and not failed:
+            failed.append(key)
+            raise OSError("no bytes")
+        installed.read_expert(*key, block, start)
+
+    few, alone = runner(installed, 8, read), runner(installed, 8)
+    fetcher = fetcher_of(few)
+    fetcher.request(EVERYTHING[:4])
+    for key in EVERYTHING[1:4]:
+        fetcher.wait(key)
+    assert failed
+    fetcher.resize(2)
+    inputs = routing(9, choices=3)
+    assert torch.equal(few.run(0, *inputs), alone.run(0, *inputs))
