@@ -168,10 +168,12 @@ class Fetcher:
         self.count_hits()
         self._passes.enter(layer)
         self.follow_memory()
-        for key in (key for key in self._prefetches if key.layer == layer):
+        for key in [key for key in self._loads if key.layer == layer]:
             # Read once: a thread of the queue may end the load meanwhile.
             load, ended = self._loads[key], self._loads[key].ended
-            if key in chosen:
+            if load.priority == REQUESTED:
+                pass  # by a pass that was interrupted
+            elif key in chosen:
                 self.stats.right_predictions += 1
                 self._queue.reorder(load, REQUESTED)
                 if not ended:

@@ -154,3 +154,14 @@ def test_with_little_memory_a_layer_is_computed_after_a_read_that_failed(install
     fetcher.resize(2)
     inputs = routing(9, choices=3)
     assert torch.equal(few.run(0, *inputs), alone.run(0, *inputs))
+
+
+def test_a_layer_is_in_memory_whose_experts_came_after_a_pass_was_interrupted(installed):
+    """They counted as on their way until each was chosen again, and tokens took longer."""
+    both, layer = runner(installed, 8), EVERYTHING[:4]
+    fetcher = fetcher_of(both)
+    fetcher.request(layer)
+    for key in layer:
+        fetcher.wait(key)
+    both.run(0, *routing(1))
+    assert len(both.resident([layer])) == 1
