@@ -51,7 +51,7 @@ class BatchedAnswer:
         self.stats = GenerationStats(len(self.ids), speculation=proposals.stats)
         self.prefix: CachedPrefix | None = None
         self.logits: torch.Tensor | None = None  # [V], from which the next token is sampled
-        self.error: MixchatError | None = None
+        self.error: Exception | None = None
         self.is_cancelled = False
         self.tokens_read = 0  # of `tokens_to_read`
 
@@ -246,7 +246,7 @@ class Batch:
             answer.logits = self._passes.checked(answer.logits)
             answer.ids.append(answer.sampler.sample(answer.logits, answer.ids))
             answer.stats.generated_tokens += 1
-        except MixchatError as error:
+        except Exception as error:  # of this answer alone, such as a constraint's process
             answer.error = error
 
     def _assign_cache(self, answer: BatchedAnswer, reading: Sequence[BatchedAnswer]) -> bool:

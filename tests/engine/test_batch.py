@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,26 @@ def test_a_fault_of_the_weights_ends_only_the_answers_that_it_hits(load, monkeyp
     finish(batch)
     assert answers[1].error is None
     assert said(answers[1]) == alone(load(), prompt_of(2))
+
+
+def test_a_fault_of_a_constraint_ends_its_answer_alone(load):
+    """Its process could not be started, and all answers of the pass ended."""
+
+    class Broken:
+        compiled: Future[None] = Future()
+
+        def allowed(self) -> torch.Tensor | None:
+            raise BlockingIOError("no process")
+
+        def accept(self, token: int) -> None: ...
+
+    batch = load().new_batch()
+    broken = batch.add(prompt_of(1, constraint=Broken()))
+    other = batch.add(prompt_of(2))
+    finish(batch)
+    assert isinstance(broken.error, BlockingIOError)
+    assert other.error is None
+    assert said(other) == alone(load(), prompt_of(2))
 
 
 def test_a_file_that_cannot_be_read_ends_the_pass_and_not_the_batch(load, monkeypatch):
