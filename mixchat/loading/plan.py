@@ -58,6 +58,7 @@ def plan(
     choose_threads(blueprint)
     known = _measurement(outline, blueprint, here, reporter, programs, again=again)
     measurement = told.measurement(known)
+    free, usual_device = machine.free, device  # of other models, if this one gets the CPU alone
     if chooses:
         fit, why = fit_on_faster(blueprint, machine.free, options, measurement)
         if why is not None:
@@ -65,10 +66,10 @@ def plan(
             device, machine = CPU, machine.without_gpus()
     planned = plan_model(machine, device, fit, measurement)
 
-    def by_arithmetic(form: MemoryPlan) -> Measurement:
+    def by_arithmetic(other: Blueprint) -> Measurement:
         # Figures of another moment would compare the machine's load, and not the models. On a busy
         # machine 4 bits had 1.6 to 7 tok/s, and 3 bits of a second measurement 8 to 9.6.
-        return told.measurement(scaled(known, blueprint, form.blueprint))
+        return told.measurement(scaled(known, blueprint, other))
 
     sizes = [Size("4", fit, planned.expected)]
     for bits in tuple(DEMO_LOSS)[1:]:
@@ -76,11 +77,11 @@ def plan(
             smaller = fit_model(
                 expected_mix(blueprint, ExpertSize.parse(bits)), machine.free, options
             )
-            expected = expect_fit(device, smaller, by_arithmetic(smaller))
+            expected = expect_fit(device, smaller, by_arithmetic(smaller.blueprint))
             sizes.append(Size(bits, smaller, expected))
     if outline.installed or "--expert-bits" in outline.arguments or len(sizes) == 1:
         sizes = []  # a person chose already, or has no choice
-    fits = fit_known(catalog or {}, machine.free, device, options, by_arithmetic)
+    fits = fit_known(catalog or {}, free, usual_device, options, by_arithmetic, chooses=chooses)
     return replace(
         planned,
         starting=starting,

@@ -25,6 +25,7 @@ from mixchat.planning.expectation import (
     first_token,
     prompt_speed,
 )
+from mixchat.planning.faster_device import fit_on_faster
 from mixchat.planning.fitting import FreeMemory, MemoryPlan, fit_model
 from mixchat.planning.gpu_speeds import GPUSpeeds, Origin
 from mixchat.planning.hardware import NOTHING_TOLD, Machine, ToldMachine
@@ -47,11 +48,12 @@ class Size:
 class KnownFit:
     """A known model in the free memory, with the names that it has.
 
-    bytes: of the installed model. `problem` says why it has no `fit`.
+    bytes: of the installed model. `problem` says why it has no `fit`. `device` computes it.
     """
 
     names: tuple[str, ...]
     bytes: int
+    device: torch.device
     fit: MemoryPlan | None = None
     expected: Expectation | None = None
     problem: str | None = None
@@ -124,19 +126,29 @@ def fit_known(
     free: FreeMemory,
     device: torch.device,
     options: LoadOptions,
-    measured: Callable[[MemoryPlan], Measurement],
+    measured: Callable[[Blueprint], Measurement],
+    *,
+    chooses: bool = False,
 ) -> Iterator[KnownFit]:
-    """Yield the models by their size, with the measurement that `measured` has for each."""
+    """Yield the models by their size, with the measurement that `measured` has for each.
+
+    If it `chooses`, a model that the GPUs cannot hold, or that is slower on them, gets the CPU.
+    """
     for names, blueprint in sorted(known.items(), key=lambda item: item[1].weights_size):
-        size = blueprint.weights_size
+        size, measurement, on_cpu = blueprint.weights_size, measured(blueprint), None
         try:
-            fit = fit_model(blueprint, free, options)
+            if chooses:
+                fit, on_cpu = fit_on_faster(blueprint, free, options, measurement)
+            else:
+                fit = fit_model(blueprint, free, options)
         except ResourceError:
-            yield KnownFit(names, size, problem="does not fit into memory")
+            yield KnownFit(names, size, device, problem="does not fit into memory")
         except UsageError:
-            yield KnownFit(names, size, problem="does not run with these flags")
+            yield KnownFit(names, size, device, problem="does not run with these flags")
         else:
-            yield KnownFit(names, size, fit, expect_fit(device, fit, measured(fit)))
+            computing = device if on_cpu is None else CPU
+            expected = expect_fit(computing, fit, measurement)
+            yield KnownFit(names, size, computing, fit, expected)
 
 
 def scaled(measurement: Measurement, measured: Blueprint, blueprint: Blueprint) -> Measurement:

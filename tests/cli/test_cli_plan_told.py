@@ -102,6 +102,48 @@ def test_a_machine_whose_gpu_is_too_small_is_planned_for_its_cpu_within_80_colum
     assert sized.returncode == 2  # a person asked for the GPU
 
 
+def test_a_known_model_that_the_gpu_cannot_hold_is_planned_for_the_cpu(mixchat, measured):
+    """8x22b did "not fit into memory" with a GPU of 8 GB, and did without any GPU."""
+    arguments = ("plan", "--ram", "32GB", "--free-disk", "500GB")
+
+    def largest(*flags):
+        done = mixchat(*arguments, *flags, "--json", fake=False)
+        return json.loads(done.stdout)["known_models"][-1]
+
+    without, small, large = largest(), largest("--gpu", "8GB"), largest("--gpu", "RTX 4090")
+    assert (without["names"], without["device"]) == (["8x22b"], "cpu")
+    assert (small["device"], small["held"]) == ("cpu", without["held"])
+    assert large["device"] == "cuda:0"
+    done = mixchat(*arguments, "--gpu", "8GB", fake=False)
+    table = done.stdout.decode().partition("Known models")[2].splitlines()
+    rows = {line.split()[0]: line for line in table if line.startswith("  ")}
+    assert "on the GPU" in rows["granite"]
+    assert "on the GPU" not in rows["8x22b"]
+    assert "in RAM" in rows["8x22b"]
+
+
+def test_another_machines_disk_is_asked_for_if_this_ones_is_too_small(
+    mixchat, measured, monkeypatch
+):
+    """The advice was to free some disk, on this machine."""
+    monkeypatch.setattr(machine, "free_disk", lambda directory: 9 * GB)
+    told = ("plan", "8x22b", "--ram", "64GB")
+    assert "--free-disk" in verdict(mixchat(*told, fake=False))["next"]
+    small = mixchat(*told, "--free-disk", "9GB", fake=False)
+    assert "free some disk" in verdict(small)["next"]
+
+
+def test_a_faster_model_is_named_if_the_usual_one_is_slower_than_a_person_reads(mixchat, measured):
+    """The only advice was to download instruct, with half a token a second."""
+    slow = ("--ram", "8GB", "--disk-speed", "1GB/s", "--free-disk")
+    lines = verdict(mixchat("plan", *slow, "500GB", fake=False))
+    assert "slower than you read" in lines["speed"]
+    assert lines["next"] == "mixchat download instruct"
+    assert re.fullmatch(r"mixchat download lfm2 \([\d.]+ tok/s\)", lines["faster"])
+    assert "faster" not in verdict(mixchat("plan", *slow, "1GB", fake=False))  # nor would it fit
+    assert "faster" not in verdict(mixchat("plan", "instruct", *slow, "500GB", fake=False))
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

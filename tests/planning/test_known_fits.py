@@ -28,8 +28,8 @@ def test_a_cpu_takes_as_long_for_a_part_as_its_bytes_and_a_constant_time_for_a_l
 
 
 def rows(free, **options):
-    def measurement(fit):
-        return scaled(measured(SPEEDS), BLUEPRINT, fit.blueprint)
+    def measurement(blueprint):
+        return scaled(measured(SPEEDS), BLUEPRINT, blueprint)
 
     known, load = known_blueprints(), LoadOptions(**options)
     return list(fit_known(known, FreeMemory(int(free * GB)), CPU, load, measurement))

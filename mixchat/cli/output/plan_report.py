@@ -13,7 +13,7 @@ from mixchat.cli.output import plan_text
 from mixchat.cli.output.plan_text import count_text, gpus_text, section, speed_text
 from mixchat.cli.output.reports import DownloadReport, Report, aligned, disk_as_json
 from mixchat.planning import gpu_speeds
-from mixchat.planning.expectation import LONG_PROMPT
+from mixchat.planning.expectation import LONG_PROMPT, READING
 from mixchat.planning.gpu_cost import token_kernels
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 
@@ -142,6 +142,7 @@ class PlanReport(Report):
                     "names": model.names,
                     "bytes": model.bytes,
                     "problem": model.problem,
+                    "device": str(model.device),
                     "placement": model.fit and asdict(model.fit.placement),
                     "held": model.expected and model.expected.held,
                     **_speed_as_json(model.expected),
@@ -190,8 +191,25 @@ class PlanReport(Report):
             yield "" if number else "device", line
         if self.command:
             yield "next", self.command
+        elif plan.told.is_another and plan.told.free_disk is None:
+            yield "next", "say how much the other machine's disk has, as in --free-disk 100GB"
         else:
             yield "next", "free some disk, or set MIXCHAT_HOME to a directory on a larger one"
+        if faster := self._faster_model():
+            yield "faster", faster
+
+    def _faster_model(self) -> str | None:
+        """Return how to get the largest known model at a reader's speed, if this one is slower."""
+        plan, told = self.plan, self.plan.told
+        if plan.expected.speed is None or plan.expected.speed.high >= READING:
+            return None
+        any_size = told.is_another and told.free_disk is None
+        for model in reversed(plan.known):
+            speed = model.expected and model.expected.speed
+            has_room = any_size or model.bytes < plan.machine.disk_free
+            if speed and speed.high >= READING and has_room:
+                return f"mixchat download {model.names[0]} ({speed_text(speed)})"
+        return None
 
 
 def assumed_figures(plan: MachinePlan) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mixchat.base.quantities import format_age, format_rates, format_size, format_time, format_times
 from mixchat.cli.output.reports import aligned
+from mixchat.experts.memory import CPU
 from mixchat.planning import gpu_speeds
 from mixchat.planning.expectation import LONG_PROMPT
 from mixchat.planning.gpu_cost import token_kernels
@@ -273,9 +274,10 @@ def known_models(plan: MachinePlan) -> str:
             rows.append((name, size, "-", model.problem or ""))
             continue
         held, experts = model.expected.held, model.fit.placement.experts
-        on_gpu = 0 if plan.machine.free.device is None else sum(model.fit.placement.by_device)
+        by_device = model.fit.placement.by_device
+        on_gpu = 0 if model.device == CPU else sum(by_device)
         counts = {
-            f"on {gpus_text(plan)}": on_gpu,
+            f"on {'the GPUs' if len(by_device) > 1 else 'the GPU'}": on_gpu,
             "in RAM": held - on_gpu,
             "on disk": experts - held,
         }
