@@ -215,8 +215,7 @@ class OllamaResponses(ResponseBuilder):
 
     def __init__(self, request: APIRequest, model: Model) -> None:
         super().__init__(request, model)
-        # Ollama's clients compute tok/s from these times.
-        self._start, self._first = time.perf_counter_ns(), 0
+        self._start = time.perf_counter_ns()
         self._calls: list[CallDelta] = []
 
     def whole(self, answers: Sequence[tuple[Piece, End]]) -> JSON:
@@ -224,7 +223,6 @@ class OllamaResponses(ResponseBuilder):
         return {**_head(self._model), **self._content(piece), **self._end(end)}
 
     def piece(self, number: int, piece: Piece) -> bytes:
-        self._first = self._first or time.perf_counter_ns()
         self._calls += piece.calls  # Ollama's clients want each call whole
         if not piece.text and not piece.thinking:
             return b""
@@ -258,17 +256,16 @@ class OllamaResponses(ResponseBuilder):
 
     def _end(self, end: End) -> JSON:
         """Return the counts of an answer, with times in nanoseconds."""
-        now, (prompt, _) = time.perf_counter_ns(), self.prompt_counts([end])
-        first = self._first or now
+        (prompt, _), stats = self.prompt_counts([end]), end.stats
         return {
             "done": True,
             "done_reason": _REASONS.get(end.reason, "stop"),
-            "total_duration": now - self._start,
+            "total_duration": time.perf_counter_ns() - self._start,
             "load_duration": 0,
             "prompt_eval_count": prompt,
-            "prompt_eval_duration": first - self._start,
-            "eval_count": end.stats.generated_tokens,
-            "eval_duration": now - first,
+            "prompt_eval_duration": _nanoseconds(stats.prefill_seconds),
+            "eval_count": stats.generated_tokens,
+            "eval_duration": _nanoseconds(stats.decode_seconds),
         }
 
 
@@ -278,6 +275,11 @@ class GenerateResponses(OllamaResponses):
     def _content(self, piece: Piece) -> JSON:
         thinking = {"thinking": piece.thinking} if piece.thinking else {}
         return {"response": piece.text, **thinking}
+
+
+def _nanoseconds(seconds: float) -> int:
+    """Return a time by which Ollama's clients divide a count of tokens, so it is never 0."""
+    return max(1, round(seconds * 1e9))
 
 
 def asks_nothing(path: str, body: JSON) -> bool:

@@ -119,6 +119,7 @@ class ScriptedAnswer(BatchedAnswer):
         elif part != "{gate}":
             self.ids.append(ord(part))
             self.stats.generated_tokens += 1
+            self.stats.decode_seconds += 1e-6
             # The stop token has what a token with a log probability of -0.5 leaves.
             self.logits = torch.full([max(256, ord(part) + 1)], float("-inf"))
             self.logits[STOP] = math.log(1 - math.exp(-0.5))

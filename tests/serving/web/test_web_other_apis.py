@@ -349,6 +349,17 @@ def test_ollama_generates_from_a_prompt_chats_or_raw_text(served, stream):
             assert served.prompt == prompt
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_ollama_tells_how_long_the_prompt_and_the_answer_took(served, stream):
+    """A whole answer took no time, so a client that divided its tokens by it failed."""
+    with closing(OllamaClient(served)) as client:
+        for text in ("say:hello", "say:"):
+            parts = client.api.generate("scripted", text, stream=stream)
+            *_, last = parts if stream else [parts]
+            assert last.eval_duration == 1000 * last.eval_count
+            assert 0 < last.prompt_eval_duration < last.total_duration
+
+
 def test_ollama_lists_and_shows_models(served):
     """llm-ollama knows models by their digests, and each of llm's commands failed without one."""
     with closing(OllamaClient(served)) as client:
