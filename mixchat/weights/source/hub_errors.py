@@ -114,7 +114,9 @@ def _translate(error: BaseException, repo_id: str, home: str) -> MixchatError:
 
 def _refused(status: int, repo_id: str, host: str) -> MixchatError:
     if status == 401:
-        return HubError(f"{host} does not accept the token (401)", hint=f"To log in, {_LOGIN}")
+        return HubError(
+            f"{host} refuses {repo_id} without a valid token (401)", hint=f"To log in, {_LOGIN}"
+        )
     if status == 403:
         return HubError(f"{host} refuses access to {repo_id} (403)", hint=f"To log in, {_LOGIN}")
     if status == 404:
