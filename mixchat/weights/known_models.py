@@ -41,9 +41,9 @@ class KnownModel:
             text["layer_types"] = text["layer_types"][:layers]
         return {**self.config, "text_config": text} if "text_config" in self.config else text
 
-    @property
-    def fetched_gb(self) -> int:
-        """Return the GB that a download fetches."""
+    @cached_property
+    def fetched_bytes(self) -> int:
+        """Return the bytes that a download fetches."""
         sizes: dict[str, float] = {}
         for name, sources in slices(read_config(self.config)).items():
             in_4_bits = self.experts_quant_type and ".experts." in name and name.endswith(".weight")
@@ -51,7 +51,11 @@ class KnownModel:
                 source.name: prod(source.shape) * (4.25 / 8 if in_4_bits else 2)
                 for source in sources
             }
-        return round(sum(sizes.values()) / 1e9)
+        return round(sum(sizes.values()))
+
+    @property
+    def fetched_gb(self) -> int:
+        return round(self.fetched_bytes / 1e9)
 
 
 # The values in known/ are the defaults of transformers' classes, but for those that are named here.

@@ -5,10 +5,16 @@ from math import prod
 import pytest
 from transformers import CONFIG_MAPPING
 
+from mixchat.base.errors import UsageError
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.known_models import KNOWN
-from mixchat.weights.make.outline import known_blueprints, known_index
-from mixchat.weights.make.quantize_options import QuantizeOptions, default_blueprint, make_blueprint
+from mixchat.weights.make.outline import known_blueprints
+from mixchat.weights.make.quantize_options import (
+    QuantizeOptions,
+    default_blueprint,
+    experts_type,
+    make_blueprint,
+)
 from mixchat.weights.source.checkpoint_index import expected_index, expected_shapes
 
 # Billions of parameters, and GB on the hub.
@@ -37,9 +43,8 @@ def test_a_known_model_has_the_size_that_its_publisher_names(name):
     shapes = expected_shapes(read_config(KNOWN[name].config))
     parameters = sum(map(prod, shapes.values()))
     known = KNOWN[name]
-    size = known_index(known).size if known.experts_quant_type else 2 * parameters
     assert (round(parameters / 1e9, 1), known.fetched_gb) == PUBLISHED[name]
-    assert round(size / 1e9) == known.fetched_gb
+    assert known.experts_quant_type or known.fetched_bytes == 2 * parameters
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -70,12 +75,18 @@ def test_the_first_layers_of_a_known_model_are_its_own(name):
     assert [*map(part.layer_type, range(5))] == [*map(config.layer_type, range(5))]
 
 
+@pytest.mark.parametrize("wanted", ["nf4", "trellis3"])
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_known_model_is_planned_as_a_download_makes_it(name):
+def test_a_known_model_is_planned_as_a_download_makes_it(name, wanted):
     """The first layers are of all kinds. A whole index has up to 70,000 tensors."""
     config, kind = read_config(KNOWN[name].with_layers(6)), KNOWN[name].experts_quant_type
-    index = expected_index(config, name, mxfp4=kind == "mxfp4")
-    assert make_blueprint(index, QuantizeOptions()) == default_blueprint(config, kind or "nf4")
+    index, options = expected_index(config, name, mxfp4=kind == "mxfp4"), QuantizeOptions(wanted)
+    if kind and wanted != "nf4":
+        with pytest.raises(UsageError, match="has the experts in 4 bits already"):
+            experts_type(name, kind, wanted)
+        return
+    planned = default_blueprint(config, experts_type(name, kind, wanted))
+    assert make_blueprint(index, options) == planned
 
 
 def test_the_weights_of_known_models_are_nearly_all_of_their_files():

@@ -84,7 +84,7 @@ class PlanReport(Report):
             "model": outline.name,
             "path": str(outline.directory),
             "kept": outline.installed,
-            "kept_bytes": outline.blueprint.size,
+            "kept_bytes": outline.blueprint.weights_size,
             "quantization": outline.blueprint.quantization.description(),
             "left_out": outline.blueprint.config.left_out,
             "fits": not outline.lacking,
@@ -128,7 +128,7 @@ class PlanReport(Report):
             "sizes": [
                 {
                     "bits": size.bits,
-                    "kept_bytes": size.fit.blueprint.size,
+                    "kept_bytes": size.fit.blueprint.weights_size,
                     "held": size.expected.held,
                     "demo_loss": dict(
                         zip(("plain", "calibrated"), DEMO_LOSS[size.bits], strict=True)

@@ -152,7 +152,7 @@ def _model(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     size, tokens = format_size(demand.context), f"{plan.fit.context:,} tokens"
     yield "context", f"{size} for {tokens}{each}{chosen}"
     when = "installed" if outline.installed else "once it is downloaded"
-    yield "disk", f"{format_size(outline.blueprint.size)}, {when}"
+    yield "disk", f"{format_size(outline.blueprint.weights_size)}, {when}"
 
 
 def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
@@ -232,7 +232,7 @@ def _sizes(plan: MachinePlan) -> str:
         rows.append(
             (
                 size.bits,
-                format_size(size.fit.blueprint.size),
+                format_size(size.fit.blueprint.weights_size),
                 f"{expected.held / experts:.0%}",
                 rates_text(expected.speed),
                 f"{word} (demo +{rise:.0%}, larger models less)",

@@ -22,6 +22,7 @@ from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
 _PROCESS_BYTES = 400_000_000  # of memory, with torch, without weights
 _SAMPLE_SHAPE = (1024, 4096)
+_SHARD_BYTES_MAX = 5_000_000_000  # of a checkpoint that transformers writes
 _WEIGHTS_A_SECOND_MAX = 5e8  # that are read, hashed and written
 
 
@@ -71,9 +72,8 @@ def make_plan(build: CheckpointBuild, free_disk: int | None = None) -> DownloadP
     checkpoint, blueprint, target = build.checkpoint, build.blueprint, build.target
     fetch = sum(checkpoint.missing(shard) for shard in build.shards)
     caches = [(checkpoint.cache, fetch)] if checkpoint.cache else []
-    disk, ahead = find_disk_needs(
-        target, checkpoint.index, blueprint, checkpoint.temporary, caches, free_disk
-    )
+    shards = ShardBytes.of(checkpoint.index, blueprint, checkpoint.temporary)
+    disk, ahead = find_disk_needs(target, shards, caches, free_disk)
     return DownloadPlan(
         name=target.name,
         blueprint=blueprint,
@@ -103,62 +103,76 @@ def estimate_time(plan: DownloadPlan, build: CheckpointBuild, *, keep: bool) -> 
     return replace(plan, rate=rate, seconds=seconds)
 
 
+@dataclass(frozen=True)
+class ShardBytes:
+    """The bytes that a build puts on disk for each shard of a checkpoint, in the shards' order.
+
+    fetched: what a shard takes until it is released. written: the installed model's, which the
+    shard completes. spilled: what later parts need of the shard, up to that of the shard `until`.
+    """
+
+    fetched: Sequence[int]
+    written: Sequence[int]
+    spilled: Sequence[int]
+    until: Sequence[int]
+
+    @classmethod
+    def of(
+        cls, index: CheckpointIndex, blueprint: Blueprint, temporary: Callable[[str], int]
+    ) -> ShardBytes:
+        """Return the bytes for a checkpoint. `temporary` gives what a shard takes."""
+        number_of = {shard: number for number, shard in enumerate(index.shards)}
+        written, spilled, until = ([0] * len(number_of) for _ in range(3))
+        for part in model_parts(blueprint):
+            shards = {name: number_of[index.shard_of(name)] for name in part.components(index)}
+            last = max(shards.values())
+            written[last] += part.nbytes
+            for name, first in shards.items():
+                if first < last:
+                    spilled[first] += index.nbytes([name])
+                    until[first] = max(until[first], last)
+        return cls([temporary(shard) for shard in index.shards], written, spilled, until)
+
+    @classmethod
+    def foreseen(cls, checkpoint: int, installed: int) -> ShardBytes:
+        """Return the bytes for a checkpoint of this size, before its shards are known."""
+        whole, rest = divmod(checkpoint, _SHARD_BYTES_MAX)
+        fetched = [_SHARD_BYTES_MAX] * whole + [rest]
+        written = [installed * size // checkpoint for size in fetched]
+        return cls(fetched, written, [0] * len(fetched), [0] * len(fetched))
+
+    def peak(self, *, ahead: bool) -> int:
+        """Return the most bytes on disk at once.
+
+        With `ahead` a shard is fetched while the one before is quantized.
+        """
+        peak = total = 0
+        for number, written in enumerate(self.written):
+            total += written
+            fetched = sum(self.fetched[number : number + 1 + ahead])
+            held = sum(self.spilled[n] for n in range(number + 1) if number <= self.until[n])
+            peak = max(peak, total + fetched + held)
+        return peak + SMALL_FILES_BYTES
+
+
 def find_disk_needs(
     target: Path,
-    index: CheckpointIndex,
-    blueprint: Blueprint,
-    temporary: Callable[[str], int],
+    shards: ShardBytes,
     caches: Sequence[tuple[Path, int]] = (),
     free_disk: int | None = None,
 ) -> tuple[tuple[Need, ...], bool]:
     """Return the need of each disk beyond what is made, and whether a shard fits ahead.
 
-    `temporary` is as for `estimate_peak_disk`. `caches` get so many bytes. free_disk: the free
-    bytes of another machine's disks.
+    `caches` get so many bytes. free_disk: the free bytes of another machine's disks.
     """
     here = machine.disk_usage(workspace(target)) if free_disk is None else 0
 
     def needs(ahead: bool) -> tuple[Need, ...]:
-        peak = estimate_peak_disk(index, blueprint, temporary, ahead=ahead)
-        found = add_up_needs((target, max(0, peak - here)), *caches)
+        found = add_up_needs((target, max(0, shards.peak(ahead=ahead) - here)), *caches)
         return found if free_disk is None else tuple(replace(n, free=free_disk) for n in found)
 
     ahead = all(need.suffices for need in needs(True))
     return needs(ahead), ahead
-
-
-def estimate_peak_disk(
-    index: CheckpointIndex,
-    blueprint: Blueprint,
-    temporary: Callable[[str], int],
-    *,
-    ahead: bool = True,
-) -> int:
-    """Return the most bytes on disk during a build.
-
-    `temporary` gives the bytes that a shard takes until it is released. With `ahead` a shard is
-    fetched while the one before is quantized.
-    """
-    number_of = {shard: number for number, shard in enumerate(index.shards)}
-    count = len(number_of)
-    written = [0] * count
-    # The bytes spilled of a shard, and the last shard that needs them.
-    spilled, until = [0] * count, [0] * count
-    for part in model_parts(blueprint):
-        shards = {name: number_of[index.shard_of(name)] for name in part.components(index)}
-        last = max(shards.values())
-        written[last] += part.nbytes
-        for name, first in shards.items():
-            if first < last:
-                spilled[first] += index.nbytes([name])
-                until[first] = max(until[first], last)
-    peak = total = 0
-    for number in range(count):
-        total += written[number]
-        fetched = sum(temporary(shard) for shard in index.shards[number : number + 1 + ahead])
-        held = sum(spilled[n] for n in range(number + 1) if number <= until[n])
-        peak = max(peak, total + fetched + held)
-    return peak + SMALL_FILES_BYTES
 
 
 def find_memory_need(index: CheckpointIndex, blueprint: Blueprint) -> Need:

@@ -17,17 +17,19 @@ from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import Source, check_files, read_manifest
 from mixchat.weights.format.workspace import workspace
-from mixchat.weights.known_models import KNOWN, KnownModel, known_model
-from mixchat.weights.make.download_plan import DownloadPlan, find_disk_needs, make_plan
+from mixchat.weights.known_models import KNOWN, known_model
+from mixchat.weights.make.download_plan import DownloadPlan, ShardBytes, find_disk_needs, make_plan
 from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.needs import Need
-from mixchat.weights.make.quantize_options import QuantizeOptions, default_blueprint, make_blueprint
+from mixchat.weights.make.quantize_options import (
+    QuantizeOptions,
+    default_blueprint,
+    experts_type,
+    make_blueprint,
+)
 from mixchat.weights.matrix.linear import TYPES, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
-from mixchat.weights.source.checkpoint_index import CheckpointIndex, expected_index
 from mixchat.weights.source.open_checkpoint import open_checkpoint
-
-_SHARD_BYTES_MAX = 5e9  # of a checkpoint that transformers writes
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,6 @@ def outline(
     return replace(made, name=ref.name, arguments=arguments)
 
 
-def known_index(known: KnownModel) -> CheckpointIndex:
-    """Return the index of a known model's checkpoint, as its config.json describes it."""
-    mxfp4 = known.experts_quant_type == "mxfp4"
-    return expected_index(read_config(known.config), known.repo, _SHARD_BYTES_MAX, mxfp4=mxfp4)
-
-
 def known_blueprints() -> dict[tuple[str, ...], Blueprint]:
     """Return the known models as a download makes them by default, by the names of a shape."""
     names: dict[tuple[ModelConfig, QuantType], list[str]] = {}
@@ -106,13 +102,10 @@ def _before_download(
 ) -> Outline:
     name = source.repo
     if (known := known_model(name)) is not None:
-        index = known_index(known)
-        blueprint = make_blueprint(index, options)
-
-        def size(shard: str) -> int:
-            return index.header(shard).size
-
-        disk, _ = find_disk_needs(target, index, blueprint, size, free_disk=free_disk)
+        experts = experts_type(name, known.experts_quant_type, options.quant_type)
+        blueprint = default_blueprint(read_config(known.config), experts)
+        shards = ShardBytes.foreseen(known.fetched_bytes, blueprint.weights_size)
+        disk, _ = find_disk_needs(target, shards, free_disk=free_disk)
         return Outline(name, blueprint, target, installed=False, disk=disk)
     with open_checkpoint(source, target, progress) as checkpoint:
         blueprint = make_blueprint(checkpoint.index, options)

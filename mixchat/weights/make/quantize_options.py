@@ -60,10 +60,8 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
     Matrices that are quantized stay so. Raises `UsageError` for other bits.
     """
     given_4bit = index.experts_quant_type
-    if given_4bit and TYPES[given_4bit].bits != TYPES[options.quant_type].bits:
-        raise _has_4_bits(index, "experts", given_4bit)
-    unquantized = options.quant_type == "none" and given_4bit is None
-    quant_type = given_4bit or options.quant_type
+    quant_type = experts_type(index.where, given_4bit, options.quant_type)
+    unquantized = quant_type == "none"
 
     def type_of(part: str, matrices: list[str], bits: int | None) -> QuantType:
         if (
@@ -72,7 +70,7 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
             and all(index.quant_type(matrix) == given_4bit for matrix in matrices)
         ):
             if bits not in (None, TYPES[given_4bit].bits):
-                raise _has_4_bits(index, part, given_4bit)
+                raise _has_4_bits(index.where, part, given_4bit)
             return given_4bit
         if bits is None:
             unrounded = options.quant_type == "none"
@@ -87,6 +85,16 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
         scales="given" if given_4bit or quant_type == "none" else options.scales,
     )
     return Blueprint(index.config, quantization)
+
+
+def experts_type(where: str, given_4bit: QuantType | None, wanted: QuantType) -> QuantType:
+    """Return the experts' type, which is the checkpoint's if that has them in 4 bits.
+
+    Raises `UsageError`, which begins with `where`, for other bits.
+    """
+    if given_4bit and TYPES[given_4bit].bits != TYPES[wanted].bits:
+        raise _has_4_bits(where, "experts", given_4bit)
+    return given_4bit or wanted
 
 
 def default_blueprint(
@@ -106,9 +114,9 @@ def default_blueprint(
     )
 
 
-def _has_4_bits(index: CheckpointIndex, part: str, kind: QuantType) -> UsageError:
+def _has_4_bits(where: str, part: str, kind: QuantType) -> UsageError:
     return UsageError(
-        f"{index.where}: the checkpoint has the {part} in 4 bits already ({kind})",
+        f"{where}: the checkpoint has the {part} in 4 bits already ({kind})",
         hint="Other bits would round the weights twice: leave them out, or download a checkpoint "
         "that is not quantized.",
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from math import prod
@@ -266,10 +265,8 @@ def _shapes_of(slices_by_tensor: Mapping[str, tuple[Slice, ...]]) -> dict[str, t
     return shapes
 
 
-def expected_index(
-    config: ModelConfig, where: str, shard_bytes: float = math.inf, *, mxfp4: bool = False
-) -> CheckpointIndex:
-    """Return the index of a bf16 checkpoint without reading it.
+def expected_index(config: ModelConfig, where: str, *, mxfp4: bool = False) -> CheckpointIndex:
+    """Return the index of a bf16 checkpoint in one file, without reading it.
 
     mxfp4: stacks of matrices are in MXFP4.
     """
@@ -279,18 +276,7 @@ def expected_index(
             specs += mxfp4_format.component_specs(name, shape)
         else:
             specs.append(TensorSpec(name, torch.bfloat16, shape))
-    shards: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in specs:
-        if size + spec.nbytes > shard_bytes and shards[-1]:
-            shards.append([])
-            size = 0
-        shards[-1].append(spec)
-        size += spec.nbytes
-    names = [f"{where}-{number:05}" for number in range(len(shards))] if shards[1:] else [where]
-    headers = {name: Header.of(specs, name) for name, specs in zip(names, shards, strict=True)}
-    weight_map = {spec.name: name for name in names for spec in headers[name].specs}
-    return CheckpointIndex(config, headers, weight_map, where)
+    return CheckpointIndex(config, {where: Header.of(specs, where)}, None, where)
 
 
 def read_weight_map(

@@ -33,7 +33,7 @@ def for_small_models_too(monkeypatch):
 
 def dense_bits(config: ModelConfig, **options: Any) -> tuple[str, str]:
     """The types of attention and head in a download."""
-    index = expected_index(config, "x", 5e9)
+    index = expected_index(config, "x")
     made = make_blueprint(index, QuantizeOptions(**options))
     return made.quantization.attention, made.quantization.head
 

@@ -14,26 +14,21 @@ from weight_tools import Fetching, order_of, shard
 from mixchat.base import machine
 from mixchat.base.errors import ResourceError
 from mixchat.base.machine import disk_usage
+from mixchat.base.safetensors import Header, TensorSpec
 from mixchat.weights.families.read_config import FAMILIES, read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.format.workspace import SOURCE_DIR, workspace
-from mixchat.weights.known_models import KNOWN, KnownModel
+from mixchat.weights.known_models import KNOWN
 from mixchat.weights.make import download_plan
-from mixchat.weights.make.download_plan import (
-    DownloadPlan,
-    estimate_peak_disk,
-    find_memory_need,
-    make_plan,
-)
+from mixchat.weights.make.download_plan import DownloadPlan, ShardBytes, find_memory_need, make_plan
 from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.needs import Need, add_up_needs
-from mixchat.weights.make.outline import known_index
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.make.unfinished import Spill
 from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint import DirectoryCheckpoint
-from mixchat.weights.source.checkpoint_index import expected_index
+from mixchat.weights.source.checkpoint_index import CheckpointIndex, expected_index
 from mixchat.weights.source.hub_checkpoint import HubCheckpoint
 
 MB = 1_000_000
@@ -72,7 +67,8 @@ class TestDisk:
         checkpoint = shard(large, tmp_path / "shards", place)
         opened = Fetching(checkpoint, source)
         blueprint = make_blueprint(opened.index, QuantizeOptions())
-        most, peak = [0], estimate_peak_disk(opened.index, blueprint, opened.temporary, ahead=ahead)
+        shards = ShardBytes.of(opened.index, blueprint, opened.temporary)
+        most, peak = [0], shards.peak(ahead=ahead)
         drop = Spill.keep_only
 
         def measure(spill: Spill, names: set[str]) -> None:
@@ -111,7 +107,7 @@ class TestDisk:
     def test_a_shard_that_takes_no_room_is_not_counted(self, large, tmp_path):
         opened = DirectoryCheckpoint(shard(large, tmp_path / "shards", PLACES["one"]), Source("x"))
         blueprint = make_blueprint(opened.index, QuantizeOptions())
-        peak = estimate_peak_disk(opened.index, blueprint, opened.temporary)
+        peak = ShardBytes.of(opened.index, blueprint, opened.temporary).peak(ahead=True)
         assert 0 <= peak - blueprint.size - download_plan.SMALL_FILES_BYTES + 5 * 4096 < MB
 
     def test_places_on_one_disk_are_added_up(self, tmp_path, monkeypatch):
@@ -265,24 +261,37 @@ def test_a_checkpoint_in_fp32_needs_more_memory_than_one_in_bf16(large, make_che
 
 def test_gpt_oss_is_foreseen_in_mxfp4():
     """Its index on the hub says `total_size` 13761264768. In bf16 it would be 41.8 GB."""
-    known = KNOWN["gpt-oss"]
-    index = known_index(known)
-    specs = [spec for shard in index.shards for spec in index.header(shard).specs]
-    assert sum(spec.nbytes for spec in specs) == 13_761_264_768
-    assert make_blueprint(index, QuantizeOptions()).quantization.quant_type == "mxfp4"
-    in_bf16 = KnownModel(known.repo, known.file)
-    vars(in_bf16)["config"] = {
-        key: value for key, value in known.config.items() if key != "quantization_config"
-    }
-    index = known_index(in_bf16)
-    assert round(index.size / 1e9, 1) == 41.8
-    assert make_blueprint(index, QuantizeOptions()).quantization.quant_type == "nf4"
+    config = read_config(KNOWN["gpt-oss"].config)
+    assert KNOWN["gpt-oss"].fetched_bytes == 13_761_264_768
+    for mxfp4, size, quant_type in ((True, 13.8, "mxfp4"), (False, 41.8, "nf4")):
+        index = expected_index(config, "x", mxfp4=mxfp4)
+        assert round(index.size / 1e9, 1) == size
+        assert make_blueprint(index, QuantizeOptions()).quantization.quant_type == quant_type
 
 
 def test_mixtral_s_checkpoint_is_foreseen_with_its_19_shards():
     """So that `plan` knows, without asking the hub, how much disk the download takes."""
-    index = expected_index(read_config(KNOWN["instruct"].config), "instruct", 5e9)
-    sizes = [index.header(shard).size for shard in index.shards]
-    assert len(sizes) == 19
-    assert max(sizes) < 5.001e9
-    assert sum(sizes) == pytest.approx(93_405_585_408, rel=1e-5)
+    known = KNOWN["instruct"]
+    assert known.fetched_bytes == 93_405_585_408
+    assert len(ShardBytes.foreseen(known.fetched_bytes, 1).fetched) == 19
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("name", ["instruct", "gpt-oss", "granite"])
+def test_the_disk_of_a_download_is_foreseen_before_its_shards_are_known(name, ahead):
+    """`plan` listed 73,000 tensors of Qwen3-Coder-Next for it, in 4 s."""
+    known = KNOWN[name]
+    whole = expected_index(
+        read_config(known.config), name, mxfp4=known.experts_quant_type == "mxfp4"
+    )
+    shards: list[list[TensorSpec]] = [[]]
+    for spec in whole.header(name).specs:
+        if sum(own.nbytes for own in (*shards[-1], spec)) > 5e9:
+            shards.append([])
+        shards[-1].append(spec)
+    headers = {f"{n:02}": Header.of(specs, name) for n, specs in enumerate(shards)}
+    index = CheckpointIndex(whole.config, headers, None, name)
+    blueprint = make_blueprint(index, QuantizeOptions())
+    exact = ShardBytes.of(index, blueprint, lambda shard: index.header(shard).size)
+    foreseen = ShardBytes.foreseen(known.fetched_bytes, blueprint.weights_size)
+    assert foreseen.peak(ahead=ahead) == pytest.approx(exact.peak(ahead=ahead), rel=0.02)
