@@ -1,11 +1,13 @@
 """A server on a free port in front of a scripted model, and clients for it."""
 
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from forked_program import ForkingProcess
 from scripted_model import scripted_model
 
 from mixchat.experts.workers.address import resolve
@@ -82,6 +84,20 @@ def serve() -> Iterator[Callable[..., Served]]:
     for server, model in servers:
         model.close()
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def fake_serve() -> Iterator[ForkingProcess]:
+    """Forks `fake_serve.py`. What it imports later is imported here."""
+    later = (
+        "scripted_model",
+        "mixchat.cli.app",
+        "mixchat.serving.installed_models",
+        "mixchat.serving.web.app",
+    )
+    process = ForkingProcess("fake_serve", *later, "mixchat.serving.web.server", path=sys.path)
+    yield process
+    process.end()
 
 
 @pytest.fixture

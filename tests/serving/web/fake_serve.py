@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))  # as pytest does for the modules of tests/
 
-from mixchat.cli import app
+import mixchat.__main__ as program
 from mixchat.serving import serve
 
 
@@ -15,6 +15,11 @@ def open_scripted(name, load, reporter, *, waiting, **options):
     return scripted_model(name, parallel=load.parallel, waiting=waiting)
 
 
-if __name__ == "__main__":
+def main(arguments):
     serve.open_model = open_scripted
-    app.run(["serve", *sys.argv[1:]])
+    sys.argv[1:] = ["serve", *arguments]
+    program.main()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

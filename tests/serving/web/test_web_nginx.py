@@ -12,7 +12,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -25,7 +24,6 @@ import pytest
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 OPENSSL = shutil.which("openssl")
 CONF = Path(__file__).parents[3] / ".github/nginx.conf"
-FAKE = Path(__file__).with_name("fake_serve.py")
 KEY = "secret"
 HANGS = 60  # seconds after which something hangs
 CLIENTS = 8  # at once
@@ -58,29 +56,26 @@ def free_port():
 class Server:
     """A scripted server, which may be started again on its port."""
 
-    def __init__(self, directory):
-        self.port, self._directory = free_port(), directory
+    def __init__(self, fake_serve, directory):
+        self.port, self._directory, self._fake_serve = free_port(), directory, fake_serve
         self.start()
 
     def start(self):
-        self._process = subprocess.Popen(
-            [sys.executable, FAKE, "--port", str(self.port), "--drain", "1m"],
-            env=os.environ
-            | {"MIXCHAT_HOME": str(self._directory), "MIXCHAT_API_KEY": KEY}
-            | {"GATE": str(self._directory / "gate")},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        first_line = self._process.stderr.readline()
+        home, gate = str(self._directory), str(self._directory / "gate")
+        variables = {"MIXCHAT_HOME": home, "MIXCHAT_API_KEY": KEY, "GATE": gate}
+        arguments = ["--port", str(self.port), "--drain", "1m"]
+        self._program = self._fake_serve.start(arguments, os.environ | variables)
+        first_line = self._program.stderr.readline()
         if ": serving " not in first_line:
             self.kill()
             raise AssertionError(first_line)
 
     def restart(self):
         """Restart it as its owner would, with SIGTERM, and return when it serves again."""
-        self._process.send_signal(signal.SIGTERM)
-        self._process.communicate(timeout=HANGS)
-        assert self._process.returncode == 143
+        self._program.send_signal(signal.SIGTERM)
+        code, _ = self._program.wait(HANGS)
+        assert code == 143
+        self._program.close()
         self.start()
 
     def wait_until_it_drains(self):
@@ -90,9 +85,7 @@ class Server:
                 time.sleep(0.01)
 
     def kill(self):
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.communicate()
+        self._program.close()
 
     def metric(self, name):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANGS)
@@ -171,11 +164,11 @@ def configured(directory, port, servers, certificate):
 
 
 @pytest.fixture
-def team(tmp_path, certificate):
+def team(tmp_path, certificate, fake_serve):
     with ExitStack() as at_end:
         servers = []
         for _ in range(2):
-            servers.append(Server(tmp_path))
+            servers.append(Server(fake_serve, tmp_path))
             at_end.callback(servers[-1].kill)
         port = free_port()
         nginx = subprocess.Popen(

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -17,7 +16,6 @@ from pathlib import Path
 import pytest
 from raw_http import exchange, read_response, request
 
-FAKE = [sys.executable, str(Path(__file__).with_name("fake_serve.py"))]
 DOCKERFILE = Path(__file__).parents[3] / ".github/Dockerfile"
 CHAT = "/v1/chat/completions"
 HANGS = 60  # seconds after which a test fails, since something hangs
@@ -26,15 +24,13 @@ HANGS = 60  # seconds after which a test fails, since something hangs
 class Process:
     """A server in a process of its own, on a free port."""
 
-    def __init__(self, *arguments, **options):
-        self.popen = subprocess.Popen(
-            [*FAKE, "--port", "0", *arguments], stderr=subprocess.PIPE, text=True, **options
-        )
+    def __init__(self, program):
+        self.program = program
         self.first_line = line = self.next_line()
         while line.startswith("note: "):
             line = self.next_line()
         found = re.match(r"http://\S+:(\d+)/v1: serving ", line)
-        assert found, self.first_line + self.popen.stderr.read()
+        assert found, self.first_line + program.stderr.read()
         self.port = int(found[1])
         self.context_line = self.next_line()
 
@@ -60,12 +56,11 @@ class Process:
 
     def next_line(self):
         """The next line that it prints, which is waited for."""
-        return self.popen.stderr.readline()
+        return self.program.stderr.readline()
 
     def end(self):
         """The exit code, and what was printed after the lines that were read."""
-        _, rest = self.popen.communicate(timeout=HANGS)
-        return self.popen.returncode, rest
+        return self.program.wait(HANGS)
 
 
 ENDING = "note: {} may end, for 7 s\n"
@@ -79,34 +74,35 @@ def environment(tmp_path):
 
 
 @pytest.fixture
-def start(environment):
-    started = []
+def program(fake_serve, environment):
+    """Starts `mixchat serve` with a scripted model."""
+    programs = []
 
-    def start(*arguments, variables=None, **options):
-        options["env"] = environment | (variables or {})
-        started.append(Process(*arguments, **options))
-        return started[-1]
+    def program(*arguments, variables=None):
+        programs.append(fake_serve.start(arguments, environment | (variables or {})))
+        return programs[-1]
 
-    yield start
-    for process in started:
-        process.popen.kill()
-        process.popen.communicate()
+    yield program
+    for started in programs:
+        started.close()
 
 
 @pytest.fixture
-def refused(environment):
+def start(program):
+    """Starts a server, and waits until it serves."""
+
+    def start(*arguments, variables=None):
+        return Process(program("--port", "0", *arguments, variables=variables))
+
+    return start
+
+
+@pytest.fixture
+def refused(program):
     """The exit code and the lines of a server that does not start."""
 
-    def run(*arguments, variables=None):
-        done = subprocess.run(
-            [*FAKE, *arguments],
-            env=environment | (variables or {}),
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=HANGS,
-            check=False,
-        )
-        return done.returncode, done.stderr
+    def run(*arguments):
+        return program(*arguments).wait(HANGS)
 
     return run
 
@@ -145,7 +141,7 @@ def test_aliases_are_names_of_the_model(start):
 def test_a_signal_ends_it_without_a_word(start, number, code):
     process = start()
     with process.connect():  # an idle connection keeps nobody
-        process.popen.send_signal(number)
+        process.program.send_signal(number)
         assert process.end() == (code, "")
 
 
@@ -153,7 +149,7 @@ def test_a_signal_ends_it_without_a_word(start, number, code):
 def test_a_signal_that_the_system_gives_to_another_thread_ends_it(start):
     # The main thread, which alone handles signals, waited without an end and saw none.
     process = start()
-    pid = process.popen.pid
+    pid = process.program.pid
     thread = max(int(task.name) for task in Path(f"/proc/{pid}/task").iterdir())
     assert thread != pid
     ctypes.CDLL(None).tgkill(pid, thread, signal.SIGTERM)
@@ -166,7 +162,7 @@ def test_running_answers_come_to_their_end_and_new_connections_are_refused(start
     text = "say:a{gate}b"
     with process.ask(text) as whole, process.ask(text, stream=True) as streamed:
         process.wait_until_running(2)
-        process.popen.send_signal(signal.SIGTERM)
+        process.program.send_signal(signal.SIGTERM)
         # Only then: a question that comes before it would be counted.
         assert process.next_line() == ENDING.format("2 answers")
         process.wait_until_closing()
@@ -186,7 +182,7 @@ def test_a_request_that_came_before_the_signal_is_answered(start):
     with process.connect() as late, process.connect() as idle:
         late.sendall(whole[:-1])
         assert exchange(process, request("/health")).status == 200
-        process.popen.send_signal(signal.SIGTERM)
+        process.program.send_signal(signal.SIGTERM)
         process.wait_until_closing()
         assert idle.recv(1) == b""
         late.sendall(whole[-1:])
@@ -199,7 +195,7 @@ def test_an_answer_without_an_end_is_cut_off(start, whole):
     process = start("--drain", "1s")
     with process.ask("say:a{hang}", stream=not whole) as asked:
         process.wait_until_running(1)
-        process.popen.send_signal(signal.SIGTERM)
+        process.program.send_signal(signal.SIGTERM)
         response = read_response(asked)
         if whole:
             assert (response.status, response.error["code"]) == (503, "shutting_down")
@@ -213,10 +209,10 @@ def test_a_second_ctrl_c_ends_it_at_once(start):
     process = start()
     with process.ask("say:a{hang}") as asked:
         process.wait_until_running(1)
-        process.popen.send_signal(signal.SIGINT)
+        process.program.send_signal(signal.SIGINT)
         assert process.next_line() == ENDING_AT_ONCE
         process.wait_until_closing()
-        process.popen.send_signal(signal.SIGINT)
+        process.program.send_signal(signal.SIGINT)
         assert process.end() == (130, "")
         with pytest.raises(ConnectionError):
             read_response(asked)
@@ -312,6 +308,6 @@ def test_a_field_of_another_server_is_named_once_in_the_log_or_refused_by_a_stri
     assert [exchange(server, request(CHAT, body)).status for _ in range(3)] == [200] * 3
     assert exchange(strict, request(CHAT, body)).error["param"] == "think"
     for process in (server, strict):
-        process.popen.send_signal(signal.SIGTERM)
+        process.program.send_signal(signal.SIGTERM)
     assert server.end() == (143, "note: requests have the field think, which has no effect here\n")
     assert strict.end() == (143, "")
