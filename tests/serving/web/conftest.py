@@ -1,13 +1,14 @@
 """A server on a free port in front of a scripted model, and clients for it."""
 
 import socket
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
-from forked_program import ForkingProcess
+from fake_serve import main as fake_serve_main
+from forked_program import ForkedProgram, preload
 from scripted_model import scripted_model
 
 from mixchat.experts.workers.address import resolve
@@ -86,18 +87,12 @@ def serve() -> Iterator[Callable[..., Served]]:
         server.stop()
 
 
-@pytest.fixture(scope="session")
-def fake_serve() -> Iterator[ForkingProcess]:
-    """Forks `fake_serve.py`. What it imports later is imported here."""
-    later = (
-        "scripted_model",
-        "mixchat.cli.app",
-        "mixchat.serving.installed_models",
-        "mixchat.serving.web.app",
-    )
-    process = ForkingProcess("fake_serve", *later, "mixchat.serving.web.server", path=sys.path)
-    yield process
-    process.end()
+@pytest.fixture
+def fake_serve() -> Callable[[Sequence[str], Mapping[str, str]], ForkedProgram]:
+    """Starts `fake_serve.py` with arguments and an environment."""
+    serving = "serving.installed_models", "serving.web.app", "serving.web.server"
+    preload("torch", *(f"mixchat.{module}" for module in ("cli.app", "face.model", *serving)))
+    return partial(ForkedProgram, fake_serve_main)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ class Server:
         home, gate = str(self._directory), str(self._directory / "gate")
         variables = {"MIXCHAT_HOME": home, "MIXCHAT_API_KEY": KEY, "GATE": gate}
         arguments = ["--port", str(self.port), "--drain", "1m"]
-        self._program = self._fake_serve.start(arguments, os.environ | variables)
+        self._program = self._fake_serve(arguments, os.environ | variables)
         first_line = self._program.stderr.readline()
         if ": serving " not in first_line:
             self.kill()

@@ -79,7 +79,7 @@ def program(fake_serve, environment):
     programs = []
 
     def program(*arguments, variables=None):
-        programs.append(fake_serve.start(arguments, environment | (variables or {})))
+        programs.append(fake_serve(arguments, environment | (variables or {})))
         return programs[-1]
 
     yield program
