@@ -47,7 +47,7 @@ def show(text: str, stream: TextIO | None = None) -> None:
     """
     stream = stream or sys.stdout
     clean = sanitize(text) if stream.isatty() else text
-    print(clean, end="" if clean.endswith("\n") else "\n", file=stream, flush=True)
+    _write(clean if clean.endswith("\n") else f"{clean}\n", stream)
 
 
 def show_lines(text: str) -> None:
@@ -59,7 +59,7 @@ def show_lines(text: str) -> None:
 
 def show_piece(text: str) -> None:
     """Print the next piece of a text for a program, as it is, at once."""
-    print(text, end="", flush=True)
+    _write(text, sys.stdout)
 
 
 def show_path(path: Path) -> None:
@@ -75,7 +75,17 @@ def show_path(path: Path) -> None:
 
 def draw(text: str, stream: TextIO | None = None) -> None:
     """Print our own drawing, with its escapes for colours."""
-    print(text, end="" if text.endswith("\n") else "\n", file=stream or sys.stdout, flush=True)
+    _write(text if text.endswith("\n") else f"{text}\n", stream or sys.stdout)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    try:
+        print(text, end="", file=stream, flush=True)
+    except OSError as error:
+        # Else its message, such as "No space left on device", does not say which file is meant.
+        if stream is sys.stdout and error.filename is None:
+            error.filename = "standard output"
+        raise
 
 
 def one_line(text: str) -> str:

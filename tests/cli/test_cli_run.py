@@ -171,9 +171,10 @@ def test_a_pipe_that_nobody_reads_ends_any_command_silently(process, arguments):
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
-def test_a_full_disk_under_stdout_is_one_line(process):
-    done = process("run", "Hi", shell=">/dev/full")
-    assert done == Done(b"", b"error: No space left on device\n", 7)
+@pytest.mark.parametrize("command", ["run Hi", "run Hi --json", "list --json"])
+def test_a_full_disk_under_stdout_is_one_line(process, command):
+    done = process(*command.split(), shell=">/dev/full")
+    assert done == Done(b"", b"error: standard output: No space left on device\n", 7)
 
 
 def test_ctrl_c_ends_it_silently(environment):
