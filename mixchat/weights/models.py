@@ -148,6 +148,10 @@ def resolve(name: str, *, key: str | None = None) -> ModelRef:
         return ModelRef(name, key or _repo_key(ALIASES[name]), repo=ALIASES[name])
     if (path := _directory_of(name)) is not None:
         return ModelRef(name, key or _directory_key(path), path=path)
+    if name.startswith((".", "/", "~")) or name.lower().endswith(_GGUF):
+        raise ModelNotFoundError(
+            f"there is no file or directory {_shown(name)}", hint="Check the path."
+        )
     meant = _meant(name)
     hint = f"Did you mean {meant}?" if meant else _NAMES_HINT
     raise ModelNotFoundError(f"there is no model {_shown(name)}", hint=hint)
@@ -312,7 +316,7 @@ def _directory_key(path: Path) -> str:
     if not _is_own_key(key):
         raise UsageError(
             f"the directory's name {_shown(key)} cannot be a model's name",
-            hint="Give the model a name of its own with --name.",
+            hint=f"Install it under another: mixchat download {shlex.quote(str(path))} --name NAME",
         )
     return key
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -186,11 +187,19 @@ class TestResolve:
         assert models.resolve(name).path == Path.cwd()
         assert models.resolve(name).key == "here"
 
+    @pytest.mark.parametrize("name", ["./nofile.gguf", "nofile.gguf", "/nowhere/model", "../no"])
+    def test_a_path_of_nothing_is_said_to_be_no_file(self, name):
+        """The hint listed all known models."""
+        with pytest.raises(ModelNotFoundError, match="no file or directory") as caught:
+            models.resolve(name)
+        assert "instruct" not in caught.value.hint
+
     @pytest.mark.parametrize("name", ["my model", "demo", "org--name"])
     def test_a_directory_whose_name_cannot_be_a_key_needs_another(self, name):
         Path(name).mkdir()
         with pytest.raises(UsageError, match="cannot be a model's name") as caught:
             models.resolve(f"./{name}")
+        assert shlex.quote(str(Path(name).absolute())) in caught.value.hint
         assert "--name" in caught.value.hint
         assert models.resolve(f"./{name}", key="mine").key == "mine"
 
