@@ -21,13 +21,22 @@ Kind: TypeAlias = Literal["thinking", "text", "call"]
 
 @dataclass
 class Block:
-    """A part of an answer. `content` is its text so far, a call's arguments for one."""
+    """A part of an answer. `content` is its text so far, a call's arguments for one.
+
+    is_cut_off: if the answer's limit ended it.
+    """
 
     index: int
     kind: Kind
     content: str = ""
     id: str = ""  # of a call, as is its name
     name: str = ""
+    is_cut_off: bool = False
+
+
+def is_cut_off(end: End) -> bool:
+    """Return whether a limit ended an answer, of its length or of the context."""
+    return end.reason in ("length", "context")
 
 
 class BlockResponses(ResponseBuilder):
@@ -53,6 +62,7 @@ class BlockResponses(ResponseBuilder):
     def whole(self, answers: Sequence[tuple[Piece, End]]) -> JSON:
         ((piece, end),) = answers
         self.piece(0, piece)
+        self._finish(end)
         return self.whole_answer(end)
 
     def piece(self, number: int, piece: Piece) -> bytes:
@@ -70,7 +80,12 @@ class BlockResponses(ResponseBuilder):
         return b"".join(events)
 
     def ending(self, number: int, end: End) -> bytes:
-        return b"".join(self._close()) + self.last(end)
+        return self._finish(end) + self.last(end)
+
+    def _finish(self, end: End) -> bytes:
+        if self._open is not None:
+            self._open.is_cut_off = is_cut_off(end)
+        return b"".join(self._close())
 
     def _begin(self, block: Block) -> Iterator[bytes]:
         yield from self._close()

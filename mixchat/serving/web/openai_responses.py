@@ -40,7 +40,7 @@ from mixchat.serving.requests.fields import (
     validated,
 )
 from mixchat.serving.requests.shared import APIRequest
-from mixchat.serving.web.blocks import Block, BlockResponses, Change
+from mixchat.serving.web.blocks import Block, BlockResponses, Change, is_cut_off
 from mixchat.serving.web.responses import to_event
 from mixchat.text.messages import Message, Role
 
@@ -301,11 +301,11 @@ class ResponsesResponses(BlockResponses):
         return self._event("response.failed", response=response)
 
     def _status(self, end: End) -> str:
-        return "incomplete" if end.reason in ("length", "context") else "completed"
+        return "incomplete" if is_cut_off(end) else "completed"
 
     def _response(self, status: str, end: End | None) -> JSON:
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        output = [self._item(block, "completed") for block in self.blocks]
+        output = [self._item(block) for block in self.blocks]
         usage = None if end is None else self._usage(end)
         end_fields = {"incomplete_details": reason, "output": output, "usage": usage}
         return {**self._head, "status": status, **end_fields}
@@ -343,15 +343,17 @@ class ResponsesResponses(BlockResponses):
             yield self._event(f"{name}.done", **inner, **{whole: block.content})
             if block.kind != "call":
                 yield self._event("response.content_part.done", **content_ids, part=_part(block))
-            item = self._item(block, "completed")
+            item = self._item(block)
             yield self._event("response.output_item.done", output_index=block.index, item=item)
 
-    def _item(self, block: Block, status: str) -> JSON:
+    def _item(self, block: Block, status: str = "") -> JSON:
+        # A client runs a completed call, and this one's arguments are no whole JSON.
+        status = status or ("incomplete" if block.is_cut_off else "completed")
         head = {"id": self._id(block), "status": status}
         if block.kind == "call":
             called = {"call_id": block.id, "name": block.name, "arguments": block.content}
             return {"type": "function_call", **head, **called}
-        content = [_part(block)] if status == "completed" else []
+        content = [] if status == "in_progress" else [_part(block)]
         if block.kind == "thinking":
             return {"type": "reasoning", **head, "summary": [], "content": content}
         return {"type": "message", **head, "role": "assistant", "content": content}

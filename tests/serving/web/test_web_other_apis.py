@@ -210,6 +210,21 @@ def test_a_call_that_the_limit_cuts_off_is_no_error(client, stream):
     assert (call is None) == isinstance(client, OllamaClient)
 
 
+def test_a_call_that_is_cut_off_is_an_incomplete_item(served):
+    """It was "completed", so a client could run it, or send it back and be refused."""
+    with closing(ResponsesClient(served)) as client:
+        tools = [client.tool]
+        for stream in (False, True):
+            client.ask(question(CALL), stream=stream, tools=tools, limit=len(CALL) - 20)
+            assert [item.status for item in client.last.output] == ["completed", "incomplete"]
+            client.ask(question(CALL), stream=stream, tools=tools)
+            assert {item.status for item in client.last.output} == {"completed"}
+        given = {"model": "scripted", "input": question(CALL), "max_output_tokens": len(CALL) - 20}
+        events = list(client.api.responses.create(**given, tools=tools, stream=True))
+        done = [event.item.status for event in events if event.type == "response.output_item.done"]
+        assert done == ["completed", "incomplete"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_in_the_midst_of_an_answer_reaches_the_client(client, stream):
     kinds = (anthropic.APIError, ollama.ResponseError, openai.APIError, RuntimeError)
