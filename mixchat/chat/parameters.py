@@ -78,5 +78,6 @@ def unquoted(text: str) -> str:
 def checked_word(words: Sequence[str], name: str, text: str) -> Any:
     """Return the text. Raises `UsageError` about `name` if it is none of the words."""
     if text not in words:
-        raise UsageError(f"{name} has to be {' or '.join(words)}, not {text!r}")
+        allowed = " or ".join(", ".join(words).rsplit(", ", 1))
+        raise UsageError(f"{name} has to be {allowed}, not {text!r}")
     return text

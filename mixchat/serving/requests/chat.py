@@ -348,5 +348,6 @@ def _take_thinking(body: JSON, format: ThinkingFormat | None) -> tuple[JSON, JSO
         if name in (*SWITCHES, PRESERVES) and not isinstance(value, bool):
             raise value_error(f"{_KWARGS}.{name}", "true or false", value)
         if name == EFFORT and value not in EFFORTS:
-            raise value_error(f"{_KWARGS}.{name}", " or ".join(EFFORTS), value)
+            allowed = " or ".join(", ".join(EFFORTS).rsplit(", ", 1))
+            raise value_error(f"{_KWARGS}.{name}", allowed, value)
     return remaining, variables
