@@ -22,7 +22,9 @@ _MARKUP_KEYS = {
     *("type", "properties", "required", "additionalProperties", "title", "description"),
     *("$schema", "$defs", "definitions"),
 }
-_TEXT_KEYS = {"type", "enum", "const", "title", "description", "default", "examples"}
+_TEXT_KEYS = {
+    *("type", "enum", "const", "maxLength", "title", "description", "default", "examples"),
+}
 _HIDING_KEYS = {"$ref", "allOf", "anyOf", "oneOf"}
 _NOTHING = '""'
 _BLANKS = r"/[ \n]{1,2}/?"
@@ -116,10 +118,8 @@ def _grammar(form: CallForm) -> str:
             rules += _literal_arguments(form, tool, number)
         else:
             rules.append(f"arguments_{number}: {json_rule(_schema(tool), lenient=not tool.strict)}")
-    if form.format.kind == "markup":
-        rules.append(_open_text(form, form.format.markup[4]))
-    elif form.format.quote == GEMMA:
-        rules.append(_open_text(form, GEMMA))
+    if form.format.kind == "markup" or form.format.quote == GEMMA:
+        rules.append(_open_text(form, "text", {}))
     return "\n".join(rules)
 
 
@@ -145,6 +145,7 @@ def _literal_arguments(form: CallForm, tool: Tool, number: int) -> list[str]:
     rules = LiteralRules(
         *(_schema(tool), f"arguments_{number}", spell),
         quote=quote, equals=equals, comma=comma, lenient=not tool.strict,
+        open_text=partial(_open_text, form),
     )  # fmt: skip
     try:
         return rules.rules()
@@ -178,18 +179,23 @@ def _markup_argument(form: CallForm, tool: Tool, name: str, rule: str) -> Iterat
         if isinstance(text, str)
     ]:
         yield f"{rule}: {head} ({' | '.join(map(json.dumps, texts))}) {close}"
+    elif "maxLength" in schema_part:
+        yield _open_text(form, f"{rule}_text", schema_part)
+        yield f"{rule}: {head} {rule}_text"
     else:
         yield f"{rule}: {head} text"
 
 
-def _open_text(form: CallForm, end: str) -> str:
-    """Return the rule of a text without escapes, up to what ends it."""
+def _open_text(form: CallForm, name: str, schema: Mapping[str, Any]) -> str:
+    """Return the rule `name` of a text without escapes, up to what ends it."""
+    end = form.format.markup[4] if form.format.kind == "markup" else form.format.quote
+    count = f"{{0,{schema['maxLength']}}}" if "maxLength" in schema else "*"
     tag = next((tag for tag in form.control_tokens if tag in end), None)
     text_end = end if tag is None else end[: end.index(tag)]
     pattern = re.escape(text_end).replace("\\\n", "\\n").replace("/", "\\/")
     if tag is None:
-        return f"text[lazy]: /(.|\\n)*{pattern}/"
-    return f"text: /(.|\\n)*{pattern}/ {_tags(form, end[len(text_end) :])}"
+        return f"{name}[lazy]: /(.|\\n){count}{pattern}/"
+    return f"{name}: /(.|\\n){count}{pattern}/ {_tags(form, end[len(text_end) :])}"
 
 
 def _tags(form: CallForm, text: str) -> str:

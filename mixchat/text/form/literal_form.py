@@ -13,7 +13,7 @@ from mixchat.text.literals import GEMMA, literal_of
 _NOTES = {"title", "description", "default", "examples", "$defs", "definitions", "$schema"}
 # The keys that have an effect in Gemma's form. Numbers and Python's literals are those of JSON.
 _KEYS = {
-    "string": {"type"},
+    "string": {"type", "maxLength"},
     "array": {"type", "items"},
     "object": {"type", "properties", "required", "additionalProperties"},
 }
@@ -44,15 +44,17 @@ class LiteralRules:
         equals: str,
         comma: str,
         lenient: bool,
+        open_text: Callable[[str, dict[str, Any]], str],
     ) -> None:
         """Take the schema of the arguments, and the name of their rule.
 
-        spell: returns a text as a part of the grammar. quote: as in literals.py. If `lenient`, what
-        the form cannot keep to has no effect.
+        spell: returns a text as a part of the grammar. quote: as in literals.py. open_text: returns
+        the rule of this name for a text of Gemma's form with a schema. If `lenient`, what the form
+        cannot keep to has no effect.
         """
         self._schema, self._name, self._spell = schema, name, spell
         self._quote, self._equals, self._comma = quote, equals, spell(comma)
-        self._lenient = lenient
+        self._lenient, self._open_text = lenient, open_text
         self._rules: list[str] = []
         self._known: dict[str, str] = {}  # rules by the pointer of their schema
 
@@ -115,7 +117,11 @@ class LiteralRules:
         if unknown and not self._lenient:
             raise UsageError(unsupported(unknown))
         if kind == "string":
-            return f"{self._spell(self._quote)} text"
+            text = "text"
+            if "maxLength" in schema:
+                text = f"{self._name}_{len(self._rules)}"
+                self._rules.append(self._open_text(text, schema))
+            return f"{self._spell(self._quote)} {text}"
         if kind == "array":
             return self._many(self._add(self._value(schema.get("items"), f"{pointer}/items")), "[]")
         if kind == "object":

@@ -208,6 +208,27 @@ def test_literals_stand_in_their_own_form(name: str, controls: bool, text: str) 
         walk(form, tokens, 0, said.replace(five, true))
 
 
+@pytest.mark.parametrize("controls", [True, False])
+@pytest.mark.parametrize("name", [*WRITTEN, *LITERALS])
+def test_a_text_has_at_most_its_longest_length_in_characters(name: str, controls: bool) -> None:
+    """`maxLength` had no effect in the forms whose texts have no quotes of JSON."""
+    format = FORMATS[name]
+    tokens = Tokens(*format.marks if controls else ())
+    said = (WRITTEN | LITERALS)[name].format(
+        TEXT if name in WRITTEN else literal_of(TEXT, format.quote)
+    )
+
+    def write(longest: int) -> None:
+        properties = WRITE.arguments | {"text": {"type": "string", "maxLength": longest}}
+        schema = {**(WRITE.parameters or {}), "properties": properties}
+        tool = Tool("write", None, {**schema, "additionalProperties": False})
+        walk(CallForm(format, [tool], tokens.control_tokens, parallel=False), tokens, 0, said)
+
+    write(len(TEXT))
+    with pytest.raises(AssertionError, match="call"):
+        write(len(TEXT) - 1)
+
+
 NESTED = {
     "type": "object",
     "properties": {
