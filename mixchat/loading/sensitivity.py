@@ -77,7 +77,7 @@ def _log_probabilities(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
 
 
 class _NoisyRunner(RecordingRunner):
-    """Lets another runner compute all layers but that of `noisy_matrix`."""
+    """Lets another runner compute all layers without `noisy_matrix`."""
 
     def __init__(self, runner: ExpertRunner, installed: InstalledModel) -> None:
         super().__init__(runner, lambda *_: None)

@@ -1,6 +1,6 @@
 """The published figures of common GPUs by their names, and the search for a name.
 
-The figures are those of NVIDIA's and AMD's data sheets and architecture white papers, the compute
+The figures come from NVIDIA's and AMD's data sheets and architecture white papers, the compute
 capabilities those of developer.nvidia.com/cuda-gpus. Real cards differ by some percent, and a
 laptop's compute rate by its power limit.
 """

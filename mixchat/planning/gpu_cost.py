@@ -1,4 +1,4 @@
-"""Counts the seconds of a token and of a prompt on GPUs, with the CPU beside them."""
+"""Counts the seconds of a token and of a prompt on GPUs and the CPU together."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _CALLS = 4  # at once, so that the wait for the GPU counts little
 def measure_gpu(blueprint: Blueprint, device: torch.device) -> GPUSpeeds:
     """Measure a GPU with the types of a model's matrices.
 
-    Types whose product does not fit beside a loaded model keep their assumed efficiency.
+    Types whose product does not fit together with a loaded model keep their assumed efficiency.
     """
     memory = MemoryMeter(device).rate()
     bus, compute = bus_bandwidth(device), ProductMeter(device).rate()

@@ -64,7 +64,7 @@ def estimate(blueprint: Blueprint, gpus: Sequence[torch.device]) -> Measurement:
 
 
 def _by_name(device: torch.device) -> GPUSpeeds:
-    """Return the figures of a GPU's data sheet, or those of a cheap one."""
+    """Return the figures of a GPU's data sheet, or the figures of a cheap GPU."""
     memory = gpu.total_memory(device)
     return GPUSpeeds.of_card(find_card(gpu.name(device), memory) or Card.of_size(memory))
 

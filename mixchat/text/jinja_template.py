@@ -109,7 +109,7 @@ class JinjaTemplate:
             return one_call_each(messages)
         if not any(message.calls for message in messages) or self._takes_calls:
             return messages
-        # The ids of an answer are then those of its content and its calls, as a model writes them.
+        # Then an answer has the ids of its content and its calls, as a model writes them.
         encode, encoded = self._tokenizer.encode, []
         opening, closing = map(self._tokenizer.encode_template, (format.opening, format.closing))
         for message in messages:
@@ -237,7 +237,7 @@ class _Cover:
 
 
 class _CoveredText(str):
-    """A covered text that sorts as the text itself does. Its `repr` is that of the text, covered.
+    """A covered text that sorts as the text itself does. Its `repr` is the text's, covered.
 
     Gemma's template sorts the names of arguments. LFM2's writes a list as Python does, which would
     escape the characters of the cover.
