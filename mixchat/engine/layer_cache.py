@@ -21,7 +21,7 @@ class Extent:
     """The tokens that the caches of a sequence's layers hold, or those in a file.
 
     first: layers with a window have no earlier tokens. checkpoints: the counts of tokens, in order,
-    that layers with a state can be cut to beside 0 and all.
+    that layers with a state can be cut to, besides 0 and all.
     """
 
     tokens: int = 0

@@ -105,7 +105,7 @@ class SequenceCache:
         return length
 
     def begin(self, places: Collection[int]) -> None:
-        """Let passes make checkpoints at multiples of N, and at `places` alone beside these."""
+        """Let passes make checkpoints at multiples of N and at `places`."""
         self._lengths = [*range(self._spacing, self.capacity, self._spacing)]
         self.add_places(places)
 

@@ -20,7 +20,7 @@ Segment: TypeAlias = tuple[slice, State, State]
 
 
 class StateCache(LayerCache):
-    """The state after `length` tokens, and after those of each checkpoint.
+    """The state after `length` tokens, and after the tokens of each checkpoint.
 
     A pass reads one state and writes another one, so that an interruption changes nothing. States
     of checkpoints are never written again. Take a pass of 1,000 tokens after 500, which is to make
