@@ -112,7 +112,7 @@ class AttendKernel:
     def prepare_query(self, row: Value, first: Value, target: Pointer) -> None:
         """Store a row's query, from number `first` on, as factors, and its scale.
 
-        The scale includes that of scores.
+        The scale includes the scale of scores.
         """
         source = self.args.pointer("queries")
         scale = self.products.store_query(source, first, self.bf16, target)

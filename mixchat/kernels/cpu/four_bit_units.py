@@ -127,7 +127,7 @@ class FourBitsInBytes(_InHalves, ByteUnit):
 
     def levels(self, codes: Pointer, offset: Value) -> list[list[Value]]:
         """Return the levels of rows 0 to 15, then of 16 to 31, with a row's four together."""
-        # Words are two columns of a row. Those of the next two columns come beside them.
+        # Words are two columns of a row. The words of the next two columns come beside them.
         if self.lanes == 16:
             # An instruction that takes two vectors would keep others from multiplying.
             turns = [at + 16 * odd for at in range(16) for odd in (0, 1)]

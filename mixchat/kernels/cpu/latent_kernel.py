@@ -3,7 +3,7 @@
 All heads share a latent. It is stored once, as a value, so that a score is a sum over the lanes of
 vectors of columns. For some tokens the numbers are brought side by side, and then serve all rows.
 
-A latent has two parts: the numbers of its value, and those of its key alone, which rotate.
+A latent has two parts, the numbers of its value, and numbers of its key, which rotate.
 """
 
 from __future__ import annotations

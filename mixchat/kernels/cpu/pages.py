@@ -9,7 +9,7 @@ its values, in words of 32 bits that hold 1, 2 or 4 numbers (fp32, bf16, 8 bits)
 With 8 bits each key and each value has a scale, after the values.
 
 Latents are keys whose first numbers are their values (`latent_dim`). They are stored once, as
-values, with the numbers of their keys alone after those of their values.
+values, with the numbers of their keys after the numbers of their values.
 
 With bf16 and h = 128, take token 37 of a page. Its key's numbers 6 and 7 are the word 3 of block 2,
 lane 5. Its value's number 6 is the upper half of word 18, lane 6.

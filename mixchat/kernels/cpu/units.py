@@ -89,7 +89,7 @@ class Unit(ABC):
 
     @classmethod
     def passes(cls, function: Function, table: Pointer) -> list[Unit]:
-        """Return the units whose sums, one after the other, are those of a band."""
+        """Return the units whose sums, one after the other, are the sums of a band."""
         return [cls(function, table)]
 
     @property

@@ -27,7 +27,7 @@ _THREADS = 128  # of a program, which has 16 KiB of the state of most models
 
 @dataclass(frozen=True)
 class DeltaNetWeights:
-    """All weights but those of the two products.
+    """All weights except the weights of the two products.
 
     ba_proj: [2 V, D], to the logits of rates and decays. convolution: [L, C], fp32. rates, biases:
     of decays [V], fp32. norm: [v].

@@ -184,7 +184,7 @@ def _experts_up(
         tl.store(at, tl.zeros((BAND,), out.dtype.element_ty), mask=row < INNER)
     else:
         block = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
-        # The first threads have the rows of gate, and the others those of up.
+        # The first threads have the rows of gate, and the others the rows of up.
         thread = tl.arange(0, 2 * T)
         sums = band_product(
             x,
