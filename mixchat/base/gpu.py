@@ -52,7 +52,7 @@ def is_amd() -> bool:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Return whether a GPU's matrix units take bf16, as those of NVIDIA's since 2020 do."""
+    """Return whether a GPU's matrix units take bf16, as NVIDIA's do since 2020."""
     version = capability(device) if is_gpu(device) else None
     return version is None or version >= (8, 0)
 

@@ -117,7 +117,7 @@ def _free_by_limit() -> dict[str, int]:
 
 
 def _memory() -> tuple[int, int]:
-    """Return the bytes of RAM, and those of it that can be allocated."""
+    """Return the bytes of RAM, and how many of them can be allocated."""
     import psutil
 
     try:

@@ -57,7 +57,7 @@ class ModelConfig:
     first_k_dense_replace: the count of layers at the beginning that have no experts, but a dense
     part of dense_intermediate_size. What holds experts counts the layers after them from 0.
     num_nextn_predict_layers: of a checkpoint's layers after these, which are left out.
-    left_out: what a checkpoint's parts beside the language model are for.
+    left_out: the uses of a checkpoint's parts that are not of the language model.
     qk_norm: an RMSNorm of queries and keys before they rotate, of each head or all heads together.
     clip_qkv: the largest absolute value of queries, keys and values.
     attention_bias: of the q, k, v and o projections. `qkv_bias`: of q, k and v alone.

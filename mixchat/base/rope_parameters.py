@@ -23,7 +23,7 @@ class RopeParameters:
     for, which all types but "default" have. Keys that a type does not take have their defaults.
     llama_4_scaling_beta: queries are multiplied by 1 + beta * ln(1 + n) after n original contexts.
     partial_rotary_factor: the part of a head's columns that is rotated. Of "proportional" it is
-    the part of all pairs (i, i + head_dim / 2). Their frequencies are those of whole heads. "nope"
+    the part of all pairs (i, i + head_dim / 2). They have the frequencies of whole heads. "nope"
     rotates nothing.
     """
 

@@ -25,7 +25,7 @@ _SHAPE = (
 
 _LAYERS_MAX = 10_000
 _ORIGINAL = "original_max_position_embeddings"
-# The numbers of a rope type beside its factor.
+# The numbers of a rope type, without its factor.
 _ROPE_NUMBERS: dict[RopeType, tuple[str, ...]] = {
     "default": (),
     "linear": (),
@@ -206,7 +206,7 @@ def rope_parameters(raw: dict[str, Any], rope_theta: float) -> dict[str, RopePar
         # Phi-3 has this key outside of the rope, where transformers gives it priority.
         original = with_defaults({_ORIGINAL: raw.get(_ORIGINAL)})
         return {"rope_parameters": _rope({**outer, **with_defaults(rope), **original}, context)}
-    # transformers looks for `truncate` beside these objects, and never in them.
+    # transformers looks for `truncate` outside these objects, and never in them.
     truncate = {"truncate": rope.get("truncate", True)}
     objects = (with_defaults(_object(rope, layer_type)) for layer_type in keyed)
     ropes = [_rope({**outer, **values, **truncate}, context) for values in objects]

@@ -207,7 +207,7 @@ class Family:
 class CheckpointForm:
     """The forms that a family's checkpoints are published in.
 
-    is_nested: the tensors of the language model are beside those of others, such as vision's.
+    is_nested: the checkpoint has tensors of other models, too, such as vision's.
     is_stacked: a tensor [E, rows, columns] has a matrix of all experts, gate above up.
     """
 

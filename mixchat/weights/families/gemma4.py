@@ -1,6 +1,6 @@
 """Gemma 4, by Google: 26B-A4B. Its language model alone is read.
 
-A dense part is beside the experts, and each part of a layer has a norm of its output. Full layers
+A layer has a dense part and experts. Each part of a layer has a norm of its output. Full layers
 have wider heads than layers with a window, and take their keys as values.
 """
 

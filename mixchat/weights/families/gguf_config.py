@@ -42,7 +42,7 @@ _LATER_DENSE = {
 class _Architecture:
     """A family by llama.cpp's name for it.
 
-    keys: config.json's keys beside `_KEYS`, with llama.cpp's names. fixed: values of config.json
+    keys: config.json's keys outside `_KEYS`, with llama.cpp's names. fixed: values of config.json
     that no metadata has, because llama.cpp's code fixes them. experts: config.json's key for the
     count of experts. sigmoid: the router takes a sigmoid, not a softmax. derived: config.json's
     keys whose numbers follow from two of llama.cpp's. stateful: the type of layers without keys.

@@ -53,7 +53,7 @@ _MISSING = {
     "minimax": "lightning attention",
     "phimoe": "SparseMixer routing",
 }
-# What a model has parts for beside its language model, and the keys of config.json that show it.
+# The uses of parts that are not of the language model, and the keys of config.json that show them.
 _OTHER_PARTS = {
     "images": ("vision_config",),
     "sound": ("audio_config",),
