@@ -294,6 +294,7 @@ class Fetcher:
         for load in self._loads.values():
             load.cancelled = True
         self._loads.clear()
+        self._queue.close()
         for slot in list(self._store.blocks):
             self._store.release(slot)
 

@@ -120,6 +120,7 @@ class LoadQueue:
     def begin(self, load: ExpertLoad, job: Job) -> None:
         """Queue a load. Raises `ResourceError` if no thread can carry it out."""
         with self._changed:
+            assert self._limit, "it is closed"
             self._call_thread()
             load.job = job
             self._put(load)
@@ -132,6 +133,12 @@ class LoadQueue:
             self._put(load)
             return not load.ended
 
+    def close(self) -> None:
+        """End threads as soon as nothing is in flight. No load begins after that."""
+        with self._changed:
+            self._limit = 0
+            self._changed.notify_all()
+
     def _put(self, load: ExpertLoad) -> None:
         layer = load.key.layer if load.priority == PREDICTED else 0
         # One that has begun comes before others of its priority and layer. Otherwise each
@@ -142,10 +149,11 @@ class LoadQueue:
     def _call_thread(self) -> None:
         """Wake up a thread, or start one if all are busy and there may be more."""
         self._changed.notify()
-        if self._idle or len(self._threads) == self._limit:
+        if self._idle or len(self._threads) >= self._limit:
             return
         try:
-            thread = threading.Thread(target=self._work)
+            # Otherwise a thread is a daemon if the caller is, as a model's own thread.
+            thread = _QueueThread(target=self._work, daemon=False)
             thread.start()
             self._threads.add(thread)
         except RuntimeError:
@@ -172,7 +180,7 @@ class LoadQueue:
     def _take(self) -> tuple[ExpertLoad, Job, Piece] | None:
         """Return the most urgent piece, and its load. Return None if the thread is to end."""
         with self._changed:
-            while True:
+            while not _program_is_over():
                 now = time.perf_counter()
                 if (taken := self._next_piece(now)) is not None:
                     if not self._pieces_in_flight:
@@ -181,10 +189,12 @@ class LoadQueue:
                     if self._waiting:
                         self._call_thread()
                     return taken
+                if not self._waiting and not self._limit:
+                    break
                 self._idle += 1
                 was_called = self._changed.wait(_IDLE_S)
                 self._idle -= 1
-                if not was_called and (not self._waiting or _main_thread_has_ended()):
+                if not was_called and not self._waiting:
                     break
             self._threads.discard(threading.current_thread())
             return None
@@ -207,9 +217,6 @@ class LoadQueue:
                     # Pieces of the slot's former expert are in flight.
                     passed_over.append(heappop(self._waiting))
                 elif self._is_held_back(priority, now):
-                    break
-                elif priority != REQUESTED and _main_thread_has_ended():
-                    # Python waits for these threads, and another thread may wait for an expert.
                     break
                 elif self._has_begun(load, job):
                     assert load.pieces
@@ -278,5 +285,13 @@ class LoadQueue:
             del self._filling[job.slot]
 
 
-def _main_thread_has_ended() -> bool:
-    return not threading.main_thread().is_alive()
+class _QueueThread(threading.Thread):
+    """A thread of a queue, for which alone a program does not go on."""
+
+
+def _program_is_over() -> bool:
+    """Return whether Python waits for threads of queues alone."""
+    if threading.main_thread().is_alive():
+        return False
+    others = (each for each in threading.enumerate() if not isinstance(each, _QueueThread))
+    return all(each.daemon or not each.is_alive() for each in others)

@@ -181,6 +181,7 @@ class VramSlots:
         for load in self._loads.values():
             load.cancelled = True
         self._loads.clear()
+        self._uploader.queue.close()
         self._experts.clear()
         self._blocks.clear()
         self._guests.clear()

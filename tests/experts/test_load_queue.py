@@ -2,6 +2,8 @@
 
 import random
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from queue_doubles import PATIENCE, Stop, Work, arrivals
 
 from mixchat.base import interrupts
 from mixchat.base.errors import ResourceError
+from mixchat.base.progress import in_background
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.load_queue import (
     FILL,
@@ -23,6 +26,7 @@ from mixchat.experts.load_queue import (
     ExpertLoad,
     Job,
     LoadQueue,
+    _QueueThread,
 )
 
 
@@ -267,21 +271,59 @@ def test_the_thread_goes_when_there_is_nothing_to_do_and_comes_back(work):
     assert arrivals(work.log) == "abc"
 
 
-def test_after_the_main_thread_what_is_requested_still_comes_and_nothing_else(work, monkeypatch):
-    """A thread that generated text after the end of a program's main thread waited for ever."""
-    held = work.hold()
-    others = [
-        work.begin(name, priority=priority) for name, priority in (("p", PREDICTED), ("f", FILL))
-    ]
-    work.begin("a", 2)
-    right = work.prefetch("g")
-    monkeypatch.setattr("mixchat.experts.load_queue._main_thread_has_ended", lambda: True)
-    work.queue.reorder(right, REQUESTED)
-    held.go()
-    right.wait()
+_AFTER_MAIN = """
+import threading
+from mixchat.experts.cache import ExpertKey
+from mixchat.experts.load_queue import ExpertLoad, Job, LoadQueue
+
+queue, begun = LoadQueue(2), threading.Event()
+
+def bring():
+    load = ExpertLoad(ExpertKey(0, 0))
+    queue.begin(load, Job("slot", lambda: [lambda: 0]))
+    load.wait()
+    begun.set()
+
+def use():
+    bring()
+    threading.main_thread().join()
+    while {is_daemon}:
+        bring()
+    bring()
+    print("there")
+
+threading.Thread(target=use, daemon={is_daemon}).start()
+begun.wait()
+"""
+
+
+@pytest.mark.parametrize("is_daemon", [False, True])
+def test_after_the_main_thread_experts_come_while_another_thread_keeps_the_program(is_daemon):
+    """A thread that generated text after the end of the main thread waited for ever."""
+    code = _AFTER_MAIN.format(is_daemon=is_daemon)
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, timeout=PATIENCE, check=True)
+    assert ended.stdout == (b"" if is_daemon else b"there\n")
+
+
+def test_its_threads_are_no_daemons_if_a_daemon_begins_a_load(work):
+    """A script that ended while a model was filled was aborted, in one of six runs."""
+    in_background(work.hold).result()
+    threads = [each for each in threading.enumerate() if isinstance(each, _QueueThread)]
+    assert threads
+    assert not any(thread.daemon for thread in threads)
+
+
+def test_its_threads_go_at_once_when_it_is_closed(monkeypatch):
+    """The end of a program waits for them."""
+    monkeypatch.setattr("mixchat.experts.load_queue._IDLE_S", 10 * PATIENCE)
+    work = Work(threads=2)
+    held = work.begin("a", stop=0)
+    work.stops[0].wait()
     work.begin("b").wait()
-    assert arrivals(work.finish()) == "agb"
-    assert not any(load.ended for load in others)
+    work.queue.close()
+    assert arrivals(work.finish()) == "ba"
+    assert not held.failed
 
 
 def test_its_thread_is_inside_the_context_while_it_moves(short_idle):
