@@ -56,9 +56,12 @@ class HostCompute:
         self._least = 1 if rows.is_one_token else max(len(self._order) // _GROUPS, 1)
         self._request()
 
-    def prefetch(self, keys: Iterable[ExpertKey]) -> None:
-        """Start loading predicted experts, after the experts of `begin`."""
-        self.fetcher.prefetch(keys, pinned=self._order)
+    def prefetch(self, keys: Iterable[ExpertKey], *, certain: bool) -> None:
+        """Start loading predicted experts, after the experts of `begin`.
+
+        certain: as in `Fetcher.prefetch`.
+        """
+        self.fetcher.prefetch(keys, pinned=self._order, certain=certain)
 
     def compute_next(self, rows: LayerRows) -> bool:
         """Compute the next experts of `begin` into `rows`. Return False if none was left.

@@ -216,10 +216,12 @@ class Dispatcher:
         if self._next_routers is None or self._fetcher.holds_all:
             return
         # A prompt needs most experts of the next layer.
-        depth = self._layers_ahead if rows.is_one_token else 1
+        is_prompt = not rows.is_one_token
+        depth = 1 if is_prompt else self._layers_ahead
         predicted = self._next_routers(rows.layer, rows.hidden_states, depth)
         copies = [key for key in rows.counts if key in self._copies]
-        self._local.prefetch([*copies, *ranked_keys(rows.layer, predicted)])
+        keys = [*copies, *ranked_keys(rows.layer, predicted)]
+        self._local.prefetch(keys, certain=is_prompt)
 
     def _note_elsewhere(self) -> None:
         held = frozenset(key for worker in self._workers for key in worker.held)

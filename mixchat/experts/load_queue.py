@@ -30,10 +30,6 @@ _IDLE_S = 0.1  # until a thread ends
 # After an urgent piece, in which fills come one at a time. More urgent pieces follow in a prompt,
 # and would wait for fills: at 500 MB/s, eight of them took a layer's time.
 _FILL_PAUSE_S = 0.2
-# Pieces in flight from which on no predicted one begins. Eight predicted ones kept the next layer
-# waiting if half of them were wrong: 4.6 and 4.0 tokens a second instead of 5.0 and 4.8. Right ones
-# came as fast.
-PREDICTED_IN_FLIGHT = 2
 _SIGNAL_CHECK_S = 0.05  # between two checks for a signal
 
 Piece = Callable[[], int]  # moves bytes, and returns how many
@@ -105,6 +101,7 @@ class LoadQueue:
     ) -> None:
         self._limit, self._inside, self._may_fill = threads, inside, may_fill
         self._count_moved = count_moved
+        self.predicted_limit = threads  # pieces in flight from which on no predicted one begins
         # A heap: priority, the layer of a prefetch, and the order of arrival. A load may be in the
         # heap several times, and counts with its present priority. It stays until all of its pieces
         # have begun.
@@ -233,7 +230,7 @@ class LoadQueue:
     def _is_held_back(self, priority: int, now: float) -> bool:
         """Return whether the most urgent piece waits for pieces in flight, as all others do."""
         if priority == PREDICTED:
-            return self._pieces_in_flight >= PREDICTED_IN_FLIGHT
+            return self._pieces_in_flight >= self.predicted_limit
         is_filling = any(load.priority == FILL for load in self._filling.values())
         return priority == FILL and now < self._pause_until and is_filling
 

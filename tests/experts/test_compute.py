@@ -13,6 +13,7 @@ from mixchat.experts import compute
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.load_queue import ExpertLoad, LoadQueue
+from mixchat.experts.store import READS
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format.expert import compute_together
 from mixchat.weights.format.installed_model import InstalledModel
@@ -87,6 +88,15 @@ def test_predictions_take_few_of_the_slots(installed):
     fetcher.prefetch([ExpertKey(1, expert) for expert in range(3)], [])
     assert [*fetcher._loads] == [ExpertKey(1, 0)]
     assert sum(fetcher.holds(ExpertKey(0, expert)) for expert in range(4)) == 3
+
+
+def test_a_prompts_predictions_may_take_more_slots_and_all_reads(installed):
+    fetcher = fetcher_of(runner(installed, 8))
+    fetcher.prefetch([ExpertKey(1, expert) for expert in range(4)], [], certain=True)
+    assert len(fetcher._loads) == 2
+    assert fetcher._queue.predicted_limit == READS
+    fetcher.prefetch([], [])
+    assert fetcher._queue.predicted_limit < READS
 
 
 def test_the_memory_of_a_prefetch_that_was_given_up_counts_as_held(installed, monkeypatch):

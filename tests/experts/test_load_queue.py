@@ -21,7 +21,6 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.load_queue import (
     FILL,
     PREDICTED,
-    PREDICTED_IN_FLIGHT,
     REQUESTED,
     ExpertLoad,
     Job,
@@ -130,7 +129,8 @@ def test_a_prefetch_that_was_put_off_and_is_requested_continues_before_other_pre
 def test_prefetches_leave_threads_to_what_will_be_requested(short_idle):
     """Eight wrong predictions in flight kept the next layer waiting, as long as to read them."""
     work = Work(threads=8)
-    for number in range(PREDICTED_IN_FLIGHT):
+    work.queue.predicted_limit = 2
+    for number in range(2):
         work.begin(str(number), stop=0)
         work.stops[-1].wait()
     prefetch = work.prefetch("g")
