@@ -8,7 +8,7 @@ import torch
 from planning_tools import BLUEPRINT, CONFIG, CPU, GPU, GPU_SPEEDS, SPEEDS
 
 from mixchat.experts.placement import Placement
-from mixchat.planning.expectation import TokenCost, expect, size_of
+from mixchat.planning.expectation import MISSING_EXPERTS_S, TokenCost, expect, size_of
 from mixchat.planning.gpu_speeds import SYNC_S
 from mixchat.planning.machine_speeds import IN_USE, MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint, Quantization
@@ -62,7 +62,8 @@ def test_experts_of_other_shapes_than_mixtral_s_hit_by_chance(experts, chosen):
 def test_a_decoded_token_is_computed_with_what_is_not_at_hand_read():
     found = decode_cost(BLUEPRINT, CPU, SPEEDS, on_cpu(192))
     head = 32000 * 4096 * 2 / BLUEPRINT.expert.stride
-    assert found.computing == pytest.approx(32 * 0.001 + (64 + head) * 0.003)
+    layer_s = 0.001 + MISSING_EXPERTS_S
+    assert found.computing == pytest.approx(32 * layer_s + (64 + head) * 0.003)
     assert found.read == pytest.approx(64 * (1 - hit_rates(BLUEPRINT, CPU, on_cpu(192))[0]))
     assert found.reading == pytest.approx(found.read * BLUEPRINT.expert.stride / (IN_USE * 3e9))
 

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planning_tools import BLUEPRINT, GPU_SPEEDS, without_disk
 
-from mixchat.planning.expectation import OVERLAP, ModelSize, TokenCost, gpu_token_cost, token_cost
+from mixchat.planning.expectation import (
+    MISSING_EXPERTS_S,
+    OVERLAP,
+    ModelSize,
+    TokenCost,
+    gpu_token_cost,
+    token_cost,
+)
 from mixchat.planning.gpu_cost import GPUWork, parts_of
 from mixchat.planning.gpu_speeds import KERNEL_S, SYNC_S
 from mixchat.planning.machine_speeds import MachineSpeeds
@@ -36,6 +43,12 @@ def test_on_a_cpu_that_holds_all_a_token_is_only_computed():
     assert found.computing == pytest.approx(4 * 0.002 + 8 * 0.01 + 3 * 0.01)
     assert (found.copying, found.reading, found.copied, found.read) == (0, 0, 0, 0)
     assert found.seconds == found.computing
+
+
+def test_a_layer_on_a_cpu_takes_longer_if_any_expert_may_be_missing():
+    """Python asks for each expert then. Plans for most experts in memory were half too high."""
+    missing = cost(CPU, 0.99).computing - cost(CPU, 1).computing
+    assert missing == pytest.approx(4 * MISSING_EXPERTS_S)
 
 
 def test_first_layers_without_experts_count_at_the_pace_of_an_expert():
