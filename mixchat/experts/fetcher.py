@@ -23,10 +23,10 @@ RESIDENT, LOADING, MISSING = range(3)
 # Prefetches at once, and slots for each of them. A prefetch takes the slot of an expert that may be
 # needed: with 8 of 34 slots, Mixtral's tokens missed 8 to 9 experts instead of 7.
 _MAX_PREFETCHES, _SLOTS_PER_PREFETCH = 16, 16
-# Pieces in flight from which on no predicted one begins. Eight predicted ones kept the next layer
-# waiting if half of them were wrong: 4.6 and 4.0 tokens a second instead of 5.0 and 4.8. Right ones
-# came as fast.
-_PREDICTED_LIMIT = 2
+# Pieces in flight from which on no predicted one begins. If a third of the predictions are wrong,
+# tokens came at 5.0 and 4.9 a second with four, 4.2 and 4.6 with eight, which keep the next layer
+# waiting, and 5.0 without predictions. With two, a disk that was needed most of the time gave less.
+_PREDICTED_LIMIT = 4
 _SLOTS_PER_CERTAIN_PREFETCH = 4
 _MAX_UNCOUNTED = 64  # tokens
 

@@ -2,17 +2,18 @@
 
 T = tokens, D = hidden_size, E = num_local_experts, K = num_experts_per_tok.
 
-Tokens a second, two rounds by turns, 2 cores, a disk of 1.5 to 2.5 GB/s. Half of the right
-predictions were replaced by random experts in the last column:
+Tokens a second, two rounds by turns, 2 cores, a disk of 1.5 to 2.5 GB/s. In the last columns some
+right predictions were replaced by random experts:
 
-| random weights of real shapes, RAM for experts | no predictions | 3 layers   | half wrong |
-| ---------------------------------------------- | -------------- | ---------- | ---------- |
-| Qwen3, 24 layers, 3 GB                         | 5.0, 5.0       | 6.7, 5.8   | 5.0, 4.8   |
-| Qwen3, 24 layers, 6.2 GB                       | 7.3, 8.8       | 10.2, 11.9 | 9.5, 9.4   |
-| Mixtral, 8 layers, 3.2 GB                      | 2.2, 2.6       | 2.7, 2.9   | 2.4, 2.4   |
+| random weights, RAM for experts | no predictions | 3 layers   | a third wrong | half wrong |
+| ------------------------------- | -------------- | ---------- | ------------- | ---------- |
+| Qwen3, 24 layers, 3 GB          | 5.0, 5.0       | 6.4, 5.8   | 5.0, 4.9      | 4.4, 4.4   |
+| Qwen3, 24 layers, 6.2 GB (*)    | 7.3, 8.8       | 10.2, 11.9 |               | 9.5, 9.4   |
+| Mixtral, 8 layers, 3.2 GB (*)   | 2.2, 2.6       | 2.7, 2.9   | 2.6, 2.5      | 2.4, 2.4   |
 
-Six layers ahead were as fast as three. Wrong predictions cost little because few of them are in
-flight (`load_queue.py`) and few take slots (`fetcher.py`).
+(*) with predicted reads only while fewer than two were in flight, and not four. Six layers ahead
+were as fast as three. Wrong predictions cost little because few of them are in flight, and they
+take few slots (`fetcher.py`).
 """
 
 from __future__ import annotations
