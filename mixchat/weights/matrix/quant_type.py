@@ -237,14 +237,17 @@ class BlockCodes(QuantizationType):
         """Yield the matrix as `dtype`, some bands at a time."""
         (rows, columns), band, (absmax, codes) = shape, self.units.band, tensors[:2]
         count = max(1, _PIECE // (columns * band)) * band  # rows
-        of_bands = self.scales(absmax).view(-1, columns // self.blocksize, band)
-        scales = self.unpacked_scales(of_bands).reshape(-1, columns // self.blocksize)
-        pieces = torch.split(codes, count * columns * self.bits // 8)
-        for start, piece, scale in zip(
-            range(0, rows, count), pieces, torch.split(scales, count), strict=True
+        blocks = columns // self.blocksize
+        for start, piece, own in zip(
+            range(0, rows, count),
+            torch.split(codes, count * columns * self.bits // 8),
+            torch.split(absmax, count * blocks),
+            strict=True,
         ):
-            numbers = self.decode(piece, columns).view(*scale.shape, self.blocksize)
-            weight = (numbers * scale.unsqueeze(-1)).view(-1, columns)
+            of_bands = self.scales(own).view(-1, blocks, band)
+            scale = self.unpacked_scales(of_bands).reshape(-1, blocks, 1)
+            numbers = self.decode(piece, columns).view(*scale.shape[:2], self.blocksize)
+            weight = (numbers * scale).view(-1, columns)
             yield weight[: rows - start].to(dtype)
 
     def dequantize(
