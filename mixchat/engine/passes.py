@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise, takewhile
 from operator import eq
 from typing import Any
 
+import numpy as np
 import torch
 
 from mixchat.base import gpu, interrupts
@@ -150,7 +151,7 @@ class ForwardPasses:
         def compute() -> torch.Tensor:
             cache = chunks[0].prefix.cache
             return self.model.forward(
-                torch.tensor(ids),
+                torch.from_numpy(np.array(ids)),
                 # A lone cache itself, since the decoder of single tokens takes no other context.
                 cache if len(chunks) == 1 else _SequencesContext(chunks),
                 exact=exact,
