@@ -140,7 +140,7 @@ def test_the_first_screen_has_at_most_25_lines_of_80_columns(
     assert max(map(len, lines)) <= 80
     labels = [*verdict(done)]
     assert labels[:2] == ["it fits", "speed"]
-    assert labels[-1] == "next"
+    assert "next" in labels[-2:]  # the last may name a faster model
     assert "--details" in lines[-1]
     longer = planned(*arguments).stdout.decode()
     assert longer.startswith("\n".join(lines[:-1]))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))  # as pytest does for the modules of tests/
 
-import mixchat.__main__ as program
 from mixchat.serving import serve
 
 
@@ -16,6 +15,8 @@ def open_scripted(name, load, reporter, *, waiting, **options):
 
 
 def main(arguments):
+    import mixchat.__main__ as program  # which takes Ctrl-C away from the process of tests
+
     serve.open_model = open_scripted
     sys.argv[1:] = ["serve", *arguments]
     program.main()

@@ -2,13 +2,16 @@
 
 import os
 import resource
+import signal
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import fake_serve
 import pytest
+from forked_program import ForkedProgram
 from raw_http import exchange, read_response, request
 from test_web_process import Process
 
@@ -30,29 +33,31 @@ def crowd(connect, count: int, said: bytes = b"") -> Iterator[None]:
         yield
 
 
+def serve_with_few_files(arguments):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
+    fake_serve.main(arguments)
+
+
 @pytest.mark.parametrize("said", [b"", b"POST /v1/chat/comple"], ids=["silence", "beginnings"])
 def test_a_crowd_takes_no_descriptor_that_the_server_needs(tmp_path, said):
     """1,300 connections closed a server with 1,024 descriptors for half a minute.
 
     asyncio printed 400,000 lines of tracebacks meanwhile.
     """
-    process = Process(
-        env={**os.environ, "MIXCHAT_HOME": str(tmp_path)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES)),
-    )
+    environment = {**os.environ, "MIXCHAT_HOME": str(tmp_path)}
+    process = Process(ForkedProgram(serve_with_few_files, ["--port", "0"], environment))
     try:
         with crowd(process.connect, 3 * FILES, said):
             for _ in range(3):
                 began = time.monotonic()
                 assert exchange(process, request("/health")).status == 200
                 assert time.monotonic() - began < 20
-                if (files := Path(f"/proc/{process.popen.pid}/fd")).exists():
+                if (files := Path(f"/proc/{process.program.pid}/fd")).exists():
                     assert len(os.listdir(files)) < FILES - 16
-        process.popen.terminate()
+        process.program.send_signal(signal.SIGTERM)
         assert process.end() == (143, "")
     finally:
-        process.popen.kill()
-        process.popen.communicate()
+        process.program.close()
 
 
 def test_above_the_limit_silent_connections_make_room(serve, monkeypatch):
