@@ -290,5 +290,5 @@ def _program_is_over() -> bool:
     """Return whether Python waits for threads of queues alone."""
     if threading.main_thread().is_alive():
         return False
-    others = (each for each in threading.enumerate() if not isinstance(each, _QueueThread))
-    return all(each.daemon or not each.is_alive() for each in others)
+    threads = (thread for thread in threading.enumerate() if not isinstance(thread, _QueueThread))
+    return all(thread.daemon or not thread.is_alive() for thread in threads)

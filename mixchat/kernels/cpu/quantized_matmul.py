@@ -27,7 +27,15 @@ from mixchat.kernels.cpu.arithmetic import as_fp32
 from mixchat.kernels.cpu.compile import compiled_here, instruction_set
 from mixchat.kernels.cpu.emit import Function, Value, f32, i32, i64, vector
 from mixchat.kernels.cpu.program import Arguments, Step, copy_of
-from mixchat.kernels.cpu.tile import SIGNATURE, DecodedTile, Tile, write_decode
+from mixchat.kernels.cpu.tile import (
+    BLOCKS_AHEAD,
+    CODES_AHEAD_BYTES,
+    LINE_BYTES,
+    SIGNATURE,
+    DecodedTile,
+    Tile,
+    write_decode,
+)
 from mixchat.kernels.cpu.trellis_units import Trellis
 from mixchat.kernels.cpu.units import BAND, Unit, UnitSet
 
@@ -35,8 +43,6 @@ from mixchat.kernels.cpu.units import BAND, Unit, UnitSet
 _STREAMS = 2
 # Bytes of a stream in one item of work, if each thread still gets enough items.
 _STREAM_BYTES, _ITEMS = 2**20, 8
-# Bytes of a stream that are prefetched before an item of work, and of a line of the cache.
-_START_CODES_BYTES, _START_SCALES_BYTES, _LINE = 3072, 256, 64
 _DECODING = 8  # trellises that share a stage with several tokens, which bounds their memory
 _X_BYTES = 2**19  # of x in one item of work, which fit in the second-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -333,13 +339,14 @@ def _prefetch_start(
 
     Tiles prefetch what follows these. An item took 1.3 us more than its bytes without it.
     """
+    scales_bytes = BLOCKS_AHEAD * unit.band * unit.scale_bytes
     for stream in range(_STREAMS):
         band = first + args.number("run") * stream
         weights = band * args.number("columns") * unit.band
         codes = args.pointer("codes").plus(weights * unit.bits // 8)
         scales = args.pointer("absmax").plus(weights // unit.block * unit.scale_bytes)
-        for start, count in ((scales, _START_SCALES_BYTES), (codes, _START_CODES_BYTES)):
-            for line in range(0, count, _LINE):
+        for start, size in ((scales, scales_bytes), (codes, CODES_AHEAD_BYTES)):
+            for line in range(0, size, LINE_BYTES):
                 start.prefetch(line, once=not second, second=second)
 
 

@@ -243,8 +243,8 @@ def _step(
 @compiled_here
 def _compiled(module: ir.Module, lanes: int, bf16: bool) -> None:
     norms, products = (_RMSNorm, _UnroundedRMSNorm), (_Swiglu, _LimitedSwiglu, _Geglu, _Gate)
-    others = _Clamp, _Scale, _Softcap, _Rotate, _WeightedSum, _Add, _Copy
-    for operation in (*norms, *products, *others):
+    operations = (*norms, *products, _Clamp, _Scale, _Softcap, _Rotate, _WeightedSum, _Add, _Copy)
+    for operation in operations:
         operation(module, lanes, bf16).write()
 
 

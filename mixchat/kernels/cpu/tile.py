@@ -16,10 +16,10 @@ from mixchat.kernels.cpu.program import Signature
 from mixchat.kernels.cpu.trellis_units import Trellis
 from mixchat.kernels.cpu.units import Unit
 
-_AHEAD = 4  # blocks by which scales are prefetched early
+BLOCKS_AHEAD = 4  # blocks by which scales are prefetched early
 # Bytes by which codes are prefetched early. The CPU's prefetcher stops at the end of each page.
-_CODES_AHEAD = 3072
-_LINE = 64  # bytes of a cache line
+CODES_AHEAD_BYTES = 3072
+LINE_BYTES = 64  # bytes of a cache line
 
 SIGNATURE = Signature(
     "x",
@@ -118,9 +118,10 @@ class Tile:
         # For one token, weights are read once. In all caches they would take the place of what
         # Python needs next.
         unit = self._unit
-        start = self._bytes_of(column) + _CODES_AHEAD
+        start = self._bytes_of(column) + CODES_AHEAD_BYTES
+        size = unit.unrolled * unit.columns * unit.band * unit.bits // 8
         for codes in self._bands:
-            for line in range(0, unit.unrolled * unit.columns * unit.band * unit.bits // 8, _LINE):
+            for line in range(0, size, LINE_BYTES):
                 codes.prefetch(start + line, once=self.tokens == 1)
 
     def _bytes_of(self, columns: Value) -> Value:
@@ -155,7 +156,7 @@ class Tile:
         for band, number_of_band in enumerate(self._numbers):
             first = self._first_scale(number_of_band, block)
             # After the last block comes the band that is probably next.
-            ahead = self._first_scale(number_of_band, block + _AHEAD)
+            ahead = self._first_scale(number_of_band, block + BLOCKS_AHEAD)
             self._absmax.prefetch(ahead * unit.scale_bytes, once=self.tokens == 1)
             scales = [
                 unit.scales(self._absmax, first + number * unit.lanes) for number in range(parts)
