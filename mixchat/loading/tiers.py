@@ -92,7 +92,8 @@ def _in_ram(
     """Return the holder of experts in RAM, which the CPU computes."""
     stats, passes = ExpertStats(), Passes(installed.config.num_moe_layers)
     blueprint = installed.blueprint
-    direct = not _stays_cached(installed, placement) and installed.open_direct()
+    disk_rate = _disk_rate(installed)
+    direct = not _stays_cached(installed, placement, disk_rate) and installed.open_direct()
 
     def read(key: ExpertKey, block: torch.Tensor, start: int) -> None:
         installed.read_expert(*key, block, start, direct=direct)
@@ -105,18 +106,17 @@ def _in_ram(
     cache = ExpertCache(placement.slots, POLICIES[policy](passes), sizes.of)
     fetcher = Fetcher(cache, store, placement, passes, stats, _watch(installed, placement))
     forms = [id(blueprint.expert_of(layer)) for layer in range(installed.config.num_moe_layers)]
-    may_predict = _disk_rate(installed) >= _SLOWEST_TO_PREDICT
     return Dispatcher(
         HostCompute(fetcher, installed.config.num_local_experts, forms),
         stats,
         next_routers=_next_routers(installed) if predicts else None,
-        layers_ahead=LAYERS_AHEAD if may_predict else 0,
+        layers_ahead=LAYERS_AHEAD if disk_rate >= _SLOWEST_TO_PREDICT else 0,
         workers=share.workers,
         copies=share.copies,
     )
 
 
-def _stays_cached(installed: InstalledModel, placement: Placement) -> bool:
+def _stays_cached(installed: InstalledModel, placement: Placement, disk_rate: float) -> bool:
     """Return whether the page cache is to keep a model for the next start.
 
     A read past it takes no core and no memory. Two cores copied 5 GB out of the page cache in the
@@ -126,7 +126,7 @@ def _stays_cached(installed: InstalledModel, placement: Placement) -> bool:
     cacheable = machine.free_memory() - placement.slots * blueprint.mean_expert
     if placement.slots < placement.experts or cacheable < blueprint.experts_size:
         return False
-    return _disk_rate(installed) < _SLOW_DISK
+    return disk_rate < _SLOW_DISK
 
 
 def _disk_rate(installed: InstalledModel) -> float:
