@@ -4,6 +4,10 @@ Every error that a person can cause or cure is a `MixchatError`. Any other is a 
 has the exit codes.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 _MESSAGE_LENGTH_MAX = 380  # characters
 _FOREIGN_LENGTH_MAX = 200  # characters of a library's message
 
@@ -91,3 +95,8 @@ def short_message(message: object) -> str:
     """Return a library's message on one line, at most 200 characters."""
     line = " ".join(str(message).split())
     return line if len(line) <= _FOREIGN_LENGTH_MAX else line[: _FOREIGN_LENGTH_MAX - 1] + "\u2026"
+
+
+def alternatives(words: Sequence[str]) -> str:
+    """Return the words for a sentence, as in "show, hide, on or off"."""
+    return " or ".join(", ".join(words).rsplit(", ", 1))

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
-from mixchat.base.errors import UsageError
+from mixchat.base.errors import UsageError, alternatives
 from mixchat.base.options import Overflow, Think
 from mixchat.face.numbers import LENGTHS, SAMPLING
 
@@ -78,6 +78,5 @@ def unquoted(text: str) -> str:
 def checked_word(words: Sequence[str], name: str, text: str) -> Any:
     """Return the text. Raises `UsageError` about `name` if it is none of the words."""
     if text not in words:
-        allowed = " or ".join(", ".join(words).rsplit(", ", 1))
-        raise UsageError(f"{name} has to be {allowed}, not {text!r}")
+        raise UsageError(f"{name} has to be {alternatives(words)}, not {text!r}")
     return text

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from mixchat.base.errors import UsageError
+from mixchat.base.errors import UsageError, alternatives
 from mixchat.base.settings import config_file, read_config
 from mixchat.chat.printing import show
 
@@ -332,7 +332,7 @@ def _allowed(detail: Mapping[str, Any]) -> str:
     error_type, context = detail["type"], detail.get("ctx", {})
     _, listed, choices = detail["msg"].rstrip(".").partition(" is not one of ")
     if listed:
-        allowed = " or ".join(choices.replace("'", "").rsplit(", ", 1))
+        allowed = alternatives(choices.replace("'", "").split(", "))
     elif error_type in _LIMITS:
         word, limit = _LIMITS[error_type]
         allowed = f"{word} {context[limit]}"

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, 
 
 from pydantic import FailFast, Field, ValidationInfo, WrapValidator, field_validator
 
+from mixchat.base.errors import alternatives
 from mixchat.face.numbers import SAMPLING, NumberParameter
 from mixchat.face.request import Form, Request
 from mixchat.serving.requests import shared, tool_fields
@@ -348,6 +349,5 @@ def _take_thinking(body: JSON, format: ThinkingFormat | None) -> tuple[JSON, JSO
         if name in (*SWITCHES, PRESERVES) and not isinstance(value, bool):
             raise value_error(f"{_KWARGS}.{name}", "true or false", value)
         if name == EFFORT and value not in EFFORTS:
-            allowed = " or ".join(", ".join(EFFORTS).rsplit(", ", 1))
-            raise value_error(f"{_KWARGS}.{name}", allowed, value)
+            raise value_error(f"{_KWARGS}.{name}", alternatives(EFFORTS), value)
     return remaining, variables
