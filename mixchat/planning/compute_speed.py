@@ -72,17 +72,15 @@ def thread_seconds(
     """
     effort = replace(effort, until=time.perf_counter() + _MAX_THREADS_S)
     previous, seconds = torch.get_num_threads(), dict.fromkeys(counts, math.inf)
+    # One token through a few layers, with experts in memory.
+    choices, pool = blueprint.config.num_experts_per_tok, _filled_experts(blueprint, effort)
+    numbers = range(min(_COPIES, blueprint.config.num_moe_layers))
+    layers = _Layers(blueprint, [(n, _PoolRunner(pool, n * choices)) for n in numbers])
     try:
         for count in [*counts, *counts]:  # a machine's pace may change
             if effort.is_over and seconds[count] < math.inf:
                 break
             torch.set_num_threads(count)  # first, because steps are made for a count
-            # One token through a few layers, with experts in memory.
-            choices = blueprint.config.num_experts_per_tok
-            pool = _filled_experts(blueprint, effort.pool_bytes)
-            numbers = range(min(_COPIES, blueprint.config.num_moe_layers))
-            runners = [(number, _PoolRunner(pool, number * choices)) for number in numbers]
-            layers = _Layers(blueprint, runners)
             compute = layers.computing(layers.blocks)
             seconds[count] = min(seconds[count], *samples_of(compute, effort))
     finally:
@@ -112,7 +110,7 @@ class ExpertTimer:
     """Computes experts in turn, and measures the time."""
 
     def __init__(self, blueprint: Blueprint, effort: Effort) -> None:
-        self._turns = itertools.cycle(_filled_experts(blueprint, effort.pool_bytes))
+        self._turns = itertools.cycle(_filled_experts(blueprint, effort))
         config, self._are_alike = blueprint.config, len(blueprint.expert_forms) == 1
         self._choices, self._columns = config.num_experts_per_tok, config.hidden_size
         self._dtype, self._effort = blueprint.quantization.dtype, effort
@@ -154,10 +152,10 @@ class ExpertTimer:
         return mean(samples_of(run, self._effort))
 
 
-def _filled_experts(blueprint: Blueprint, pool_bytes: int) -> list[Expert]:
-    """Return experts of all layers in at least `pool_bytes`."""
+def _filled_experts(blueprint: Blueprint, effort: Effort) -> list[Expert]:
+    """Return experts of all layers in at least the pool's bytes."""
     size, layers = blueprint.expert.stride, blueprint.config.num_moe_layers
-    count = max(2, -(-pool_bytes // size))
+    count = max(2, -(-effort.pool_bytes // size))
     if len(blueprint.expert_forms) > 1:
         count = max(count, layers)
     blocks = torch.full((count, size), _FILLING, dtype=torch.uint8)
