@@ -109,6 +109,22 @@ def test_an_answer_that_cannot_be_saved_is_there_and_the_exit_code_says_it(
     assert hint.startswith("hint: The answer is whole.")
 
 
+def test_a_chat_in_the_terminal_that_cannot_be_saved_says_so_by_its_exit_code(
+    environment, tmp_path
+):
+    """It was said once, maybe an hour before the end, and the exit code was 0."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/chats").write_text("")
+    with Terminal([*FAKE, "run"], environment) as terminal:
+        terminal.enter("Hi")
+        terminal.wait_for("cannot be saved")
+        terminal.enter("/bye")
+        terminal.wait_for("/export FILE")
+        terminal.enter("/bye")
+        terminal.wait_for("cannot be saved")
+        assert terminal.wait_for_end() == 7
+
+
 def test_a_question_that_is_refused_leaves_the_chat_as_it_is(mixchat, ids, tmp_path):
     mixchat("run", "--save", "Hi")
     file = tmp_path / f"home/chats/{ids()[0]}.json"

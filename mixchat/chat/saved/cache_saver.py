@@ -33,8 +33,8 @@ class CacheSaver:
     """The KV cache of a chat's engine, loaded from a file at first and saved at the end.
 
     `named` is the file of --prompt-cache, for all chats of a run. Otherwise each saved chat has its
-    own, which is made only with `create`. If the named file, or with `strict` a chat's, cannot be
-    written, `MixchatError` is raised at the end.
+    own, which is made only with `create`. If a person asked for the file by either, and it cannot
+    be written, `MixchatError` is raised at the end.
     """
 
     def __init__(
@@ -44,10 +44,8 @@ class CacheSaver:
         *,
         named: Path | None = None,
         create: bool = False,
-        strict: bool = False,
     ) -> None:
         self._saver, self._reporter, self._named, self._create = saver, reporter, named, create
-        self._strict = named is not None or (create and strict)
         self._loaded: PromptCache | None = None
 
     def __enter__(self) -> CacheSaver:
@@ -57,7 +55,7 @@ class CacheSaver:
     def __exit__(self, error_type: type[BaseException] | None, *error: object) -> None:
         if error_type is not None:
             self._save_or_tell(lambda error: self._reporter.note(str(error)))
-        elif self._strict:
+        elif self._named is not None or self._create:
             self._save()
         else:
             self._save_or_tell(self._reporter.error)

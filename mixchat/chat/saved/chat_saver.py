@@ -23,7 +23,7 @@ class ChatSaver:
 
     `model` is the model's name, which is saved with it. `warn` is called with the first of several
     failures in a row. If another session changed the file, both chats are saved, and `note` is
-    called with a line.
+    called with a line. `fault` says why the turns so far are not saved, if they should be.
     """
 
     def __init__(
@@ -38,7 +38,6 @@ class ChatSaver:
     ) -> None:
         self.session, self.store, self.model = session, store, model
         self._autosave_at_first, self._warn, self._note = autosave, warn, note
-        self._warned = False
         self.start_new()
 
     @property
@@ -61,19 +60,20 @@ class ChatSaver:
         )
         self._has_file = False
         self.autosave = self._autosave_at_first
+        self.fault: MixchatError | None = None
 
     def save(self) -> None:
         """Write the chat as it is now, if it is to be saved. Pass an error to `warn`."""
+        was_told = self.fault is not None
         try:
             self.save_or_raise()
-            self._warned = False
         except MixchatError as error:
-            if not self._warned:
+            if not was_told:
                 self._warn(error)
-            self._warned = True
 
     def save_or_raise(self) -> None:
         """Do as `save` does, but raise the `MixchatError`, for scripts, which read no warning."""
+        self.fault = None
         if self.autosave and (self.session.history or self._has_file):
             self._write()
 
@@ -104,7 +104,7 @@ class ChatSaver:
             unchosen = numbers_of(SamplingOptions())
             saved = {name: value for name, value in saved.items() if value != unchosen.get(name)}
         session.sampling = with_numbers(session.sampling, saved)
-        self.chat, self._has_file = chat, True
+        self.chat, self._has_file, self.fault = chat, True, None
         self.autosave = self._autosave_at_first
 
     def current(self) -> SavedChat:
@@ -119,10 +119,14 @@ class ChatSaver:
         )
 
     def _write(self) -> None:
-        self._is_saved(self.store.save(self.current(), self.chat if self._has_file else None))
+        try:
+            self._is_saved(self.store.save(self.current(), self.chat if self._has_file else None))
+        except MixchatError as error:
+            self.fault = error
+            raise
 
     def _is_saved(self, chat: SavedChat) -> None:
         """Continue with the chat as the store has saved it, perhaps under a new ID."""
         if self._has_file and chat.id != self.chat.id:
             self._note(f"this chat was changed in another session; saved as {chat.id}")
-        self.chat, self._has_file = chat, True
+        self.chat, self._has_file, self.fault = chat, True, None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mixchat.base import interrupts
+from mixchat.base.errors import MixchatError
 from mixchat.chat.printing import cut_off_note, one_line
 from mixchat.chat.terminal.status_line import NEARLY_FULL, Figures
 from mixchat.chat.terminal.typeahead import unseen_keys
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mixchat.chat.terminal.prompt import ChatPrompt
     from mixchat.chat.terminal.screen import Screen
     from mixchat.face.events import End, Event
+    from mixchat.text.messages import Message
 
 AfterTurn = Callable[["End"], None]
 RunCommand = Callable[["ActiveChat", str, str], None]
@@ -71,6 +73,7 @@ class ActiveChat:
         self.left = False  # this turn is the last one
         self.draft = ""  # the last question, offered at the prompt, whose text replaces it
         self._warned = False
+        self._given_up: list[Message] = []  # turns that a person was told cannot be saved
         self._parts: Opened | None = None
 
     def open(self) -> Opened:
@@ -103,12 +106,12 @@ class ActiveChat:
         `run_command` is called with the chat, the name of a command and its argument.
         """
         about_to_leave = False
-        while not self.left:
+        while not (self.left and self._may_leave()):
             try:
                 self._turn(prompt, run_command)
                 about_to_leave = False
             except EOFError:
-                return
+                self.left = True
             except KeyboardInterrupt:
                 # Ctrl-C stops a text that was sent. It clears one that was typed.
                 was_about, about_to_leave = about_to_leave, not (prompt.sent or prompt.typed)
@@ -116,9 +119,35 @@ class ActiveChat:
                     self.screen.say("(stopped)\n")
                     self._note_attached()
                 elif about_to_leave and was_about:
-                    return
+                    self.left = True
                 elif about_to_leave:
                     self.screen.say("(Ctrl-C again, Ctrl-D or /bye leaves)")
+
+    def _may_leave(self) -> bool:
+        """Return whether the chat is saved as it should be, or a person leaves it all the same."""
+        try:
+            if self._parts is not None:
+                self._save_at_end()
+        except MixchatError as error:
+            self._report(error)
+            self.left = False
+        return self.left
+
+    def _save_at_end(self) -> None:
+        """Save a chat that is left, if that has failed before.
+
+        If it fails again, raise `MixchatError` once for these turns, so that they can be exported.
+        """
+        turns = list(self.session.history)
+        if self.saver.fault is None or turns == self._given_up:
+            return
+        try:
+            with interrupts.deferred(), interrupts.saving():
+                self.saver.save_or_raise()
+        except MixchatError as error:
+            self._given_up = turns
+            error.hint = "/export FILE saves it elsewhere. To lose it, do the same again."
+            raise
 
     def _turn(self, prompt: ChatPrompt, run_command: RunCommand) -> None:
         """Read one text. Run it as a command, or ask it."""
@@ -207,6 +236,7 @@ class ActiveChat:
 
     def resume(self, chat: SavedChat) -> None:
         """Continue a saved chat in place of this one."""
+        self._save_at_end()
         self._cache.leave_chat()
         with interrupts.deferred():  # else one chat's turns could be saved as another's
             self.saver.resume(chat)
@@ -216,6 +246,7 @@ class ActiveChat:
 
     def start_new(self) -> None:
         """Start a new chat. The old one stays as it was saved."""
+        self._save_at_end()
         self._cache.leave_chat()
         # Ctrl-C in between would save the new conversation over the old one.
         with interrupts.deferred():

@@ -110,7 +110,7 @@ class OpenChat:
         self.open()
         after_turn, _ = self._hooks()
         history = self.session.history
-        with self._cache_saver(asks_once=True):
+        with self._cache_saver():
             try:
                 after_turn(answer(self.session))
             except BaseException:
@@ -120,12 +120,9 @@ class OpenChat:
                 raise
             if self.session.history is history:
                 return
-            try:
-                with interrupts.deferred(), interrupts.saving():
-                    self.saver.save_or_raise()
-            except MixchatError as error:
-                hint = "The answer is whole. Free some space, or set MIXCHAT_HOME to another place."
-                raise ResourceError(str(error), hint=hint) from None
+            with suppress(MixchatError), interrupts.deferred(), interrupts.saving():
+                self.saver.save_or_raise()
+            self._raise_fault("The answer is whole. ")
 
     def talk(self, files: Mapping[Path, str], *, raw: bool, vi: bool) -> None:
         """Chat in the terminal. The texts of `files` go before the first question.
@@ -154,7 +151,7 @@ class OpenChat:
                 if not is_loaded():
                     with self._reporter.status(f"loading {name}"):
                         loading.wait()
-                cache = stack.enter_context(self._cache_saver(asks_once=False))
+                cache = stack.enter_context(self._cache_saver())
                 return Opened(self.saver, cache, *self._hooks())
 
             chat = ActiveChat(
@@ -179,6 +176,8 @@ class OpenChat:
                 # After the prompt is there, because Python's threads take turns.
                 prompt.when_drawn(lambda: loading.start(prompt.end, prompt.redraw))
             chat.run(prompt, run_command)
+            if self._is_open:
+                self._raise_fault()
 
     def close(self) -> None:
         """Save the figures that `mixchat stats` shows."""
@@ -216,6 +215,12 @@ class OpenChat:
             raise
         return self._hooks()
 
+    def _raise_fault(self, comfort: str = "") -> None:
+        """Raise `ResourceError` if the chat could not be saved."""
+        if self.saver.fault is not None:
+            hint = f"{comfort}Free some space, or set MIXCHAT_HOME to another place."
+            raise ResourceError(str(self.saver.fault), hint=hint)
+
     def _open(
         self, name: str, resumed: SavedChat | None = None, *, shown: bool = True
     ) -> ChatSession:
@@ -243,11 +248,11 @@ class OpenChat:
             sampling = replace(sampling, seed=secrets.randbelow(2**32))
         return ChatSession(model, sampling, self._options, self._form)
 
-    def _cache_saver(self, *, asks_once: bool) -> CacheSaver:
+    def _cache_saver(self) -> CacheSaver:
         from mixchat.chat.saved.cache_saver import CacheSaver
 
         named, keep = self._saving.cache, self._saving.keep_caches
-        return CacheSaver(self.saver, self._reporter, named=named, create=keep, strict=asks_once)
+        return CacheSaver(self.saver, self._reporter, named=named, create=keep)
 
     def _take(self, name: str) -> None:
         opened = self._open(name)

@@ -5,9 +5,9 @@ import signal
 import time
 
 import pytest
-from chat_typing import CTRL_C, CTRL_D, Chat, prompts_of
+from chat_typing import CTRL_C, CTRL_D, Chat, error_of, prompts_of, typed
 
-from mixchat.base.errors import PromptError
+from mixchat.base.errors import PromptError, ResourceError
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.chat.terminal.input_history import InputHistory
 
@@ -69,6 +69,41 @@ def test_a_turn_that_fails_does_not_rewrite_the_chat(session_of, tmp_path):
     store.save = lambda chat, known: written.append(chat) or chat
     Chat(session, "Hi\rAgain\r" + CTRL_D, store=store)
     assert len(written) == 1
+
+
+def full_store(tmp_path, attempts):
+    """A store on a disk that is full for the first `attempts` to save."""
+    store = ChatStore(tmp_path)
+    save, numbers = store.save, iter(range(attempts))
+
+    def attempt(chat, known):
+        if next(numbers, None) is not None:
+            raise ResourceError("the chat cannot be saved")
+        return save(chat, known)
+
+    store.save = attempt
+    return store
+
+
+@pytest.mark.parametrize("leave", ["/bye", "/clear", CTRL_D])
+def test_a_chat_that_cannot_be_saved_is_not_lost_before_a_person_repeats_it(
+    session_of, tmp_path, leave
+):
+    """It was lost at once, and its exit code was 0."""
+    session = session_of("Hello", "Fine")
+    export = f"/export {tmp_path / 'saved.md'}"
+    chat = typed(session, "Hi", leave, export, leave, store=full_store(tmp_path, attempts=99))
+    assert [error.hint and "/export" in error.hint for error in chat.errors] == [None, True]
+    assert "Hello" in (tmp_path / "saved.md").read_text()
+    assert bool(session.history) == (leave != "/clear")
+    assert (chat.saver.fault is None) == (leave == "/clear")
+
+
+def test_a_chat_is_saved_at_its_end_if_the_disk_has_space_again(session_of, tmp_path):
+    chat = typed(session_of("Hello"), "Hi", store=full_store(tmp_path, attempts=1))
+    assert "cannot be saved" in error_of(chat)
+    assert [saved.turns for saved in chat.saver.store.all()] == [1]
+    assert chat.saver.fault is None
 
 
 def test_a_quoted_question_that_looks_like_a_command_stays_one_when_it_is_edited(session_of):
