@@ -71,6 +71,26 @@ def new_call_id() -> str:
     return "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH))
 
 
+def whole_arguments(text: str) -> str:
+    """Return the arguments of a call as a JSON object. Those that a limit cut off end there.
+
+    `{"path": "a", "text": "Once up` becomes `{"path": "a", "text": "Once up"}`. Raises `ValueError`
+    if the text is not the beginning of an object.
+    """
+    try:
+        json.loads(text)
+        return text
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            raise
+    from pydantic_core import from_json
+
+    value = from_json(text or "{}", allow_partial="trailing-strings", allow_inf_nan=False)
+    if not isinstance(value, dict):
+        raise ValueError("the arguments are no object")
+    return json.dumps(value, ensure_ascii=False)
+
+
 def joined_calls(deltas: tuple[CallDelta, ...]) -> tuple[ToolCall, ...]:
     """Return the calls of an answer whose pieces these are."""
     calls: dict[int, ToolCall] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, FailFast
@@ -12,7 +13,7 @@ from mixchat.face.request import ToolOffer
 from mixchat.serving.requests.errors import RequestError, field_error
 from mixchat.serving.requests.fields import RequestObject, max_items, read_object, wrong
 from mixchat.text.messages import Message
-from mixchat.text.tool_call import CallDelta, Tool, ToolCall
+from mixchat.text.tool_call import CallDelta, Tool, ToolCall, whole_arguments
 
 MAX_TOOLS = 128
 _MAX_CALLS = 128  # of a message
@@ -107,8 +108,13 @@ def checked_name(name: str, path: str) -> str:
 
 
 def checked_call(id: str, name: str, arguments: str, path: str) -> ToolCall:
-    """Return a call. Raises `RequestError` if its arguments, the field at `path`, are no object."""
+    """Return a call. Raises `RequestError` if its arguments, the field at `path`, are no object.
+
+    A client sends back what was cut off, with a result that says so. OpenAI takes any text there.
+    """
     try:
+        with suppress(ValueError, RecursionError):
+            arguments = whole_arguments(arguments)
         read_object(arguments.encode(), "the text")
     except RequestError as error:
         raise field_error(path, f"has to be a JSON object: {error}", "invalid_value") from None

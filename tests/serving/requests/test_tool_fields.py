@@ -77,6 +77,24 @@ def test_calls_and_results_are_in_the_prompt(model):
     assert prompt(model, ASK, CALLING, RESULT) == 'user: Hi\nassistant:  f {"a": 1}\ntool: 5\n'
 
 
+@pytest.mark.parametrize(
+    ("came", "arguments"),
+    [
+        ("", "{}"),
+        ('{"a', "{}"),
+        ('{"a": ', "{}"),
+        ('{"a": "x\\', '{"a": "x"}'),
+        ('{"a": [1, {"b": "é', '{"a": [1, {"b": "é"}]}'),
+        ('{"a": 1, "b": tr', '{"a": 1}'),
+    ],
+)
+def test_a_call_that_was_cut_off_comes_back_as_far_as_it_came(model, came, arguments):
+    """An agent sent it back with an error as its result, and its conversation ended with 400."""
+    call = CALL | {"function": {"name": "f", "arguments": came}}
+    text = prompt(model, ASK, CALLING | {"tool_calls": [call]}, RESULT)
+    assert text == f"user: Hi\nassistant:  f {arguments}\ntool: 5\n"
+
+
 def test_a_template_without_tools_gets_all_of_it_as_text(model):
     model.template.tools = None
     text = prompt(model, ASK, CALLING, RESULT, tools=TOOLS)
@@ -143,7 +161,7 @@ REFUSED = [
         ({"messages": [ASK, CALLING | {"tool_calls": [
             CALL | {"function": {"name": "f", "arguments": arguments}}]}]},
          "messages[1].tool_calls[0].function.arguments")
-        for arguments in ("", "[]", '{"a": NaN}', '{"a": ', '{"a": "\\ud800"}', '{"a":' * 9999)
+        for arguments in ("[]", "[1", '{"a": NaN}', '{"a": "\\ud800"}', '{"a":' * 9999, "{} {")
     ),
 ]  # fmt: skip
 

@@ -208,6 +208,9 @@ def test_a_call_that_the_limit_cuts_off_is_no_error(client, stream):
     )
     assert (end, counts[1]) == (client.ends["length"], limit)
     assert (call is None) == isinstance(client, OllamaClient)
+    if call is not None:
+        messages = client.with_result(question(CALL), "it was cut off say:ok")
+        assert client.ask(messages, stream=stream, tools=[client.tool])[0] == "ok"
 
 
 def test_a_call_that_is_cut_off_is_an_incomplete_item(served):

@@ -99,7 +99,12 @@ def test_a_call_that_is_cut_off_says_so(client, ask):
     messages = [{"role": "user", "content": f"say:{call('find', name='Rome')}"}]
     content, finish, calls = ask(client, messages, max_tokens=50)
     assert (content, finish) == ("", "length")
-    assert calls[0][2].startswith('{"name')
+    id, name, arguments = calls[0]
+    assert arguments.startswith('{"name')
+    made = {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+    messages.append({"role": "assistant", "content": None, "tool_calls": [made]})
+    messages.append({"role": "tool", "tool_call_id": id, "content": "it was cut off say:ok"})
+    assert ask(client, messages) == ("ok", "stop", [])
 
 
 @pytest.mark.parametrize("ask", [whole, streamed])
