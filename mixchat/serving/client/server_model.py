@@ -13,7 +13,7 @@ from mixchat.base.context import UNKNOWN_CONTEXT, Context
 from mixchat.base.errors import PromptTooLongError, ServerError
 from mixchat.base.options import RequestedSampling
 from mixchat.engine.stats import GenerationStats
-from mixchat.face.events import End, Event, LeftOut, Piece, Reading, Reason
+from mixchat.face.events import COMPLETE, End, Event, LeftOut, Piece, Reading, Reason
 from mixchat.face.prompt import LEAVE_OUT_HINT
 from mixchat.face.request import Request, shown_message
 from mixchat.serving.client.server_client import HTTPReply, ServerClient
@@ -151,8 +151,8 @@ class ServerAnswer:
         message = shown_message(self._answered, self._shown)
         if self._reason == "interrupted":
             return message
-        is_cut_off = self._reason in ("length", "context")
-        return replace(message or self._answered, ids=None, partial=is_cut_off)
+        is_partial = self._reason not in COMPLETE
+        return replace(message or self._answered, ids=None, partial=is_partial)
 
     def _read(self, left_out: Sequence[Message]) -> Iterator[Event]:
         """Yield the events as they come. Raises `ServerError` if the answer breaks off."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from mixchat.face.events import End, Piece
+from mixchat.face.events import COMPLETE, End, Piece
 from mixchat.serving.requests.fields import JSON
 from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web.responses import ResponseBuilder
@@ -32,11 +32,6 @@ class Block:
     id: str = ""  # of a call, as is its name
     name: str = ""
     is_cut_off: bool = False
-
-
-def is_cut_off(end: End) -> bool:
-    """Return whether a limit ended an answer, of its length or of the context."""
-    return end.reason in ("length", "context")
 
 
 class BlockResponses(ResponseBuilder):
@@ -84,7 +79,7 @@ class BlockResponses(ResponseBuilder):
 
     def _finish(self, end: End) -> bytes:
         if self._open is not None:
-            self._open.is_cut_off = is_cut_off(end)
+            self._open.is_cut_off = end.reason not in COMPLETE
         return b"".join(self._close())
 
     def _begin(self, block: Block) -> Iterator[bytes]:

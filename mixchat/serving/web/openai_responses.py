@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AliasChoices, BeforeValidator, ConfigDict, FailFast, Field
 
-from mixchat.face.events import End
+from mixchat.face.events import COMPLETE, End
 from mixchat.face.request import Request
 from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import RequestError, field_error, value_error
@@ -40,7 +40,7 @@ from mixchat.serving.requests.fields import (
     validated,
 )
 from mixchat.serving.requests.shared import APIRequest
-from mixchat.serving.web.blocks import Block, BlockResponses, Change, is_cut_off
+from mixchat.serving.web.blocks import Block, BlockResponses, Change
 from mixchat.serving.web.responses import to_event
 from mixchat.text.messages import Message, Role
 
@@ -301,7 +301,7 @@ class ResponsesResponses(BlockResponses):
         return self._event("response.failed", response=response)
 
     def _status(self, end: End) -> str:
-        return "incomplete" if is_cut_off(end) else "completed"
+        return "completed" if end.reason in COMPLETE else "incomplete"
 
     def _response(self, status: str, end: End | None) -> JSON:
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
