@@ -195,7 +195,7 @@ def test_an_expert_that_is_needed_comes_before_the_others(paper, memories):
     vram.wait_for(KEYS[7])
     assert torch.equal(content(vram, KEYS[7]), bytes_of(KEYS[7]))
     # A was on its way in all threads.
-    assert {*list(memories.read_bytes)[:2]} == {A, KEYS[7]}
+    assert list(memories.read_bytes)[:2] == [A, KEYS[7]]
     settle(vram)
     vram.publish()
     assert vram.holds_all

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from paper_runtime import PaperRuntime
 
+from mixchat.experts import vram
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.vram import VramSlots
 
@@ -37,6 +38,7 @@ class Memories:
     """RAM, which lends the blocks of some experts, and the disk.
 
     Reads of the experts in `held` wait until `go`, and those of `bad` ones fail after a stage.
+    `reached` is set when every thread waits. A thread that came later took another expert first.
     """
 
     def __init__(self, sizes: tuple[int, ...] = (SIZE,) * LAYERS) -> None:
@@ -45,6 +47,7 @@ class Memories:
         self.lent: list[ExpertKey] = []
         self.read_bytes: dict[ExpertKey, int] = {}
         self.held: set[ExpertKey] = set()
+        self._waiting: list[ExpertKey] = []
         self.bad: set[ExpertKey] = set()
         self.reached, self.go = threading.Event(), threading.Event()
 
@@ -60,7 +63,9 @@ class Memories:
 
     def read(self, key: ExpertKey, block: torch.Tensor, start: int) -> None:
         if key in self.held:
-            self.reached.set()
+            self._waiting.append(key)
+            if len(self._waiting) >= vram._STAGES:
+                self.reached.set()
             self.go.wait()
         if key in self.bad and start:
             raise OSError("the disk says no")
