@@ -3,6 +3,7 @@
 - load.py: loads an installed model
 - model.py: the model, whose thread computes several answers at once
 - request.py: a request, and the interface of a model here or on a server
+- checks.py: checks the values that a Python program gives
 - numbers.py: the numbers of a request by their names, and their limits
 - prompt.py: the prompt of a request, fitted into the context
 - forms.py: compiles the forms that answers have to match

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixchat.base.errors import ModelNotFoundError
+from mixchat.base.errors import ModelNotFoundError, UsageError
 from mixchat.base.model_config import advised_length, advised_sampling
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import QuietReporter, Reporter
-from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.environment import prepare_environment
+from mixchat.face.checks import checked_load_options
 
 if TYPE_CHECKING:
     from mixchat.engine.generate import Engine
@@ -32,16 +32,18 @@ def load(
     - parallel: answers that are computed at once. More requests wait.
     - context_size: tokens of a prompt and its answer. None chooses by the free memory.
     - device: "cpu", "cuda", or GPUs such as "cuda:0,cuda:1". None chooses the fastest.
-    - the other fields of `LoadOptions`, such as device_memory, kv_bits and workers
+    - device_memory: of GPUs, such as "12GB" or "12GB,8GB"
+    - the other fields of `LoadOptions`, such as kv_bits and workers
 
-    Raises `ModelNotFoundError` if it is not installed, `ResourceError` without enough memory, and
-    `CheckpointError` if its files are damaged.
+    Raises `ModelNotFoundError` if it is not installed, `ResourceError` without enough memory,
+    `CheckpointError` if its files are damaged, and `UsageError` for an option that cannot be used.
     """
-    memory = None if expert_memory is None else MemoryBudget.parse(expert_memory)
-    chosen = LoadOptions(
-        host_memory=memory, parallel=parallel, exact_prompts=parallel > 1, **options
-    )
-    return open_model(name, chosen, QuietReporter())
+    if isinstance(name, Path):
+        name = str(name)
+    if not isinstance(name, str):
+        raise UsageError(f"a model's name has to be a text, not {name!r:.80}")
+    options |= {"expert_memory": expert_memory, "parallel": parallel}
+    return open_model(name, checked_load_options(options), QuietReporter())
 
 
 def open_model(

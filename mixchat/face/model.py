@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mixchat.base.options import SamplingOptions
 from mixchat.engine.answer_request import AnswerRequest
+from mixchat.face.checks import checked_request
 from mixchat.face.events import End, Event, Failed, LeftOut, Piece, Reading
 from mixchat.face.forms import FormCompiler
 from mixchat.face.prompt import Prompt, PromptMaker
@@ -162,6 +163,7 @@ class Model:
         - stop: a string or several that end the answer and are not shown
         - think: True and False turn thinking on and off if the model has a switch
         - tools: functions in OpenAI's form. `Piece.calls` and `End.message.calls` have the calls.
+          Send `End.message` back, then `{"role": "tool", "tool_call_id": ..., "content": ...}`.
         - form: a JSON schema (a dict) or a grammar (GBNF or Lark) that the answer has to match
         - overflow: "drop-oldest" leaves out old turns that do not fit
         - top_logprobs: likeliest tokens to report with each token, in `Piece.tokens`
@@ -177,7 +179,9 @@ class Model:
         return self.ask(request_of(self.sampling, prompt=prompt, **options))
 
     def ask(self, request: Request) -> ModelAnswer:
-        return ModelAnswer(self, request)
+        thinking = self.template.thinking
+        known = () if thinking is None else thinking.variables
+        return ModelAnswer(self, checked_request(request, self.engine.config.vocab_size, known))
 
     @property
     def stats(self) -> ModelStats:

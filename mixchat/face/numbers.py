@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mixchat.base.errors import UsageError
@@ -34,10 +35,22 @@ class NumberParameter:
         self.check(name, value)
         return value
 
+    def accepts(self, value: Any) -> bool:
+        """Return whether the value is such a number within the limits, as NaN and True never are.
+
+        A number of another library, such as numpy's, can be one.
+        """
+        is_number = isinstance(value, Integral if self.kind is int else Real)
+        try:
+            in_limits = is_number and not isinstance(value, bool) and self.fits(value)
+            return in_limits and self.kind(value) is not None
+        except OverflowError:  # a double holds no whole number of 400 digits
+            return False
+
     def check(self, name: str, value: Any) -> None:
-        """Raise `UsageError` if the value is outside the limits, as NaN always is."""
-        if not self.fits(value):
-            raise UsageError(f"{name} has to be {self.limits}, not {value}")
+        """Raise `UsageError` unless the value is accepted."""
+        if not self.accepts(value):
+            raise UsageError(f"{name} has to be {self.limits}, not {value!r:.80}")
 
 
 SAMPLING = {
@@ -58,6 +71,13 @@ LENGTHS = {
     ),
     "ctx-size": NumberParameter("ctx_size", int, lambda x: x >= 1, "1 or more"),
 }
+# OpenAI's API has narrower limits (serving/requests/shared.py).
+PENALTIES = (
+    NumberParameter("presence_penalty", float, math.isfinite, "a finite number"),
+    NumberParameter("frequency_penalty", float, math.isfinite, "a finite number"),
+)
+BIAS = NumberParameter("logit_bias", float, math.isfinite, "finite numbers by token id")
+TOP_LOGPROBS = NumberParameter("top_logprobs", int, lambda x: x >= 0, "0 or more")
 
 
 def numbers_of(sampling: SamplingOptions | RequestedSampling) -> dict[str, Any]:

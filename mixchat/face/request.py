@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from mixchat.base.errors import PromptError, ResourceError, UsageError
+from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.options import Overflow, RequestedSampling, SamplingOptions
 from mixchat.face.events import Event, Piece
-from mixchat.face.numbers import LENGTHS, SAMPLING
 from mixchat.text.form.call_form import CallForm
 from mixchat.text.form.output_constraint import OutputConstraint
 from mixchat.text.messages import Message
-from mixchat.text.tool_call import Tool
+from mixchat.text.tool_call import TOOL_NAME, TOOL_NAME_RULE, Tool
 
 if TYPE_CHECKING:
     from mixchat.base.context import Context
@@ -152,46 +151,47 @@ def request_of(
     """Return a request with options by the names of `Request` and `SamplingOptions`.
 
     What is not given of the sampling is as `advised`. Tools are OpenAI's objects. Raises
-    `UsageError` for an unknown option or a value outside its limits.
+    `UsageError` for an unknown option and for tools. `checked_request` checks the other values.
     """
-    known = {number.field: (name, number) for name, number in (SAMPLING | LENGTHS).items()}
     names = {field.name for field in fields(Request)}
     sampled = {field.name for field in fields(advised)}
-    for name, value in options.items():
+    for name in options:
         if name not in names | sampled:
             listed = ", ".join(sorted((names | sampled) - {"messages", "prompt", "sampling"}))
             raise UsageError(f"there is no option {name!r}", hint=f"The options are {listed}.")
-        if name in known and value is not None:
-            label, number = known[name]
-            number.check(label, value)
+    options = {name: value for name, value in options.items() if value is not None}
     numbers = {name: options.pop(name) for name in sampled & options.keys()}
-    numbers = {name: value for name, value in numbers.items() if value is not None}
-    if isinstance(options.get("stop"), str):
-        options["stop"] = [options["stop"]]
-    options["stop"] = tuple(options.get("stop") or ())
-    if (tools := options.get("tools")) is not None and not isinstance(tools, ToolOffer):
-        offered = tuple(_tool(tool) for tool in tools)
+    if isinstance(biases := numbers.get("logit_bias"), Mapping):
+        numbers["logit_bias"] = tuple(biases.items())
+    stop = options.get("stop") or ()
+    if isinstance(stop, str | list | tuple):
+        options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    if isinstance(tools := options.get("tools"), list | tuple):
+        offered = tuple(map(_tool, tools))
+        if len({tool.name for tool in offered}) < len(offered):
+            raise UsageError("two tools have the same name")
         options["tools"] = ToolOffer(offered, offered) if offered else None
-    sampling = replace(options.pop("sampling", None) or advised, **numbers)
-    return Request(tuple(map(_message, messages)), sampling=sampling, **options)
+    sampling = options.pop("sampling", None) or advised
+    if isinstance(sampling, SamplingOptions):
+        sampling = replace(sampling, **numbers)
+    raw: Any = messages  # mappings become messages in `checked_request`
+    return Request(raw, sampling=sampling, **options)
 
 
-def _message(message: Message | Mapping[str, Any]) -> Message:
-    if isinstance(message, Message):
-        return message
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant", "tool") or not isinstance(content, str):
-        raise PromptError("a message needs a role (system, user, assistant, tool) and its content")
-    return Message(role, content, call_id=str(message.get("tool_call_id") or ""))
-
-
-def _tool(tool: Tool | Mapping[str, Any]) -> Tool:
-    if isinstance(tool, Tool):
-        return tool
-    function = tool.get("function")
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+def _tool(tool: Any) -> Tool:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+        tool = Tool(function["name"], function.get("description"), function.get("parameters"))
+    if not isinstance(tool, Tool):
         raise UsageError('a tool is {"type": "function", "function": {"name": ..., ...}}')
-    return Tool(function["name"], function.get("description"), function.get("parameters"))
+    if not TOOL_NAME.fullmatch(tool.name):
+        raise UsageError(f"the name of a tool {TOOL_NAME_RULE}, not {tool.name!r:.80}")
+    schema = {} if tool.parameters is None else tool.parameters
+    if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+        raise UsageError(f"the parameters of {tool.name} have to be the schema of an object")
+    if not isinstance(tool.description, str | None):
+        raise UsageError(f"the description of {tool.name} has to be a text")
+    return tool
 
 
 def shown_message(earlier: Message, pieces: Sequence[Piece]) -> Message | None:

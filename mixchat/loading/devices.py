@@ -106,8 +106,10 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", gpu.KIND):
         raise UsageError(f"--device {name!r} is not supported; use cpu or cuda")
     last = gpu.count() - 1
+    if not gpu.is_gpu(device):
+        return CPU  # "cpu:0" is another device for torch
     # Torch takes numbers from 128 on for negative ones.
-    if not gpu.is_gpu(device) or 0 <= (device.index or 0) <= last:
+    if 0 <= (device.index or 0) <= last:
         return device
     if last < 0:
         reason = "" if torch.version.cuda else ", because this PyTorch is built for CPUs alone"

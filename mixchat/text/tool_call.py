@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+TOOL_NAME_RULE = "has to be 1 to 128 of the characters a-z A-Z 0-9 _ . -"
 _ID_LENGTH, _ID_LETTERS = 9, string.ascii_letters + string.digits  # as Mistral's models want them
 
 
@@ -78,17 +81,17 @@ def whole_arguments(text: str) -> str:
     if the text is not the beginning of an object.
     """
     try:
-        json.loads(text)
-        return text
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             raise
-    from pydantic_core import from_json
+        from pydantic_core import from_json
 
-    value = from_json(text or "{}", allow_partial="trailing-strings", allow_inf_nan=False)
+        value = from_json(text or "{}", allow_partial="trailing-strings", allow_inf_nan=False)
+        text = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, dict):
         raise ValueError("the arguments are no object")
-    return json.dumps(value, ensure_ascii=False)
+    return text
 
 
 def joined_calls(deltas: tuple[CallDelta, ...]) -> tuple[ToolCall, ...]:

@@ -2,15 +2,20 @@
 
 import doctest
 import json
+import math
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tiny_tokenizer import write_tokenizer
 
 import mixchat
 from mixchat.base.errors import ModelNotFoundError, PromptError, UsageError
+from mixchat.text.tool_call import ToolCall
 
 QUESTION = [{"role": "user", "content": "hell"}]
 
@@ -93,20 +98,123 @@ def test_several_threads_ask_at_once_and_get_what_one_gets_alone(model):
     ("options", "message"),
     [
         ({"temprature": 1}, "temprature"),
-        ({"top_p": 0}, "top-p"),
-        ({"max_tokens": -1}, "max-tokens"),
+        ({"top_p": 0}, "top_p"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"top_k": True}, "top_k"),
+        ({"presence_penalty": math.inf}, "presence_penalty"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty"),
+        ({"logit_bias": {1: math.inf}}, "logit_bias"),
+        ({"logit_bias": {-1: 1.0}}, "token ids are 0 to 261, not -1"),
+        ({"logit_bias": {262: 1.0}}, "token ids"),
+        ({"logit_bias": 5}, "logit_bias"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"top_logprobs": -1}, "top_logprobs"),
+        ({"stop": 5}, "stop"),
+        ({"stop": ["a", 5]}, "stop"),
+        ({"think": "yes"}, "think"),
+        ({"overflow": "drop"}, "overflow"),
+        ({"variables": {"messages": 1}}, "variable"),
+        ({"sampling": 5}, "sampling"),
+        ({"tools": 5}, "tools"),
         ({"tools": [{}]}, "a tool is"),
+        ({"tools": [{"function": {"name": "two words"}}]}, "name"),
+        ({"tools": [{"function": {"name": "f"}}] * 2}, "same name"),
+        ({"tools": [{"function": {"name": "f", "parameters": {"type": "array"}}}]}, "object"),
     ],
+    ids=str,
 )
 def test_an_option_that_cannot_be_used_is_refused(model, options, message):
+    """Some ended in errors of Python or of torch, in the midst of an answer."""
     with pytest.raises(UsageError, match=message):
         model.chat(QUESTION, **options)
 
 
-@pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"role": "sage", "content": "x"}]])
+@pytest.mark.parametrize("prompt", [[-1], [262], [10**30], ["a"], [None], 5, b"text", {1: 2}])
+def test_a_prompt_that_is_neither_text_nor_tokens_is_refused(model, prompt):
+    with pytest.raises(UsageError, match="token ids"):
+        model.generate(prompt)
+    with pytest.raises(UsageError, match="token ids"):
+        model.ask(mixchat.Request(prompt=prompt))
+
+
+def test_ids_and_numbers_may_be_numpys_and_torchs(model):
+    expected = list(model.generate([5, 6], top_k=3, seed=1, max_tokens=4))[-1].message
+    for ids in (np.array([5, 6]), torch.tensor([5, 6]), (np.int64(5), 6)):
+        *_, end = model.generate(ids, top_k=np.int64(3), seed=1, max_tokens=4)
+        assert end.message == expected
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{"role": "user"}],
+        [{"role": "sage", "content": "x"}],
+        ["hello"],
+        [mixchat.Message("user", 5)],
+        [{"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}, *QUESTION],
+        [{"role": "assistant", "content": "", "tool_calls": 5}, *QUESTION],
+        [mixchat.Message("assistant", "", calls=(ToolCall("1", "f", "[1]"),)), *QUESTION],
+    ],
+    ids=str,
+)
 def test_a_conversation_that_is_none_is_refused(model, messages):
     with pytest.raises(PromptError):
         model.chat(messages)
+
+
+@pytest.mark.parametrize("messages", [None, 5, "hello", {"role": "user", "content": "x"}])
+def test_messages_that_are_no_list_are_refused(model, messages):
+    with pytest.raises(UsageError, match="a list of messages"):
+        model.chat(messages)
+
+
+def test_calls_of_tools_in_a_conversation_are_in_its_prompt(model):
+    """Those of a dict were left out in silence."""
+    function = {"name": "find", "arguments": '{"city": "Oslo'}
+    made = {"id": "1", "type": "function", "function": function}
+    whole = mixchat.Message("assistant", "", calls=(ToolCall("1", "find", '{"city": "Oslo"}'),))
+    result = {"role": "tool", "tool_call_id": "1", "content": "cut off"}
+    counts = []
+    for answer in (whole, {"role": "assistant", "content": None, "tool_calls": [made]}):
+        *_, end = model.chat([*QUESTION, answer, result], max_tokens=1)
+        counts.append(end.stats.prompt_tokens)
+    *_, end = model.chat([*QUESTION, {"role": "assistant", "content": ""}, result], max_tokens=1)
+    assert counts[0] == counts[1] > end.stats.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"parallel": 0},
+        {"parallel": "2"},
+        {"context_size": 1.5},
+        {"kv_bits": 4},
+        {"cache_policy": "newest"},
+        {"device": 0},
+        {"device_memory": 5},
+        {"workers": "192.168.1.5"},
+        {"expert_memory": 8e9},
+        {"exact_prompts": "yes"},
+        {"trace": 5},
+        {"host_memory": "8GB"},
+        {"memory": "8GB"},
+    ],
+    ids=str,
+)
+def test_an_option_of_loading_that_cannot_be_used_is_refused(directory, options):
+    """Some ended in errors of Python or of LLVM, after seconds of loading."""
+    with pytest.raises(UsageError, match=next(iter(options))):
+        mixchat.load(directory, **options)
+
+
+def test_a_model_is_loaded_from_a_path_and_on_the_cpu_by_its_number(directory):
+    with mixchat.load(Path(directory), device="cpu:0", exact_prompts=True) as model:
+        assert list(model.generate([5], max_tokens=1))[-1].reason == "length"
+    with pytest.raises(UsageError):
+        mixchat.load(5)
 
 
 def test_a_schema_holds_the_answer_to_its_form(model):

@@ -212,7 +212,7 @@ def number(limits: NumberParameter) -> PlainValidator:
     """Return a validator that takes a number within its limits."""
 
     def check(value: Any) -> Any:
-        if not _fits(value, limits):
+        if not limits.accepts(value):
             raise wrong("invalid_value", f"has to be {limits.limits}")
         return value
 
@@ -221,14 +221,6 @@ def number(limits: NumberParameter) -> PlainValidator:
 
 def checked_number(value: Any, limits: NumberParameter, path: str) -> Any:
     """Return a number within its limits. Raises `RequestError`."""
-    if not _fits(value, limits):
+    if not limits.accepts(value):
         raise value_error(path, limits.limits, value)
     return value
-
-
-def _fits(value: Any, limits: NumberParameter) -> bool:
-    kinds = (int,) if limits.kind is int else (int, float)
-    try:
-        return type(value) in kinds and limits.fits(value) and limits.kind(value) is not None
-    except OverflowError:  # a double holds no whole number of 400 digits
-        return False

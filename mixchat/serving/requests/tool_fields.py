@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeAlias
@@ -13,12 +12,17 @@ from mixchat.face.request import ToolOffer
 from mixchat.serving.requests.errors import RequestError, field_error
 from mixchat.serving.requests.fields import RequestObject, max_items, read_object, wrong
 from mixchat.text.messages import Message
-from mixchat.text.tool_call import CallDelta, Tool, ToolCall, whole_arguments
+from mixchat.text.tool_call import (
+    TOOL_NAME,
+    TOOL_NAME_RULE,
+    CallDelta,
+    Tool,
+    ToolCall,
+    whole_arguments,
+)
 
 MAX_TOOLS = 128
 _MAX_CALLS = 128  # of a message
-_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
-_NAME_RULE = "has to be 1 to 128 of the characters a-z A-Z 0-9 _ . -"
 _IMAGES = ("input_image", "image")  # in OpenAI's responses and in Anthropic's API
 _UNSEEN = {"type": "text", "text": "[an image, which this model cannot see]"}
 
@@ -26,8 +30,8 @@ Choice: TypeAlias = Literal["none", "auto", "required"]
 
 
 def _valid_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise wrong("invalid_value", _NAME_RULE)
+    if not TOOL_NAME.fullmatch(name):
+        raise wrong("invalid_value", TOOL_NAME_RULE)
     return name
 
 
@@ -102,8 +106,8 @@ def tool_offer(
 
 def checked_name(name: str, path: str) -> str:
     """Return the name of a called function. Raises `RequestError`."""
-    if not _NAME.fullmatch(name):
-        raise field_error(path, _NAME_RULE, "invalid_value")
+    if not TOOL_NAME.fullmatch(name):
+        raise field_error(path, TOOL_NAME_RULE, "invalid_value")
     return name
 
 

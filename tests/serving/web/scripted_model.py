@@ -161,6 +161,7 @@ class ScriptedEngine:
         self.context = Context(context_size, 8000)
         self.sequences = range(parallel)
         self.requests: list[AnswerRequest] = []  # that were begun
+        self.config = SimpleNamespace(vocab_size=CharacterTokenizer.vocab_size)
         self.experts = SimpleNamespace(stats=ExpertStats())
         self.passes = SimpleNamespace(total_seconds=0.0)
         self.is_closed = False
