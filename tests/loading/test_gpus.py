@@ -41,7 +41,7 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.loading import loader
 from mixchat.loading.loader import load_engine, speed_predictor
-from mixchat.weights.families.mixtral import MIXTRAL
+from mixchat.weights.families.mistral import MIXTRAL
 from mixchat.weights.families.read_config import FAMILIES as FAMILIES_BY_TYPE
 
 FAMILIES = (

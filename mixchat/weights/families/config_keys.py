@@ -93,10 +93,11 @@ def of_experts(raw: dict[str, Any], count: str = "num_experts") -> dict[str, Any
 
 def corrected_router(raw: dict[str, Any]) -> dict[str, Any]:
     """Return `ModelConfig`'s arguments for a router like DeepSeek-V3's."""
+    scale = positive_number(with_defaults(raw), "routed_scaling_factor", 1.0)
     return {
         "scoring_func": "sigmoid",
         "e_score_correction_bias": True,
-        "routed_scaling_factor": positive_number(raw, "routed_scaling_factor", 1.0),
+        "routed_scaling_factor": scale,
         **groups_of_experts(raw),
     }
 
@@ -107,22 +108,25 @@ def groups_of_experts(raw: dict[str, Any]) -> dict[str, Any]:
     return {key: positive_int({key: 1, **values}, key) for key in ("n_group", "topk_group")}
 
 
-def with_latent_heads(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return `raw` with the keys that latent attention has in place of `shape_of`'s."""
+def latent_model(raw: dict[str, Any], *, rms_norm_eps: float) -> dict[str, Any]:
+    """Return `ModelConfig`'s arguments for a model of DeepSeek's form.
+
+    It has multi-head latent attention, shared experts and dense layers at the beginning.
+    """
     heads, rotating = raw.get("num_attention_heads"), raw.get("qk_rope_head_dim")
-    return {**raw, "head_dim": rotating, "num_key_value_heads": heads}
-
-
-def latent_attention(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return `ModelConfig`'s arguments for multi-head latent attention."""
+    keys = of_experts(
+        {**raw, "num_key_value_heads": heads, "head_dim": rotating}, "n_routed_experts"
+    )
     bias, rank = flag(raw, "attention_bias"), whole_number(raw, "q_lora_rank")
     if bias and not rank:
         raise CheckpointError("config.json: attention_bias needs a q_lora_rank")
     if not flag(with_defaults(raw), "rope_interleave", True):
         raise CheckpointError("config.json: rope_interleave is false: such heads do not run")
-    keys = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     return {
-        **{key: positive_int(raw, key) for key in keys},
+        **shape_of(keys, rope_theta=1e4, rms_norm_eps=rms_norm_eps),
+        **dense_parts(raw),
+        **{key: positive_int(raw, key) for key in sizes},
         "q_lora_rank": rank,
         "attention_bias": bias,
     }

@@ -109,15 +109,16 @@ def delta_net(in_proj: LayerTensors) -> MixerTensors:
         keys, heads, key, value = config.delta_net_shape
         channels = 2 * keys * key + heads * value
         yield from in_proj(config, own)
-        shapes: dict[str, tuple[int, ...]] = {
-            "out_proj.weight": (config.hidden_size, heads * value),
-            "conv1d.weight": (channels, 1, config.linear_conv_kernel_dim),
-            "dt_bias": (heads,),
-            "A_log": (heads,),
-            "norm.weight": (value,),
-        }
-        for name, shape in shapes.items():
-            yield f"{own}{name}", (Slice(f"{own}{name}", shape),)
+        yield from whole_tensors(
+            own,
+            {
+                "out_proj.weight": (config.hidden_size, heads * value),
+                "conv1d.weight": (channels, 1, config.linear_conv_kernel_dim),
+                "dt_bias": (heads,),
+                "A_log": (heads,),
+                "norm.weight": (value,),
+            },
+        )
 
     return tensors
 
@@ -152,31 +153,27 @@ def latent_attention(config: ModelConfig, layer: int) -> Tensors:
     yield f"{own}kv_a_norm.weight", norm(f"{own}kv_a_layernorm.weight", latent)[1]
     b_name, b_shape = f"{own}kv_b_proj.weight", (heads * (kept + value), latent)
     firsts = range(0, b_shape[0], kept + value)
+    k_b = (range(first, first + kept) for first in firsts)
+    v_b = (range(first + kept, first + kept + value) for first in firsts)
     yield (
         f"{own}k_b_proj.weight",
-        tuple(
-            Slice(b_name, b_shape, transposed=True, columns=range(first, first + kept))
-            for first in firsts
-        ),
+        tuple(Slice(b_name, b_shape, transposed=True, columns=columns) for columns in k_b),
     )
-    yield (
-        f"{own}v_b_proj.weight",
-        tuple(
-            Slice(b_name, b_shape, range(first + kept, first + kept + value)) for first in firsts
-        ),
-    )
+    yield f"{own}v_b_proj.weight", tuple(Slice(b_name, b_shape, rows) for rows in v_b)
 
 
 def short_conv(config: ModelConfig, layer: int) -> Tensors:
-    """Yield the tensors of a short convolution with LFM2's names."""
-    own, hidden = f"model.layers.{layer}.conv.", config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "in_proj": (3 * hidden, hidden),
-        "conv": (hidden, 1, config.conv_L_cache),
-        "out_proj": (hidden, hidden),
-    }
+    """Describe a short convolution with LFM2's names."""
+    hidden, kernel = config.hidden_size, (config.hidden_size, 1, config.conv_L_cache)
+    shapes = {"in_proj": (3 * hidden, hidden), "conv": kernel, "out_proj": (hidden, hidden)}
+    own = f"model.layers.{layer}.conv."
+    return whole_tensors(own, {f"{name}.weight": shape for name, shape in shapes.items()})
+
+
+def whole_tensors(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+    """Yield tensors that an installed model has as they are stored."""
     for name, shape in shapes.items():
-        yield f"{own}{name}.weight", (Slice(f"{own}{name}.weight", shape),)
+        yield f"{prefix}{name}", (Slice(f"{prefix}{name}", shape),)
 
 
 @dataclass(frozen=True)
@@ -187,7 +184,8 @@ class Family:
     moe: yields the tensors of a layer's router, experts and dense part with their slices. Expert 3
     of layer 0 has `model.layers.0.block_sparse_moe.experts.3.w13.weight`, and `w2`. All other
     tensors are `decoder_tensors`.
-    mixers: yield the tensors of a layer's mixer, by its kind.
+    mixers: yield the tensors of a layer's mixer, by its kind. By default attention has the names of
+    Llama and latent attention those of DeepSeek.
     names: parts of the names of tensors, which are Llama's, and the checkpoint's names for them. A
     later one finds what an earlier one has renamed.
     norm_offset: what a checkpoint's weights of norms lack, 1 if it has w - 1.
@@ -197,7 +195,7 @@ class Family:
     read_config: Callable[[dict[str, Any]], ModelConfig]
     moe: LayerTensors
     mixers: Mapping[MixerType, MixerTensors] = field(
-        default_factory=lambda: {"attention": attention()}
+        default_factory=lambda: {"attention": attention(), "latent_attention": latent_attention}
     )
     names: Mapping[str, str] = field(default_factory=dict)
     norm_offset: float = 0.0

@@ -1,4 +1,7 @@
-"""The tensors of a model in GGUF, which have llama.cpp's names, the same in all families."""
+"""The tensors of a model in GGUF, which have llama.cpp's names, the same in all families.
+
+llama.cpp's converter has moved the rows and columns of some mixers.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,19 @@ from dataclasses import replace
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families.family import (
     Family,
+    MixerTensors,
     Slice,
     Tensors,
+    attention,
     decoder_tensors,
     expert_prefix,
+    latent_attention,
     router,
+    short_conv,
     with_shared_expert,
 )
-from mixchat.weights.families.gguf_mixers import gguf_mixers
+from mixchat.weights.families.granite import mamba
+from mixchat.weights.families.qwen import next_in_proj
 from mixchat.weights.families.read_config import FAMILIES
 
 EMBEDDING, HEAD, ROUTER = "token_embd.weight", "output.weight", "ffn_gate_inp"
@@ -75,7 +83,7 @@ def gguf_tensors(config: ModelConfig, available: Collection[str]) -> Tensors:
     kinds = {name.split(".", 2)[2] if name.startswith("blk.") else name for name in available}
     bare = {name.removesuffix(".weight") for name in kinds} | kinds
     names = {usual: own for usual, own in _OTHER_NAMES.items() if own in bare and usual not in bare}
-    family, neighbours = FAMILIES[config.model_type], config.model_type in _ROTATES_NEIGHBOURS
+    family = FAMILIES[config.model_type]
 
     def routed(config: ModelConfig, prefix: str) -> Tensors:
         yield from router(config, prefix, "mlp.gate")
@@ -90,9 +98,21 @@ def gguf_tensors(config: ModelConfig, available: Collection[str]) -> Tensors:
         own = family.moe(config, prefix)
         yield from ((name, slices) for name, slices in own if name not in usual)
 
-    mixers = gguf_mixers(kinds, rotates_neighbours=neighbours)
-    # llama.cpp's converter adds the offsets of norms.
-    as_stored = Family(config.model_type, family.read_config, moe, mixers)
+    # Norms have no offset, because llama.cpp's converter adds it.
+    as_stored = Family(
+        config.model_type,
+        family.read_config,
+        moe,
+        {
+            "attention": attention(rotates_neighbours=config.model_type in _ROTATES_NEIGHBOURS),
+            "latent_attention": _split_latents if "attn_k_b.weight" in kinds else latent_attention,
+            "linear_attention": _delta_net(
+                tiled="ssm_alpha.weight" in kinds, joined="ssm_in.weight" in kinds
+            ),
+            "conv": short_conv,
+            "mamba": _mamba,
+        },
+    )
     for installed, slices in decoder_tensors(config, as_stored):
         yield installed, tuple(_renamed(source, names) for source in slices)
 
@@ -106,26 +126,20 @@ def _experts(config: ModelConfig, prefix: str, available: Collection[str]) -> Te
     own = prefix.replace("model.layers.", "blk.")
     parts = ("gate_up",) if "ffn_gate_up_exps.weight" in available else ("gate", "up")
     stacked = "ffn_down_exps.weight" in available
+    up_rows, factor = 2 * inner // len(parts), config.residual_multiplier
     for expert in range(config.num_local_experts):
         installed = expert_prefix(prefix, expert)
         *gate_up, down = (
             f"{own}ffn_{x}_exps.{{}}[{expert}]" if stacked else f"{own}ffn_{x}.{expert}.{{}}"
             for x in (*parts, "down")
         )
-        for parameter, width in (
-            ("weight", (hidden,)),
-            *([("bias", ())] if config.moe_bias else []),
-        ):
-            rows = (2 * inner // len(parts), *width)
-            yield (
-                f"{installed}w13.{parameter}",
-                tuple(Slice(x.format(parameter), rows) for x in gate_up),
-            )
-        factor = config.residual_multiplier
-        yield (
-            f"{installed}w2.weight",
-            (Slice(down.format("weight"), (hidden, inner), factor=factor),),
-        )
+        up = (Slice(name.format("weight"), (up_rows, hidden)) for name in gate_up)
+        yield f"{installed}w13.weight", tuple(up)
+        if config.moe_bias:
+            biases = (Slice(name.format("bias"), (up_rows,)) for name in gate_up)
+            yield f"{installed}w13.bias", tuple(biases)
+        w2 = Slice(down.format("weight"), (hidden, inner), factor=factor)
+        yield f"{installed}w2.weight", (w2,)
         if config.moe_bias:
             yield f"{installed}w2.bias", (Slice(down.format("bias"), (hidden,)),)
 
@@ -141,3 +155,91 @@ def _renamed(source: Slice, other_names: Mapping[str, str]) -> Slice:
     shape, axis = source.shape, _SQUEEZED.get(own)
     shape = shape if axis is None else shape[:axis] + shape[axis + 1 :]
     return replace(source, name=f"blk.{layer}.{own}{suffix}", shape=shape)
+
+
+def _split_latents(config: ModelConfig, layer: int) -> Tensors:
+    """Describe latent attention whose heads' keys and values are stacks, the keys transposed."""
+    latent, own = config.kv_lora_rank, f"blk.{layer}.attn_{{}}_b.weight[{{}}]"
+    stacks = {
+        "k_b_proj.weight": ("k", (latent, config.qk_nope_head_dim)),
+        "v_b_proj.weight": ("v", (config.v_head_dim, latent)),
+    }
+    for installed, slices in latent_attention(config, layer):
+        x, shape = stacks.get(installed.rpartition("self_attn.")[2], ("", ()))
+        heads = (Slice(own.format(x, head), shape) for head in range(config.num_attention_heads))
+        yield installed, tuple(heads) if x else slices
+
+
+def _delta_net(*, tiled: bool, joined: bool) -> MixerTensors:
+    """Describe a gated DeltaNet.
+
+    tiled: values come in the order of Qwen3.5's files, the first value head of each key head, then
+    the second one of each. With 2 key heads of 2 value heads, the value heads 0 1 2 3 lie there as
+    0 2 1 3. Qwen3-Next's files have them in order, and the rates and decays of a key head together.
+    joined: its first files have the input projection as a checkpoint has it.
+    """
+
+    def tensors(config: ModelConfig, layer: int) -> Tensors:
+        keys, heads, key, value = config.delta_net_shape
+        hidden, each = config.hidden_size, heads // keys
+        own, to, mixed = f"blk.{layer}.", f"model.layers.{layer}.linear_attn.", 2 * keys * key
+        places = [head % each * keys + head // each if tiled else head for head in range(heads)]
+
+        def by_head(name: str, *columns: int, width: int = 1, start: int = 0) -> list[Slice]:
+            """Return the rows of value heads in a tensor that has them from a row on."""
+            shape = (start + heads * width, *columns)
+            first = [Slice(own + name, shape, range(start))] if start else []
+            rows = (range(start + n * width, start + (n + 1) * width) for n in places)
+            return [*first, *(Slice(own + name, shape, part) for part in rows)]
+
+        if joined:
+            name, slices = next(next_in_proj(config, to))
+            yield name, tuple(replace(source, name=f"{own}ssm_in.weight") for source in slices)
+        else:
+            qkv = by_head("attn_qkv.weight", hidden, width=value, start=mixed)
+            gates = by_head("attn_gate.weight", hidden, width=value)
+            yield f"{to}in_proj.weight", (*qkv, *gates)
+        if tiled:
+            rates = by_head("ssm_beta.weight", hidden)
+            yield f"{to}ba_proj.weight", (*rates, *by_head("ssm_alpha.weight", hidden))
+        else:
+            starts = [head * 2 * each + part for part in (0, each) for head in range(keys)]
+            name, shape = f"{own}ssm_ba.weight", (2 * heads, hidden)
+            both = (Slice(name, shape, range(start, start + each)) for start in starts)
+            yield f"{to}ba_proj.weight", tuple(both)
+        columns = tuple(at for n in places for at in range(n * value, (n + 1) * value))
+        out = Slice(f"{own}ssm_out.weight", (hidden, heads * value))
+        yield f"{to}out_proj.weight", (replace(out, columns=columns) if tiled else out,)
+        kernel = by_head(
+            "ssm_conv1d.weight", config.linear_conv_kernel_dim, width=value, start=mixed
+        )
+        yield f"{to}conv1d.weight", tuple(kernel)
+        yield f"{to}dt_bias", tuple(by_head("ssm_dt.bias"))
+        decays = (replace(source, exponentials=True) for source in by_head("ssm_a"))
+        yield f"{to}A_log", tuple(decays)
+        yield f"{to}norm.weight", (Slice(f"{own}ssm_norm.weight", (value,)),)
+
+    return tensors
+
+
+def _mamba(config: ModelConfig, layer: int) -> Tensors:
+    """Describe Mamba2 with llama.cpp's names and shapes."""
+    groups, heads, state, width = config.mamba_shape
+    inner = heads * width
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "conv1d.weight": ("ssm_conv1d.weight", (inner + 2 * groups * state, config.mamba_d_conv)),
+        "conv1d.bias": ("ssm_conv1d.bias", (inner + 2 * groups * state,)),
+        "dt_bias": ("ssm_dt.bias", (heads,)),
+        "A_log": ("ssm_a", (heads, 1)),
+        "D": ("ssm_d", (heads, 1)),
+        "norm.weight": ("ssm_norm.weight", (groups, inner // groups)),
+    }
+    for installed, slices in mamba(config, layer):
+        renamed = []
+        for source in slices:
+            own = source.name.partition(".mamba.")[2]
+            usual = f"ssm_{own.replace('_proj', '')}", source.shape
+            name, shape = shapes.get(own, usual)
+            own_slice = replace(source, name=f"blk.{layer}.{name}", shape=shape)
+            renamed.append(replace(own_slice, exponentials=own == "A_log"))
+        yield installed, tuple(renamed)

@@ -189,7 +189,8 @@ def gguf_config(
     name = metadata.get("general.architecture")
     gating = metadata.get(f"{name}.expert_gating_func")
     # Older files of GLM-4.7-Flash do not say it. Here only scores of a sigmoid have corrections.
-    is_sigmoid = gating == _SIGMOID_GATING or any(map(_is_correction, tensors))
+    has_corrections = any(tensor.endswith("exp_probs_b.bias") for tensor in tensors)
+    is_sigmoid = gating == _SIGMOID_GATING or has_corrections
     known = _ARCHITECTURES if is_sigmoid else {**_ARCHITECTURES, **_SOFTMAX}
     architecture = known.get(name) if isinstance(name, str) else None
     # llama.cpp calls a dense Llama and a Mixtral "llama". Only the experts distinguish them.
@@ -219,9 +220,8 @@ def gguf_config(
     values |= {key: values[key] or None for key in ("n_group", "topk_group") if key in values}
     config = {key: value for key, value in values.items() if value is not None}
     for key, value in config.items():
-        if key == "layer_types":
-            continue
-        if not isinstance(value, (bool, int, float)):  # a list has a value for each layer
+        # A list has a value for each layer.
+        if key != "layer_types" and not isinstance(value, (bool, int, float)):
             raise CheckpointError(
                 f"{where}: {key} is {type(value).__name__}, not a number: models with layers of "
                 "different shapes do not run"
@@ -247,10 +247,6 @@ def gguf_config(
         **_shown_by(tensors),
         **architecture.fixed,
     }
-
-
-def _is_correction(tensor: str) -> bool:
-    return tensor.endswith("exp_probs_b.bias")
 
 
 def _of_layers(heads: object, is_sliding: object, stateful: str) -> dict[str, Any]:

@@ -11,27 +11,20 @@ from typing import Any
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import read_json_object
 from mixchat.base.model_config import ModelConfig
-from mixchat.weights.families.deepseek_v2 import DEEPSEEK_V2
-from mixchat.weights.families.deepseek_v3 import DEEPSEEK_V3
+from mixchat.weights.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from mixchat.weights.families.dots1 import DOTS1
 from mixchat.weights.families.ernie4_5_moe import ERNIE4_5_MOE
 from mixchat.weights.families.family import PLAIN, CheckpointForm, Family, Slice, decoder_tensors
 from mixchat.weights.families.gemma4 import GEMMA4
-from mixchat.weights.families.glm4_moe import GLM4_MOE
-from mixchat.weights.families.glm4_moe_lite import GLM4_MOE_LITE
+from mixchat.weights.families.glm import GLM4_MOE, GLM4_MOE_LITE
 from mixchat.weights.families.gpt_oss import GPT_OSS
-from mixchat.weights.families.granitemoe import GRANITEMOE
-from mixchat.weights.families.granitemoehybrid import GRANITEMOEHYBRID
+from mixchat.weights.families.granite import GRANITEMOE, GRANITEMOEHYBRID
 from mixchat.weights.families.lfm2_moe import LFM2_MOE
 from mixchat.weights.families.mellum import MELLUM
 from mixchat.weights.families.minimax_m2 import MINIMAX_M2
-from mixchat.weights.families.mistral4 import MISTRAL4
-from mixchat.weights.families.mixtral import MIXTRAL
+from mixchat.weights.families.mistral import MISTRAL4, MIXTRAL
 from mixchat.weights.families.olmoe import OLMOE
-from mixchat.weights.families.qwen2_moe import QWEN2_MOE
-from mixchat.weights.families.qwen3_5_moe import QWEN3_5_MOE
-from mixchat.weights.families.qwen3_moe import QWEN3_MOE
-from mixchat.weights.families.qwen3_next import QWEN3_NEXT
+from mixchat.weights.families.qwen import QWEN2_MOE, QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family

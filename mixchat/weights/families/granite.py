@@ -1,7 +1,8 @@
-"""Granite-MoE-Hybrid, by IBM: Granite 4.0 H-Tiny, 7B-A1B, and H-Small, 32B-A9B.
+"""IBM's families: Granite-MoE (Granite 3.0 and 3.1) and Granite-MoE-Hybrid (4.0 H-Tiny, H-Small).
 
-Most layers are Mamba2. The others attend, usually without a rotary embedding. Each layer has a
-dense part beside its experts. All else is Granite-MoE's.
+The experts are stacked, gate above up. The multipliers become factors of the weights. Most layers
+of a hybrid are Mamba2. The others attend, usually without a rotary embedding. Each layer of a
+hybrid has a dense part beside its experts.
 """
 
 from __future__ import annotations
@@ -12,13 +13,26 @@ from typing import Any
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families import config_keys as read
-from mixchat.weights.families.family import Family, Slice, Tensors, attention
-from mixchat.weights.families.granitemoe import GRANITEMOE
+from mixchat.weights.families.family import (
+    Family,
+    Slice,
+    Tensors,
+    attention,
+    expert_prefix,
+    router,
+    whole_tensors,
+)
 
+_MULTIPLIERS = (
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
 # The names of layer types, as files are published and as transformers 5 saves them.
 _LAYER_TYPES = {"linear_attention": "mamba", "attention": "full_attention"}
 _NO_LIMITS = [0.0, float("inf")], [0.0, {"__float__": "Infinity"}]  # as Python and others have it
-_DEFAULTS = {
+_HYBRID_DEFAULTS = {
     "shared_intermediate_size": 1024,
     "mamba_n_heads": 128,
     "mamba_d_head": "auto",
@@ -31,7 +45,19 @@ _DEFAULTS = {
 
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
-    keys = read.with_defaults(raw, **_DEFAULTS)
+    keys = read.with_defaults(raw, num_local_experts=8, num_experts_per_tok=2)
+    multipliers: dict[str, Any] = {
+        name: read.positive_number(keys, name, 1.0) for name in _MULTIPLIERS
+    }
+    return ModelConfig(
+        **read.shape_of(keys, rope_theta=1e4, rms_norm_eps=1e-6),
+        **multipliers,
+        attention_bias=read.flag(keys, "attention_bias"),
+    )
+
+
+def _read_hybrid(raw: dict[str, Any]) -> ModelConfig:
+    keys = read.with_defaults(raw, **_HYBRID_DEFAULTS)
     if read.flag(keys, "mamba_proj_bias"):
         raise CheckpointError("config.json: mamba_proj_bias is not supported")
     if keys.get("time_step_limit", _NO_LIMITS[0]) not in _NO_LIMITS:
@@ -42,7 +68,7 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
     if keys["mamba_d_head"] == "auto":
         inner = read.positive_int(keys, "mamba_expand") * read.positive_int(keys, "hidden_size")
         keys["mamba_d_head"] = inner // read.positive_int(keys, "mamba_n_heads")
-    config = GRANITEMOE.read_config(raw)
+    config = _read_config(raw)
     rope = config.rope_parameters
     if keys["position_embedding_type"] != "rope":
         rope = replace(rope, rope_type="nope")
@@ -58,13 +84,25 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _with_shared_mlp(config: ModelConfig, prefix: str) -> Tensors:
-    yield from GRANITEMOE.moe(config, prefix)
-    inner, hidden, own = config.shared_expert_intermediate_size, config.hidden_size, "shared_mlp."
-    gate_up = Slice(f"{prefix}{own}input_linear.weight", (2 * inner, hidden))
-    name, factor = f"{prefix}{own}output_linear.weight", config.residual_multiplier
-    yield f"{prefix}mlp.w13.weight", (gate_up,)
-    yield f"{prefix}mlp.w2.weight", (Slice(name, (hidden, inner), factor=factor),)
+def _moe(config: ModelConfig, prefix: str) -> Tensors:
+    yield from router(config, prefix, "block_sparse_moe.router.layer")
+    stack, inner, hidden = (
+        f"{prefix}block_sparse_moe.",
+        config.intermediate_size,
+        config.hidden_size,
+    )
+    parts = [
+        (expert_prefix(prefix, expert), stack, f"[{expert}]", inner)
+        for expert in range(config.num_local_experts)
+    ]
+    if shared := config.shared_expert_intermediate_size:
+        parts.append((f"{prefix}mlp.", f"{prefix}shared_mlp.", "", shared))
+    for installed, own, number, rows in parts:
+        gate_up = Slice(f"{own}input_linear.weight{number}", (2 * rows, hidden))
+        name, factor = f"{own}output_linear.weight{number}", config.residual_multiplier
+        yield f"{installed}w13.weight", (gate_up,)
+        # With the factor the sum of the parts comes multiplied, and the engine only adds it.
+        yield f"{installed}w2.weight", (Slice(name, (hidden, rows), factor=factor),)
 
 
 def mamba(config: ModelConfig, layer: int) -> Tensors:
@@ -85,16 +123,13 @@ def mamba(config: ModelConfig, layer: int) -> Tensors:
     for parameter, shape in shapes.items():
         name = f"{own}conv1d.{parameter}"
         yield name, tuple(Slice(name, shape, rows) for rows in parts)
-    for name in ("dt_bias", "A_log", "D"):
-        yield f"{own}{name}", (Slice(f"{own}{name}", (heads,)),)
-    yield f"{own}norm.weight", (Slice(f"{own}norm.weight", (values,)),)
+    vectors = {"dt_bias": heads, "A_log": heads, "D": heads, "norm.weight": values}
+    yield from whole_tensors(own, {name: (length,) for name, length in vectors.items()})
     name, factor = f"{own}out_proj.weight", config.residual_multiplier
     yield name, (Slice(name, (hidden, values), factor=factor),)
 
 
+GRANITEMOE = Family("granitemoe", _read_config, _moe)
 GRANITEMOEHYBRID = Family(
-    "granitemoehybrid",
-    _read_config,
-    _with_shared_mlp,
-    {"attention": attention(), "mamba": mamba},
+    "granitemoehybrid", _read_hybrid, _moe, {"attention": attention(), "mamba": mamba}
 )
