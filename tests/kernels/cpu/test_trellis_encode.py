@@ -9,8 +9,7 @@ from mixchat.kernels.cpu import trellis_encode
 from mixchat.kernels.cpu.compile import LANES, InstructionSet, instruction_set, kernels_available
 from mixchat.kernels.cpu.trellis_encode import encode_trellis
 from mixchat.weights.matrix.trellis import TABLE_2, TABLE_3
-from mixchat.weights.matrix.trellis_search import search
-from mixchat.weights.matrix.trellis_table import Table
+from mixchat.weights.matrix.trellis_search import Table, search
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 each_table = pytest.mark.parametrize("table", [TABLE_2, TABLE_3], ids=["2 bits", "3 bits"])

@@ -9,7 +9,7 @@ import torch
 
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format import manifest
-from mixchat.weights.matrix import encode, int8, linear, mxfp4, nf4, quant_type, trellis_encode
+from mixchat.weights.matrix import encode, int8, linear, mxfp4, nf4, quant_type, trellis
 from mixchat.weights.matrix.int6 import INT5, INT6
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.linear import TYPES, LinearSpec, as_packed, type_of_bits
@@ -147,7 +147,7 @@ def test_pieces_leave_no_seam(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> No
     whole = form.encode(weight)
     matrix = form.dequantized(whole)
     monkeypatch.setattr(quant_type, "_REORDERED", 2 * 32 * 192)
-    for module in (quant_type, int8, mxfp4, encode, trellis_encode):
+    for module in (quant_type, int8, mxfp4, encode, trellis):
         monkeypatch.setattr(module, "_PIECE", 128)
     monkeypatch.setattr(nf4, "_CHUNK", 128)
     assert all(map(torch.equal, form.encode(weight), whole))

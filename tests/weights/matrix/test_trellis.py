@@ -4,10 +4,18 @@ import pytest
 import torch
 
 from mixchat.kernels.cpu.compile import kernels_available
-from mixchat.weights.matrix import trellis_order, trellis_search
+from mixchat.weights.matrix import trellis_search
 from mixchat.weights.matrix.quant_type import Inputs, Way
-from mixchat.weights.matrix.trellis import TABLE_2, TABLE_3, TRELLIS2, TRELLIS3, TrellisCodes
-from mixchat.weights.matrix.trellis_table import Table, bytes_of_scales, scales_of_bytes
+from mixchat.weights.matrix.trellis import (
+    TABLE_2,
+    TABLE_3,
+    TRELLIS2,
+    TRELLIS3,
+    TrellisCodes,
+    bytes_of_scales,
+    scales_of_bytes,
+)
+from mixchat.weights.matrix.trellis_search import Table
 
 each_table = pytest.mark.parametrize("table", [TABLE_2, TABLE_3], ids=["2", "3"])
 each_type = pytest.mark.parametrize("kind", [TRELLIS2, TRELLIS3], ids=["2", "3"])
@@ -82,10 +90,10 @@ def test_each_of_two_planes_has_its_own_bits_in_the_kernels_order(plane: int, bi
     """Planes that were exchanged on the way there and back passed this file's tests."""
     codes = torch.zeros(2, 16, 3, 8, dtype=torch.uint8)  # [bands, columns, ring and planes, bytes]
     codes[:, :, 1 + plane] = 0xFF
-    packed = trellis_order.packed(codes, 16, 2).view(2, -1)
+    packed = TRELLIS3.packed(codes, 16).view(2, -1)
     assert not packed[:, :128].any()  # the ring
     assert (packed[:, 128:] == bits).all()
-    assert torch.equal(trellis_order.unpacked(packed, 16, 2).reshape(codes.shape), codes)
+    assert torch.equal(TRELLIS3.unpacked(packed, 16).reshape(codes.shape), codes)
 
 
 @each_type
