@@ -151,7 +151,7 @@ def _serve(directory: str, slots: int, fault: Fault | None, at: str) -> None:
 
 def main() -> None:
     """Fork a worker for each line: its model, slots, fault and address."""
-    nf4._package()  # imported once, because each worker would take more than a second for it
+    nf4.bitsandbytes()  # imported once, because each worker would take more than a second for it
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     for line in sys.stdin:

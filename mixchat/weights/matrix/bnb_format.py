@@ -38,21 +38,6 @@ _STORAGE = (torch.uint8, torch.int8, *(getattr(torch, name) for name in _FLOATS)
 _MAX_OFFSET = torch.finfo(torch.float32).max
 
 
-@dataclass(frozen=True)
-class _Nested:
-    blocksize: int
-    dtype: torch.dtype
-    offset: float
-
-
-@dataclass(frozen=True)
-class _QuantState:
-    """The values of the JSON object that neither names nor shapes tell."""
-
-    blocksize: int
-    nested: _Nested | None
-
-
 def component_names(name: str, available: Collection[str]) -> tuple[str, ...]:
     """Return the names of the tensors that make up a matrix, its own first."""
     components = (f"{name}.{component}" for component in _COMPONENTS)
@@ -135,7 +120,8 @@ class _Components:
         return tensor
 
 
-def _read_state(matrix: _Components, named: FourBit, shape: list[int]) -> _QuantState:
+def _read_state(matrix: _Components, named: FourBit, shape: list[int]) -> dict[str, Any]:
+    """Return the JSON object that describes a matrix, with right values."""
     name = f"{matrix.name}.{_STATES[named]}"
     raw = _parse(name, matrix.read(name))
 
@@ -158,11 +144,9 @@ def _read_state(matrix: _Components, named: FourBit, shape: list[int]) -> _Quant
         # JSON's NaN and Infinity are floats in Python. No comparison holds for NaN.
         is_number = type(offset) in (int, float)
         check("nested_offset", is_number and -_MAX_OFFSET <= offset <= _MAX_OFFSET)
-        nested = _Nested(size, getattr(torch, raw["nested_dtype"]), float(offset))
-        return _QuantState(raw["blocksize"], nested)
-    if any(f"{matrix.name}.{component}" in matrix.available for component in _NESTED):
+    elif any(f"{matrix.name}.{component}" in matrix.available for component in _NESTED):
         raise CheckpointError(f"{name}: does not describe the nested absmax that is there")
-    return _QuantState(raw["blocksize"], None)
+    return raw
 
 
 def _parse(name: str, tensor: torch.Tensor) -> dict[str, Any]:
@@ -180,24 +164,23 @@ def _parse(name: str, tensor: torch.Tensor) -> dict[str, Any]:
     return raw
 
 
-def _read_absmax(matrix: _Components, state: _QuantState, weights: int) -> torch.Tensor:
+def _read_absmax(matrix: _Components, state: dict[str, Any], weights: int) -> torch.Tensor:
     """Read the absmax in fp32, one for each 64 weights."""
-    count = -(-weights // state.blocksize)
-    if state.nested is None:
+    blocksize, nested_blocksize = state["blocksize"], state.get("nested_blocksize")
+    count = -(-weights // blocksize)
+    if nested_blocksize is None:
         absmax = matrix.numbers("absmax", torch.float32, count)
     else:
         # As bitsandbytes' `dequantize_blockwise` does.
-        nested = state.nested
         codes = matrix.numbers("absmax", torch.uint8, count)
         levels = matrix.numbers("nested_quant_map", torch.float32, 256)
-        scales = matrix.numbers("nested_absmax", torch.float32, -(-count // nested.blocksize))
-        wide = scales.repeat_interleave(nested.blocksize)[:count]
-        # `nested.dtype` is not fp32 if saved after a run on a CPU.
-        absmax = (levels[codes.int()] * wide).to(nested.dtype)
-        absmax = absmax.add_(torch.tensor(nested.offset, dtype=torch.float32)).float()
+        scales = matrix.numbers("nested_absmax", torch.float32, -(-count // nested_blocksize))
+        wide = scales.repeat_interleave(nested_blocksize)[:count]
+        # `nested_dtype` is not fp32 if saved after a run on a CPU.
+        absmax = (levels[codes.int()] * wide).to(getattr(torch, state["nested_dtype"]))
+        offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
+        absmax = absmax.add_(offset).float()
     if not torch.isfinite(round_absmax(absmax)).all():
         raise CheckpointError(f"{matrix.name}.absmax: holds a scale that is too large")
-    if state.blocksize == BLOCKSIZE:
-        return absmax
     # Each smaller block has the scale of the larger block around it.
-    return absmax.repeat_interleave(state.blocksize // BLOCKSIZE)[: -(-weights // BLOCKSIZE)]
+    return absmax.repeat_interleave(blocksize // BLOCKSIZE)[: -(-weights // BLOCKSIZE)]

@@ -15,7 +15,7 @@ N = weights, B = blocks, C = columns, F = factors (32), S = rows of the table (1
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -153,71 +153,46 @@ def _rounded(
 
     `importance` is fp32 [C]. `pack` is applied to each piece, which bounds the memory.
     """
-    flat, columns = weight.detach().reshape(-1), weight.shape[-1]
-    count = len(flat) // BLOCKSIZE
+    blocks, of_row = weight.detach().reshape(-1, BLOCKSIZE), weight.shape[-1] // BLOCKSIZE
     size = pack(torch.zeros(1, BLOCKSIZE, dtype=torch.uint8)).numel()
-    codes = torch.empty(count, size, dtype=torch.uint8)
-    scales = torch.empty(count, dtype=torch.bfloat16)
+    codes = torch.empty(len(blocks), size, dtype=torch.uint8)
+    scales = torch.empty(len(blocks), dtype=torch.bfloat16)
 
-    @torch.inference_mode()  # a caller's holds for its own thread only
     def quantize(
-        number: int, weights: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor
+        numbers: torch.Tensor, weights: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor
     ) -> None:
-        of_weights = None
-        if importance is not None:
-            # Pieces are cut from the flat matrix, so a piece may begin within a row.
-            indices = torch.arange(number * _PIECE, number * _PIECE + len(weights)) % columns
-            of_weights = importance[indices].view(-1, BLOCKSIZE)
-        separate = torch.empty(len(packed), BLOCKSIZE, dtype=torch.uint8)
-        _quantize_piece(grid, weights, separate, scales, search=search, importance=of_weights)
+        weights = weights.to(torch.bfloat16).float()
+        absmax = weights.abs().amax(-1)
+        # A product with 1 / absmax, because bitsandbytes rounds so.
+        scaled = weights * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(-1)
+        separate = grid.nearest(scaled)
+        scales.copy_(absmax)
+        if search:
+            own = None if importance is None else importance.view(of_row, -1)[numbers % of_row]
+            _search(grid, scaled, absmax, separate, scales, own)
         packed.copy_(pack(separate).view(packed.shape))
 
-    pieces = torch.split(flat, _PIECE)
-    blocks = _PIECE // BLOCKSIZE
-    each_in_threads(
-        quantize,
-        range(len(pieces)),
-        pieces,
-        torch.split(codes, blocks),
-        torch.split(scales, blocks),
-    )
+    tensors = (torch.arange(len(blocks)), blocks, codes, scales)
+    each_in_threads(quantize, *((tensor, max(1, _PIECE // BLOCKSIZE)) for tensor in tensors))
     return codes, scales
 
 
-def each_in_threads(work: Callable[..., None], *pieces: Sequence[object]) -> None:
-    """Call `work` with the first of all `pieces`, with the second, and so on, in threads.
+def each_in_threads(work: Callable[..., None], *tensors: tuple[torch.Tensor, int]) -> None:
+    """Call `work` in threads with the first pieces of all tensors, with the second, and so on.
 
-    torch's own threads would wait for each other after every operation.
+    Each tensor comes with the length of its pieces. torch's own threads would wait for each other
+    after every operation.
     """
     threads, alone = torch.get_num_threads(), functools.partial(torch.set_num_threads, 1)
+    pieces = [torch.split(tensor, length) for tensor, length in tensors]
     try:
         # Keeps torch from starting threads in a thread, and in those that start later.
         with ThreadPoolExecutor(min(threads, _MAX_THREADS), initializer=alone) as pool:
-            # As a list, it raises what a thread raised.
-            list(pool.map(work, *pieces))
+            # A caller's inference mode holds for its own thread only. As a list, it raises what a
+            # thread raised.
+            list(pool.map(torch.inference_mode()(work), *pieces))
     finally:
         torch.set_num_threads(threads)
-
-
-@torch.inference_mode()  # a caller's holds for its own thread only
-def _quantize_piece(
-    grid: Grid,
-    weight: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    *,
-    search: bool,
-    importance: torch.Tensor | None,
-) -> None:
-    """Fill `codes` and `scales` for some blocks."""
-    blocks = weight.to(torch.bfloat16).view(-1, BLOCKSIZE).float()
-    absmax = blocks.abs().amax(-1)
-    # A product with 1 / absmax, because bitsandbytes rounds so.
-    scaled = blocks * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(-1)
-    codes.copy_(grid.nearest(scaled))
-    scales.copy_(absmax)
-    if search:
-        _search(grid, scaled, absmax, codes, scales, importance)
 
 
 def _search(

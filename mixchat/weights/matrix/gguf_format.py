@@ -69,7 +69,6 @@ def dense(spec: GgufSpec, raw: torch.Tensor) -> torch.Tensor:
     weights = torch.empty(spec.weights, dtype=torch.bfloat16)
     rows, ggml_type = weights.view(-1, weights.shape[-1]), GGMLQuantizationType[spec.ggml_type]
 
-    @torch.inference_mode()  # a caller's holds for its own thread only
     def decode(raw: torch.Tensor, rows: torch.Tensor) -> None:
         from gguf import dequantize
 
@@ -78,7 +77,7 @@ def dense(spec: GgufSpec, raw: torch.Tensor) -> torch.Tensor:
             rows.copy_(torch.from_numpy(dequantize(raw.numpy(), ggml_type)))
 
     size = max(1, _PIECE // rows.shape[1])
-    each_in_threads(decode, torch.split(raw.view(len(rows), -1), size), torch.split(rows, size))
+    each_in_threads(decode, (raw.view(len(rows), -1), size), (rows, size))
     return weights
 
 

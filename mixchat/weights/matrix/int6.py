@@ -64,9 +64,10 @@ class _EvenCodes(BlockCodes):
     def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
         # [bands, half, row in it, group of columns, pair of columns, column in it]
         pairs = self._columns // 2
-        separate = self._unpack_blocks(codes).view(
-            -1, 2, BAND // 2, columns // self._columns, pairs, 2
-        )
+        blocks, cut = codes.view(-1, BLOCKSIZE * self.bits // 8), BLOCKSIZE * LOW_BITS // 8
+        separate = _separate(blocks[:, :cut], LOW_BITS)
+        separate |= _separate(blocks[:, cut:], self._extra) << LOW_BITS
+        separate = separate.view(-1, 2, BAND // 2, columns // self._columns, pairs, 2)
         lines = separate.permute(0, 3, 4, 1, 2, 5).reshape(-1, self._columns, BAND)
         low = (lines & 0xF).view(-1, self._columns // CODES_OF_LOW, CODES_OF_LOW, BAND)
         together = _joined(low.transpose(-1, -2), LOW_BITS).flatten(1)
@@ -88,13 +89,6 @@ class _EvenCodes(BlockCodes):
         """Return codes [B, 64], one a byte, as [B, bytes of a block]."""
         low, high = _joined(codes & 0xF, LOW_BITS), _joined(codes >> LOW_BITS, self._extra)
         return torch.cat((low, high), dim=-1)
-
-    def _unpack_blocks(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return codes [B, 64], one a byte, of flat ones in the order of the rows."""
-        blocks, low = codes.view(-1, BLOCKSIZE * self.bits // 8), BLOCKSIZE * LOW_BITS // 8
-        high = _separate(blocks[:, low:], self._extra) << LOW_BITS
-        together: torch.Tensor = _separate(blocks[:, :low], LOW_BITS) | high
-        return together
 
 
 def _joined(numbers: torch.Tensor, bits: int) -> torch.Tensor:

@@ -29,12 +29,8 @@ class _Int8Codes(BlockCodes):
         flat = weight.detach().reshape(-1)
         codes = flat.new_empty(len(flat), dtype=torch.int8)
         absmax = flat.new_empty(len(flat) // BLOCKSIZE, dtype=torch.bfloat16)
-        each_in_threads(
-            _encode_piece,
-            torch.split(flat, _PIECE),
-            torch.split(codes, _PIECE),
-            torch.split(absmax, _PIECE // BLOCKSIZE),
-        )
+        pieces = (flat, _PIECE), (codes, _PIECE), (absmax, _PIECE // BLOCKSIZE)
+        each_in_threads(_encode_piece, *pieces)
         return codes, absmax
 
     def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
@@ -49,7 +45,6 @@ class _Int8Codes(BlockCodes):
 INT8 = _Int8Codes()
 
 
-@torch.inference_mode()  # a caller's holds for its own thread only
 def _encode_piece(weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     blocks = weight.float().view(-1, BLOCKSIZE)
     absmax.copy_(blocks.abs().amax(-1))

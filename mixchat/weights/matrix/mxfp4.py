@@ -35,12 +35,8 @@ class _Mxfp4Codes(NibbleCodes):
         flat = weight.detach().reshape(-1)
         codes = flat.new_empty(len(flat) // 2, dtype=torch.uint8)
         absmax = codes.new_empty(len(flat) // _BLOCKSIZE)
-        each_in_threads(
-            _encode_piece,
-            torch.split(flat, _PIECE),
-            torch.split(codes, _PIECE // 2),
-            torch.split(absmax, _PIECE // _BLOCKSIZE),
-        )
+        pieces = (flat, _PIECE), (codes, _PIECE // 2), (absmax, _PIECE // _BLOCKSIZE)
+        each_in_threads(_encode_piece, *pieces)
         return codes, absmax
 
     def scales(self, absmax: torch.Tensor) -> torch.Tensor:
@@ -51,7 +47,6 @@ class _Mxfp4Codes(NibbleCodes):
 MXFP4 = _Mxfp4Codes()
 
 
-@torch.inference_mode()  # a caller's holds for its own thread only
 def _encode_piece(weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     blocks = weight.float().view(-1, _BLOCKSIZE)
     largest = blocks.abs().amax(-1).view(torch.int32)

@@ -70,7 +70,6 @@ class Quantized4bit:
         quantization, weight = self.quantization, torch.empty(self.rows * self.columns, dtype=dtype)
         block = quantization.blocksize
 
-        @torch.inference_mode()  # a caller's holds for its own thread only
         def decode(codes: torch.Tensor, absmax: torch.Tensor, piece: torch.Tensor) -> None:
             nibbles = torch.stack((codes >> 4, codes & 0xF), dim=-1).view(-1)
             numbers = quantization.levels[nibbles.int()]
@@ -81,9 +80,9 @@ class Quantized4bit:
 
         each_in_threads(
             decode,
-            torch.split(self.codes, _DENSE_PIECE // 2),
-            torch.split(self.absmax, _DENSE_PIECE // block),
-            torch.split(weight, _DENSE_PIECE),
+            (self.codes, _DENSE_PIECE // 2),
+            (self.absmax, _DENSE_PIECE // block),
+            (weight, _DENSE_PIECE),
         )
         return weight.view(self.rows, self.columns)
 
@@ -140,7 +139,7 @@ class _FP4Codes(FourBitCodes):
     ) -> Encoded:
         flat = weight.to(torch.bfloat16).reshape(-1)
         pieces = [
-            _functional().quantize_4bit(piece, blocksize=BLOCKSIZE, quant_type="fp4")
+            bitsandbytes().functional.quantize_4bit(piece, blocksize=BLOCKSIZE, quant_type="fp4")
             for piece in torch.split(flat, _CHUNK)
         ]
         codes = torch.cat([piece.view(-1) for piece, _ in pieces])
@@ -152,15 +151,11 @@ FOUR_BIT: dict[FourBit, FourBitCodes] = {"nf4": NF4, "fp4": FP4}
 
 
 @functools.cache
-def _package() -> Any:
+def bitsandbytes() -> Any:
     """Import bitsandbytes late, because that takes two seconds."""
     # It warns that the optional package `kernels` is not installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     return importlib.import_module("bitsandbytes")
-
-
-def _functional() -> Any:
-    return _package().functional
 
 
 def two_a_byte(codes: torch.Tensor) -> torch.Tensor:
