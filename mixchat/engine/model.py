@@ -268,15 +268,13 @@ class SandwichBlock(Block):
 
 
 def _router(layer: int, used: Blueprint, tensors: ModelTensors) -> Router:
-    config, bias, correction, scales = used.config, None, None, None
-    if config.moe_bias:
-        bias = tensors.tensor(used.gate_bias(layer)).float()
-    if config.e_score_correction_bias:
-        correction = tensors.tensor(used.score_correction(layer))
-    if config.per_expert_scale:
-        scales = tensors.tensor(used.expert_scales(layer)).float()
+    config, specs = used.config, used.router(layer)
+    bias, correction, scales = (
+        tensors.tensor(specs[role]).float() if role in specs else None
+        for role in ("bias", "correction", "expert_scales")
+    )
     return Router(
-        _gate(used.gate(layer), tensors),
+        _gate(specs["gate"], tensors),
         config.num_experts_per_tok,
         config.norm_topk_prob,
         bias,
@@ -296,7 +294,7 @@ def _mlp(layer: int, used: Blueprint, tensors: ModelTensors) -> DenseMLP | None:
     network = tensors.expert(spec)
     if not used.config.shared_expert_gate or layer < used.config.first_k_dense_replace:
         return DenseMLP(network)
-    gate = _gate(used.mlp_gate(layer), tensors)
+    gate = _gate(used.router(layer)["mlp_gate"], tensors)
     return DenseMLP(network, Router(gate, 1, normalized=False, scoring="sigmoid"))
 
 

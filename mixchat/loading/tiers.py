@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise, product
 
 import torch
@@ -12,7 +12,6 @@ from mixchat.base import gpu, machine
 from mixchat.base.errors import ResourceError
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Note
-from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.report import report_path_by_key, saved_uses
 from mixchat.experts.cache import POLICIES, ExpertCache, ExpertKey, ExpertStats, Passes
 from mixchat.experts.compute import HostCompute
@@ -187,15 +186,11 @@ def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
 def _next_routers(installed: InstalledModel) -> NextRouters:
     config, blueprint = installed.config, installed.blueprint
     layers = range(config.first_k_dense_replace, config.num_hidden_layers)
-
-    def tensors(spec: Callable[[int], TensorSpec]) -> list[torch.Tensor]:
-        return [installed.tensor(spec(layer)) for layer in layers]
-
-    return NextRouters(
-        tensors(blueprint.gate),
-        tensors(lambda layer: blueprint.norms(layer)[1]),
-        config.num_experts_per_tok,
-        tensors(blueprint.gate_bias) if config.moe_bias else (),
-        tensors(blueprint.score_correction) if config.e_score_correction_bias else (),
-        config.scoring_func,
+    routers = [blueprint.router(layer) for layer in layers]
+    gates, biases, corrections = (
+        [installed.tensor(specs[role]) for specs in routers if role in specs]
+        for role in ("gate", "bias", "correction")
     )
+    norms = [installed.tensor(blueprint.norms(layer)[1]) for layer in layers]
+    choices = config.num_experts_per_tok
+    return NextRouters(gates, norms, choices, biases, corrections, config.scoring_func)

@@ -113,7 +113,7 @@ def test_no_code_is_changed(kind, make_checkpoint, install, tmp_path):
             scales = torch.zeros(spec.rows * spec.columns // 64, dtype=torch.bfloat16)
             _, packed = FOUR_BIT[kind].pack(codes, scales, spec.columns)
             assert torch.equal(found[1], packed)
-        gate = installed.blueprint.gate(0)
+        gate = installed.blueprint.router(0)["gate"]
         expected = load_file(reference / "model.safetensors")[gate.name].to(torch.bfloat16)
         assert torch.equal(installed.tensor(gate), expected)
 

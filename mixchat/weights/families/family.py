@@ -265,7 +265,7 @@ def _with_usual_names(config: ModelConfig, family: Family) -> Tensors:
     offset, embedding = family.norm_offset, "model.embed_tokens.weight"
     yield embedding, (Slice(embedding, vocabulary, factor=config.embedding_multiplier),)
     for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
+        prefix = layer_prefix(layer)
         yield norm(f"{prefix}input_layernorm.weight", hidden, offset=offset)
         yield norm(f"{prefix}post_attention_layernorm.weight", hidden, offset=offset)
         yield from family.mixers[config.mixer(layer)](config, layer)
@@ -316,6 +316,11 @@ def _mlp(config: ModelConfig, prefix: str, name: str, inner: int) -> Tensors:
     yield f"{prefix}mlp.w13.weight", tuple(gate_up)
     down = Slice(f"{own}.down_proj.weight", (hidden, inner), factor=config.residual_multiplier)
     yield f"{prefix}mlp.w2.weight", (down,)
+
+
+def layer_prefix(layer: int) -> str:
+    """Return the prefix of the names of a layer's tensors."""
+    return f"model.layers.{layer}."
 
 
 def expert_prefix(prefix: str, expert: int) -> str:

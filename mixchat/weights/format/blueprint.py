@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import Header, TensorSpec
 from mixchat.weights.format.expert import ExpertSpec, swiglu_of
-from mixchat.weights.format.mixers import MixerSpec, mixer_spec
+from mixchat.weights.format.mixers import LayerSpecs, MixerSpec, mixer_spec
 from mixchat.weights.matrix.linear import TYPES, LinearSpec, Scales
 from mixchat.weights.matrix.quant_type import QuantType
 
@@ -143,14 +143,19 @@ class Blueprint:
 
     def mixer(self, layer: int) -> MixerSpec:
         """Return the tensors of the part of a layer that mixes tokens."""
-        return mixer_spec(_LayerSpecs(self, layer))
+        return mixer_spec(self._layer(layer))
+
+    def _layer(self, layer: int) -> LayerSpecs:
+        stored = self.quantization
+        matrix = partial(self.linear, quant_type=stored.attention)
+        return LayerSpecs(self.config, layer, matrix, stored.dtype, self.norm_dtype)
 
     def mlp(self, layer: int) -> tuple[LinearSpec, LinearSpec] | None:
         """Return w13 and w2 of a layer's dense part, if it has one."""
         inner, hidden = self.config.mlp_intermediate_size(layer), self.config.hidden_size
         if not inner:
             return None
-        specs = _LayerSpecs(self, layer)
+        specs = self._layer(layer)
         return (
             specs.matrix("mlp.w13", 2 * inner, hidden, parts=2),
             specs.matrix("mlp.w2", hidden, inner),
@@ -214,7 +219,7 @@ class Blueprint:
 
     def norms(self, layer: int) -> tuple[TensorSpec, TensorSpec]:
         """Return the weights of a layer's norms before attention and experts."""
-        specs, hidden = _LayerSpecs(self, layer), self.config.hidden_size
+        specs, hidden = self._layer(layer), self.config.hidden_size
         return (
             specs.norm("input_layernorm.weight", hidden),
             specs.norm("post_attention_layernorm.weight", hidden),
@@ -227,7 +232,7 @@ class Blueprint:
         """
         if not self.config.sandwich_norms:
             return {}
-        specs, hidden = _LayerSpecs(self, layer), self.config.hidden_size
+        specs, hidden = self._layer(layer), self.config.hidden_size
         names = {
             "mixer_out": "mixer_out_norm.weight",
             "mlp_out": "mlp.out_norm.weight",
@@ -240,44 +245,28 @@ class Blueprint:
 
     def layer_scalar(self, layer: int) -> TensorSpec:
         """Return the number [1] that multiplies what a layer with sandwich norms gives."""
-        return _LayerSpecs(self, layer).tensor("layer_scalar", 1)
+        return self._layer(layer).tensor("layer_scalar", 1)
 
-    def gate(self, layer: int) -> TensorSpec:
-        """Return the matrix of a layer's router, which is never quantized."""
-        # It is small, 64 KB in Mixtral, and an error in it chooses other experts.
-        shape = self.config.num_local_experts, self.config.hidden_size
-        return _LayerSpecs(self, layer).tensor(f"{_ROUTER}.weight", *shape)
+    def router(self, layer: int) -> dict[str, TensorSpec]:
+        """Return the tensors that route a layer's tokens, and weigh its dense part, by their roles.
 
-    def gate_bias(self, layer: int) -> TensorSpec:
-        """Return the bias of a layer's router, which only models with `moe_bias` have."""
-        return _LayerSpecs(self, layer).tensor(f"{_ROUTER}.bias", self.config.num_local_experts)
-
-    def score_correction(self, layer: int) -> TensorSpec:
-        """Return the correction that a layer's router adds to scores, fp32."""
-        # transformers keeps it in fp32 in models in bf16, too.
-        name, count = f"{_ROUTER}.e_score_correction_bias", self.config.num_local_experts
-        return _LayerSpecs(self, layer).tensor(name, count, dtype=torch.float32)
-
-    def expert_scales(self, layer: int) -> TensorSpec:
-        """Return the numbers that multiply the weights of a layer's experts."""
-        name, count = f"{_ROUTER}.per_expert_scale", self.config.num_local_experts
-        return _LayerSpecs(self, layer).tensor(name, count)
-
-    def mlp_gate(self, layer: int) -> TensorSpec:
-        """Return the gate of a layer's dense part, which only some models have."""
-        return _LayerSpecs(self, layer).tensor("mlp.gate.weight", 1, self.config.hidden_size)
-
-    def router(self, layer: int) -> Iterator[TensorSpec]:
-        """Yield the tensors that route a layer's tokens to experts, and weigh its dense part."""
-        yield self.gate(layer)
+        None is quantized. The gate is small, 64 KB in Mixtral, and an error in it chooses other
+        experts.
+        """
+        specs, hidden = self._layer(layer), self.config.hidden_size
+        experts = self.config.num_local_experts
+        tensors = {"gate": specs.tensor(f"{_ROUTER}.weight", experts, hidden)}
         if self.config.moe_bias:
-            yield self.gate_bias(layer)
+            tensors["bias"] = specs.tensor(f"{_ROUTER}.bias", experts)
         if self.config.e_score_correction_bias:
-            yield self.score_correction(layer)
+            # transformers keeps it in fp32 in models in bf16, too.
+            name = f"{_ROUTER}.e_score_correction_bias"
+            tensors["correction"] = specs.tensor(name, experts, dtype=torch.float32)
         if self.config.per_expert_scale:
-            yield self.expert_scales(layer)
+            tensors["expert_scales"] = specs.tensor(f"{_ROUTER}.per_expert_scale", experts)
         if self.config.shared_expert_gate:
-            yield self.mlp_gate(layer)
+            tensors["mlp_gate"] = specs.tensor("mlp.gate.weight", 1, hidden)
+        return tensors
 
     @property
     def embedding(self) -> TensorSpec:
@@ -303,7 +292,7 @@ class Blueprint:
                 yield self.layer_scalar(layer)
             yield from self.mixer(layer).all_tensors()
             if layer >= self.config.first_k_dense_replace:
-                yield from self.router(layer)
+                yield from self.router(layer).values()
             for matrix in self.mlp(layer) or ():
                 yield from matrix.tensors
         yield self.norm
@@ -384,32 +373,7 @@ class Blueprint:
         return LinearSpec(name, rows, columns, quant_type, stored.dtype, scales)
 
 
-class _LayerSpecs:
-    """Makes the specs of one layer's tensors (`LayerSpecs` of mixers.py)."""
-
-    def __init__(self, used: Blueprint, layer: int) -> None:
-        self._used, self.config, self.layer = used, used.config, layer
-
-    def matrix(
-        self, name: str, rows: int, columns: int, *, bias: bool = False, parts: int = 1
-    ) -> LinearSpec:
-        own, quant_type = f"{layer_prefix(self.layer)}{name}", self._used.quantization.attention
-        return replace(self._used.linear(own, rows, columns, quant_type, parts), bias=bias)
-
-    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> TensorSpec:
-        dtype = dtype or self._used.quantization.dtype
-        return TensorSpec(f"{layer_prefix(self.layer)}{name}", dtype, shape)
-
-    def norm(self, name: str, columns: int) -> TensorSpec:
-        return self.tensor(name, columns, dtype=self._used.norm_dtype)
-
-
 def layers_unlike(shared: Quantization, layers: Iterable[Quantization]) -> tuple[Quantization, ...]:
     """Return a blueprint's `layers`, empty if all are equal to `shared`."""
     own = tuple(layers)
     return () if {*own} <= {shared} else own
-
-
-def layer_prefix(layer: int) -> str:
-    """Return the prefix of the names of a layer's tensors."""
-    return f"model.layers.{layer}."

@@ -7,13 +7,13 @@ attention"), a short convolution, or Mamba2. D = hidden_size, H = num_attention_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 
 from mixchat.base.model_config import MixerType, ModelConfig
 from mixchat.base.safetensors import TensorSpec
+from mixchat.weights.families.family import layer_prefix
 from mixchat.weights.matrix.linear import LinearSpec
 
 
@@ -38,22 +38,30 @@ class MixerSpec:
         return [tensor for role, tensor in self.tensors.items() if role.endswith("norm")]
 
 
-class LayerSpecs(Protocol):
-    """Makes the specs of one layer's tensors."""
+@dataclass(frozen=True)
+class LayerSpecs:
+    """Makes the specs of one layer's tensors. `linear` is `Blueprint.linear` for attention."""
 
     config: ModelConfig
     layer: int
+    linear: Callable[..., LinearSpec]
+    dtype: torch.dtype
+    norm_dtype: torch.dtype
 
     def matrix(
         self, name: str, rows: int, columns: int, *, bias: bool = False, parts: int = 1
     ) -> LinearSpec:
         """Return a matrix in the type of attention. parts: how many parts of it are used apart."""
+        linear = self.linear(f"{layer_prefix(self.layer)}{name}", rows, columns, parts=parts)
+        return replace(linear, bias=bias)
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> TensorSpec:
         """Return a tensor that is never quantized, by default in the model's type."""
+        return TensorSpec(f"{layer_prefix(self.layer)}{name}", dtype or self.dtype, shape)
 
     def norm(self, name: str, columns: int) -> TensorSpec:
         """Return the weights of a norm."""
+        return self.tensor(name, columns, dtype=self.norm_dtype)
 
 
 def mixer_spec(specs: LayerSpecs) -> MixerSpec:

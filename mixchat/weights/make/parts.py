@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from mixchat.base.safetensors import TensorSpec
-from mixchat.weights.families.family import Slice, expert_prefix
-from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, experts_file, layer_prefix
+from mixchat.weights.families.family import Slice, expert_prefix, layer_prefix
+from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, experts_file
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.nf4 import Quantized4bit
 from mixchat.weights.matrix.quant_type import Inputs

@@ -17,10 +17,10 @@ import torch
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import Header, SafetensorsFile, TensorSpec, split_part
-from mixchat.weights.families.family import CheckpointForm, Slice, expert_prefix
+from mixchat.weights.families.family import CheckpointForm, Slice, expert_prefix, layer_prefix
 from mixchat.weights.families.gguf import ROUTER, gguf_tensors
 from mixchat.weights.families.read_config import slices
-from mixchat.weights.format.blueprint import EMBEDDING, layer_prefix
+from mixchat.weights.format.blueprint import EMBEDDING
 from mixchat.weights.matrix import bnb_format, fp8_format, gguf_format, mxfp4_format
 from mixchat.weights.matrix.gguf_format import GgufSpec
 from mixchat.weights.matrix.nf4 import Quantized4bit

@@ -142,7 +142,7 @@ def test_a_model_in_fp4_opens(installed: Path) -> None:
     edit_manifest(installed, quantization={**quantization, "quant_type": "fp4"})
     with InstalledModel(installed) as model:
         assert model.blueprint.expert.gate_up.quant_type == "fp4"
-        assert model.blueprint.gate(0).dtype == model.blueprint.quantization.dtype
+        assert model.blueprint.router(0)["gate"].dtype == model.blueprint.quantization.dtype
 
 
 @pytest.mark.parametrize("text", ["", "[]"])

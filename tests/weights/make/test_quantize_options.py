@@ -75,7 +75,7 @@ def test_the_gate_and_the_attention_keep_their_values(tiny_checkpoint, tmp_path)
     quantize(tiny_checkpoint, tmp_path / "model", QuantizeOptions(attention=16))
     source = load_file(tiny_checkpoint / "model.safetensors")
     with InstalledModel(tmp_path / "model") as installed:
-        gate = installed.tensor(installed.blueprint.gate(1))
+        gate = installed.tensor(installed.blueprint.router(1)["gate"])
         name = "model.layers.1.block_sparse_moe.gate.weight"
         assert torch.equal(gate, source[name].to(torch.bfloat16))
         spec = installed.blueprint.mixer(0).matrices["qkv_proj"]
