@@ -147,7 +147,7 @@ def run(mixchat, monkeypatch):
 def cut_off(run, monkeypatch):
     """Runs a command line with Ctrl-C at the moment when it writes to a file."""
     from mixchat.weights.make import build
-    from mixchat.weights.make.writer import ModelWriter
+    from mixchat.weights.make.unfinished import ModelWriter
 
     write = ModelWriter.write
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mixchat.base.lock import exclusive_lock
-from mixchat.weights.make.writer import ModelWriter
+from mixchat.weights.make.unfinished import ModelWriter
 
 FILES = ("shared.safetensors", "experts-000.safetensors", "experts-001.safetensors")
 EIGHT = ("--dense-bits", "8")

@@ -12,7 +12,7 @@ from mixchat.weights.care.convert import convert, find_target
 from mixchat.weights.care.housekeeping import not_in_use
 from mixchat.weights.make import build
 from mixchat.weights.make.parts import ModelPart
-from mixchat.weights.make.writer import ModelWriter
+from mixchat.weights.make.unfinished import ModelWriter
 
 FIRST, LAST = "experts-000.safetensors", "experts-001.safetensors"
 ALL_4BIT: dict[str, Any] = {"attention": 4, "head": 4}

@@ -69,11 +69,11 @@ def convert(directory: Path, target: Quantization, progress: Progress) -> bool:
 def _converted(old: Blueprint, target: Quantization) -> Blueprint:
     """Return the model with the target's attention and head."""
     shared = replace(target, scales=old.quantization.scales)
-    before, after = (
+    was_calibrated, gets_calibrated = (
         any(map(is_calibrated, model.shared_matrices.values()))
         for model in (old, Blueprint(old.config, shared))
     )
-    if shared.scales == "calibrated" and after and not before:
+    if shared.scales == "calibrated" and gets_calibrated and not was_calibrated:
         shared = replace(shared, scales="search")  # rounded just now, without inputs
     layers = [
         replace(form, attention=target.attention, head=target.head)

@@ -247,8 +247,8 @@ def _stacked(slices: tuple[Slice, ...]) -> tuple[Slice, ...]:
     match = _SEPARATE.fullmatch(slices[0].name)
     if match is None:
         return slices
-    stack, expert, kind = match.groups()
-    matrix = "gate_up" if kind == "gate" else kind
+    stack, expert, matrix_name = match.groups()
+    matrix = "gate_up" if matrix_name == "gate" else matrix_name
     shape = sum(source.shape[0] for source in slices), slices[0].shape[1]
     return (replace(slices[0], name=f"{stack}.{matrix}_proj[{expert}]", shape=shape),)
 

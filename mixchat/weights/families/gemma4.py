@@ -94,18 +94,20 @@ def _full_layers(raw: dict[str, Any], *, shares: bool) -> dict[str, Any]:
     Newer versions of transformers write it in `per_layer_config`, by the numbers of layers.
     """
     names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
-    own = raw.get("per_layer_config")
-    if own is None:
+    by_layer = raw.get("per_layer_config")
+    if by_layer is None:
         values = {"global_head_dim": raw.get("global_head_dim", 512)}
         if shares:
             values["num_global_key_value_heads"] = raw.get("num_global_key_value_heads")
     else:
-        shapes: list[Any] = [*own.values()] if isinstance(own, dict) else [None]
+        shapes: list[Any] = [*by_layer.values()] if isinstance(by_layer, dict) else [None]
         if any(each != shapes[0] or not isinstance(each, dict) for each in shapes):
-            raise CheckpointError(f"config.json: per_layer_config is {own!r:.80}, not of one shape")
+            raise CheckpointError(
+                f"config.json: per_layer_config is {by_layer!r:.80}, not of one shape"
+            )
         values = {names[key]: shapes[0].get(key) for key in names if shapes}
-    given = read.with_defaults(values)
-    return {key: read.positive_int(given, key) for key in given}
+    present = read.with_defaults(values)
+    return {key: read.positive_int(present, key) for key in present}
 
 
 def _embedding_multiplier(raw: dict[str, Any]) -> float:

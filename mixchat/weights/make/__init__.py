@@ -13,7 +13,6 @@ in a journal, writes the manifest and lets the new model take the old one's plac
 - from_checkpoint.py: a build of shards as they come, for a download
 - rebuild.py: a build of the installed model: converted, calibrated or repaired
 - needs.py: the disk that a build needs
-- writer.py: writes files of weights
-- unfinished.py: spilled tensors, and the check of finished parts
+- unfinished.py: the files of an unfinished model, written and checked
 - calibrator.py: records the inputs of experts, and makes experts anew for them
 """

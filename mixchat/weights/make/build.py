@@ -28,8 +28,7 @@ from mixchat.weights.format.workspace import (
     workspace,
 )
 from mixchat.weights.make.parts import ModelPart, model_parts
-from mixchat.weights.make.unfinished import find_damaged
-from mixchat.weights.make.writer import ModelWriter
+from mixchat.weights.make.unfinished import ModelWriter, find_damaged
 
 CHECKPOINT = "checkpoint"  # its tensors that were read, in the journal
 _SAVE_INTERVAL_S = 2.0
@@ -104,15 +103,17 @@ class Build:
     def find_work(self) -> None:
         """Find the parts that are left to make."""
         recorded = self.journal.made_under(self.head)
-        made = {
+        finished = {
             name: recorded[name]
             for name, header in self.headers.items()
-            if name in recorded and _size(self.directory / name) == header.size
+            if name in recorded
+            and (path := self.directory / name).is_file()
+            and path.stat().st_size == header.size
         }
         self.parts = [
             part
             for part in self.all_parts
-            if not all(spec.name in made.get(part.file, {}) for spec in part.tensors)
+            if not all(spec.name in finished.get(part.file, {}) for spec in part.tensors)
         ]
 
     def discard_other_work(self, progress: Progress) -> None:
@@ -143,8 +144,8 @@ class Build:
     def _finish(self, manifest: Manifest) -> None:
         weights, own = manifest.weights, self.blueprint.descriptions()
         for name, header in self.headers.items():
-            made = self.journal.made[name]
-            digests = {spec.name: made[spec.name] for spec in header.specs}
+            recorded = self.journal.made[name]
+            digests = {spec.name: recorded[spec.name] for spec in header.specs}
             weights[name] = WeightsRecord(header.size, digests, own[name])
         checkpoint = manifest.checkpoint | self.journal.made.get(CHECKPOINT, {})
         finished = replace(
@@ -155,7 +156,3 @@ class Build:
         )
         write_manifest(self.directory, finished)
         swap_in(self.target)
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None

@@ -128,7 +128,7 @@ class ExpertInputs:
         raw = read_json_object(path)
         with suppress(KeyError, TypeError, ValueError):
             mix = Mix(str(raw["request"]), [(up, down) for up, down in raw["forms"]])
-            kinds = {kind for form in mix.forms for kind in form}
+            kinds = {quant_type for form in mix.forms for quant_type in form}
             if len(mix.forms) == self._config.num_moe_layers and kinds <= {None, *TYPES}:
                 return mix
         raise CheckpointError(f"{path}: damaged")

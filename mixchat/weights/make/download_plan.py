@@ -136,8 +136,8 @@ class ShardBytes:
     @classmethod
     def foreseen(cls, checkpoint: int, installed: int) -> ShardBytes:
         """Return the bytes for a checkpoint of this size, before its shards are known."""
-        whole, rest = divmod(checkpoint, _SHARD_BYTES_MAX)
-        fetched = [_SHARD_BYTES_MAX] * whole + [rest]
+        whole, last = divmod(checkpoint, _SHARD_BYTES_MAX)
+        fetched = [_SHARD_BYTES_MAX] * whole + [last]
         written = [installed * size // checkpoint for size in fetched]
         return cls(fetched, written, [0] * len(fetched), [0] * len(fetched))
 
@@ -168,8 +168,8 @@ def find_disk_needs(
     here = machine.disk_usage(workspace(target)) if free_disk is None else 0
 
     def needs(ahead: bool) -> tuple[Need, ...]:
-        found = add_up_needs((target, max(0, shards.peak(ahead=ahead) - here)), *caches)
-        return found if free_disk is None else tuple(replace(n, free=free_disk) for n in found)
+        needed = add_up_needs((target, max(0, shards.peak(ahead=ahead) - here)), *caches)
+        return needed if free_disk is None else tuple(replace(n, free=free_disk) for n in needed)
 
     ahead = all(need.suffices for need in needs(True))
     return needs(ahead), ahead

@@ -23,8 +23,7 @@ from mixchat.weights.format.manifest import FileRecord, Manifest
 from mixchat.weights.format.own_files import COMPANION_FILES
 from mixchat.weights.make.build import CHECKPOINT, NO_PROGRESS, Build
 from mixchat.weights.make.parts import ModelPart
-from mixchat.weights.make.unfinished import Spill
-from mixchat.weights.make.writer import ModelWriter
+from mixchat.weights.make.unfinished import ModelWriter, Spill
 from mixchat.weights.source.checkpoint import Checkpoint
 
 _STOP_TIMEOUT_S = 0.3

@@ -56,10 +56,10 @@ def choose_mix(
     count, sizes = blueprint.config.num_local_experts, _sizes(blueprint)
     options = [[*_options(sizes, each)] for each in sensitivities]
     chosen = [min(own) for own in options]
-    left = budget - count * sum(option.size for option in chosen)
-    if left < 0:
+    remaining = budget - count * sum(option.size for option in chosen)
+    if remaining < 0:
         raise UsageError(
-            f"--expert-bits: the experts take at least {format_least(budget - left)}, and the "
+            f"--expert-bits: the experts take at least {format_least(budget - remaining)}, and the "
             f"budget leaves {format_least(max(budget, 0))} for them",
             hint="Ask for more bits, or for more memory.",
         )
@@ -69,10 +69,10 @@ def choose_mix(
     full = set()
     for _, layer, option in steps:
         added = count * (option.size - chosen[layer].size)
-        if layer in full or added > left:
+        if layer in full or added > remaining:
             full.add(layer)
             continue
-        chosen[layer], left = option, left - added
+        chosen[layer], remaining = option, remaining - added
     return mixed(blueprint, [option.form for option in chosen])
 
 
@@ -119,11 +119,13 @@ def summary(blueprint: Blueprint) -> str:
     """Return in how many layers a matrix has which type."""
     layers = range(blueprint.config.num_moe_layers)
     experts = [blueprint.expert_of(layer) for layer in layers]
-    up = Counter(expert.gate_up.quant_type for expert in experts)
-    down = Counter(expert.down.quant_type for expert in experts)
+    types = {
+        "w1 and w3": Counter(expert.gate_up.quant_type for expert in experts),
+        "w2": Counter(expert.down.quant_type for expert in experts),
+    }
     return "; ".join(
-        f"{name} {', '.join(f'{kind} in {count}' for kind, count in sorted(counts.items()))}"
-        for name, counts in (("w1 and w3", up), ("w2", down))
+        f"{matrix} " + ", ".join(f"{name} in {count}" for name, count in sorted(counts.items()))
+        for matrix, counts in types.items()
     )
 
 
@@ -142,15 +144,15 @@ def usual_type(bits: ExpertSize) -> QuantType | None:
 
 def mixable_types() -> list[QuantType]:
     """Return the types that experts can have in some layers only."""
-    return [name for name, kind in TYPES.items() if kind.mixable]
+    return [name for name, quantization in TYPES.items() if quantization.mixable]
 
 
 @functools.cache
-def squared_error(kind: QuantType) -> float:
+def squared_error(quant_type: QuantType) -> float:
     """Return the squared error of a type on normal numbers, relative to their squares."""
     rows, columns = _SAMPLE_SHAPE
     weight = torch.randn(_SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
-    spec = LinearSpec("w", rows, columns, kind, torch.float32, "search")
+    spec = LinearSpec("w", rows, columns, quant_type, torch.float32, "search")
     wrong = spec.dequantized(spec.encode(weight)) - weight
     return float(wrong.square().sum() / weight.square().sum())
 
@@ -178,7 +180,9 @@ def _steps(options: Sequence[_Option]) -> Iterator[tuple[float, _Option]]:
     The savings fall.
     """
     now = min(options)
-    while better := [other for other in options if other.size > now.size and other.cost < now.cost]:
-        rates = {other: (now.cost - other.cost) / (other.size - now.size) for other in better}
-        now = max(better, key=lambda other: (rates[other], other.size))
+    while better := [
+        option for option in options if option.size > now.size and option.cost < now.cost
+    ]:
+        rates = {option: (now.cost - option.cost) / (option.size - now.size) for option in better}
+        now = max(better, key=lambda option: (rates[option], option.size))
         yield rates[now], now

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mixchat.base.errors import ModelNotFoundError
@@ -15,7 +15,7 @@ from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.journal import Journal
-from mixchat.weights.format.manifest import Source, check_files, read_manifest
+from mixchat.weights.format.manifest import check_files, read_manifest
 from mixchat.weights.format.workspace import workspace
 from mixchat.weights.known_models import KNOWN, known_model
 from mixchat.weights.make.download_plan import DownloadPlan, ShardBytes, find_disk_needs, make_plan
@@ -62,8 +62,8 @@ def outline(
     """Return the outline of a model, with the default options if it is not installed.
 
     bits: of its experts. If it is installed with others, the outline is of a second download.
-    free_disk: the free bytes of another machine's disk. Asks the hub
-    only for one of its models that is neither installed nor known.
+    free_disk: the free bytes of another machine's disk. Asks the hub only for one of its models
+    that is neither installed nor known.
     """
     source, target = None, ref.directory
     flags = [] if bits is None else ["--expert-bits", str(bits)]
@@ -78,36 +78,32 @@ def outline(
         elif free_disk is None:
             return Outline(ref.name, installed, directory, installed=True)
     source = source or ref.find_source(Journal(workspace(target)).source)
-    options = QuantizeOptions(type_of_bits(bits or 4))
-    made = _before_download(source, target, options, free_disk, progress)
-    arguments = (ref.name if ref.source_repo else source.repo, *flags)
-    return replace(made, name=ref.name, arguments=arguments)
+    wanted, plan = type_of_bits(bits or 4), None
+    if (known := known_model(source.repo)) is not None:
+        experts = experts_type(source.repo, known.experts_quant_type, wanted)
+        blueprint = default_blueprint(read_config(known.config), experts)
+        shards = ShardBytes.foreseen(known.fetched_bytes, blueprint.weights_size)
+        disk, _ = find_disk_needs(target, shards, free_disk=free_disk)
+    else:
+        with open_checkpoint(source, target, progress) as checkpoint:
+            blueprint = make_blueprint(checkpoint.index, QuantizeOptions(wanted))
+            plan = make_plan(CheckpointBuild(checkpoint, target, blueprint), free_disk)
+        disk = plan.disk
+    return Outline(
+        ref.name,
+        blueprint,
+        target,
+        installed=False,
+        disk=disk,
+        download=plan,
+        arguments=(ref.name if ref.source_repo else source.repo, *flags),
+    )
 
 
 def known_blueprints() -> dict[tuple[str, ...], Blueprint]:
     """Return the known models as a download makes them by default, by the names of a shape."""
     names: dict[tuple[ModelConfig, QuantType], list[str]] = {}
     for name, known in KNOWN.items():
-        kind: QuantType = known.experts_quant_type or "nf4"
-        names.setdefault((read_config(known.config), kind), []).append(name)
+        quant_type: QuantType = known.experts_quant_type or "nf4"
+        names.setdefault((read_config(known.config), quant_type), []).append(name)
     return {tuple(same): default_blueprint(*shape) for shape, same in names.items()}
-
-
-def _before_download(
-    source: Source,
-    target: Path,
-    options: QuantizeOptions,
-    free_disk: int | None,
-    progress: Progress,
-) -> Outline:
-    name = source.repo
-    if (known := known_model(name)) is not None:
-        experts = experts_type(name, known.experts_quant_type, options.quant_type)
-        blueprint = default_blueprint(read_config(known.config), experts)
-        shards = ShardBytes.foreseen(known.fetched_bytes, blueprint.weights_size)
-        disk, _ = find_disk_needs(target, shards, free_disk=free_disk)
-        return Outline(name, blueprint, target, installed=False, disk=disk)
-    with open_checkpoint(source, target, progress) as checkpoint:
-        blueprint = make_blueprint(checkpoint.index, options)
-        plan = make_plan(CheckpointBuild(checkpoint, target, blueprint), free_disk)
-    return Outline(name, blueprint, target, installed=False, disk=plan.disk, download=plan)

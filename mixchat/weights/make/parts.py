@@ -67,11 +67,21 @@ class ModelPart:
 
     def dense(self, index: CheckpointIndex, read: Read) -> torch.Tensor:
         """Return the checkpoint's matrices, one above the other."""
-        if self.linear is None:
-            pieces, spec = [*_read(index.slices(self.name), index, read)], self.tensors[0]
-            whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        linear, pieces = self.linear, _read(index.slices(self.name), index, read)
+        if linear is None:
+            spec, (first, *others) = self.tensors[0], pieces
+            whole = torch.cat([first, *others]) if others else first
             return whole.to(spec.dtype).view(spec.shape)
-        return self._stacked(self.linear, index, read)
+        if self.is_one_matrix(index):
+            only = next(pieces)
+            # From 16 bits, as `mixchat convert` does, so that `repair` gives the same bytes.
+            return only.to(linear.dtype) if linear.quant_type == "int8" else only
+        whole = torch.empty((linear.rows, linear.columns), dtype=linear.dtype)
+        start = 0
+        for piece in pieces:
+            whole[start : start + len(piece)] = piece
+            start += len(piece)
+        return whole
 
     def read_bias(self, index: CheckpointIndex, read: Read) -> torch.Tensor | None:
         """Return the bias of the matrix [R], if it has one."""
@@ -90,18 +100,6 @@ class ModelPart:
     def _padded(self, made: list[torch.Tensor]) -> list[torch.Tensor]:
         padding = [torch.zeros(spec.shape, dtype=spec.dtype) for spec in self.tensors[len(made) :]]
         return made + padding
-
-    def _stacked(self, linear: LinearSpec, index: CheckpointIndex, read: Read) -> torch.Tensor:
-        if self.is_one_matrix(index):
-            (only,) = _read(index.slices(self.name), index, read)
-            # From 16 bits, as `mixchat convert` does, so that `repair` gives the same bytes.
-            return only.to(linear.dtype) if linear.quant_type == "int8" else only
-        whole = torch.empty((linear.rows, linear.columns), dtype=linear.dtype)
-        start = 0
-        for piece in _read(index.slices(self.name), index, read):
-            whole[start : start + len(piece)] = piece
-            start += len(piece)
-        return whole
 
     def is_one_matrix(self, index: CheckpointIndex) -> bool:
         """Return whether it is made of one matrix as it is stored."""

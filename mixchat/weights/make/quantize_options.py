@@ -61,27 +61,35 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
     """
     given_4bit = index.experts_quant_type
     quant_type = experts_type(index.where, given_4bit, options.quant_type)
-    unquantized = quant_type == "none"
+    shape = Blueprint(index.config, Quantization())
+    layers = map(shape.dense_matrices, range(index.config.num_hidden_layers))
+    attention = [f"{spec.name}.weight" for layer in layers for spec in layer]
 
-    def type_of(part: str, matrices: list[str], bits: int | None) -> QuantType:
+    def type_of(part: str, names: list[str], bits: int | None) -> QuantType:
+        sources = [source.name for name in names for source in index.slices(name)]
         if (
             given_4bit
             and TYPES[given_4bit].for_dense_parts
-            and all(index.quant_type(matrix) == given_4bit for matrix in matrices)
+            and all(index.quant_type(source) == given_4bit for source in sources)
         ):
             if bits not in (None, TYPES[given_4bit].bits):
                 raise _has_4_bits(index.where, part, given_4bit)
             return given_4bit
         if bits is None:
-            unrounded = options.quant_type == "none"
-            bits = 16 if unrounded else default_dense_bits(index.config)
+            bits = 16 if options.quant_type == "none" else default_dense_bits(index.config)
         return type_of_bits(bits, quant_type)
 
+    # The type that holds all weights exactly, or bf16 for mixed ones.
+    dtype = torch.bfloat16
+    if quant_type == "none" and index.dtype == torch.float32:
+        dtype = torch.float32
+    elif quant_type == "none" and index.dtypes == {torch.float16}:
+        dtype = torch.float16
     quantization = Quantization(
         quant_type=quant_type,
-        attention=type_of("attention", _attention(index), options.attention),
-        head=type_of("head", _head(index), options.head),
-        dtype=_exact_dtype(index) if unquantized else torch.bfloat16,
+        attention=type_of("attention", attention, options.attention),
+        head=type_of("head", [f"{HEAD}.weight"], options.head),
+        dtype=dtype,
         scales="given" if given_4bit or quant_type == "none" else options.scales,
     )
     return Blueprint(index.config, quantization)
@@ -98,9 +106,7 @@ def experts_type(where: str, given_4bit: QuantType | None, wanted: QuantType) ->
 
 
 def default_blueprint(
-    config: ModelConfig,
-    quant_type: QuantType = "nf4",
-    dense_bits: int | None = None,
+    config: ModelConfig, quant_type: QuantType = "nf4", dense_bits: int | None = None
 ) -> Blueprint:
     """Return the blueprint of the model that a download makes by default.
 
@@ -108,15 +114,12 @@ def default_blueprint(
     """
     dense = type_of_bits(dense_bits or default_dense_bits(config))
     scales: Scales = "given" if quant_type == "mxfp4" else QuantizeOptions.scales
-    return Blueprint(
-        config,
-        Quantization(quant_type, attention=dense, head=dense, scales=scales),
-    )
+    return Blueprint(config, Quantization(quant_type, dense, dense, scales=scales))
 
 
-def _has_4_bits(where: str, part: str, kind: QuantType) -> UsageError:
+def _has_4_bits(where: str, part: str, quant_type: QuantType) -> UsageError:
     return UsageError(
-        f"{where}: the checkpoint has the {part} in 4 bits already ({kind})",
+        f"{where}: the checkpoint has the {part} in 4 bits already ({quant_type})",
         hint="Other bits would round the weights twice: leave them out, or download a checkpoint "
         "that is not quantized.",
     )
@@ -127,20 +130,3 @@ def rounded_from(index: CheckpointIndex, blueprint: Blueprint) -> str | None:
     if blueprint.quantization.dtype != torch.bfloat16 or index.dtypes <= {torch.bfloat16}:
         return None
     return "fp32" if torch.float32 in index.dtypes else "fp16"
-
-
-def _exact_dtype(index: CheckpointIndex) -> torch.dtype:
-    """Return the type that holds all weights exactly, or bf16 for mixed ones."""
-    if index.dtype == torch.float32:
-        return torch.float32
-    return torch.float16 if index.dtypes == {torch.float16} else torch.bfloat16
-
-
-def _attention(index: CheckpointIndex) -> list[str]:
-    layers, shape = range(index.config.num_hidden_layers), Blueprint(index.config, Quantization())
-    names = (f"{spec.name}.weight" for layer in layers for spec in shape.dense_matrices(layer))
-    return [source.name for name in names for source in index.slices(name)]
-
-
-def _head(index: CheckpointIndex) -> list[str]:
-    return [source.name for source in index.slices(f"{HEAD}.weight")]

@@ -33,7 +33,7 @@ from mixchat.weights.format.workspace import base_of
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.needs import SMALL_FILES_BYTES, Need
 from mixchat.weights.make.parts import ModelPart, model_parts
-from mixchat.weights.make.writer import ModelWriter
+from mixchat.weights.make.unfinished import ModelWriter
 
 
 class Remake(NamedTuple):
@@ -64,7 +64,11 @@ class Rebuild(Build):
         old = installed_blueprint(directory, self._manifest)
         self._old_headers = old.headers()
         self._old_parts = {(part.name, part.linear is None): part for part in model_parts(old)}
-        changed = {part.file for part in model_parts(blueprint) if self._changes(part)}
+        changed = {
+            part.file
+            for part in model_parts(blueprint)
+            if self._old_part(part).tensors != part.tensors or (remake and remake.parts(part))
+        }
         self.changed = changed | {*damaged}
         linked = _has_links(directory)
         self._kept = self._old_headers.keys() - self.changed if linked else set()
@@ -106,17 +110,12 @@ class Rebuild(Build):
     def made_parts(
         self, writer: ModelWriter, progress: Progress
     ) -> Iterator[tuple[ModelPart, Sequence[torch.Tensor]]]:
+        remake = self._remake
         for part in self.parts:
-            if self._remake is not None and self._remake.parts(part):
-                yield part, self._remake.make(part)
+            if remake is not None and remake.parts(part):
+                yield part, remake.make(part)
             else:
                 yield part, self._converted(self._old_part(part), part)
-
-    def _changes(self, part: ModelPart) -> bool:
-        old = self._old_part(part)
-        return old.tensors != part.tensors or (
-            self._remake is not None and self._remake.parts(part)
-        )
 
     def _old_part(self, part: ModelPart) -> ModelPart:
         """Return the part of the installed model that a part is made of.
