@@ -30,7 +30,7 @@ from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.source import demo
 from mixchat.weights.source.checkpoint import DirectoryCheckpoint
-from mixchat.weights.source.upcycle import upcycle
+from mixchat.weights.source.demo import upcycle
 
 HIDDEN = 768  # a multiple of the 256 weights of llama.cpp's blocks
 ONE_EXPERT = {"num_local_experts": 1, "num_experts_per_tok": 1}

@@ -168,11 +168,11 @@ def _served(work: Path) -> Iterator[tuple[str, tuple[str, ...], dict[str, str]]]
 def _lose_patience() -> None:
     """Let children wait for seconds."""
     from mixchat.serving.client import patience
-    from mixchat.weights.source import hub_limits, transfer
+    from mixchat.weights.source import hub_request, transfer
 
     patience._SMALL_S = patience._ANSWER_S = patience._QUEUE_S = 5.0
     patience._BYTE_S = 0.0
-    hub_limits._PACE_S = 5.0
+    hub_request._PACE_S = 5.0
     transfer._WAITS_S = (0.0,) * 5  # type: ignore[assignment]
 
 

@@ -80,7 +80,7 @@ def save_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(two_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The installed model of `two_shards`, as if from the hub. Do not write into it."""
     target = tmp_path_factory.mktemp("made") / "model"
-    checkpoint = DirectoryCheckpoint(two_shards, Source(REPO, COMMIT), fingerprint=COMMIT)
+    checkpoint = DirectoryCheckpoint(two_shards, Source(REPO, COMMIT))
     CheckpointBuild(checkpoint, target, make_blueprint(checkpoint.index, QuantizeOptions())).run()
     return target
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Event
 from types import MappingProxyType
@@ -91,7 +91,7 @@ class Checkpoint:
 class DirectoryCheckpoint(Checkpoint):
     """A checkpoint in a directory. Raises `CheckpointError` if it is not complete."""
 
-    def __init__(self, directory: Path, source: Source, fingerprint: str | None = None) -> None:
+    def __init__(self, directory: Path, source: Source) -> None:
         self.source, self._directory = source, directory
         config = read_config_file(directory / CONFIG)
         where = str(directory)
@@ -110,7 +110,7 @@ class DirectoryCheckpoint(Checkpoint):
         self.index = CheckpointIndex(config, headers, weight_map, where)
         self.size = self.index.size
         files = {name: directory / name for name in self.index.shards}
-        self.fingerprint = fingerprint or fingerprint_of(files)
+        self.fingerprint = source.commit or fingerprint_of(files)
 
     def companions(self) -> Path:
         return self._directory
@@ -122,6 +122,15 @@ def fingerprint_of(files: Mapping[str, Path]) -> str:
     stats = [(name, path.stat()) for name, path in sorted(files.items())]
     text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def remove_files(directory: Path, names: Iterable[str]) -> None:
+    """Remove small files in a workspace's `source/`, and both directories once they are empty."""
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        directory.rmdir()
+        directory.parent.rmdir()
 
 
 class Stopped(Exception):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
@@ -17,7 +16,7 @@ from mixchat.weights.families.gguf_config import gguf_config
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.matrix.gguf_format import GgufSpec
-from mixchat.weights.source.checkpoint import Checkpoint, fingerprint_of
+from mixchat.weights.source.checkpoint import Checkpoint, fingerprint_of, remove_files
 from mixchat.weights.source.checkpoint_index import CONFIG, CheckpointIndex
 from mixchat.weights.source.gguf_file import GgufFile, GgufHeader
 from mixchat.weights.source.gguf_text import generation_config, text_files
@@ -39,14 +38,7 @@ class GgufCheckpoint(Checkpoint):
     Raises `CheckpointError` if it is not complete.
     """
 
-    def __init__(
-        self,
-        files: Mapping[str, Path],
-        source: Source,
-        directory: Path,
-        *,
-        fixed: str | None = None,
-    ) -> None:
+    def __init__(self, files: Mapping[str, Path], source: Source, directory: Path) -> None:
         self.source, self._files, self._directory = source, files, directory
         headers = {}
         for name, path in files.items():
@@ -54,7 +46,7 @@ class GgufCheckpoint(Checkpoint):
                 headers[name] = file.header
         self.index, self._made = read_gguf(headers, source.repo)
         self.size = self.index.size
-        self.fingerprint = fixed or fingerprint_of(files)
+        self.fingerprint = source.commit or fingerprint_of(files)
 
     def companions(self) -> Path:
         write_made(self._directory, self._made)
@@ -67,11 +59,7 @@ class GgufCheckpoint(Checkpoint):
         return self.index.open(shard, self._files[shard])
 
     def close(self) -> None:
-        for name in self._made:
-            (self._directory / name).unlink(missing_ok=True)
-        with suppress(OSError):
-            self._directory.rmdir()
-            self._directory.parent.rmdir()
+        remove_files(self._directory, self._made)
 
 
 def read_gguf(

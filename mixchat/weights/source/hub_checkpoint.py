@@ -19,7 +19,7 @@ from mixchat.base.safetensors import Header
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.format.workspace import SOURCE_DIR
 from mixchat.weights.source import hub
-from mixchat.weights.source.checkpoint import Checkpoint, ShardReader, Stopped
+from mixchat.weights.source.checkpoint import Checkpoint, ShardReader, Stopped, remove_files
 from mixchat.weights.source.gguf_checkpoint import write_made
 from mixchat.weights.source.hub import HubListing, RemoteFile
 from mixchat.weights.source.hub_errors import plain_errors
@@ -70,11 +70,8 @@ class HubCheckpoint(Checkpoint):
         return self._directory
 
     def close(self) -> None:
-        for name in (*(file.path for file in self._remote.small), *self._remote.metadata_files):
-            (self._directory / name).unlink(missing_ok=True)
-        with suppress(OSError):
-            self._directory.rmdir()
-            self._directory.parent.rmdir()
+        small = [file.path for file in self._remote.small]
+        remove_files(self._directory, [*small, *self._remote.metadata_files])
 
     def missing(self, shard: str) -> int:
         file = self._remote.shards[shard]

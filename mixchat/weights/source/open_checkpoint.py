@@ -52,22 +52,19 @@ def _open_checkpoint(
         if directory.is_symlink():  # a link must not choose where files are written
             directory.unlink()
     if path.is_absolute():
+        directory, known = path, source
         files = local_files(path) if path.suffix == SUFFIX else _gguf_files(path, source.repo)
-        return (
-            GgufCheckpoint(files, source, small_files)
-            if files
-            else DirectoryCheckpoint(path, source)
-        )
-    if snapshot := _offline_snapshot(source):
-        commit = snapshot.name
-        known = replace(source, commit=commit)
+    elif snapshot := _offline_snapshot(source):
+        directory, known = snapshot, replace(source, commit=snapshot.name)
         repo, _, quantization = source.repo.partition(":")
-        if files := _gguf_files(snapshot, repo, quantization):
-            return GgufCheckpoint(files, known, small_files, fixed=commit)
-        return DirectoryCheckpoint(snapshot, known, fingerprint=commit)
-    remote = _look_up(source)
-    resolved = replace(source, commit=remote.commit)
-    return HubCheckpoint(remote, resolved, place, keep_source=keep_source)
+        files = _gguf_files(snapshot, repo, quantization)
+    else:
+        remote = _look_up(source)
+        resolved = replace(source, commit=remote.commit)
+        return HubCheckpoint(remote, resolved, place, keep_source=keep_source)
+    if files:
+        return GgufCheckpoint(files, known, small_files)
+    return DirectoryCheckpoint(directory, known)
 
 
 def _look_up(source: Source) -> hub.HubListing:

@@ -19,8 +19,7 @@ from mixchat.base.progress import Task
 from mixchat.weights.format.workspace import PART_SUFFIX
 from mixchat.weights.source.checkpoint import Stopped
 from mixchat.weights.source.hub_errors import is_transient
-from mixchat.weights.source.hub_limits import WrongAnswer
-from mixchat.weights.source.hub_request import RemoteBytes, retry_after
+from mixchat.weights.source.hub_request import RemoteBytes, WrongAnswer, retry_after
 
 _CHUNK_BYTES = 1 << 20
 _SYNC_BYTES = 1 << 28  # that a power cut can take back

@@ -16,7 +16,7 @@ from fake_hub import FakeHub
 from weight_tools import Bar
 
 from mixchat.base.errors import HubError
-from mixchat.weights.source import hub_limits, hub_request
+from mixchat.weights.source import hub_request
 from mixchat.weights.source.transfer import fetch_and_discard, fetch_file, part_path, read_range
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n%s\r\n"
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture(autouse=True)
 def patient_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_limits, "_PACE_S", 0.3)
+    monkeypatch.setattr(hub_request, "_PACE_S", 0.3)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def test_a_byte_now_and_then_is_not_waited_for(cache, tmp_path, head, piece, wha
 
 
 def test_a_listing_has_minutes_at_most(cache, monkeypatch):
-    monkeypatch.setattr(hub_limits, "_PACE_BYTES", 10)
+    monkeypatch.setattr(hub_request, "_PACE_BYTES", 10)
     monkeypatch.setattr(hub_request, "_JSON_S", 1.0)
     slow = endless(HEAD % b"", b" " * 100, 0.05)
     with slow as url, pytest.raises(HubError, match="too slowly"):
@@ -125,7 +125,7 @@ def url(hub: FakeHub) -> str:
 
 
 def test_a_slow_but_steady_line_brings_a_file_in_one_request(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub_limits, "_PACE_BYTES", 1000)
+    monkeypatch.setattr(hub_request, "_PACE_BYTES", 1000)
     hub.delay, hub.step = 0.03, 2000  # for many times the pace's period
     fetch_file(url(hub), tmp_path / NAME, len(DATA), SHA256, Bar(), Event())
     assert (tmp_path / NAME).read_bytes() == DATA
@@ -147,7 +147,7 @@ def test_time_in_which_this_process_does_something_else_is_not_the_hubs(hub, tmp
             super().advance(amount)
             time.sleep(0.15)
 
-    monkeypatch.setattr(hub_limits, "_PACE_S", 2.0)
+    monkeypatch.setattr(hub_request, "_PACE_S", 2.0)
     hub.step = 5000
     fetch_file(url(hub), tmp_path / NAME, len(DATA), SHA256, Slow(), Event())
     assert [request.range for request in hub.requests if request.where == "store"] == [None]
@@ -170,7 +170,7 @@ def test_other_requests_of_the_same_thread_have_no_limits(hub):
 
 def test_each_thread_has_limits_of_its_own(hub, monkeypatch):
     """One connection's reads counted for all."""
-    monkeypatch.setattr(hub_limits, "_SPARE_BYTES", 0)
+    monkeypatch.setattr(hub_request, "_SPARE_BYTES", 0)
     results = []
 
     def read() -> None:
