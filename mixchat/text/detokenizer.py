@@ -89,7 +89,10 @@ class StopStrings:
         if ends:
             self._held, self._stopped = "", True
             return text[: min(ends)[1]], True
-        safe = len(text) - self._partial(text)
+        longest = max((len(s) - 1 for s in self._strings), default=0)
+        sizes = range(min(longest, len(text)), 0, -1)
+        begun = (size for size in sizes if any(s.startswith(text[-size:]) for s in self._strings))
+        safe = len(text) - next(begun, 0)
         self._held = text[safe:]
         return text[:safe], False
 
@@ -97,10 +100,3 @@ class StopStrings:
         """Return the text that was held back, at the end of a text without a stop string."""
         held, self._held = self._held, ""
         return held
-
-    def _partial(self, text: str) -> int:
-        """Return the length of the longest end of `text` that begins a stop string."""
-        longest = max((len(s) - 1 for s in self._strings), default=0)
-        sizes = range(min(longest, len(text)), 0, -1)
-        begins = (size for size in sizes if any(s.startswith(text[-size:]) for s in self._strings))
-        return next(begins, 0)

@@ -71,13 +71,13 @@ def json_of(literal: str, quote: str) -> str:
     """Return a literal as JSON. What is no literal is a string."""
 
     def converted(match: re.Match[str]) -> str:
-        found = match[0]
+        token = match[0]
         if match["text"]:
             size = len(quote)
-            return json.dumps(_unescaped(found) if quote == PYTHON else found[size:-size])
+            return json.dumps(_unescaped(token) if quote == PYTHON else token[size:-size])
         if match["word"]:
-            return _CONSTANTS.get(found, found)
-        return json.dumps(found) if quote == GEMMA else "[" if found == "(" else "]"
+            return _CONSTANTS.get(token, token)
+        return json.dumps(token) if quote == GEMMA else "[" if token == "(" else "]"
 
     return checked_json(_TOKENS[quote].sub(converted, literal)) or json.dumps(literal)
 
@@ -85,14 +85,15 @@ def json_of(literal: str, quote: str) -> str:
 def checked_json(text: str) -> str | None:
     """Return JSON in its usual form, None if the text is no JSON."""
     with suppress(ValueError, RecursionError):
-        value = json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, parse_constant=refuse_constant)
         with suppress(ValueError):
             return json.dumps(value, allow_nan=False)
         return text  # with a number that is larger than Python's
     return None
 
 
-def _refuse(constant: str) -> NoReturn:
+def refuse_constant(constant: str) -> NoReturn:
+    """Raise `ValueError` for a constant that JSON lacks, such as NaN."""
     raise ValueError(f"{constant} is not a number in JSON")
 
 

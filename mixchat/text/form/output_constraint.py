@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mixchat.base.errors import CheckpointError, UsageError
 from mixchat.base.progress import Note, waiting_for
 from mixchat.text.form.grammar import looks_like_gbnf
+from mixchat.text.literals import refuse_constant
 from mixchat.text.sandbox import Sandbox, SandboxCall
 
 PROGRAM = "mixchat.text.form.form_child"  # the inside of the sandbox
@@ -142,11 +143,8 @@ def _read(path: Path, note: Note) -> str:
 
 
 def _parsed(text: str) -> object:
-    def refuse(constant: str) -> object:
-        raise ValueError(f"{constant} is not a number in JSON")
-
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         position = f"line {error.lineno}, column {error.colno}"
         raise UsageError(f"not JSON at {position}: {error.msg}") from None
