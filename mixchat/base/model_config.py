@@ -28,58 +28,14 @@ MixerType = Literal["attention", "latent_attention", "linear_attention", "conv",
 class ModelConfig:
     """The shape and the features of a model, under Hugging Face's names.
 
-    `intermediate_size` is an expert's. Only `weights/` asks for `model_type`.
-
-    layer_types: one a layer, all "full_attention" if it is empty. `sliding_window` is in tokens.
-    sliding_rope_parameters: of sliding layers, if they differ.
-    global_head_dim, num_global_key_value_heads: of full layers, if they differ from sliding ones.
-    linear_conv_kernel_dim, linear_key_head_dim, linear_value_head_dim, linear_num_key_heads,
-    linear_num_value_heads: of "linear_attention", which is a Gated DeltaNet.
-    conv_L_cache: the tokens that the short convolution of a layer "conv" reads.
-    mamba_n_heads, mamba_d_head, mamba_n_groups, mamba_d_state, mamba_d_conv, mamba_conv_bias: of
-    "mamba", which is Mamba2. The heads of a group share B and C of mamba_d_state numbers.
-    kv_lora_rank: the width of the latent that keys and values are made of, 0 for none. Then all
-    layers have latent attention. Its heads are of qk_nope_head_dim + qk_rope_head_dim columns, of
-    which the last ones rotate, and values of v_head_dim. q_lora_rank: the width of the latent of
-    queries, 0 for none.
-    attention_k_eq_v: values of full layers are their keys before these are normalized and rotate.
-    v_norm: an RMSNorm of each head of values, without weights.
-    attn_output_gate: the sigmoid of a gate multiplies each column of attention's output.
-    fp32_norms: norms multiply by their weights in fp32, and round once. Others round before.
-    norm_topk_prob: whether the weights of the chosen experts sum to one.
-    scoring_func: makes these weights of the router's logits. routed_scaling_factor multiplies them.
-    e_score_correction_bias: whether a number for each expert joins the scores for the choice.
-    n_group, topk_group: the groups of experts, and those that a token chooses its experts of. A
-    group's score is that of its best expert, or with corrections the sum of its two best.
-    shared_expert_intermediate_size: of a dense part of each layer, which all tokens go through
-    beside the experts, 0 for none. shared_expert_gate: whether its output is multiplied by the
-    sigmoid of a gate.
-    first_k_dense_replace: the count of layers at the beginning that have no experts, but a dense
-    part of dense_intermediate_size. What holds experts counts the layers after them from 0.
-    num_nextn_predict_layers: of a checkpoint's layers after these, which are left out.
-    left_out: the uses of a checkpoint's parts that are not of the language model.
-    qk_norm: an RMSNorm of queries and keys before they rotate, of each head or all heads together.
-    clip_qkv: the largest absolute value of queries, keys and values.
-    attention_bias: of the q, k, v and o projections. `qkv_bias`: of q, k and v alone.
-    moe_bias: of the router and the experts.
-    attention_sinks: one logit a head in the sum of the softmax.
-    hidden_act: the function of the gate in an expert or a dense part.
-    swiglu_limit: experts compute (up + 1) * gate * sigmoid(swiglu_alpha * gate), with gate and up
-    clamped, and otherwise hidden_act(gate) * up.
-    sandwich_norms: the outputs of mixer, dense part and experts have norms, too, as has the sum of
-    both. The inputs of router, dense part and experts have a norm each. A number multiplies what a
-    layer gives.
-    per_expert_scale: a number for each expert multiplies its weight.
-    final_logit_softcapping: logits are capped by tanh(logits / it) times it.
-    embedding_multiplier, attention_multiplier (of scores, None for 1 / sqrt(head_dim)),
-    residual_multiplier, logits_scaling: in the weights of an installed model, so that only
-    `weights/` asks for them.
+    Only `weights/` asks for `model_type`, and for the multipliers, which are in the weights of an
+    installed model.
     """
 
     model_type: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of an expert
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -91,58 +47,78 @@ class ModelConfig:
     rope_parameters: RopeParameters
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
-    sliding_window: int | None = None
-    layer_types: tuple[LayerType, ...] = ()
-    sliding_rope_parameters: RopeParameters | None = None
+    sliding_window: int | None = None  # tokens
+    layer_types: tuple[LayerType, ...] = ()  # one a layer, all "full_attention" if it is empty
+    sliding_rope_parameters: RopeParameters | None = None  # of sliding layers, if they differ
+    # Of full layers, if they differ from sliding ones.
     global_head_dim: int | None = None
     num_global_key_value_heads: int | None = None
+    # Of "linear_attention", which is a Gated DeltaNet.
     linear_conv_kernel_dim: int = 0
     linear_key_head_dim: int = 0
     linear_value_head_dim: int = 0
     linear_num_key_heads: int = 0
     linear_num_value_heads: int = 0
-    conv_L_cache: int = 0
+    conv_L_cache: int = 0  # the tokens that the short convolution of a layer "conv" reads
+    # Of "mamba", which is Mamba2. The heads of a group share B and C of mamba_d_state numbers.
     mamba_n_heads: int = 0
     mamba_d_head: int = 0
     mamba_n_groups: int = 0
     mamba_d_state: int = 0
     mamba_d_conv: int = 0
     mamba_conv_bias: bool = False
+    # The widths of the latents that keys and values, and queries are made of, 0 for none. With the
+    # first, all layers have latent attention. The last columns of its heads rotate.
     kv_lora_rank: int = 0
     q_lora_rank: int = 0
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+    # Values of full layers are their keys before these are normalized and rotate.
     attention_k_eq_v: bool = False
-    v_norm: bool = False
-    attn_output_gate: bool = False
+    v_norm: bool = False  # an RMSNorm of each head of values, without weights
+    attn_output_gate: bool = False  # its sigmoid multiplies each column of attention's output
+    # Norms multiply by their weights in fp32, and round once. Others round before.
     fp32_norms: bool = False
-    norm_topk_prob: bool = True
+    norm_topk_prob: bool = True  # whether the weights of the chosen experts sum to one
+    # Makes these weights of the router's logits.
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
-    routed_scaling_factor: float = 1.0
-    e_score_correction_bias: bool = False
+    routed_scaling_factor: float = 1.0  # of these weights
+    e_score_correction_bias: bool = False  # a number an expert that joins scores for the choice
+    # The groups of experts, and those that a token chooses its experts of. A group's score is that
+    # of its best expert, or with corrections the sum of its two best.
     n_group: int = 1
     topk_group: int = 1
+    # Of a dense part of each layer, which all tokens go through beside the experts, 0 for none. The
+    # sigmoid of the gate multiplies its output.
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
+    # The layers at the beginning that have a dense part of this size instead of experts. What holds
+    # experts counts the layers after them from 0.
     first_k_dense_replace: int = 0
     dense_intermediate_size: int = 0
-    num_nextn_predict_layers: int = 0
-    left_out: tuple[str, ...] = ()
+    num_nextn_predict_layers: int = 0  # layers of a checkpoint after these, which are left out
+    left_out: tuple[str, ...] = ()  # the uses of parts that are not of the language model
+    # An RMSNorm of queries and keys before they rotate, of each head or all heads together.
     qk_norm: Literal["head", "projection"] | None = None
-    clip_qkv: float | None = None
-    attention_bias: bool = False
-    qkv_bias: bool = False
-    attention_sinks: bool = False
-    moe_bias: bool = False
+    clip_qkv: float | None = None  # the largest absolute value of queries, keys and values
+    attention_bias: bool = False  # of the q, k, v and o projections
+    qkv_bias: bool = False  # of q, k and v alone
+    attention_sinks: bool = False  # one logit a head in the sum of the softmax
+    moe_bias: bool = False  # of the router and the experts
+    # With a limit experts compute (up + 1) * gate * sigmoid(swiglu_alpha * gate), with gate and up
+    # clamped, and otherwise hidden_act(gate) * up, as dense parts do.
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
     hidden_act: HiddenAct = "silu"
+    # The outputs of mixer, dense part and experts have norms, too, as has the sum of both. The
+    # inputs of router, dense part and experts have a norm each. A number multiplies what a layer
+    # gives.
     sandwich_norms: bool = False
-    per_expert_scale: bool = False
-    final_logit_softcapping: float | None = None
+    per_expert_scale: bool = False  # a number for each expert multiplies its weight
+    final_logit_softcapping: float | None = None  # logits become tanh(logits / it) * it
     embedding_multiplier: float = 1.0
-    attention_multiplier: float | None = None
+    attention_multiplier: float | None = None  # of scores, None for 1 / sqrt(head_dim)
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
 

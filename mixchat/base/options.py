@@ -115,36 +115,21 @@ class ChatOptions:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """The options of loading a model. None chooses by the machine.
+    """The options of loading a model. None chooses by the machine."""
 
-    - host_memory: RAM for experts
-    - device_memory: memory to take on a GPU, one amount for all GPUs or one for each
-    - context_size: in tokens
-    - least_context: tokens for which the context has room if memory allows and nobody chose one
-    - kv_bits: bits of a number in the KV cache, None for the model's dtype
-    - exact_prompts: compute batch-invariantly, with the bits of decode
-    - parallel: the conversations at once, each with a KV cache of this context
-    - speculation: verify several tokens in one pass if text is repeated
-    - device: torch's name, or several with commas between them
-    - cache_policy: a key of `experts.cache.POLICIES`
-    - trace: a file that gets the routing
-    - workers: their addresses, HOST[:PORT]
-    - key_file: the file of the workers' key
-    """
-
-    host_memory: MemoryBudget | None = None
-    device_memory: tuple[MemoryBudget, ...] = ()
-    context_size: int | None = None
-    least_context: int = 0
-    kv_bits: CacheBits | None = None
-    exact_prompts: bool = False
-    parallel: int = 1
-    speculation: bool = True
-    device: str | None = None
-    cache_policy: str = DEFAULT_POLICY
-    trace: Path | None = None
-    workers: tuple[str, ...] = ()
-    key_file: Path | None = None
+    host_memory: MemoryBudget | None = None  # RAM for experts
+    device_memory: tuple[MemoryBudget, ...] = ()  # to take on all GPUs, or on each
+    context_size: int | None = None  # tokens
+    least_context: int = 0  # tokens, if memory allows and nobody chose a context
+    kv_bits: CacheBits | None = None  # of a number in the KV cache, None for the model's dtype
+    exact_prompts: bool = False  # compute batch-invariantly, with the bits of decode
+    parallel: int = 1  # conversations at once, each with a KV cache of this context
+    speculation: bool = True  # verify several tokens in one pass if text is repeated
+    device: str | None = None  # torch's name, or several with commas between them
+    cache_policy: str = DEFAULT_POLICY  # a key of `experts.cache.POLICIES`
+    trace: Path | None = None  # a file that gets the routing
+    workers: tuple[str, ...] = ()  # their addresses, HOST[:PORT]
+    key_file: Path | None = None  # of the workers' key
 
 
 def device_names(text: str) -> list[str]:
