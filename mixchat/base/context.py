@@ -15,14 +15,11 @@ _USUAL = 4  # an answer may take 1/4 of the context by default
 
 @dataclass(frozen=True)
 class Context:
-    """The tokens of prompt and answer together, and the model's largest number.
-
-    is_chosen: by a person. If not, free memory decided.
-    """
+    """The tokens of prompt and answer together, and the model's largest number."""
 
     tokens: int
     largest: int
-    is_chosen: bool = True
+    is_chosen: bool = True  # by a person; if not, free memory decided
 
     @classmethod
     def of(cls, config: ModelConfig, tokens: int | None) -> Context:

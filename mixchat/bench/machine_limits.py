@@ -21,13 +21,11 @@ from mixchat.weights.matrix.quant_type import QuantType
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of the device that computes.
+    """The limits of the device that computes."""
 
-    memory: bytes a second in reading. gemm: operations a second of matrix products, in the form in
-    which prompts are computed. On a CPU that depends on the types of the model's weights.
-    """
-
-    memory: float
+    memory: float  # bytes a second in reading
+    # Operations a second of matrix products, in the form in which prompts are computed. On a CPU
+    # that depends on the types of the model's weights.
     gemm: float
 
 

@@ -41,15 +41,12 @@ _RANDOM_TOKENS = 2048  # of a random context, stored at once
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """The tasks to measure. `contexts` and `prompts` are counts of tokens.
-
-    tokens: how many are decoded each time. rounds: how often each task is measured.
-    """
+    """The tasks to measure. `contexts` and `prompts` are counts of tokens."""
 
     contexts: Sequence[int] = (0,)
     prompts: Sequence[int] = (512,)
-    tokens: int = 48
-    rounds: int = 5
+    tokens: int = 48  # decoded each time
+    rounds: int = 5  # how often each task is measured
 
     @property
     def context_size(self) -> int:
@@ -59,15 +56,12 @@ class BenchOptions:
 
 @dataclass
 class BenchTask:
-    """Decoding after `length` tokens, or a prompt of `length` tokens.
-
-    rates, limit_rates: tokens a second in each round, and the most that its limits allow.
-    """
+    """Decoding after `length` tokens, or a prompt of `length` tokens."""
 
     phase: Literal["decode", "prompt"]
     length: int
-    rates: list[float] = field(default_factory=list)
-    limit_rates: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)  # tokens a second, in each round
+    limit_rates: list[float] = field(default_factory=list)  # the most that the limits allow
 
     @property
     def name(self) -> str:
@@ -98,20 +92,15 @@ class PromptTime:
 
 @dataclass(frozen=True)
 class ColdStart:
-    """The first token with nothing of the model in memory, and of later prompts.
+    """The first token with nothing of the model in memory, and of later prompts."""
 
-    starting: seconds until Python and its libraries run. loading: seconds to read `shared` bytes,
-    which all tokens share. disk, copy: bandwidths in bytes a second, None if they cannot be
-    measured.
-    """
-
-    starting: float
-    loading: float
+    starting: float  # seconds until Python and its libraries run
+    loading: float  # seconds to read the `shared` bytes, which all tokens share
     prompt: PromptTime
     warm: PromptTime
     shared: int
-    disk: float | None
-    copy: float | None
+    disk: float | None  # bytes a second, None if it cannot be measured
+    copy: float | None  # to a GPU, as `disk`
 
     @property
     def seconds(self) -> float:

@@ -9,16 +9,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """The bytes that each token adds to the UTF-8 of a text, none for control tokens.
+    """The bytes that each token adds to the UTF-8 of a text, none for control tokens."""
 
-    `within` has the bytes of a token that follows others, by id. `first` has only the tokens that
-    add other bytes at the start of a text, because SentencePiece drops a leading space there.
-    `names` has the names of control tokens that a person sees, such as `<think>`: their checkpoint
-    does not mark them as special.
-    """
-
-    within: Sequence[bytes]
+    within: Sequence[bytes]  # of a token that follows others, by id
+    # Only the tokens that add other bytes at the start of a text, because SentencePiece drops a
+    # leading space there.
     first: Mapping[int, bytes]
+    # Of control tokens that a person sees, such as `<think>`, which are not marked as special.
     names: Mapping[int, bytes] = field(default_factory=dict)
 
     def added(self, token: int, *, is_first: bool) -> bytes:

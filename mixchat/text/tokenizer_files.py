@@ -18,20 +18,15 @@ MAX_TOKENIZER_FILE = 64_000_000
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that a checkpoint adds to its tokenizer's vocabulary.
-
-    The flags come from the package tokenizers. `lstrip` and `rstrip` remove the white space next to
-    the token, `single_word` requires white space or punctuation there, and `normalized` looks for
-    the token in the normalized text.
-    """
+    """A token that a checkpoint adds to its vocabulary, with flags of the package tokenizers."""
 
     id: int
     content: str
     special: bool
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
-    normalized: bool = False
+    lstrip: bool = False  # removes the white space before the token
+    rstrip: bool = False  # and after it
+    single_word: bool = False  # requires white space or punctuation there
+    normalized: bool = False  # looks for the token in the normalized text
 
     @property
     def is_control(self) -> bool:

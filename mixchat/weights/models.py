@@ -102,20 +102,17 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model in the data directory. `problem` is None if it is finished and can be read.
-
-    `bytes` is its size on disk, `weights` the size of its files of weights. `context` is in tokens.
-    """
+    """A model in the data directory."""
 
     key: str
     path: Path
-    bytes: int
+    bytes: int  # on disk
     source: str = ""
     commit: str | None = None
     quantization: str = ""
-    context: int | None = None
-    problem: str | None = None
-    weights: int | None = None
+    context: int | None = None  # tokens
+    problem: str | None = None  # None if it is finished and can be read
+    weights: int | None = None  # bytes of its files of weights
 
     @property
     def size(self) -> int:

@@ -20,19 +20,15 @@ class Slice:
 
     The numbers are multiplied by `factor`, and then `added` is added. If they are `exponentials`,
     -exp(x), their x is taken first.
-
-    name: the tensor's name, or `X[3]` for the fourth part of a stacked tensor X.
-    shape: the stored shape of the tensor or part.
-    rows, columns: those to take after a transposition, all if None. Columns may be in any order.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    rows: range | None = None
+    name: str  # of the tensor, or `X[3]` for the fourth part of a stacked tensor X
+    shape: tuple[int, ...]  # of the stored tensor or part
+    rows: range | None = None  # to take after a transposition, all if None
     transposed: bool = False
     factor: float = 1.0
     added: float = 0.0
-    columns: range | tuple[int, ...] | None = None
+    columns: range | tuple[int, ...] | None = None  # to take like `rows`, in any order
     exponentials: bool = False
 
     @property
@@ -178,39 +174,32 @@ def whole_tensors(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensors
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models, by config.json's `model_type`.
+    """A family of models. All tensors that it does not describe are `decoder_tensors`."""
 
-    read_config: reads a config.json. Raises `CheckpointError`.
-    moe: yields the tensors of a layer's router, experts and dense part with their slices. Expert 3
-    of layer 0 has `model.layers.0.block_sparse_moe.experts.3.w13.weight`, and `w2`. All other
-    tensors are `decoder_tensors`.
-    mixers: yield the tensors of a layer's mixer, by its kind. By default attention has the names of
-    Llama and latent attention those of DeepSeek.
-    names: parts of the names of tensors, which are Llama's, and the checkpoint's names for them. A
-    later one finds what an earlier one has renamed.
-    norm_offset: what a checkpoint's weights of norms lack, 1 if it has w - 1.
-    """
-
-    model_type: str
-    read_config: Callable[[dict[str, Any]], ModelConfig]
+    model_type: str  # of config.json
+    read_config: Callable[[dict[str, Any]], ModelConfig]  # raises `CheckpointError`
+    # A layer's router, experts and dense part. Expert 3 of layer 0 has
+    # `model.layers.0.block_sparse_moe.experts.3.w13.weight`, and `w2`.
     moe: LayerTensors
+    # A layer's mixer, by its kind. By default attention has Llama's names and latent attention has
+    # DeepSeek's.
     mixers: Mapping[MixerType, MixerTensors] = field(
         default_factory=lambda: {"attention": attention(), "latent_attention": latent_attention}
     )
+    # Parts of the names of tensors, which are Llama's, and the checkpoint's names for them. A later
+    # one finds what an earlier one has renamed.
     names: Mapping[str, str] = field(default_factory=dict)
-    norm_offset: float = 0.0
+    norm_offset: float = 0.0  # what a checkpoint's weights of norms lack, 1 if it has w - 1
 
 
 @dataclass(frozen=True)
 class CheckpointForm:
-    """The forms that a family's checkpoints are published in.
+    """The forms that a family's checkpoints are published in."""
 
-    is_nested: the checkpoint has tensors of other models, too, such as vision's.
-    is_stacked: a tensor [E, rows, columns] has a matrix of all experts, gate above up.
-    """
-
-    is_nested: bool = False
-    is_stacked: bool = False
+    is_nested: bool = False  # it has tensors of other models, too, such as vision's
+    is_stacked: bool = (
+        False  # a tensor [E, rows, columns] has a matrix of all experts, gate above up
+    )
 
     @classmethod
     def of(cls, names: Iterable[str]) -> CheckpointForm:

@@ -40,21 +40,16 @@ _LATER_DENSE = {
 
 @dataclass(frozen=True)
 class _Architecture:
-    """A family by llama.cpp's name for it.
-
-    keys: config.json's keys outside `_KEYS`, with llama.cpp's names. fixed: values of config.json
-    that no metadata has, because llama.cpp's code fixes them. experts: config.json's key for the
-    count of experts. sigmoid: the router takes a sigmoid, not a softmax. derived: config.json's
-    keys whose numbers follow from two of llama.cpp's. stateful: the type of layers without keys.
-    """
+    """A family by llama.cpp's name for it."""
 
     model_type: str
-    keys: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    experts: str = "num_experts"
-    sigmoid: bool = False
+    keys: Mapping[str, str] = field(default_factory=dict)  # of config.json, beside `_KEYS`
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # by llama.cpp's code, in no metadata
+    experts: str = "num_experts"  # config.json's key for their count
+    sigmoid: bool = False  # the router takes a sigmoid, not a softmax
+    # The keys of config.json whose numbers follow from two of llama.cpp's.
     derived: Mapping[str, tuple[str, Callable[[int, int], int], str]] = field(default_factory=dict)
-    stateful: str = "conv"
+    stateful: str = "conv"  # the type of layers without keys
 
 
 _DELTA_NET = {

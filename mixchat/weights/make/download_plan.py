@@ -28,12 +28,7 @@ _WEIGHTS_A_SECOND_MAX = 5e8  # that are read, hashed and written
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """The plan of a download. Sizes in bytes, `rate` in bytes a second, `seconds` in all.
-
-    `fetch` are the bytes of the `checkpoint` still missing. `disk` is the most that is needed at
-    once, beyond what is there. `ahead`: a shard can be fetched while another one is quantized.
-    `rounded_from`: the type of weights ("fp16") that are rounded to bf16.
-    """
+    """The plan of a download. Sizes are in bytes."""
 
     name: str
     blueprint: Blueprint
@@ -42,14 +37,14 @@ class DownloadPlan:
     commit: str | None
     quantization: Mapping[str, object]
     checkpoint: int
-    fetch: int
+    fetch: int  # of the checkpoint, still missing
     installed: int
-    disk: tuple[Need, ...]
+    disk: tuple[Need, ...]  # the most that is needed at once, beyond what is there
     memory: Need
-    ahead: bool = True
-    rate: float | None = None
-    seconds: float | None = None
-    rounded_from: str | None = None
+    ahead: bool = True  # a shard can be fetched while another one is quantized
+    rate: float | None = None  # bytes a second
+    seconds: float | None = None  # in all
+    rounded_from: str | None = None  # the type of weights ("fp16") that are rounded to bf16
 
     @property
     def fits(self) -> bool:
@@ -105,16 +100,12 @@ def estimate_time(plan: DownloadPlan, build: CheckpointBuild, *, keep: bool) -> 
 
 @dataclass(frozen=True)
 class ShardBytes:
-    """The bytes that a build puts on disk for each shard of a checkpoint, in the shards' order.
+    """The bytes that a build puts on disk for each shard of a checkpoint, in the shards' order."""
 
-    fetched: what a shard takes until it is released. written: the installed model's, which the
-    shard completes. spilled: what later parts need of the shard, up to that of the shard `until`.
-    """
-
-    fetched: Sequence[int]
-    written: Sequence[int]
-    spilled: Sequence[int]
-    until: Sequence[int]
+    fetched: Sequence[int]  # until the shard is released
+    written: Sequence[int]  # of the installed model, which the shard completes
+    spilled: Sequence[int]  # for later parts
+    until: Sequence[int]  # the shard with the last of these parts
 
     @classmethod
     def of(

@@ -34,19 +34,15 @@ from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 @dataclass(frozen=True)
 class Outline:
-    """A model's tensors, and the directory in which it is installed or will be.
-
-    `download` is None for an installed model, or if only the hub knows it. `arguments` are for the
-    'mixchat download' that makes this model.
-    """
+    """A model's tensors, and the directory in which it is installed or will be."""
 
     name: str
     blueprint: Blueprint
     directory: Path
     installed: bool
     disk: tuple[Need, ...] = ()
-    download: DownloadPlan | None = None
-    arguments: tuple[str, ...] = ()
+    download: DownloadPlan | None = None  # None for an installed model and for a known one
+    arguments: tuple[str, ...] = ()  # of the 'mixchat download' that makes this model
 
     @property
     def lacking(self) -> list[Need]:

@@ -24,18 +24,14 @@ from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read
 
 @dataclass(frozen=True)
 class ModelPart:
-    """Consecutive tensors in `file` that make the matrix or vector `name`.
-
-    `linear` is None for tensors that are never quantized. `expert` is a layer and an expert's
-    number. `bias` is the name of the matrix's bias, if it has one.
-    """
+    """Consecutive tensors in `file` that make the matrix or vector `name`."""
 
     file: str
     tensors: tuple[TensorSpec, ...]
     name: str
-    linear: LinearSpec | None = None
-    expert: tuple[int, int] | None = None
-    bias: str | None = None
+    linear: LinearSpec | None = None  # None for tensors that are never quantized
+    expert: tuple[int, int] | None = None  # its layer and its number
+    bias: str | None = None  # the name of the matrix's bias
 
     @property
     def nbytes(self) -> int:

@@ -46,17 +46,14 @@ _GGUF_PATH = re.compile(rf"{_PLAIN}/{_PLAIN}\.gguf")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a commit on the hub, with its bytes, and its SHA-256 if it is large (LFS).
-
-    `git_sha1` is git's hash of a small one.
-    """
+    """A file of a commit on the hub."""
 
     repo_id: str
     commit: str
     path: str
-    size: int
-    sha256: str | None
-    git_sha1: str | None
+    size: int  # bytes
+    sha256: str | None  # of a large file (LFS)
+    git_sha1: str | None  # git's hash of a small one
 
     @property
     def name(self) -> str:
@@ -87,18 +84,15 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class HubListing:
-    """The files of one commit that make up a checkpoint, and its tensors.
-
-    `read` has the small files that were read already. `metadata_files` are those that are written
-    out of the metadata of a model in GGUF.
-    """
+    """The files of one commit that make up a checkpoint, and its tensors."""
 
     repo_id: str
     commit: str
     small: tuple[RemoteFile, ...]
-    read: dict[str, bytes]
+    read: dict[str, bytes]  # the small files that were read already
     shards: dict[str, RemoteFile]
     index: CheckpointIndex
+    # The small files that are written out of the metadata of a model in GGUF.
     metadata_files: dict[str, bytes] = field(default_factory=dict)
 
 
