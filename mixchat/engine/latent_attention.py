@@ -22,6 +22,7 @@ from mixchat.engine.rope import RotaryEmbedding
 from mixchat.engine.sequence_cache import TokenContext
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.program import Program, Stage, Step, in_order, together
+from mixchat.kernels.cpu.quantized_matmul import grouped_matmul_steps
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.matrix.linear import PackedLinear, as_packed
 from mixchat.weights.matrix.quant_type import Linear, RecordingLinear, RecordRows
@@ -64,9 +65,9 @@ class HeadMatrices:
 
         `x_rows` [H * T] choose rows of x [n, C] instead.
         """
-        packed = [as_packed(matrix) for matrix in self.matrices]
+        packed = [as_packed(matrix).matrix for matrix in self.matrices]
         flat = x.flatten(0, -2)
-        rounds, products = PackedLinear.grouped_steps(packed, flat, [*out], x_rows, exact=exact)
+        rounds, products = grouped_matmul_steps(flat, packed, [*out], x_rows, exact=exact)
         return rounds, [together(*steps) for steps in products]
 
 

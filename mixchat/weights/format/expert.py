@@ -20,6 +20,7 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import ALIGNMENT, TensorSpec
 from mixchat.kernels.cpu.arrange import Slots, arrange_step
 from mixchat.kernels.cpu.program import Program, Stage, Step, alone, together
+from mixchat.kernels.cpu.quantized_matmul import grouped_matmul_steps
 from mixchat.kernels.cpu.rows import Swiglu, can_compute
 from mixchat.weights.matrix.linear import LinearSpec, PackedLinear, as_packed
 from mixchat.weights.matrix.on_device import build_linear
@@ -126,17 +127,14 @@ def _stages(
 
     The arguments are as in `grouped_matmul_steps`.
     """
-    up, down = zip(
-        *((as_packed(expert.gate_up), as_packed(expert.down)) for expert in experts), strict=True
-    )
+    ups = [as_packed(expert.gate_up).matrix for expert in experts]
+    downs = [as_packed(expert.down).matrix for expert in experts]
     counts = [out.shape[0] for out in outs]
-    gate_up = x.new_empty(sum(counts), up[0].rows)
-    gated = x.new_empty(sum(counts), up[0].rows // 2)
-    ups = torch.split(gate_up, counts)
-    round_x, project_up = PackedLinear.grouped_steps(up, x, ups, x_rows, exact=exact, most=most)
-    round_gated, project_down = PackedLinear.grouped_steps(
-        down, gated, outs, exact=exact, most=most
-    )
+    gate_up = x.new_empty(sum(counts), ups[0].shape[0])
+    gated = x.new_empty(sum(counts), ups[0].shape[0] // 2)
+    gate_ups = torch.split(gate_up, counts)
+    round_x, project_up = grouped_matmul_steps(x, ups, gate_ups, x_rows, exact=exact, most=most)
+    round_gated, project_down = grouped_matmul_steps(gated, downs, outs, exact=exact, most=most)
     # Rounding one row takes less time than the threads need to meet.
     stages = [
         alone(*round_x) if x.shape[0] == 1 else together(*round_x),

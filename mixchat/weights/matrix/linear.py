@@ -18,7 +18,6 @@ from mixchat.kernels.cpu.compile import instruction_set
 from mixchat.kernels.cpu.program import Step
 from mixchat.kernels.cpu.quantized_matmul import (
     QuantizedMatrix,
-    grouped_matmul_steps,
     quantized_matmul,
     quantized_matmul_steps,
 )
@@ -66,18 +65,18 @@ class PackedLinear:
     """Codes that the kernels for CPUs multiply."""
 
     def __init__(self, matrix: QuantizedMatrix, rows: int) -> None:
-        self._matrix = matrix
+        self.matrix = matrix
         self.rows = rows  # R, without the rows of zeros that some types store
 
     @property
     def addresses(self) -> tuple[int, int, int]:
         """Return the addresses of codes, absmax and bias, 0 without one."""
-        return self._matrix.addresses
+        return self.matrix.addresses
 
     @property
     def form(self) -> Hashable:
         """Return what all matrices have in common whose steps differ in `addresses` alone."""
-        matrix = self._matrix
+        matrix = self.matrix
         levels = 0 if matrix.levels is None else matrix.levels.data_ptr()
         return matrix.shape, matrix.units.bits, levels, matrix.bias is not None
 
@@ -87,30 +86,15 @@ class PackedLinear:
         The second one needs the first. They do not keep the matrix alive.
         """
         assert self.is_whole
-        return quantized_matmul_steps(x, self._matrix, out, exact=True)
+        return quantized_matmul_steps(x, self.matrix, out, exact=True)
 
     @property
     def is_whole(self) -> bool:
         """Return whether no rows of zeros are stored, as steps need it."""
-        return self.rows == self._matrix.shape[0]
-
-    @staticmethod
-    def grouped_steps(
-        matrices: Sequence[PackedLinear],
-        x: torch.Tensor,
-        outs: Sequence[torch.Tensor],
-        x_rows: torch.Tensor | None = None,
-        *,
-        exact: bool,
-        most: int = 1,
-    ) -> tuple[list[Step], list[list[Step]]]:
-        """Return `grouped_matmul_steps` of these matrices."""
-        assert matrices[0].is_whole
-        quantized = [linear._matrix for linear in matrices]
-        return grouped_matmul_steps(x, quantized, outs, x_rows, exact=exact, most=most)
+        return self.rows == self.matrix.shape[0]
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        result = quantized_matmul(x, self._matrix, exact=exact)
+        result = quantized_matmul(x, self.matrix, exact=exact)
         return result if self.is_whole else result[..., : self.rows].contiguous()
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -173,22 +173,16 @@ def write_ref(repo_id: str, revision: str | None, commit: str) -> None:
         ref.write_text(commit)
 
 
-@contextmanager
 def blob_lock(
     repo: str,
     sha256: str,
     *,
     timeout: float = math.inf,
     cancelled: Callable[[], bool] | None = None,
-) -> Iterator[None]:
-    """Hold the lock of a blob in the cache, which huggingface_hub respects, too.
-
-    Raises `Busy` as `lock_file` does.
-    """
-    with lock_file(
-        cache_dir() / ".locks" / repo / f"{sha256}.lock", timeout=timeout, cancelled=cancelled
-    ):
-        yield
+) -> AbstractContextManager[None]:
+    """Return `lock_file` of a blob in the cache, which huggingface_hub respects, too."""
+    path = cache_dir() / ".locks" / repo / f"{sha256}.lock"
+    return lock_file(path, timeout=timeout, cancelled=cancelled)
 
 
 def _has_listed_bytes(data: bytes, file: RemoteFile) -> bool:
