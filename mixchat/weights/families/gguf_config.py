@@ -5,7 +5,7 @@ llama.cpp calls a family an architecture, and fixes in its code what a config.js
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import floordiv, sub
 from typing import Any
@@ -181,20 +181,7 @@ def gguf_config(
 
     `where` names it in messages. Raises `CheckpointError`.
     """
-    name = metadata.get("general.architecture")
-    gating = metadata.get(f"{name}.expert_gating_func")
-    # Older files of GLM-4.7-Flash do not say it. Here only scores of a sigmoid have corrections.
-    has_corrections = any(tensor.endswith("exp_probs_b.bias") for tensor in tensors)
-    is_sigmoid = gating == _SIGMOID_GATING or has_corrections
-    known = _ARCHITECTURES if is_sigmoid else {**_ARCHITECTURES, **_SOFTMAX}
-    architecture = known.get(name) if isinstance(name, str) else None
-    # llama.cpp calls a dense Llama and a Mixtral "llama". Only the experts distinguish them.
-    if architecture is None or (name == "llama" and not metadata.get("llama.expert_count")):
-        unsupported = "dense models" if architecture else f"the architecture {name!r:.80}"
-        raise CheckpointError(
-            f"{where}: mixchat does not run {unsupported}",
-            hint=f"It runs mixtures of experts, as GGUF of {', '.join(_ARCHITECTURES)}.",
-        )
+    architecture, name = _find_architecture(metadata, tensors, where)
     keys = {**_KEYS, architecture.experts: "expert_count", **architecture.keys}
 
     def value(gguf_key: str) -> Any:
@@ -224,9 +211,6 @@ def gguf_config(
     for key, fixed in architecture.fixed.items():
         if config.get(key, fixed) != fixed:
             raise CheckpointError(f"{where}: {key} cannot be {config[key]} in {name}")
-    right = (_SIGMOID_GATING,) if architecture.sigmoid else _SOFTMAX_GATING
-    if gating not in (None, 0, *right):
-        raise CheckpointError(f"{where}: its router computes scores of the kind {gating!r:.80}")
     # The blocks that predict further tokens are counted with the others.
     if predicting := config.get("num_nextn_predict_layers"):
         config["num_hidden_layers"] = config.get("num_hidden_layers", 0) - predicting
@@ -242,6 +226,30 @@ def gguf_config(
         **_shown_by(tensors),
         **architecture.fixed,
     }
+
+
+def _find_architecture(
+    metadata: Mapping[str, Any], tensors: Iterable[str], where: str
+) -> tuple[_Architecture, str]:
+    """Return the architecture of a model with this metadata and these tensors, and its name."""
+    name = metadata.get("general.architecture")
+    gating = metadata.get(f"{name}.expert_gating_func")
+    # Older files of GLM-4.7-Flash do not say it. Here only scores of a sigmoid have corrections.
+    has_corrections = any(tensor.endswith("exp_probs_b.bias") for tensor in tensors)
+    is_sigmoid = gating == _SIGMOID_GATING or has_corrections
+    known = _ARCHITECTURES if is_sigmoid else {**_ARCHITECTURES, **_SOFTMAX}
+    architecture = known.get(name) if isinstance(name, str) else None
+    # llama.cpp calls a dense Llama and a Mixtral "llama". Only the experts distinguish them.
+    if architecture is None or (name == "llama" and not metadata.get("llama.expert_count")):
+        unsupported = "dense models" if architecture else f"the architecture {name!r:.80}"
+        raise CheckpointError(
+            f"{where}: mixchat does not run {unsupported}",
+            hint=f"It runs mixtures of experts, as GGUF of {', '.join(_ARCHITECTURES)}.",
+        )
+    usual = (_SIGMOID_GATING,) if architecture.sigmoid else _SOFTMAX_GATING
+    if gating not in (None, 0, *usual):
+        raise CheckpointError(f"{where}: its router computes scores of the kind {gating!r:.80}")
+    return architecture, str(name)
 
 
 def _of_layers(heads: object, is_sliding: object, stateful: str) -> dict[str, Any]:

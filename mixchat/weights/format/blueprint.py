@@ -21,7 +21,7 @@ import torch
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import Header, TensorSpec
 from mixchat.weights.format.expert import ExpertSpec, swiglu_of
-from mixchat.weights.format.mixers import LayerSpecs, MixerSpec, mixer_spec
+from mixchat.weights.format.mixers import MIXERS, LayerSpecs, MixerSpec
 from mixchat.weights.matrix.linear import TYPES, LinearSpec, Scales
 from mixchat.weights.matrix.quant_type import QuantType
 
@@ -143,7 +143,7 @@ class Blueprint:
 
     def mixer(self, layer: int) -> MixerSpec:
         """Return the tensors of the part of a layer that mixes tokens."""
-        return mixer_spec(self._layer(layer))
+        return MIXERS[self.config.mixer(layer)](self._layer(layer))
 
     def _layer(self, layer: int) -> LayerSpecs:
         stored = self.quantization

@@ -64,11 +64,6 @@ class LayerSpecs:
         return self.tensor(name, columns, dtype=self.norm_dtype)
 
 
-def mixer_spec(specs: LayerSpecs) -> MixerSpec:
-    """Return the tensors of a layer's mixer."""
-    return _MIXERS[specs.config.mixer(specs.layer)](specs)
-
-
 def _attention(specs: LayerSpecs) -> MixerSpec:
     """Return q above k above v, and above the gates if attention has an output gate.
 
@@ -177,7 +172,7 @@ def _mamba(specs: LayerSpecs) -> MixerSpec:
     return MixerSpec(matrices, tensors)
 
 
-_MIXERS: dict[MixerType, Callable[[LayerSpecs], MixerSpec]] = {
+MIXERS: dict[MixerType, Callable[[LayerSpecs], MixerSpec]] = {
     "attention": _attention,
     "latent_attention": _latent_attention,
     "linear_attention": _delta_net,

@@ -6,7 +6,7 @@ R = rows (out features), C = columns (in features).
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -213,19 +213,6 @@ class LinearSpec:
             codes, absmax, quantization.level_table, shape, quantization.units, bias
         )
         return PackedLinear(matrix, self.rows)
-
-    def parts(
-        self, tensors: Sequence[torch.Tensor], count: int
-    ) -> tuple[LinearSpec, list[list[torch.Tensor]]]:
-        """Return the spec of each of `count` matrices that lie one above the other.
-
-        Also return the tensors of each, views of those of the whole matrix.
-        """
-        assert not self.bias
-        spec = replace(self, rows=self.rows // count)
-        assert self.rows == self.stored_rows == count * spec.stored_rows
-        parts = zip(*(torch.chunk(tensor, count) for tensor in tensors), strict=True)
-        return spec, [[*part] for part in parts]
 
     def dequantized(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the matrix [R, C] as `dtype`."""

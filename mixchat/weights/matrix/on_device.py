@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -25,5 +26,8 @@ def build_linear(spec: LinearSpec, tensors: Sequence[torch.Tensor]) -> Linear:
 
 def build_parts(spec: LinearSpec, tensors: Sequence[torch.Tensor], count: int) -> list[Linear]:
     """Return the maps of `count` matrices that lie one above the other in these tensors."""
-    own, parts = spec.parts(tensors, count)
+    assert not spec.bias
+    own = replace(spec, rows=spec.rows // count)
+    assert spec.rows == spec.stored_rows == count * own.stored_rows
+    parts = zip(*(torch.chunk(tensor, count) for tensor in tensors), strict=True)
     return [build_linear(own, part) for part in parts]
