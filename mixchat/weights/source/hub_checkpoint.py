@@ -87,25 +87,25 @@ class HubCheckpoint(Checkpoint):
 
     def fetch(self, shard: str, task: Task, stop: Event) -> Path:
         file = self._remote.shards[shard]
-        cached = _cached(file)
+        cached, size, sha256 = _cached(file), file.size, str(file.sha256)
         in_cache = self.cache is not None or file.blob.exists()
         with plain_errors(self._remote.repo_id, "HF_HOME" if in_cache else "MIXCHAT_HOME"):
             # What is good in the cache stays, whatever the hub lists.
-            if cached and _is_intact(file, cached, stop):
+            if cached and is_intact(cached, size, sha256, stop):
                 return self._linked(file, cached) if self.cache else cached
             if not in_cache:
                 path = self._path(file)
                 if not path.exists():
-                    _fetch(file, path, task, stop)
-                elif not _is_intact(file, path, stop):
+                    fetch_file(file.url, path, size, sha256, task, stop)
+                elif not is_intact(path, size, sha256, stop):
                     path.unlink()
                     raise wrong_bytes(file.path)
                 return path
             repo = hub.repo_dir(file.repo_id).name
             try:
-                with hub.blob_lock(repo, str(file.sha256), cancelled=stop.is_set):
-                    if not file.blob.exists() or not _is_intact(file, file.blob, stop):
-                        _fetch(file, file.blob, task, stop)
+                with hub.blob_lock(repo, sha256, cancelled=stop.is_set):
+                    if not file.blob.exists() or not is_intact(file.blob, size, sha256, stop):
+                        fetch_file(file.url, file.blob, size, sha256, task, stop)
             except Busy:
                 raise Stopped from None
             return self._linked(file, file.blob)
@@ -176,14 +176,6 @@ def _cached(file: RemoteFile) -> Path | None:
             if nameless or real == blob.resolve():
                 return path
     return None
-
-
-def _fetch(file: RemoteFile, path: Path, task: Task, stop: Event) -> None:
-    fetch_file(file.url, path, file.size, str(file.sha256), task, stop)
-
-
-def _is_intact(file: RemoteFile, path: Path, stop: Event) -> bool:
-    return is_intact(path, file.size, str(file.sha256), stop)
 
 
 class _Count:
