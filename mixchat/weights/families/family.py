@@ -126,20 +126,24 @@ def latent_attention(config: ModelConfig, layer: int) -> Tensors:
     """
     own, hidden = f"model.layers.{layer}.self_attn.", config.hidden_size
     heads, latent, value = config.num_attention_heads, config.kv_lora_rank, config.v_head_dim
-    kept, width = config.qk_nope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim
+    unrotated, width = config.qk_nope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim
     starts = range(0, heads * width, width)
-    of_queries = [
-        *(range(start, start + kept) for start in starts),
-        *(range(start + kept + at, start + width, 2) for start in starts for at in range(2)),
+    query_rows = [
+        *(range(start, start + unrotated) for start in starts),
+        *(
+            range(start + x, start + width, 2)
+            for start in starts
+            for x in (unrotated, unrotated + 1)
+        ),
     ]
     columns, name = config.q_lora_rank or hidden, f"{own}q_{'b_' if config.q_lora_rank else ''}proj"
-    queries = [Slice(f"{name}.weight", (heads * width, columns), rows) for rows in of_queries]
-    ends = latent + config.qk_rope_head_dim
-    of_latents = [range(latent), range(latent, ends, 2), range(latent + 1, ends, 2)]
+    queries = [Slice(f"{name}.weight", (heads * width, columns), rows) for rows in query_rows]
+    a_rows = latent + config.qk_rope_head_dim
+    latent_rows = [range(latent), range(latent, a_rows, 2), range(latent + 1, a_rows, 2)]
     for parameter, shape in _parameters(config.attention_bias, hidden):
         first = [Slice(f"{own}q_a_proj.{parameter}", (config.q_lora_rank, *shape))]
         a_name = f"{own}kv_a_proj_with_mqa.{parameter}"
-        a_proj = [Slice(a_name, (ends, *shape), rows) for rows in of_latents]
+        a_proj = [Slice(a_name, (a_rows, *shape), rows) for rows in latent_rows]
         yield f"{own}a_proj.{parameter}", (*(first if config.q_lora_rank else queries), *a_proj)
         o_shape = (hidden, heads * value) if shape else (hidden,)
         yield f"{own}o_proj.{parameter}", (Slice(f"{own}o_proj.{parameter}", o_shape),)
@@ -147,15 +151,13 @@ def latent_attention(config: ModelConfig, layer: int) -> Tensors:
         yield f"{own}q_b_proj.weight", tuple(queries)
         yield f"{own}q_a_norm.weight", norm(f"{own}q_a_layernorm.weight", config.q_lora_rank)[1]
     yield f"{own}kv_a_norm.weight", norm(f"{own}kv_a_layernorm.weight", latent)[1]
-    b_name, b_shape = f"{own}kv_b_proj.weight", (heads * (kept + value), latent)
-    firsts = range(0, b_shape[0], kept + value)
-    k_b = (range(first, first + kept) for first in firsts)
-    v_b = (range(first + kept, first + kept + value) for first in firsts)
-    yield (
-        f"{own}k_b_proj.weight",
-        tuple(Slice(b_name, b_shape, transposed=True, columns=columns) for columns in k_b),
-    )
-    yield f"{own}v_b_proj.weight", tuple(Slice(b_name, b_shape, rows) for rows in v_b)
+    b_name, b_shape = f"{own}kv_b_proj.weight", (heads * (unrotated + value), latent)
+    starts_of_heads = range(0, b_shape[0], unrotated + value)
+    keys = (range(first, first + unrotated) for first in starts_of_heads)
+    values = (range(first + unrotated, first + unrotated + value) for first in starts_of_heads)
+    k_b = (Slice(b_name, b_shape, transposed=True, columns=head) for head in keys)
+    yield f"{own}k_b_proj.weight", tuple(k_b)
+    yield f"{own}v_b_proj.weight", tuple(Slice(b_name, b_shape, head) for head in values)
 
 
 def short_conv(config: ModelConfig, layer: int) -> Tensors:
