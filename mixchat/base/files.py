@@ -114,15 +114,16 @@ def reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_bytes(path: Path, *, follow: bool = True) -> bytes:
-    """Return the bytes of a regular file. Raises `CheckpointError`.
+def read_bytes(path: Path, *, follow: bool = True, max_bytes: int = MAX_SIZE) -> bytes:
+    """Return the bytes of a regular file, at most `max_bytes`. Raises `CheckpointError`.
 
     mixchat's own files are read without `follow`, so that nobody's link decides which file is read.
     """
     with reading(path), open(open_regular(path, follow=follow), "rb") as file:
-        data = file.read(MAX_SIZE + 1)
-    if len(data) > MAX_SIZE:
-        raise CheckpointError(f"{path}: larger than {format_size(MAX_SIZE)}")
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        limit = f"{format_size(max_bytes)}, the most that mixchat reads here"
+        raise CheckpointError(f"{path}: larger than {limit}")
     return data
 
 
@@ -132,9 +133,11 @@ def require_regular(path: Path) -> None:
         os.close(open_regular(path))
 
 
-def read_json_object(path: Path, *, follow: bool = True) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises `CheckpointError`."""
-    return json_object(read_bytes(path, follow=follow), str(path))
+def read_json_object(
+    path: Path, *, follow: bool = True, max_bytes: int = MAX_SIZE
+) -> dict[str, Any]:
+    """Return the object in a JSON file of at most `max_bytes`. Raises `CheckpointError`."""
+    return json_object(read_bytes(path, follow=follow, max_bytes=max_bytes), str(path))
 
 
 def json_object(data: bytes, name: str) -> dict[str, Any]:

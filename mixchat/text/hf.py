@@ -20,7 +20,6 @@ from mixchat.text.tokenizer_files import (
     read_added_tokens,
     read_optional_json,
     read_special_tokens,
-    require_size,
 )
 
 if TYPE_CHECKING:
@@ -42,8 +41,7 @@ class JsonTokenizer(Tokenizer):
         from tokenizers import AddedToken as Added
 
         directory = file.parent
-        require_size(file, MAX_TOKENIZER_FILE)
-        spec = read_json_object(file)
+        spec = read_json_object(file, max_bytes=MAX_TOKENIZER_FILE)
         names = read_special_tokens(directory)
         added = _all_added(spec, file, names.values())
         controls = [t for t in added if t.is_control or t.content in names.values()]

@@ -22,7 +22,6 @@ from mixchat.text.tokenizer_files import (
     read_added_tokens,
     read_optional_json,
     read_special_tokens,
-    require_size,
 )
 
 
@@ -32,8 +31,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, file: Path) -> None:
         """Read `file` and its neighbours. Raises `CheckpointError` if one is damaged."""
         directory = file.parent
-        require_size(file, MAX_TOKENIZER_FILE)
-        data = read_bytes(file)
+        data = read_bytes(file, max_bytes=MAX_TOKENIZER_FILE)
         model = _load(data, file)
         size = model.vocab_size()
         pieces = _vocabulary(model, file)

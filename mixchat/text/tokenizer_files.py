@@ -42,25 +42,9 @@ class ChatTemplate:
     file: Path
 
 
-def require_size(file: Path, max_bytes: int) -> None:
-    """Raise `CheckpointError` if a file has more than `max_bytes`."""
-    try:
-        size = file.stat().st_size
-    except OSError:  # reading it will raise the error
-        return
-    if size > max_bytes:
-        raise _too_large(file, "the file", size, max_bytes)
-
-
-def _too_large(file: Path, subject: str, size: int, max_bytes: int) -> CheckpointError:
-    limit = f"mixchat reads at most {max_bytes / 1e6:.0f} MB"
-    return CheckpointError(f"{file}: {subject} has {size / 1e6:.1f} MB, {limit}")
-
-
 def read_optional_json(file: Path) -> dict[str, Any]:
     """Read a JSON object, {} without a file. Raises `CheckpointError` if it is too large."""
-    require_size(file, MAX_SETTINGS_FILE)
-    return read_json_object(file) if file.exists() else {}
+    return read_json_object(file, max_bytes=MAX_SETTINGS_FILE) if file.exists() else {}
 
 
 def template_file(directory: Path) -> Path:
@@ -77,9 +61,9 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
     """
     file = template_file(directory)
     if file.suffix == ".jinja":
-        require_size(file, MAX_TEMPLATE_FILE)
+        data = read_bytes(file, max_bytes=MAX_TEMPLATE_FILE)
         try:
-            return ChatTemplate(read_bytes(file).decode("utf-8"), file)
+            return ChatTemplate(data.decode("utf-8"), file)
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{file}: not UTF-8 text ({error.reason})") from None
     value = read_optional_json(file).get("chat_template")
@@ -95,7 +79,8 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
     if not isinstance(value, str):
         raise CheckpointError(f"{file}: chat_template is not text")
     if len(value) > MAX_TEMPLATE_FILE:
-        raise _too_large(file, "the chat template", len(value), MAX_TEMPLATE_FILE)
+        size = f"{len(value) / 1e6:.1f} MB, mixchat reads at most {MAX_TEMPLATE_FILE / 1e6:.0f} MB"
+        raise CheckpointError(f"{file}: the chat template has {size}")
     return ChatTemplate(value, file)
 
 
