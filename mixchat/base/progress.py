@@ -62,16 +62,14 @@ def progress_bar(progress: Progress, name: str, total: int, done: int = 0) -> It
 
 
 class NoProgress:
-    """A `Progress` that shows nothing."""
+    """A `Progress` that shows nothing, and its bars."""
 
     def task(self, name: str, total: int, done: int = 0) -> Task:
-        return _NoTask()
+        return self
 
     def note(self, text: str) -> None:
         pass
 
-
-class _NoTask:
     def advance(self, amount: int) -> None:
         pass
 

@@ -76,11 +76,9 @@ class _Sandboxed:
     def __init__(self, sandbox: Sandbox, subject: str) -> None:
         self._sandbox, self._subject = sandbox, subject
 
-    def _ask(self, method: str, *arguments: object) -> Any:
-        return self._sandbox.ask(SandboxCall(self._subject, method, arguments))
-
     def _ask_ids(self, method: str, *arguments: object) -> list[int]:
-        return _checked_ids(self._ask(method, *arguments), self._subject)
+        call = SandboxCall(self._subject, method, arguments)
+        return _checked_ids(self._sandbox.ask(call), self._subject)
 
 
 class _SandboxedTokenizer(_Sandboxed, Tokenizer):

@@ -147,7 +147,7 @@ def dense_parts(
     }
 
 
-def no_dense_layers(raw: dict[str, Any]) -> None:
+def refuse_dense_layers(raw: dict[str, Any]) -> None:
     """Refuse layers without experts."""
     for key, usual in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
         if raw.get(key, usual) != usual:

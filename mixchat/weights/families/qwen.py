@@ -46,7 +46,7 @@ def _read_qwen2(raw: dict[str, Any]) -> ModelConfig:
     keys = read.with_defaults(
         read.of_experts(raw), shared_expert_intermediate_size=5632, sliding_window=4096
     )
-    read.no_dense_layers(keys)
+    read.refuse_dense_layers(keys)
     if read.flag(keys, "use_sliding_window"):
         last = read.positive_int({"max_window_layers": 28, **keys}, "max_window_layers")
         # As in transformers, every other layer before max_window_layers.
@@ -64,7 +64,7 @@ def _read_qwen2(raw: dict[str, Any]) -> ModelConfig:
 
 def _read_qwen3(raw: dict[str, Any]) -> ModelConfig:
     keys = read.with_defaults(read.of_experts(raw), num_key_value_heads=4, sliding_window=4096)
-    read.no_dense_layers(keys)
+    read.refuse_dense_layers(keys)
     windows = read.sliding_layers(keys) if read.flag(keys, "use_sliding_window") else {}
     return ModelConfig(
         **read.shape_of(keys, rope_theta=1e4, rms_norm_eps=1e-6),
@@ -78,7 +78,7 @@ def _read_qwen3(raw: dict[str, Any]) -> ModelConfig:
 def _read_next(raw: dict[str, Any], **defaults: Any) -> ModelConfig:
     """Read a config.json of DeltaNets and attention, with these defaults and Qwen3-Next's."""
     keys = read.of_experts(read.with_defaults(raw, **{**_NEXT_DEFAULTS, **defaults}))
-    read.no_dense_layers(keys)
+    read.refuse_dense_layers(keys)
     every = read.positive_int({"full_attention_interval": 4, **keys}, "full_attention_interval")
     layers = range(1, read.layer_count(keys) + 1)
     types = ["linear_attention" if layer % every else "full_attention" for layer in layers]
@@ -107,7 +107,10 @@ def _read_qwen3_5(raw: dict[str, Any]) -> ModelConfig:
 
 
 def next_in_proj(config: ModelConfig, own: str) -> Tensors:
-    """Each key head is followed by its values and gates, or by its rates and decays."""
+    """Yield the input projections of Qwen3-Next's DeltaNet.
+
+    Each key head is followed by its values and gates, or by its rates and decays.
+    """
     keys, values, key, value = config.delta_net_shape
     each = values // keys
     for name, stored, widths in (
