@@ -41,11 +41,7 @@ _ROPE_NUMBERS: dict[RopeType, tuple[str, ...]] = {
 
 
 def shape_of(
-    raw: dict[str, Any],
-    *,
-    rope_theta: float,
-    rms_norm_eps: float,
-    partial_rotary: bool = False,
+    raw: dict[str, Any], *, rope_theta: float, rms_norm_eps: float, partial_rotary: bool = False
 ) -> dict[str, Any]:
     """Return `ModelConfig`'s arguments that all families have, with the family's defaults.
 

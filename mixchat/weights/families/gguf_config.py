@@ -288,11 +288,7 @@ def _shown_by(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _rope(
-    metadata: Mapping[str, Any],
-    prefix: str,
-    config: Mapping[str, Any],
-    model_type: str,
-    where: str,
+    metadata: Mapping[str, Any], prefix: str, config: Mapping[str, Any], model_type: str, where: str
 ) -> dict[str, Any]:
     """Return the rotary embedding, with a head's width and the part of it that is rotated."""
     keys: dict[str, Any] = {}

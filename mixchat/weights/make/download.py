@@ -170,10 +170,7 @@ def _check_same(request: DownloadRequest, target: Path) -> None:
             hint += f" 'mixchat convert {key} --dense-bits 8' makes 8 bits of 16."
     else:
         return
-    raise UsageError(
-        f"the model {key!r} is already installed{difference}",
-        hint=hint,
-    )
+    raise UsageError(f"the model {key!r} is already installed{difference}", hint=hint)
 
 
 def _made_as(request: DownloadRequest, made: dict[str, Any]) -> bool:

@@ -50,10 +50,7 @@ class Outline:
 
 
 def outline(
-    ref: models.ModelRef,
-    progress: Progress,
-    bits: int | None = None,
-    free_disk: int | None = None,
+    ref: models.ModelRef, progress: Progress, bits: int | None = None, free_disk: int | None = None
 ) -> Outline:
     """Return the outline of a model, with the default options if it is not installed.
 

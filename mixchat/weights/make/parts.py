@@ -85,10 +85,7 @@ class ModelPart:
         return torch.cat([*_read(bias, index, read)]) if bias else None
 
     def encoded(
-        self,
-        weight: torch.Tensor,
-        inputs: Inputs | None = None,
-        bias: torch.Tensor | None = None,
+        self, weight: torch.Tensor, inputs: Inputs | None = None, bias: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
         assert self.linear is not None
         return self._padded(self.linear.encode(weight, inputs, bias))

@@ -165,10 +165,7 @@ class LinearSpec:
         return TYPES[self.quant_type].tensors(self.name, shape, self.dtype) + bias
 
     def encode(
-        self,
-        weight: torch.Tensor,
-        inputs: Inputs | None = None,
-        bias: torch.Tensor | None = None,
+        self, weight: torch.Tensor, inputs: Inputs | None = None, bias: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
         """Return the tensors that hold `weight` [R, C], with codes that suit the inputs.
 

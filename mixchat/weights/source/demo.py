@@ -219,12 +219,7 @@ def _copy(source: Any, target: BinaryIO | None, limit: int) -> str:
     return digest.hexdigest()
 
 
-def upcycle(
-    gguf: Path,
-    target: Path,
-    config: dict[str, Any],
-    progress: Progress,
-) -> None:
+def upcycle(gguf: Path, target: Path, config: dict[str, Any], progress: Progress) -> None:
     """Write the Mixtral that `config` (a config.json) describes from the dense model in `gguf`.
 
     Raises `CheckpointError` if they do not fit.

@@ -139,8 +139,7 @@ def fetch_small(file: RemoteFile) -> bytes:
     data = bytes(read_range(file.url, 0, file.size, Event(), of=file.size))
     if not _has_listed_bytes(data, file):
         raise HubError(
-            f"{file.where} is not the file that the hub lists",
-            hint="Run the same command again.",
+            f"{file.where} is not the file that the hub lists", hint="Run the same command again."
         )
     return data
 
