@@ -105,12 +105,17 @@ def format_times(low: float, high: float) -> str:
     return f"{format_rates(low, high)} s"
 
 
+def format_count(count: int, noun: str) -> str:
+    """Return `1 layer` or `2 layers`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def format_age(seconds: float) -> str:
     """Return `7200` as `2 hours ago`, and less than a minute as `now`."""
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         count = int(seconds // length)
         if count >= 1:
-            return f"{count} {unit}{'' if count == 1 else 's'} ago"
+            return f"{format_count(count, unit)} ago"
     return "now"
 
 

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mixchat.base.options import LoadOptions
-from mixchat.base.progress import Reporter
 from mixchat.chat.saved.cache_saver import checked_cache_file
 from mixchat.chat.terminal.open_chat import OpenChat, Resumed, Saving, find_chat
 from mixchat.cli.flags import load_flags, run_flags
@@ -17,17 +15,16 @@ from mixchat.cli.flags.run_flags import RunFlags
 from mixchat.cli.flags.settings import is_given
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.output.progress import TerminalReporter
+from mixchat.cli.output.verbose import VerboseReport
 from mixchat.face.local_models import LocalModels
-from mixchat.serving.answer_file import LineFiles, answer_file
+from mixchat.serving.answer_file import answer_file
 from mixchat.serving.client.server_models import ServerModels, is_served_here
 from mixchat.serving.client.server_url import SERVER_IDENTITY, SERVER_PORT
 
 if TYPE_CHECKING:
     from mixchat.base.context import Context
     from mixchat.chat.saved.chat_file import SavedChat
-    from mixchat.chat.session import ChatSession, ModelProvider
-    from mixchat.chat.terminal.active_chat import AfterTurn
-    from mixchat.face.reading_time import Predictor
+    from mixchat.chat.session import ModelProvider
 
 
 def run(context: typer.Context, flags: RunFlags) -> None:
@@ -52,7 +49,15 @@ def run(context: typer.Context, flags: RunFlags) -> None:
     if flags.jsonl is not None:
         # Exact prompts make a line's answer the same whichever lines are answered with it.
         load = replace(load, exact_prompts=True, parallel=flags.parallel)
-    models = _models(flags, load, reporter)
+    if load.trace is not None:
+        from mixchat.experts.trace import trace_file
+
+        trace_file(load.trace).check()
+    models: LocalModels | ServerModels
+    if flags.server:
+        models = ServerModels(flags.server, reporter)
+    else:
+        models = LocalModels(load, reporter, usual=flags.model)
     name = models.choose(
         flags.model if is_given(context, "model") else None,
         None if resumed is None else resumed.model,
@@ -60,22 +65,18 @@ def run(context: typer.Context, flags: RunFlags) -> None:
     )
     size = models.context_of(name)
     if flags.jsonl is not None:
-        files = LineFiles(flags.jsonl, flags.resume_from, flags.keep_failed, flags.parallel)
-        options = run_flags.chat_options(context, flags, size, reporter.note)
-        answer_file(models, name, options, files, reporter)
+        answer_file(
+            models,
+            name,
+            run_flags.chat_options(context, flags, size, reporter.note),
+            reporter,
+            prompts=flags.jsonl,
+            resume_from=flags.resume_from,
+            keep_failed=flags.keep_failed,
+            parallel=flags.parallel,
+        )
     else:
         _converse(context, flags, models, name, size, resumed, reporter)
-
-
-def _models(flags: RunFlags, load: LoadOptions, reporter: Reporter) -> LocalModels | ServerModels:
-    """Check the flags' files, and return the models of the server or of this machine."""
-    if load.trace is not None:
-        from mixchat.experts.trace import trace_file
-
-        trace_file(load.trace).check()
-    if flags.server:
-        return ServerModels(flags.server, reporter)
-    return LocalModels(load, reporter, usual=flags.model)
 
 
 def _converse(
@@ -90,48 +91,32 @@ def _converse(
     options = run_flags.chat_options(context, flags, size, reporter.note)
     form = run_flags.read_form(flags, reporter.note)
     cache = None if flags.prompt_cache is None else checked_cache_file(flags.prompt_cache)
-    if not flags.server:
-        _note_server(name, reporter)
+    if not flags.server and not flags.quiet and is_served_here(name):
+        flag = f"--server 127.0.0.1:{SERVER_PORT}"
+        reporter.note(f"a server with {name} is running: {flag} answers without loading it again")
     files = read_files(flags.file or [], size, reporter.note)
     words = " ".join(flags.prompt) if flags.prompt else None
     question = read_prompt(words, files, size, reporter.note)
     output = OutputOptions(flags.as_json, flags.extract, flags.stream, flags.raw)
     output.check(question is None)
-    saved_by_default = question is None or resumed is not None
+    saves = flags.save and (question is None or resumed is not None or is_given(context, "save"))
     chat = OpenChat(
         models,
         name,
         options,
         reporter,
-        new_report=_verbose_report if flags.verbose else _no_report,
-        saving=Saving(
-            flags.save and (saved_by_default or is_given(context, "save")), cache, flags.keep_cache
-        ),
+        saving=Saving(saves, cache, flags.keep_cache),
+        new_report=VerboseReport if flags.verbose else None,
         form=form,
         resumed=None if resumed is None else Resumed(resumed, run_flags.given_settings(context)),
     )
     try:
         if question is None:
-            chat.talk(files, raw=flags.raw, vi=flags.vi)
+            from mixchat.chat.terminal.talk import talk
+
+            talk(chat, files, raw=flags.raw, vi=flags.vi)
         else:
             note = reporter.note
             chat.ask(lambda session: print_answer(session, question, output, name, note))
     finally:
         chat.close()
-
-
-def _verbose_report(session: ChatSession, predictor: Predictor) -> AfterTurn:
-    from mixchat.cli.output.verbose import VerboseReport
-
-    return VerboseReport(session.model.engine, predictor)
-
-
-def _no_report(session: ChatSession, predictor: Predictor) -> AfterTurn:
-    return lambda end: None
-
-
-def _note_server(model: str, reporter: TerminalReporter) -> None:
-    """Tell of a server here that has the model."""
-    if not reporter.quiet and is_served_here(model):
-        flag = f"--server 127.0.0.1:{SERVER_PORT}"
-        reporter.note(f"a server with {model} is running: {flag} answers without loading it again")

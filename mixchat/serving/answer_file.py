@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -18,6 +17,7 @@ from mixchat.base.files import MAX_SIZE, open_regular, write_all, write_error
 from mixchat.base.lock import lock_open_file
 from mixchat.base.options import ChatOptions
 from mixchat.base.progress import Note, Reporter, waiting_for
+from mixchat.base.quantities import format_count
 from mixchat.chat.printing import show
 from mixchat.face.events import End, Failed
 from mixchat.face.local_models import LocalModels
@@ -31,42 +31,34 @@ _STDIN = "-"
 _START = b'{"line": '  # of each line of the output
 
 
-@dataclass(frozen=True)
-class LineFiles:
-    """The file of prompts, `-` for standard input, and the file of answers.
-
-    `resume_from` is None for standard output. With `keep_failed` failed lines are not tried again.
-    """
-
-    prompts: str
-    resume_from: Path | None
-    keep_failed: bool
-    parallel: int
-
-
 def answer_file(
     models: LocalModels | ServerModels,
     name: str,
     options: ChatOptions,
-    files: LineFiles,
     reporter: Reporter,
+    *,
+    prompts: str,
+    resume_from: Path | None,
+    keep_failed: bool,
+    parallel: int,
 ) -> None:
-    """Answer a file of prompts.
+    """Answer the file `prompts`, `-` for standard input, with `parallel` answers at once.
 
-    Raises `UsageError` if a file cannot be used, before the model is loaded, and `PromptError` at
-    the end if some lines could not be answered.
+    The answers are added to the file `resume_from`, or go to standard output. With `keep_failed`
+    failed lines are not tried again. Raises `UsageError` if a file cannot be used, before the model
+    is loaded, and `PromptError` at the end if some lines could not be answered.
     """
     with (
-        open_lines(files.prompts, reporter.note) as file,
-        open_answers(files.resume_from, keep_failed=files.keep_failed) as answers,
+        open_lines(prompts, reporter.note) as file,
+        open_answers(resume_from, keep_failed=keep_failed) as answers,
         ExitStack() as opened,
     ):
-        begin = _opened(models, name, options, files.parallel, opened)
+        begin = _opened(models, name, options, parallel, opened)
         from mixchat.serving.requests.lines import answer_lines, longest_line, numbered_lines
 
         longest = longest_line(models.context_of(name))
         lines = (line for line in numbered_lines(file, longest) if answers.want(line[0]))
-        write_answers(answer_lines(lines, begin, files.parallel), answers, reporter.note)
+        write_answers(answer_lines(lines, begin, parallel), answers, reporter.note)
 
 
 def _opened(
@@ -214,19 +206,19 @@ def write_answers(lines: Iterable[Line], answers: Answers, note: Note) -> None:
     Raises `PromptError` at the end if some line could not be answered. Raises at once an error that
     is not a line's fault.
     """
-    from mixchat.serving.requests.errors import is_fault_of_request
+    from mixchat.serving.requests.errors import as_request_error
 
     count = tokens = 0
     start = time.perf_counter()
     for line in lines:
-        if isinstance(line.end, Failed) and not is_fault_of_request(line.end.error):
+        if isinstance(line.end, Failed) and as_request_error(line.end.error).status >= 500:
             raise line.end.error
         answers.write(line.as_dict())
         count += 1
         tokens += line.end.stats.generated_tokens if isinstance(line.end, End) else 0
     seconds = time.perf_counter() - start
     rate = f", {tokens / seconds:.1f} tok/s" if tokens else ""
-    note(f"{count} line{'' if count == 1 else 's'} in {seconds:.1f} s{rate}")
+    note(f"{format_count(count, 'line')} in {seconds:.1f} s{rate}")
     if answers.failed:
         raise PromptError(
             f"{len(answers.failed)} of {answers.count} lines could not be answered",

@@ -1,8 +1,9 @@
 """Types keys into a chat, and looks at what it says."""
 
 import io
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
@@ -11,7 +12,7 @@ from prompt_toolkit.output import DummyOutput
 from mixchat.base.errors import MixchatError, ModelNotFoundError
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.chat.terminal.active_chat import ActiveChat, Opened
+from mixchat.chat.terminal.active_chat import ActiveChat
 from mixchat.chat.terminal.commands import completions, run_command
 from mixchat.chat.terminal.prompt import ChatPrompt
 from mixchat.chat.terminal.screen import Screen
@@ -20,7 +21,7 @@ from mixchat.face.reading_time import ReadingTime
 CTRL_C, CTRL_D, CTRL_U = "\x03", "\x04", "\x15"
 
 
-class NoCache:
+class NoCache(nullcontext):
     """No KV cache is saved."""
 
     def leave_chat(self): ...
@@ -44,6 +45,22 @@ class OneModel:
         raise ModelNotFoundError(f"there is no model {name!r}")
 
 
+class OpenedChat:
+    """An `OpenChat` whose model is loaded."""
+
+    is_open, name, cache = True, "demo", NoCache()
+
+    def __init__(self, saver, models, after_turn, errors):
+        self.saver, self.store, self.models = saver, saver.store, models
+        self.after_turn, self.reading_time = after_turn, ReadingTime()
+        self.reporter = SimpleNamespace(error=errors.append)
+
+    def wait(self): ...
+
+    def change(self, name):
+        self.after_turn, self.reading_time = self.models.change(name)
+
+
 class Chat:
     """Types `keys` into a chat with `session`; afterwards: `text`, `errors`, `turns`."""
 
@@ -60,17 +77,8 @@ class Chat:
                 warn=self.errors.append,
             )
             models = models(self.saver) if models else OneModel()
-            opened = Opened(self.saver, NoCache(), after_turn or self.turns.append, ReadingTime())
-            self.active = ActiveChat(
-                "demo",
-                Screen(out),
-                self.saver.store,
-                lambda: opened,
-                is_loaded=lambda: True,
-                models=models,
-                change_model=getattr(models, "change", None),
-                report=self.errors.append,
-            )
+            opened = OpenedChat(self.saver, models, after_turn or self.turns.append, self.errors)
+            self.active = ActiveChat(opened, Screen(out), ExitStack())
             offered = completions(self.active)
             self.prompt = ChatPrompt(history, offered, self.active.status)
             self.active.run(self.prompt, run_command)

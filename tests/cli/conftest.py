@@ -116,7 +116,7 @@ def mixchat(environment, monkeypatch, capsysbinary):
                 patch.setattr(
                     "mixchat.face.local_models.LocalModels.predictor", fake_mixchat.predict_fake
                 )
-                patch.setattr("mixchat.cli.run._note_server", fake_mixchat.note_nothing)
+                patch.setattr("mixchat.cli.run.is_served_here", fake_mixchat.is_served)
             with pytest.raises(SystemExit) as ending:
                 run_app([os.fsdecode(argument) for argument in arguments])
         said = capsysbinary.readouterr()

@@ -78,7 +78,7 @@ def start(home, loads, reports):
     """Open `first` in a chat."""
 
     def start(load=LOAD):
-        def new_report(session, predictor):
+        def new_report(engine, predictor):
             return reports[chat.saver.model].append
 
         chat = OpenChat(
@@ -222,7 +222,12 @@ def test_the_kv_cache_of_the_new_model_is_saved_in_place_of_the_old_one_s(start,
 def test_a_chat_types_it(start, reports):
     opened = start()
     typed = "hell\r/model second\rhe\r/model\r" + CTRL_D
-    opened.models.change = opened.change
+
+    def change(name):
+        opened.change(name)
+        return opened.after_turn, opened.reading_time
+
+    opened.models.change = change
     chat = Chat(opened.session, typed, models=lambda _: opened.models)
     assert chat.errors == []
     assert len(reports["second"]) == 1

@@ -89,7 +89,7 @@ def test_a_chat_is_saved_at_its_end(ask, tmp_path, monkeypatch):
     def chat(active, prompt, run_command):
         for question in ("Why?", "Where?"):
             *_, finished = active.session.ask(question)
-            active._after_turn(finished)
+            active._opened.after_turn(finished)
 
     monkeypatch.setattr("mixchat.chat.terminal.active_chat.ActiveChat.run", chat)
     monkeypatch.setattr("mixchat.cli.run.read_prompt", lambda *given: None)

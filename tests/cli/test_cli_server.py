@@ -3,6 +3,7 @@
 import json
 import threading
 
+import fake_mixchat
 import pytest
 import typer
 from command_line import loaded_by
@@ -317,16 +318,10 @@ def test_it_does_not_load_what_only_an_engine_needs(environment):
 
 
 def test_a_server_that_has_the_model_already_is_noted(mixchat, monkeypatch):
-    from mixchat.cli.output.progress import TerminalReporter
-    from mixchat.cli.run import _note_server
-
-    monkeypatch.setattr("mixchat.cli.run.is_served_here", lambda name: name == "demo")
-    said = []
-    monkeypatch.setattr(TerminalReporter, "note", lambda self, text: said.append(text))
-    _note_server("instruct", TerminalReporter())
-    _note_server("demo", TerminalReporter(quiet=True))
-    assert said == []
-    _note_server("demo", TerminalReporter())
-    assert said == [
-        "a server with demo is running: --server 127.0.0.1:11435 answers without loading it again"
-    ]
+    monkeypatch.setattr(fake_mixchat, "SERVED", {"demo"})
+    assert mixchat("run", "-m", "instruct", "Hi").stderr == b""
+    assert mixchat("run", "-m", "demo", "--quiet", "Hi").stderr == b""
+    assert mixchat("run", "-m", "demo", "Hi").stderr == (
+        b"note: a server with demo is running: --server 127.0.0.1:11435 answers without loading it "
+        b"again\n"
+    )

@@ -71,8 +71,8 @@ class Heatmap:
             f"{i:{'<' if narrow else '^'}{step * width}}" for i in range(0, a_line, step)
         )
         names = names[: a_line * width].ljust(a_line * width)
-        header = Text(f"{'':{_BEFORE}}{names}{'hits':>{_AFTER}}", style="bold")
-        yield _cropped(header)
+        header = f"{'':{_BEFORE}}{names}{'hits':>{_AFTER}}"
+        yield Text(header, style="bold", no_wrap=True, overflow="crop")
         for layer, uses in enumerate(relative_uses(report)):
             cells = list[tuple[str, str]]()  # texts and styles
             for use, tier in zip(uses, report.tiers[layer], strict=True):
@@ -82,9 +82,10 @@ class Heatmap:
                 cells.append((f"{text}{marks[tier]}".center(width), STYLES[level]))
             rate = _rate(sum(report.hits[layer]), sum(report.misses[layer]), 0)
             for start in range(0, experts, a_line):
-                line = Text(f"{layer:>3} " if start == 0 else f"{f'+{start}':<{_BEFORE}}")
+                number = f"{layer:>3} " if start == 0 else f"{f'+{start}':<{_BEFORE}}"
+                line = Text(number, no_wrap=True, overflow="crop")
                 line.append_tokens(cells[start : start + a_line])
-                yield _cropped(line.append(f"{rate:>{_AFTER}}") if start == 0 else line)
+                yield line.append(f"{rate:>{_AFTER}}") if start == 0 else line
         legend = "uses / layer's mean: " if narrow else "% of the layer's uses"
         line = Text(f"cells    {legend}")
         coloured = console.color_system is not None and not console.no_color
@@ -127,8 +128,3 @@ def _totals(report: ExpertReport, marks: dict[str, str]) -> Iterator[str]:
 
 def _rate(hits: int, misses: int, digits: int) -> str:
     return f"{hits / (hits + misses):.{digits}%}" if hits + misses else "-"
-
-
-def _cropped(line: Text) -> Text:
-    line.no_wrap, line.overflow = True, "crop"
-    return line

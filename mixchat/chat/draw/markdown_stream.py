@@ -65,7 +65,7 @@ class MarkdownStream:
         if self._earlier and text:
             earlier, self._earlier = cleaned(self._earlier, self._console.encoding), ""
             last = blocks(earlier)[-1:]
-            self._rest = _from_line(earlier, last[0].start) if last and last[0].is_open else ""
+            self._rest = earlier.split("\n", last[0].start)[-1] if last and last[0].is_open else ""
         self._rest += cleaned(text, self._console.encoding)
         started = self._clock()
         if started < self._next_frame:
@@ -74,7 +74,18 @@ class MarkdownStream:
             self._size, self._next_frame = size, started + _RESIZE_PAUSE_S
             return
         with interrupts.deferred():  # no half frame, and none that is drawn twice
-            self._draw()
+            options = self._console.options
+            final, tail = self._settled(), list[str]()
+            if self._has_tail:
+                line = self._below()
+                tail = [*self._tail_rows(), *([_faint(line)] if line else [])]
+                # A tail as high as the screen would scroll its first row out of reach.
+                tail = tail[-max(options.size.height - 1, 1) :]
+            if final or self._shown != (tail, options):
+                up = f"\x1b[{len(tail) - 1}A" if len(tail) > 1 else ""
+                new_tail = _NO_WRAP + "\n".join(tail) + "\r" + up + _WRAP
+                self._write(final, begin=_HIDE_CURSOR, after=new_tail)
+            self._shown = tail, options
         now = self._clock()
         self._next_frame = now + max(
             _MIN_FRAME_INTERVAL_S, (now - started) * (1 / _MAX_DRAWING_SHARE - 1)
@@ -91,20 +102,6 @@ class MarkdownStream:
         with interrupts.deferred():  # no half frame, and none that is drawn twice
             self._write(self._tail_rows(), after=_SHOW_CURSOR)
 
-    def _draw(self) -> None:
-        options = self._console.options
-        final, tail = self._settled(), list[str]()
-        if self._has_tail:
-            line = self._below()
-            tail = [*self._tail_rows(), *([_faint(line)] if line else [])]
-            # A tail as high as the screen would scroll its first row out of reach.
-            tail = tail[-max(options.size.height - 1, 1) :]
-        if final or self._shown != (tail, options):
-            up = f"\x1b[{len(tail) - 1}A" if len(tail) > 1 else ""
-            new_tail = _NO_WRAP + "\n".join(tail) + "\r" + up + _WRAP
-            self._write(final, begin=_HIDE_CURSOR, after=new_tail)
-        self._shown = tail, options
-
     def _settled(self) -> list[str]:
         """Return the rows that have become final, and take their text from the rest.
 
@@ -116,7 +113,7 @@ class MarkdownStream:
         *final, last = complete
         rows = self._rows(final)
         if final:
-            self._rest = _from_line(self._rest, last.start)
+            self._rest = self._rest.split("\n", last.start)[-1]
             self._gap, self._lacks_frame = last.gap, False
         if not last.is_open or last.tokens[0].type != "fence":
             return rows
@@ -183,7 +180,3 @@ class ThinkingStream(MarkdownStream):
 
 def _faint(line: str) -> str:
     return f"{_FAINT}{line}{_NO_LONGER_FAINT}"
-
-
-def _from_line(text: str, number: int) -> str:
-    return text.split("\n", number)[number]

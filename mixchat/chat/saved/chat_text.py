@@ -6,10 +6,8 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixchat.base.output_file import OutputFile
 from mixchat.chat.printing import one_line
 from mixchat.chat.saved.chat_file import as_json
 
@@ -116,15 +114,6 @@ def to_markdown(chat: SavedChat) -> str:
         if message.partial:
             paragraphs.append(_UNFINISHED)
     return _well_formed("\n\n".join(paragraphs)) + "\n"
-
-
-def write_export(chat: SavedChat, path: Path) -> None:
-    """Write a chat to a new file, as JSON if its suffix is .json, else as Markdown.
-
-    Raises `UsageError` or `ResourceError`, and leaves no file then.
-    """
-    text = to_json(chat) if path.suffix == ".json" else to_markdown(chat)
-    OutputFile("/export", path, streams=False).write(text.encode())
 
 
 def code_blocks(text: str) -> list[str]:

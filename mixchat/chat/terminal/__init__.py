@@ -1,7 +1,7 @@
 """The chat in the terminal, with the prompt, the commands and the screen.
 
-- open_chat.py: opens a chat or asks one question, saves it, and changes its model
-- loading.py: loads the model behind the prompt
+- open_chat.py: a chat with its model and files, which asks one question or goes to the terminal
+- talk.py: a chat in the terminal, from its first prompt to its end
 - active_chat.py: reads a text, runs a command or asks, shows the answer, saves it
 - commands.py: the commands after a slash, and the text of /help
 - screen.py: shows answers and notes

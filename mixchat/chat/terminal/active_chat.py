@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from prompt_toolkit.patch_stdout import patch_stdout
 
 from mixchat.base import interrupts
 from mixchat.base.errors import MixchatError
+from mixchat.base.quantities import format_count
 from mixchat.chat.printing import cut_off_note, one_line
+from mixchat.chat.terminal.open_chat import OpenChat
 from mixchat.chat.terminal.status_line import NEARLY_FULL, Figures
 from mixchat.chat.terminal.typeahead import unseen_keys
-from mixchat.face.reading_time import ReadingTime
 
 if TYPE_CHECKING:
-    from mixchat.chat.saved.cache_saver import CacheSaver
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
-    from mixchat.chat.saved.chat_store import ChatStore
-    from mixchat.chat.session import ChatSession, ModelProvider
+    from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.prompt import ChatPrompt
     from mixchat.chat.terminal.screen import Screen
     from mixchat.face.events import End, Event
     from mixchat.text.messages import Message
 
-AfterTurn = Callable[["End"], None]
 RunCommand = Callable[["ActiveChat", str, str], None]
 LEAVING = ("bye", "exit", "quit")
 """Words that leave without a slash, as in a shell or Python."""
@@ -36,57 +36,33 @@ _COMMAND = re.compile(r"/(\w*|\?)(?:[ \t]+(.*))?")
 _SYSTEM = re.compile(r"/(?:set[ \t]+)?(system)[ \t]+(\S.*)", re.DOTALL)
 
 
-class Opened(NamedTuple):
-    """What a chat needs of a loaded model. `after_turn` is called with the end of an answer."""
-
-    saver: ChatSaver
-    cache: CacheSaver
-    after_turn: AfterTurn
-    reading_time: ReadingTime
-
-
 class ActiveChat:
-    """A chat on a screen, with its session, its saver, its KV cache, its models and saved chats.
+    """A chat on a screen. Its model may still be loading, and is waited for when it is needed.
 
-    `opened` waits for the model, when it is needed for the first time. An error of a turn is passed
-    to `report`. `change_model` puts a model in place of the chat's, and returns its `after_turn`
-    and `reading_time`. `attached` has the texts that go before the next question, by the names of
-    their files.
+    `attached` has the texts that go before the next question, by the names of their files. `at_end`
+    saves the KV cache.
     """
 
-    def __init__(
-        self,
-        model: str,
-        screen: Screen,
-        store: ChatStore,
-        opened: Callable[[], Opened],
-        *,
-        is_loaded: Callable[[], bool],
-        models: ModelProvider,
-        change_model: Callable[[str], tuple[AfterTurn, ReadingTime]],
-        report: Callable[[Exception], object],
-    ) -> None:
-        self.screen, self.store, self.models = screen, store, models
-        self._model, self._opened, self._is_loaded = model, opened, is_loaded
-        self._report, self._change = report, change_model
+    def __init__(self, opened: OpenChat, screen: Screen, at_end: ExitStack) -> None:
+        self._opened, self.screen, self._at_end = opened, screen, at_end
+        self.store, self.models = opened.store, opened.models
         self.attached: dict[str, str] = {}
         self.left = False  # this turn is the last one
         self.draft = ""  # the last question, offered at the prompt, whose text replaces it
-        self._warned = False
+        self._warned = self._is_open = False
         self._given_up: list[Message] = []  # turns that a person was told cannot be saved
-        self._parts: Opened | None = None
 
-    def open(self) -> Opened:
-        """Wait for the model, unless it is there, and return what comes with it."""
-        if self._parts is None:
+    def open(self) -> OpenChat:
+        """Wait for the model and for its KV cache, unless they are there."""
+        if not self._is_open:
             try:
-                self._parts = parts = self._opened()
+                self._opened.wait()
+                self._at_end.enter_context(self._opened.cache)
             except Exception:
                 self.left = True  # there is nothing to chat with
                 raise
-            self._after_turn, self._reading = parts.after_turn, parts.reading_time
-            self._figures = Figures(parts.saver)
-        return self._parts
+            self._is_open, self._figures = True, Figures(self._opened.saver)
+        return self._opened
 
     @property
     def saver(self) -> ChatSaver:
@@ -95,10 +71,6 @@ class ActiveChat:
     @property
     def session(self) -> ChatSession:
         return self.saver.session
-
-    @property
-    def _cache(self) -> CacheSaver:
-        return self.open().cache
 
     def run(self, prompt: ChatPrompt, run_command: RunCommand) -> None:
         """Read and answer until Ctrl-D, `/bye`, or Ctrl-C twice.
@@ -126,10 +98,10 @@ class ActiveChat:
     def _may_leave(self) -> bool:
         """Return whether the chat is saved as it should be, or a person leaves it all the same."""
         try:
-            if self._parts is not None:
+            if self._is_open:
                 self._save_at_end()
         except MixchatError as error:
-            self._report(error)
+            self._opened.reporter.error(error)
             self.left = False
         return self.left
 
@@ -152,7 +124,8 @@ class ActiveChat:
     def _turn(self, prompt: ChatPrompt, run_command: RunCommand) -> None:
         """Read one text. Run it as a command, or ask it."""
         draft, self.draft = self.draft, ""
-        with nullcontext() if self._is_loaded() else prompt.lines_above():
+        # The thread that loads the model may print notes, which belong above the prompt.
+        with nullcontext() if self._opened.is_open else patch_stdout(raw=True):
             text = prompt.read(draft).strip()
         command = _COMMAND.fullmatch(text) or _SYSTEM.fullmatch(text)
         typed = not prompt.quoted and text != draft
@@ -167,7 +140,7 @@ class ActiveChat:
             except Exception as error:
                 if self.left:  # without a model
                     raise
-                self._report(error)
+                self._opened.reporter.error(error)
                 worked = False
             prompt.history.command_ended(worked=worked)
             self._count_figures()
@@ -197,21 +170,21 @@ class ActiveChat:
                     said,
                     lambda: self._figures.line(is_answering=True),
                     shows_thinking=self.session.shows_thinking,
-                    expected=self._reading.seconds,
+                    expected=self._opened.reading_time.seconds,
                 )
         except KeyboardInterrupt:
             self.screen.say("(stopped)\n")
         except Exception as error:
-            self._report(error)
+            self._opened.reporter.error(error)
             if self.session.history is not history:  # the server has gone in the middle
                 self.screen.say("(what came is kept; /continue resumes it)\n")
         else:
             note = self._note_on(end, said, remembered=self.session.history is not history)
             self.screen.say(f"({note})\n" if note else "")
             self._figures.turn(end)
-            self._reading.note(end.stats)
+            self._opened.reading_time.note(end.stats)
             self._warn_of_context()
-            self._after_turn(end)
+            self._opened.after_turn(end)
         finally:  # also if the terminal has been closed
             if self.session.history is not history:
                 with interrupts.deferred(), interrupts.saving():
@@ -237,17 +210,17 @@ class ActiveChat:
     def resume(self, chat: SavedChat) -> None:
         """Continue a saved chat in place of this one."""
         self._save_at_end()
-        self._cache.leave_chat()
+        self.open().cache.leave_chat()
         with interrupts.deferred():  # else one chat's turns could be saved as another's
             self.saver.resume(chat)
             self.attached.clear()
-        self._cache.enter_chat()
+        self.open().cache.enter_chat()
         self.show_last_turn()
 
     def start_new(self) -> None:
         """Start a new chat. The old one stays as it was saved."""
         self._save_at_end()
-        self._cache.leave_chat()
+        self.open().cache.leave_chat()
         # Ctrl-C in between would save the new conversation over the old one.
         with interrupts.deferred():
             self.session.clear()
@@ -258,8 +231,8 @@ class ActiveChat:
         """Continue with another model. Raises `MixchatError` if it cannot be loaded."""
         try:
             self.models.check(name, self.saver.model)
-            with self._cache.changing_model():
-                self._after_turn, self._reading = self._change(name)
+            with self.open().cache.changing_model():
+                self._opened.change(name)
         except KeyboardInterrupt:
             self.screen.say(f"(stopped; the model is still {one_line(self.saver.model)})")
             return
@@ -272,7 +245,7 @@ class ActiveChat:
 
     def other_models(self) -> list[str]:
         """Return the names of the models that the chat may change to."""
-        return self.models.others(self._model if self._parts is None else self.saver.model)
+        return self.models.others(self._opened.name)
 
     def show_last_turn(self) -> None:
         """Show the last turn of a chat that was resumed, and how many came before it."""
@@ -280,7 +253,7 @@ class ActiveChat:
         self._count_figures()
         turns = sum(message.role == "user" for message in history)
         if turns > 1:
-            self.screen.say(f"({turns - 1} earlier {'turn' if turns == 2 else 'turns'})")
+            self.screen.say(f"({format_count(turns - 1, 'earlier turn')})")
         self.screen.show_turns(history[-2:])
 
     def attach(self, path: Path, text: str) -> None:
@@ -291,8 +264,8 @@ class ActiveChat:
 
     def status(self) -> str:
         """Return the status line, as wide as the terminal is now."""
-        if not self._is_loaded():
-            return f"{self._model} · loading"
+        if not self._opened.is_open:
+            return f"{self._opened.name} · loading"
         self.open()
         return self._figures.line()
 
@@ -303,7 +276,7 @@ class ActiveChat:
 
     def _count_figures(self) -> None:
         # A command may have closed the engine, or been one that needs none.
-        if self._parts is not None and not self.left:
+        if self._is_open and not self.left:
             self._figures.count()
 
     def _warn_of_context(self) -> None:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from mixchat.base.context import UNKNOWN_CONTEXT
 from mixchat.base.errors import PromptError, UsageError
+from mixchat.base.output_file import OutputFile
+from mixchat.base.quantities import format_count
 from mixchat.base.sanitize import sanitize
 from mixchat.chat import parameters
 from mixchat.chat.plain_text import read_text_file
 from mixchat.chat.printing import draw, one_line, show
-from mixchat.chat.saved.chat_text import chat_table, code_blocks, write_export
+from mixchat.chat.saved.chat_text import chat_table, code_blocks, to_json, to_markdown
 from mixchat.chat.terminal.completion import (
     FILES,
     CommandCompletion,
@@ -283,7 +285,7 @@ def _undo(chat: ActiveChat, argument: str) -> None:
         raise UsageError(f"/undo takes a number of turns, 1 or more, not {argument!r}")
     chat.session.undo(count)
     chat.saver.save()
-    turns, them = ("1 turn", "it") if count == 1 else (f"{count} turns", "them")
+    turns, them = format_count(count, "turn"), "it" if count == 1 else "them"
     chat.screen.say(f"({turns} removed; /redo restores {them}, until your next question)")
 
 
@@ -294,7 +296,7 @@ def _redo(chat: ActiveChat, argument: str) -> None:
         hint = "/regen answers the last question again."
         raise PromptError("no turn was removed since the last answer", hint=hint)
     chat.saver.save()
-    chat.screen.say(f"({'1 turn' if count == 1 else f'{count} turns'} restored)")
+    chat.screen.say(f"({format_count(count, 'turn')} restored)")
 
 
 @_command("", "reword the question", "change the last question, and ask it instead")
@@ -392,5 +394,6 @@ def _export(chat: ActiveChat, argument: str) -> None:
         raise PromptError("there is nothing to export yet")
     current = chat.saver.current()
     path = file_argument(argument) if argument else Path(f"{current.id}.md")
-    write_export(current, path)
+    text = to_json(current) if path.suffix == ".json" else to_markdown(current)
+    OutputFile("/export", path, streams=False).write(text.encode())
     chat.screen.say(f"(written to {one_line(str(path))})")

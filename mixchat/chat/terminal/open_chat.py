@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import secrets
-import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,19 +20,16 @@ from mixchat.base.errors import (
 )
 from mixchat.base.model_config import DEFAULT_TOKENS
 from mixchat.base.options import ChatOptions
-from mixchat.base.progress import Reporter
-from mixchat.base.settings import data_dir
-from mixchat.chat.terminal.loading import Loading
+from mixchat.base.progress import Reporter, in_background
 from mixchat.face.numbers import with_numbers
 from mixchat.face.reading_time import Predictor, ReadingTime
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mixchat.chat.saved.cache_saver import CacheSaver
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.session import ChatSession, ModelProvider
-    from mixchat.chat.terminal.active_chat import AfterTurn
+    from mixchat.engine.generate import Engine
     from mixchat.face.events import End
     from mixchat.text.form.output_constraint import OutputConstraint
     from mixchat.text.template import Template
@@ -57,12 +54,17 @@ class Resumed(NamedTuple):
     except_for: Collection[str] = ()
 
 
-# Makes the report after each turn of a session.
-NewReport = Callable[["ChatSession", Predictor], "AfterTurn"]
+AfterTurn = Callable[["End"], object]
+# Makes the report after each turn of a model's engine, which is None if a server answers.
+NewReport = Callable[["Engine | None", Predictor], AfterTurn]
 
 
 class OpenChat:
-    """A model's session and its saver, for a question or a chat in the terminal."""
+    """A chat with a model, for a question or for the terminal.
+
+    When its model is loaded, it has `session`, `saver`, `cache` (of keys and values), `after_turn`
+    and `reading_time`.
+    """
 
     def __init__(
         self,
@@ -71,36 +73,61 @@ class OpenChat:
         options: ChatOptions,
         reporter: Reporter,
         *,
-        new_report: NewReport,
         saving: Saving,
+        new_report: NewReport | None = None,
         form: OutputConstraint | None = None,
         resumed: Resumed | None = None,
     ) -> None:
         from mixchat.chat.saved.chat_store import ChatStore
 
-        self._store = ChatStore()
-        self.models, self._name, self._options, self._reporter = models, name, options, reporter
-        self._new_report, self._form, self._saving = new_report, form, saving
-        self._resumed = resumed
-        self._is_open = False
+        self.models, self.reporter, self.store = models, reporter, ChatStore()
+        self._name, self._options, self._form, self.saving = name, options, form, saving
+        self._new_report, self.resumed = new_report, resumed
+        self.is_open = False
+        self._loading: Future[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name of the model."""
+        return self.saver.model if self.is_open else self._name
 
     def open(self, *, shown: bool = True) -> None:
         """Load the model, and show that if `shown`. Any thread may do it."""
+        from mixchat.chat.saved.cache_saver import CacheSaver
         from mixchat.chat.saved.chat_saver import ChatSaver
 
-        resumed, reporter = self._resumed, self._reporter
-        self.session = self._open(self._name, resumed and resumed.chat, shown=shown)
+        reporter, saving, resumed = self.reporter, self.saving, self.resumed
+        self.session = self._new_session(self._name, resumed and resumed.chat, shown=shown)
         self.saver = ChatSaver(
             self.session,
-            self._store,
+            self.store,
             self._name,
-            autosave=self._saving.autosave,
+            autosave=saving.autosave,
             warn=reporter.error,
             note=reporter.note,
         )
         if resumed is not None:
             self.saver.resume(*resumed)
-        self._is_open = True
+        self.cache = CacheSaver(self.saver, reporter, named=saving.cache, create=saving.keep_caches)
+        self._predict()
+        self.is_open = True
+
+    def start(self, failed: Callable[[BaseException], object], done: Callable[[], object]) -> None:
+        """Open the chat in a thread, unless that was started. `failed` or `done` is called then."""
+        if self._loading is None:
+            self._loading = in_background(lambda: self.open(shown=False))
+            self._loading.add_done_callback(
+                lambda loaded: done() if (error := loaded.exception()) is None else failed(error)
+            )
+
+    def wait(self) -> None:
+        """Wait until the chat is open. Raises the error of loading its model."""
+        if not self.is_open:
+            with self.reporter.status(f"loading {self._name}"):
+                if self._loading is None:
+                    self.open(shown=False)
+                else:
+                    self._loading.result()
 
     def ask(self, answer: Callable[[ChatSession], End]) -> None:
         """Let `answer` ask one question. Save what came, even if it could not be printed.
@@ -108,11 +135,10 @@ class OpenChat:
         Raises `ResourceError` if it cannot be saved. After another error, this one is only printed.
         """
         self.open()
-        after_turn, _ = self._hooks()
         history = self.session.history
-        with self._cache_saver():
+        with self.cache:
             try:
-                after_turn(answer(self.session))
+                self.after_turn(answer(self.session))
             except BaseException:
                 if self.session.history is not history:
                     with interrupts.deferred(), interrupts.saving():
@@ -122,70 +148,15 @@ class OpenChat:
                 return
             with suppress(MixchatError), interrupts.deferred(), interrupts.saving():
                 self.saver.save_or_raise()
-            self._raise_fault("The answer is whole. ")
-
-    def talk(self, files: Mapping[Path, str], *, raw: bool, vi: bool) -> None:
-        """Chat in the terminal. The texts of `files` go before the first question.
-
-        The model of a new chat is loaded behind the prompt.
-        """
-        from mixchat.chat.terminal.active_chat import ActiveChat, Opened
-        from mixchat.chat.terminal.commands import completions, run_command
-        from mixchat.chat.terminal.prompt import ChatPrompt
-        from mixchat.chat.terminal.screen import Screen
-
-        # A resumed chat shows its last turn first. A KV cache may take long to read.
-        waits = self._resumed is not None or self._saving.cache is not None
-        behind = sys.stdout.isatty() and not waits and self.models.prepare(self._name)
-        if not behind:
-            self.open()
-        screen, name = Screen(raw=raw), self._name
-        screen.say(f"{name}; /help shows the commands, Ctrl-D leaves")
-        loading = Loading(lambda: self.open(shown=False))
-        with ExitStack() as stack:
-
-            def is_loaded() -> bool:
-                return not behind or loading.is_done
-
-            def opened() -> Opened:
-                if not is_loaded():
-                    with self._reporter.status(f"loading {name}"):
-                        loading.wait()
-                cache = stack.enter_context(self._cache_saver())
-                return Opened(self.saver, cache, *self._hooks())
-
-            chat = ActiveChat(
-                name,
-                screen,
-                self._store,
-                opened,
-                is_loaded=is_loaded,
-                models=self.models,
-                change_model=self.change,
-                report=self._reporter.error,
-            )
-            if not behind and chat.open().saver.session.history:
-                chat.show_last_turn()
-            for path, text in files.items():
-                chat.attach(path, text)
-            history = data_dir() / "history" if self._saving.autosave else None
-            prompt = ChatPrompt(
-                history, completions(chat), chat.status, vi=vi, warn=self._reporter.note
-            )
-            if behind:
-                # After the prompt is there, because Python's threads take turns.
-                prompt.when_drawn(lambda: loading.start(prompt.end, prompt.redraw))
-            chat.run(prompt, run_command)
-            if self._is_open:
-                self._raise_fault()
+            self.raise_fault("The answer is whole. ")
 
     def close(self) -> None:
         """Save the figures that `mixchat stats` shows."""
-        if self._is_open:
-            save_report(self.session, self.saver.model)
+        if self.is_open:
+            self._save_report()
 
-    def change(self, name: str) -> tuple[AfterTurn, ReadingTime]:
-        """Put a model in place of the chat's. Returns what reports its turns, and its pace.
+    def change(self, name: str) -> None:
+        """Put a model in place of the chat's.
 
         Raises `MixchatError` if it cannot be loaded. Then the old model is loaded again. If that
         fails as well, the session's engine stays closed.
@@ -193,7 +164,7 @@ class OpenChat:
         is_local, former = self.session.model.engine is not None, self.saver.model
         # Two models may not fit into memory together, so the old one goes before the new one comes.
         if is_local:
-            save_report(self.session, former)
+            self._save_report()
             self.session.model.close()
         try:
             self._take(name)
@@ -213,15 +184,14 @@ class OpenChat:
                 message = f"{error}; nor can {former} be loaded again: {second}"
                 raise MixchatError(message, hint=hint) from None
             raise
-        return self._hooks()
 
-    def _raise_fault(self, comfort: str = "") -> None:
+    def raise_fault(self, comfort: str = "") -> None:
         """Raise `ResourceError` if the chat could not be saved."""
-        if self.saver.fault is not None:
+        if self.is_open and self.saver.fault is not None:
             hint = f"{comfort}Free some space, or set MIXCHAT_HOME to another place."
             raise ResourceError(str(self.saver.fault), hint=hint)
 
-    def _open(
+    def _new_session(
         self, name: str, resumed: SavedChat | None = None, *, shown: bool = True
     ) -> ChatSession:
         """Return a session with a model, whose context holds the `resumed` chat if possible."""
@@ -234,9 +204,9 @@ class OpenChat:
             """
             from mixchat.engine.prompt_cache import saved_tokens
 
-            tokens = 0 if self._saving.cache is None else saved_tokens(self._saving.cache)
+            tokens = 0 if self.saving.cache is None else saved_tokens(self.saving.cache)
             if resumed is not None:
-                tokens = max(tokens, saved_tokens(self._store.kv_path(resumed.id)))
+                tokens = max(tokens, saved_tokens(self.store.kv_path(resumed.id)))
                 if self._options.overflow == "stop" and resumed.messages:
                     with suppress(PromptError):
                         tokens = max(tokens, len(template.encode(resumed.messages)))
@@ -248,22 +218,30 @@ class OpenChat:
             sampling = replace(sampling, seed=secrets.randbelow(2**32))
         return ChatSession(model, sampling, self._options, self._form)
 
-    def _cache_saver(self) -> CacheSaver:
-        from mixchat.chat.saved.cache_saver import CacheSaver
-
-        named, keep = self._saving.cache, self._saving.keep_caches
-        return CacheSaver(self.saver, self._reporter, named=named, create=keep)
-
     def _take(self, name: str) -> None:
-        opened = self._open(name)
+        opened = self._new_session(name)
         with interrupts.deferred():  # else the chat could be saved with the other model's name
             self.session.take_model(opened)
             self.saver.model = name
+        self._predict()
 
-    def _hooks(self) -> tuple[AfterTurn, ReadingTime]:
+    def _predict(self) -> None:
+        """Make what predicts the speed of the model, and what reports turns beside that."""
         model = self.session.model
         predictor = self.models.predictor(model, self.saver.model)
-        return self._new_report(self.session, predictor), ReadingTime(predictor, model.engine)
+        self.reading_time = ReadingTime(predictor, model.engine)
+        new_report = self._new_report
+        report = None if new_report is None else new_report(model.engine, predictor)
+        self.after_turn: AfterTurn = report or (lambda end: None)
+
+    def _save_report(self) -> None:
+        """Save the figures of `mixchat stats`, if possible. A server has none."""
+        from mixchat.engine.report import report_of, report_path, save_report
+
+        engine, model = self.session.model.engine, self.saver.model
+        if engine is not None and not engine.is_closed:
+            with suppress(OSError, ModelNotFoundError):
+                save_report(report_path(model), report_of(engine, model))
 
 
 def find_chat(wanted: str | None) -> SavedChat | None:
@@ -278,14 +256,3 @@ def find_chat(wanted: str | None) -> SavedChat | None:
         if " " in wanted:  # it looks like a question
             error.hint = f"Put a PROMPT before --resume, or after --resume ID. {error.hint}"
         raise
-
-
-def save_report(session: ChatSession, model: str) -> None:
-    """Save the figures of `mixchat stats`, if possible. A server has none."""
-    from mixchat.engine.report import report_of, report_path, save_report
-
-    engine = session.model.engine
-    if engine is None or engine.is_closed:
-        return
-    with suppress(OSError, ModelNotFoundError):
-        save_report(report_path(model), report_of(engine, model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -25,7 +25,6 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.key_binding.vi_state import InputMode
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
-from prompt_toolkit.patch_stdout import patch_stdout
 from prompt_toolkit.styles import Style
 
 from mixchat.base.errors import MixchatError
@@ -108,10 +107,6 @@ class ChatPrompt:
     def when_drawn(self, do: Callable[[], None]) -> None:
         """Call `do` whenever the prompt was drawn."""
         self._session.app.after_render += lambda app: do()
-
-    def lines_above(self) -> AbstractContextManager[None]:
-        """Print what other threads print meanwhile above the prompt."""
-        return patch_stdout(raw=True)
 
     def redraw(self) -> None:
         """Draw the prompt again. Any thread may call it."""

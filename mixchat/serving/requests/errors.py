@@ -21,7 +21,7 @@ _RETRY_S = 2
 _MAX_PATH = 80  # characters
 _MAX_VALUE = 60  # characters
 # Status, type and code. The first class that fits counts.
-_KINDS = (
+_ERRORS = (
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (ShuttingDownError, 503, "server_error", "shutting_down"),
     (PromptTooLongError, 400, _INVALID, "context_length_exceeded"),
@@ -32,7 +32,7 @@ _KINDS = (
 
 
 class RequestError(Exception):
-    """A request that cannot be answered. `param` is the wrong field, `kind` OpenAI's `type`."""
+    """A request that cannot be answered. `param` is the wrong field."""
 
     def __init__(
         self,
@@ -41,12 +41,12 @@ class RequestError(Exception):
         status: int = 400,
         param: str | None = None,
         code: str | None = None,
-        kind: str = _INVALID,
+        error_type: str = _INVALID,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
-        self._fields = {"type": kind, "param": param, "code": code}
+        self._fields = {"type": error_type, "param": param, "code": code}
 
     @property
     def body(self) -> dict[str, Any]:
@@ -59,18 +59,15 @@ def as_request_error(error: Exception) -> RequestError:
         return error
     if not isinstance(error, MixchatError):
         # Only the person who runs the server gets the exact fault.
-        return RequestError("internal error", status=500, kind="server_error")
+        return RequestError("internal error", status=500, error_type="server_error")
     message = f"{error}. {error.hint}" if error.hint else str(error)
-    for kind, status, word, code in _KINDS:
-        if isinstance(error, kind):
+    for error_class, status, error_type, code in _ERRORS:
+        if isinstance(error, error_class):
             headers = {"Retry-After": str(_RETRY_S)} if status == 429 else None
-            return RequestError(message, status=status, kind=word, code=code, headers=headers)
-    return RequestError(message, status=500, kind="server_error")
-
-
-def is_fault_of_request(error: Exception) -> bool:
-    """Return whether the request is at fault."""
-    return as_request_error(error).status < 500
+            return RequestError(
+                message, status=status, error_type=error_type, code=code, headers=headers
+            )
+    return RequestError(message, status=500, error_type="server_error")
 
 
 def field_error(path: str, reason: str, code: str | None = None) -> RequestError:

@@ -75,7 +75,7 @@ def test_read_does_not_wait_for_a_fifo(session_of, tmp_path):
 
 
 def test_an_export_that_fails_leaves_no_file(session_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("mixchat.chat.saved.chat_text.to_markdown", lambda chat: "\ud800")
+    monkeypatch.setattr("mixchat.chat.terminal.commands.to_markdown", lambda chat: "\ud800")
     typed(session_of("a"), "Hi", "/export out.md")
     assert not (tmp_path / "out.md").exists()
 
