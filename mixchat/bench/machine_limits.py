@@ -61,7 +61,7 @@ def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) ->
     """Return the bytes that decoding a token reads after `context` other tokens."""
     config = blueprint.config
     experts = config.num_moe_layers * config.num_experts_per_tok * blueprint.mean_expert
-    matrices = sum(t.nbytes for spec in blueprint.shared_matrices.values() for t in spec.tensors)
+    matrices = sum(matrix.nbytes for matrix in blueprint.shared_matrices.values())
     # A token needs one row of the embedding, unless the embedding is the head, too.
     tied = 0 if blueprint.head else blueprint.embedding.nbytes
     cache = bytes_seen(config, context, blueprint.quantization.dtype, kv_bits)

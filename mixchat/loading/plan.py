@@ -17,12 +17,13 @@ from mixchat.base.progress import Reporter
 from mixchat.base.quantities import format_age
 from mixchat.experts.memory import CPU
 from mixchat.loading.devices import is_free_to_choose, on_cpu_because, usable_devices
-from mixchat.planning.faster_device import fit_on_faster, without_gpus
+from mixchat.planning.expectation import expect_fit
+from mixchat.planning.faster_device import fit_on_faster
 from mixchat.planning.fitting import FreeMemory, MemoryPlan, expected_mix, fit_model, has_bits
 from mixchat.planning.hardware import Machine, ToldMachine
 from mixchat.planning.machine_speeds import BUSY, Measurement
 from mixchat.planning.measuring import measure_machine, saved_measurement
-from mixchat.planning.plan import MachinePlan, Size, expect_fit, fit_known, plan_model, scaled
+from mixchat.planning.plan import MachinePlan, Size, fit_known, plan_model, scaled
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.manifest import is_installed
@@ -77,7 +78,7 @@ def plan(
             smaller = fit_model(
                 expected_mix(blueprint, ExpertSize.parse(bits)), machine.free, options
             )
-            expected = expect_fit(device, smaller, by_arithmetic(smaller.blueprint))
+            expected = expect_fit(smaller, device, by_arithmetic(smaller.blueprint))
             sizes.append(Size(bits, smaller, expected))
     if outline.installed or "--expert-bits" in outline.arguments or len(sizes) == 1:
         sizes = []  # a person chose already, or has no choice
@@ -101,7 +102,7 @@ def _first_fit(
     except ResourceError:
         if not chooses:
             raise
-        return fit_model(blueprint, without_gpus(free), options)
+        return fit_model(blueprint, free.without_gpus(), options)
 
 
 def in_mix(outline: Outline, bits: ExpertSize) -> Outline:

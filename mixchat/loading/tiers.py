@@ -74,7 +74,7 @@ def build_experts(
         host,
         gpus,
         copy_seconds=lambda layer: blueprint.expert_of(layer).stride / typical.gpus[0].bus,
-        host_seconds=lambda layer, rows: typical.expert_time("cpu", rows),
+        host_seconds=lambda layer, rows: typical.expert_time(rows),
     )
 
 

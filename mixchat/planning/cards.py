@@ -249,24 +249,20 @@ def parse_cards(text: str) -> tuple[Card, ...]:
         count, name = (int(match[1]), match[2]) if match else (1, item)
         if not 1 <= len(named) + count <= _MOST_CARDS:
             raise UsageError(f"a machine has 1 to {_MOST_CARDS} GPUs, not {len(named) + count}")
-        named += [_card_named(name.strip())] * count
+        name = name.strip()
+        card = find_card(name)
+        if card is None and _AMOUNT.fullmatch(name):
+            card = Card.of_size(parse_size(name))
+        if card is None:
+            known = {_plain(card.name)[0]: card.name for card in reversed(cards())}
+            near = get_close_matches(_plain(name)[0], known, _NEAREST, cutoff=0.5)
+            names = f"The nearest: {', '.join(known[key] for key in near)}. " if near else ""
+            hint = f"{names}A size works, too: 24GB."
+            raise UsageError(f"no card is known as {name[:_LONGEST]!r}", hint=hint)
+        if problem := too_old(card.capability):
+            raise UsageError(f"{card.name} cannot be used: {problem}")
+        named += [card] * count
     return tuple(named)
-
-
-def _card_named(name: str) -> Card:
-    card = find_card(name)
-    if card is None and _AMOUNT.fullmatch(name):
-        return Card.of_size(parse_size(name))
-    if card is None:
-        known = {_plain(card.name)[0]: card.name for card in reversed(cards())}
-        near = get_close_matches(_plain(name)[0], known, _NEAREST, cutoff=0.5)
-        names = f"The nearest: {', '.join(known[key] for key in near)}. " if near else ""
-        raise UsageError(
-            f"no card is known as {name[:_LONGEST]!r}", hint=f"{names}A size works, too: 24GB."
-        )
-    if problem := too_old(card.capability):
-        raise UsageError(f"{card.name} cannot be used: {problem}")
-    return card
 
 
 @cache

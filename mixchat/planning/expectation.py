@@ -14,7 +14,8 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.experts.memory import CPU
 from mixchat.experts.placement import Placement
-from mixchat.planning.gpu_cost import GPUWork, parts_of
+from mixchat.planning.fitting import MemoryPlan
+from mixchat.planning.gpu_cost import GPUWork
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.planning.routing import expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
@@ -135,22 +136,20 @@ def expect(
             for speeds in measurement.in_use
         ]
     else:
+        shares = placement.layers or placement.by_device
         costs = [
-            gpu_token_cost(
-                blueprint, speeds, _shares(placement), hit_rate, host_hit_rate, answers=answers
-            )
+            gpu_token_cost(blueprint, speeds, shares, hit_rate, host_hit_rate, answers=answers)
             for speeds in measurement.in_use
         ]
-    speed = speed_range(costs, measurement.measured_at)
+    speed = None
+    if seconds := [cost.seconds for cost in costs if cost is not None]:
+        speed = SpeedRange(1 / max(seconds), 1 / min(seconds), measurement.measured_at)
     return Expectation(placement.held, hit_rate, host_hit_rate, costs[0], speed, answers)
 
 
-def speed_range(costs: Sequence[TokenCost | None], measured_at: float) -> SpeedRange | None:
-    """Return the range of speeds, from costs of a token."""
-    seconds = [cost.seconds for cost in costs if cost is not None]
-    if not seconds:
-        return None
-    return SpeedRange(1 / max(seconds), 1 / min(seconds), measured_at)
+def expect_fit(fit: MemoryPlan, device: torch.device, measurement: Measurement) -> Expectation:
+    """Return the speed of decoding with the places and the answers at once of a fit."""
+    return expect(fit.blueprint, device, measurement, fit.placement, fit.options.parallel)
 
 
 def token_cost(
@@ -166,11 +165,11 @@ def token_cost(
     RAM holds the part `hit_rate` of the experts used. All answers use `uses` experts of a layer
     together, None for one answer.
     """
-    row_s = speeds.expert_time("cpu", 1)
+    row_s = speeds.expert_time(1)
     # More rows slow all matrices alike.
-    slowdown = speeds.expert_time("cpu", answers) / row_s
+    slowdown = speeds.expert_time(answers) / row_s
     uses = uses or float(size.experts_per_token)
-    expert_s = speeds.expert_time("cpu", answers * size.experts_per_token / uses)
+    expert_s = speeds.expert_time(answers * size.experts_per_token / uses)
     uses *= size.layers
     computing = (
         slowdown * size.layers * speeds.layer_seconds
@@ -190,7 +189,7 @@ def gpu_token_cost(
     *,
     answers: int = 1,
 ) -> TokenCost | None:
-    """Return the cost of a decoded token on GPUs with `shares` as in `parts_of`.
+    """Return the cost of a decoded token on GPUs with `shares` as in `GPUWork`.
 
     VRAM holds the part `hit_rate` of the experts used, together with RAM `host_hit_rate`. The
     CPU computes the experts that are in no slot.
@@ -198,13 +197,12 @@ def gpu_token_cost(
     config = blueprint.config
     uses = expected_distinct(config, answers)
     rows = answers * config.num_experts_per_tok / uses
-    work = GPUWork(blueprint, parts_of(speeds.gpus, shares))
-    time = work.token(hit_rate, uses, speeds.expert_time("cpu", rows))
+    work = GPUWork(blueprint, speeds.gpus, shares)
+    computing, waiting = work.token(hit_rate, uses, speeds.expert_time(rows))
     uses *= config.num_moe_layers
-    cost = moving_cost(
-        blueprint.mean_expert, speeds, time.computing, read=uses * (1 - host_hit_rate)
-    )
-    return cost and replace(cost, waiting=time.waiting, missed=uses * (1 - hit_rate))
+    read = uses * (1 - host_hit_rate)
+    cost = moving_cost(blueprint.mean_expert, speeds, computing, read=read)
+    return cost and replace(cost, waiting=waiting, missed=uses * (1 - hit_rate))
 
 
 def moving_cost(
@@ -235,22 +233,17 @@ def moving_cost(
     )
 
 
-def _shares(placement: Placement) -> tuple[int, ...]:
-    return placement.layers or placement.by_device
-
-
 def size_of(blueprint: Blueprint) -> ModelSize:
     """Return the parts of a model that cost time."""
-    config, head = blueprint.config, blueprint.head
-    tensors = [blueprint.embedding] if head is None else head.tensors
+    config, head = blueprint.config, blueprint.head or blueprint.embedding
     first = range(config.first_k_dense_replace)
     matrices = [matrix for layer in first for matrix in blueprint.dense_matrices(layer)]
     return ModelSize(
         layers=config.num_moe_layers,
         experts_per_token=config.num_experts_per_tok,
         expert=blueprint.mean_expert,
-        head=sum(tensor.nbytes for tensor in tensors),
-        first_layers=sum(tensor.nbytes for matrix in matrices for tensor in matrix.tensors),
+        head=head.nbytes,
+        first_layers=sum(matrix.nbytes for matrix in matrices),
     )
 
 
@@ -299,7 +292,8 @@ def first_token(
         loading = _LOADING_S + blueprint.expert_count * _EXPERT_LOADING_S
         loading += blueprint.shared_size / disk if disk else 0.0
     else:
-        samples, shares, loading = measurement.in_use, _shares(placement), 0.0
+        samples, loading = measurement.in_use, 0.0
+        shares = placement.layers or placement.by_device
         missing = 1 - sum(placement.by_device) / placement.experts
         read = 1 - placement.held / placement.experts
     costs = [
@@ -344,14 +338,14 @@ def prompt_cost(
     """Return the cost of a prompt of `prompt` tokens, computed in chunks.
 
     In each chunk no slot holds the part `missing` of the experts used, 0 to 1, and the part `read`
-    comes from disk. A GPU has missing experts copied. `shares` are as in `parts_of`.
+    comes from disk. A GPU has missing experts copied. `shares` are as in `GPUWork`.
     """
     config, size = blueprint.config, size_of(blueprint)
     chunks = [min(PREFILL_CHUNK, prompt - start) for start in range(0, prompt, PREFILL_CHUNK)]
     distinct = [expected_distinct(config, tokens) for tokens in chunks]
     uses = config.num_moe_layers * sum(distinct)
     if device != CPU:
-        work = GPUWork(blueprint, parts_of(speeds.gpus, shares))
+        work = GPUWork(blueprint, speeds.gpus, shares)
         computing = work.head() + sum(map(work.chunk, chunks, distinct))
         return moving_cost(
             size.expert,
@@ -361,13 +355,13 @@ def prompt_cost(
             read=uses * read,
             overlap=PROMPT_OVERLAP,
         )
-    row_s = speeds.expert_time("cpu", 1)
+    row_s = speeds.expert_time(1)
     computing = size.head / size.expert * row_s
     for tokens, experts in zip(chunks, distinct, strict=True):
         rows = tokens * config.num_experts_per_tok / experts
         # More rows slow all matrices alike.
-        slowdown = speeds.expert_time("cpu", tokens) / row_s
-        layer_s = slowdown * speeds.layer_seconds + experts * speeds.expert_time("cpu", rows)
+        slowdown = speeds.expert_time(tokens) / row_s
+        layer_s = slowdown * speeds.layer_seconds + experts * speeds.expert_time(rows)
         first_layers_s = slowdown * size.first_layers / size.expert * row_s
         computing += first_layers_s + config.num_moe_layers * layer_s
     return moving_cost(size.expert, speeds, computing, read=uses * read, overlap=PROMPT_OVERLAP)

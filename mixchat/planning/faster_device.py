@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from mixchat.base import gpu
@@ -11,7 +9,7 @@ from mixchat.base.errors import ResourceError
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import format_size
 from mixchat.experts.memory import CPU
-from mixchat.planning.expectation import expect
+from mixchat.planning.expectation import expect_fit
 from mixchat.planning.fitting import FreeMemory, MemoryPlan, fit_model
 from mixchat.planning.machine_speeds import Measurement
 from mixchat.weights.format.blueprint import Blueprint
@@ -29,26 +27,15 @@ def fit_on_faster(
     """
     on_cpu = None
     try:
-        on_cpu = fit_model(blueprint, without_gpus(free), options)
+        on_cpu = fit_model(blueprint, free.without_gpus(), options)
         on_gpu = fit_model(blueprint, free, options)
     except ResourceError:
         if on_cpu is None:
             return fit_model(blueprint, free, options), None
         return on_cpu, f"too little memory ({format_size(free.device or 0)} are free)"
     device = torch.device(gpu.KIND, 0)
-    gpu_speed = _speed(on_gpu, device, measurement)
-    cpu_speed = _speed(on_cpu, CPU, measurement)
+    gpu_speed = expect_fit(on_gpu, device, measurement).tokens_per_second
+    cpu_speed = expect_fit(on_cpu, CPU, measurement).tokens_per_second
     if gpu_speed is None or cpu_speed is None or cpu_speed < _LEAST_GAIN * gpu_speed:
         return on_gpu, None
     return on_cpu, f"slower by the plan ({gpu_speed:.2g} tok/s, the CPU {cpu_speed:.2g})"
-
-
-def without_gpus(free: FreeMemory) -> FreeMemory:
-    """Return the memory if only the CPU computes."""
-    return replace(free, device=None, other_gpus={})
-
-
-def _speed(fit: MemoryPlan, device: torch.device, measurement: Measurement) -> float | None:
-    return expect(
-        fit.blueprint, device, measurement, fit.placement, fit.options.parallel
-    ).tokens_per_second

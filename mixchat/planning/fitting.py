@@ -51,6 +51,10 @@ class FreeMemory:
         on_more = {str(device): free_on(device) for device in more}
         return cls(free_on(CPU), on_first, tightest_memory_limit(), on_more)
 
+    def without_gpus(self) -> FreeMemory:
+        """Return the memory if only the CPU computes."""
+        return replace(self, device=None, other_gpus={})
+
     def rooms(self, budgets: Sequence[MemoryBudget]) -> list[DeviceRoom]:
         """Return the GPUs, with the budget for each or for all. Raises `UsageError`."""
         assert self.device is not None

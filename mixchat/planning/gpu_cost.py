@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from math import comb
 
@@ -35,72 +34,42 @@ def token_kernels(config: ModelConfig) -> int:
     return sum(parts) + len(parts) * of_layer + config.num_moe_layers * of_moe
 
 
-@dataclass(frozen=True)
-class Part:
-    """A GPU and its share of the layers, 0 to 1."""
-
-    gpu: GPUSpeeds
-    share: float
-
-
-def parts_of(gpus: Sequence[GPUSpeeds], shares: Sequence[int]) -> list[Part]:
-    """Return the GPUs that hold some of the layers. `shares` has the layers of each, or its slots.
-
-    Several GPUs hold whole layers apart. A token passes one GPU after the other. The bandwidth of
-    one GPU counts at a time, and a row of 4 KB (Qwen3-30B) or 8 KB (Mixtral) goes from one to the
-    next: with the start of the copy 20 us a token.
-
-    The other way is experts apart. Each GPU holds some experts of every layer, and all read at the
-    same time. That saves less than half of the experts' time. Of Mixtral's two experts the busiest
-    of two GPUs has 1.43 (both are on one GPU 3 times in 7), and of Qwen3's eight 5.1. It costs a
-    round trip in each layer, 2 x 10 us with peer access, and 2 x 20 us through RAM, as GeForce
-    cards exchange bytes. On two RTX 3090, of whose 936 GB/s 80% reach a kernel, in 4 bits:
-
-                 experts    other weights    layers apart    saved     round trips     experts apart
-        Mixtral  5.99 GB    1.52 GB          10.8 ms         2.3 ms    .64 to 1.3 ms   9.2 to 9.8 ms
-        Qwen3    .96 GB     .95 GB           3.8 ms          .5 ms     .96 to 1.9 ms   4.3 to 5.3 ms
-
-    So experts apart are 10 to 15% faster for large experts, and 12 to 40% slower for small ones.
-    They also need graphs of all GPUs at once, an exchange within them, and cards that are alike.
-    Layers apart take any cards, and llama.cpp does the same by default.
-    """
-    whole = sum(shares)
-    used = [(gpus[min(n, len(gpus) - 1)], count) for n, count in enumerate(shares) if count]
-    return [Part(gpu, count / whole) for gpu, count in used]
-
-
-@dataclass(frozen=True)
-class GPUTime:
-    """The seconds of one token: of the GPUs, and that they wait for the CPU's experts."""
-
-    computing: float
-    waiting: float = 0.0
-
-
 class GPUWork:
-    """The work of a model on GPUs."""
+    """The work of a model on GPUs. `shares` has the layers that each holds, or its slots.
 
-    def __init__(self, blueprint: Blueprint, parts: Sequence[Part]) -> None:
-        self._blueprint, self._parts = blueprint, parts
-        self._config = blueprint.config
+    The GPUs hold whole layers, and a token passes one after the other. A row of 4 to 8 KB goes from
+    one to the next, in 20 us with the start of the copy. If each held some experts of every layer,
+    all would read at the same time, but every layer would need a round trip of 20 to 40 us. By
+    arithmetic for two RTX 3090 in 4 bits, a token of Mixtral (10.8 ms) would take 9.2 to 9.8 ms,
+    and a token of Qwen3-30B (3.8 ms) 4.3 to 5.3 ms. Layers apart also take cards that differ.
+    """
 
-    def token(self, hit_rate: float, uses: float, cpu_expert_s: float) -> GPUTime:
-        """Return the time of a token, of which each layer uses `uses` experts.
+    def __init__(
+        self, blueprint: Blueprint, gpus: Sequence[GPUSpeeds], shares: Sequence[int] = (1,)
+    ) -> None:
+        self._blueprint, self._config = blueprint, blueprint.config
+        used = [(gpus[min(n, len(gpus) - 1)], count) for n, count in enumerate(shares) if count]
+        self._shares = [(gpu, count / sum(shares)) for gpu, count in used]  # 0 to 1
 
-        The GPUs compute the part `hit_rate` of them. At the same time the CPU computes the others,
-        `cpu_expert_s` seconds each. A layer takes the longer of both, and a wait for the other.
+    def token(self, hit_rate: float, uses: float, cpu_expert_s: float) -> tuple[float, float]:
+        """Return the seconds of a token of the GPUs, and that they wait for the CPU's experts.
+
+        Each layer uses `uses` experts. The GPUs compute the part `hit_rate` of them. At the same
+        time the CPU computes the others, `cpu_expert_s` seconds each. A layer takes the longer of
+        both, and a wait for the other.
         """
         layers = self._config.num_moe_layers
         computing = waiting = 0.0
-        for gpu, share in self._shares():
-            expert_s = self._expert_reading(gpu)
+        for gpu, share in self._shares:
+            # Of one row, the mean of all layers.
+            expert_s = sum(map(gpu.reading, self._experts)) / len(self._experts)
             computing += share * (gpu.reading(self._dense) + layers * hit_rate * uses * expert_s)
             computing += share * token_kernels(self._config) * KERNEL_S
             if hit_rate < 1:  # one more kernel adds what the CPU computed
                 computing += share * layers * (KERNEL_S + SYNC_S)
                 waiting += share * layers * _waiting(hit_rate, round(uses), expert_s, cpu_expert_s)
-        hops = (len(self._parts) - 1) * SYNC_S
-        return GPUTime(computing + hops + self.head(), waiting)
+        hops = (len(self._shares) - 1) * SYNC_S
+        return computing + hops + self.head(), waiting
 
     def chunk(self, tokens: int, distinct: float) -> float:
         """Return the seconds of a chunk of a prompt, without the head.
@@ -109,7 +78,7 @@ class GPUWork:
         """
         rows = tokens * self._config.num_experts_per_tok / distinct
         seconds = 0.0
-        for gpu, share in self._shares():
+        for gpu, share in self._shares:
             layers = [gpu.multiplying(matrices, rows) for matrices in self._experts]
             experts_s = sum(layers) / len(layers) * self._config.num_moe_layers * distinct
             seconds += share * (gpu.multiplying(self._dense, tokens) + experts_s)
@@ -117,28 +86,17 @@ class GPUWork:
 
     def head(self) -> float:
         """Return the seconds of the logits of one token."""
-        if not self._heads:
-            gpu = self._parts[-1].gpu
-            reading = self._blueprint.embedding.nbytes / (gpu.memory * EFFICIENCY["none"])
-        else:
-            reading = self._parts[-1].gpu.reading(self._heads)
-        return reading + SYNC_S
+        last, _ = self._shares[-1]
+        embedding_s = self._blueprint.embedding.nbytes / (last.memory * EFFICIENCY["none"])
+        return (last.reading(self._heads) if self._heads else embedding_s) + SYNC_S
 
     @property
     def bytes_per_token(self) -> int:
         """Return the bytes of weights that a token reads if all experts are in VRAM."""
         config = self._config
         experts = config.num_moe_layers * config.num_experts_per_tok * self._blueprint.mean_expert
-        matrices = [*self._dense, *self._heads]
-        dense = sum(tensor.nbytes for matrix in matrices for tensor in matrix.tensors)
+        dense = sum(matrix.nbytes for matrix in (*self._dense, *self._heads))
         return experts + dense + (0 if self._heads else self._blueprint.embedding.nbytes)
-
-    def _shares(self) -> Iterator[tuple[GPUSpeeds, float]]:
-        return ((part.gpu, part.share) for part in self._parts)
-
-    def _expert_reading(self, gpu: GPUSpeeds) -> float:
-        """Return the seconds of one expert of one row, the mean of all layers."""
-        return sum(gpu.reading(matrices) for matrices in self._experts) / len(self._experts)
 
     @cached_property
     def _heads(self) -> list[LinearSpec]:

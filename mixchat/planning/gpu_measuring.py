@@ -42,7 +42,7 @@ def measure_gpu(blueprint: Blueprint, device: torch.device) -> GPUSpeeds:
 
 def _reading_rate(matrix: LinearSpec, device: torch.device) -> float:
     """Return the bytes a second of products of one row with a matrix of this type."""
-    per_band = _BAND * sum(tensor.nbytes for tensor in matrix.tensors) // matrix.rows
+    per_band = _BAND * matrix.nbytes // matrix.rows
     bands = max(room_on(device, _MATRIX_BYTES) // per_band, 1)
     tall = replace(matrix, rows=_BAND * bands, bias=False)
     linear = FilledTensors(device).linear(tall)
@@ -52,5 +52,4 @@ def _reading_rate(matrix: LinearSpec, device: torch.device) -> float:
         for _ in range(_CALLS):
             linear(x)
 
-    size = sum(tensor.nbytes for tensor in tall.tensors)
-    return _CALLS * size / median(seconds_of(run, device))
+    return _CALLS * tall.nbytes / median(seconds_of(run, device))

@@ -90,7 +90,7 @@ class GPUSpeeds:
     def from_dict(cls, entry: Any) -> GPUSpeeds:
         """Read what `dataclasses.asdict` wrote. Raises one of several errors if it is damaged."""
         memory, bus, compute = (float(entry[name]) for name in ("memory", "bus", "compute"))
-        efficiency = {str(name): float(part) for name, part in entry["efficiency"].items()}
+        efficiency = {str(name): float(share) for name, share in entry["efficiency"].items()}
         if not all(
             0 < figure < math.inf for figure in (memory, bus, compute, *efficiency.values())
         ):
@@ -105,12 +105,12 @@ class GPUSpeeds:
         weights = matrix.stored_rows * matrix.columns
         most = math.inf
         if self.lanes is not None:
-            most = self.lanes / INSTRUCTIONS[name] * _size(matrix) / weights / self.memory
+            most = self.lanes / INSTRUCTIONS[name] * matrix.nbytes / weights / self.memory
         return min(EFFICIENCY[name], most)
 
     def reading(self, matrices: Iterable[LinearSpec]) -> float:
         """Return the seconds of products of one row with these matrices."""
-        return sum(_size(matrix) / (self.memory * self.part_for(matrix)) for matrix in matrices)
+        return sum(matrix.nbytes / (self.memory * self.part_for(matrix)) for matrix in matrices)
 
     def multiplying(self, matrices: Iterable[LinearSpec], rows: float) -> float:
         """Return the seconds of products of a prompt's `rows` rows with these matrices."""
@@ -125,10 +125,6 @@ class GPUSpeeds:
         return seconds
 
 
-def _size(matrix: LinearSpec) -> int:
-    return sum(tensor.nbytes for tensor in matrix.tensors)
-
-
 def typical_gpu(samples: Sequence[GPUSpeeds]) -> GPUSpeeds:
     """Return the median of each figure of several samples of one GPU."""
     first, *_ = samples
@@ -138,7 +134,7 @@ def typical_gpu(samples: Sequence[GPUSpeeds]) -> GPUSpeeds:
         bus=median(sample.bus for sample in samples),
         compute=median(sample.compute for sample in samples),
         efficiency={
-            name: median(sample.efficiency.get(name, part) for sample in samples)
-            for name, part in first.efficiency.items()
+            name: median(sample.efficiency.get(name, known) for sample in samples)
+            for name, known in first.efficiency.items()
         },
     )

@@ -11,7 +11,6 @@ import torch
 
 from mixchat.base import gpu, machine
 from mixchat.planning.cards import Card
-from mixchat.planning.faster_device import without_gpus
 from mixchat.planning.fitting import FreeMemory
 from mixchat.planning.gpu_speeds import GPUSpeeds
 from mixchat.planning.machine_speeds import Measurement
@@ -59,7 +58,7 @@ class Machine:
 
     def without_gpus(self) -> Machine:
         """Return the machine if only its CPU computes."""
-        free = without_gpus(self.free)
+        free = self.free.without_gpus()
         return replace(self, free=free, gpu=None, gpu_memory=None, other_gpus=())
 
 

@@ -39,7 +39,7 @@ class MachineSpeeds:
     disk_bandwidth_idle: float | None  # while the CPU does not compute
     disk_bandwidth_fresh: float | None  # idle, into memory that was not used before
     memory_bandwidth: float  # at which the CPU computes experts of one row that are in RAM
-    expert_seconds: dict[str, dict[int, float]]  # on "cpu", by count of rows
+    expert_seconds: dict[int, float]  # by count of rows, on the CPU
     layer_seconds: float  # for all of a layer but its experts, one token, on the CPU
     gpus: tuple[GPUSpeeds, ...] = ()
 
@@ -49,13 +49,13 @@ class MachineSpeeds:
 
         Raises one of several errors if a figure is missing or impossible.
         """
-        by_rows = entry["expert_seconds"]["cpu"].items()
+        by_rows = entry["expert_seconds"].items()
         seconds = {int(rows): _figure(seconds) for rows, seconds in by_rows}
         speeds = tuple(map(GPUSpeeds.from_dict, entry["gpus"]))
         if len(seconds) < 2 or len(speeds) != gpus:
             raise ValueError
         figures = {name: _figure(entry[name]) for name in _FIGURES}
-        return cls(expert_seconds={"cpu": seconds}, gpus=speeds, **figures)
+        return cls(expert_seconds=seconds, gpus=speeds, **figures)
 
     @property
     def copy_bandwidth(self) -> float | None:
@@ -78,12 +78,12 @@ class MachineSpeeds:
         fresh = self.disk_bandwidth_fresh
         return replace(self, disk_bandwidth=fresh, disk_bandwidth_idle=fresh)
 
-    def expert_time(self, device: str, rows: float) -> float:
-        """Return the seconds of one expert for `rows` rows, at least 1, on "cpu".
+    def expert_time(self, rows: float) -> float:
+        """Return the seconds of one expert for `rows` rows, at least 1, on the CPU.
 
         With 1 s for 8 rows and 5 s for 64, 36 rows take 3 s. Time grows on beyond the last count.
         """
-        return interpolate(self.expert_seconds[device], rows)
+        return interpolate(self.expert_seconds, rows)
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,13 @@ class Measurement:
             values = [getattr(sample, name) for sample in self.samples]
             known = [value for value in values if value is not None]
             figures[name] = median(known) if known else None
-        by_sample = [sample.expert_seconds["cpu"] for sample in self.samples]
+        by_sample = [sample.expert_seconds for sample in self.samples]
         # A slow machine leaves out the large counts of rows, not in every sample the same.
         counts = sorted(set.intersection(*map(set, by_sample)))
         seconds = {rows: median(s[rows] for s in by_sample) for rows in counts}
         by_gpu = zip(*(sample.gpus for sample in self.samples), strict=True)
         gpus = tuple(map(typical_gpu, by_gpu))
-        return MachineSpeeds(expert_seconds={"cpu": seconds}, gpus=gpus, **figures)
+        return MachineSpeeds(expert_seconds=seconds, gpus=gpus, **figures)
 
 
 def interpolate(seconds: dict[int, float], rows: float) -> float:

@@ -28,7 +28,7 @@ from mixchat.planning.gpu_speeds import GPUSpeeds
 from mixchat.planning.machine_speeds import LAYER_START_S, MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
-_FORMAT = 5  # of machine.json
+_FORMAT = 6  # of machine.json
 SAMPLES = 3  # of a measurement
 MOST_SECONDS = 20.0  # unless one try of each figure takes longer
 _READ_BYTES = 2**28  # of RAM, for an estimate
@@ -56,7 +56,7 @@ def estimate(blueprint: Blueprint, gpus: Sequence[torch.device]) -> Measurement:
         _DISK_BANDWIDTH,
         _DISK_BANDWIDTH,
         memory_bandwidth=memory,
-        expert_seconds={str(CPU): {1: expert_s, ROWS[-1]: ROWS[-1] * expert_s}},
+        expert_seconds={1: expert_s, ROWS[-1]: ROWS[-1] * expert_s},
         layer_seconds=LAYER_START_S + blueprint.mean_layer / memory,
         gpus=tuple(map(_by_name, gpus)),
     )
@@ -87,9 +87,8 @@ def gpus_with(device: torch.device) -> list[torch.device]:
     if not gpu.is_gpu(device):
         return []
     first = torch.device(gpu.KIND, device.index or 0)
-    every = [torch.device(gpu.KIND, number) for number in range(gpu.count())]
-    usable = (other for other in every if not too_old(gpu.capability(other)))
-    return [first, *(other for other in usable if other != first)]
+    more = (torch.device(gpu.KIND, number) for number in range(gpu.count()))
+    return [first, *(card for card in more if card != first and not too_old(gpu.capability(card)))]
 
 
 @torch.inference_mode()
@@ -118,7 +117,7 @@ def take_sample(
         idle,
         fresh,
         memory_bandwidth=blueprint.mean_expert / seconds[1],
-        expert_seconds={str(CPU): seconds},
+        expert_seconds=seconds,
         layer_seconds=host.mean_of(layer),
         gpus=tuple(measure_gpu(blueprint, device) for device in gpus),
     )

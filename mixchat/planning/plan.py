@@ -22,6 +22,7 @@ from mixchat.planning.expectation import (
     FirstToken,
     SpeedRange,
     expect,
+    expect_fit,
     first_token,
     prompt_speed,
 )
@@ -100,11 +101,6 @@ class MachinePlan:
         }
 
 
-def expect_fit(device: torch.device, fit: MemoryPlan, measurement: Measurement) -> Expectation:
-    """Return the speed of decoding with the places and the answers at once of a fit."""
-    return expect(fit.blueprint, device, measurement, fit.placement, fit.options.parallel)
-
-
 def plan_model(
     machine: Machine, device: torch.device, fit: MemoryPlan, measurement: Measurement
 ) -> MachinePlan:
@@ -114,7 +110,7 @@ def plan_model(
         device,
         fit,
         measurement,
-        expect_fit(device, fit, measurement),
+        expect_fit(fit, device, measurement),
         prompt_speed(fit.blueprint, device, measurement, fit.placement),
         first_token(fit.blueprint, device, measurement, None),
         first_token(fit.blueprint, device, measurement, fit.placement),
@@ -147,7 +143,7 @@ def fit_known(
             yield KnownFit(names, size, device, problem="does not run with these flags")
         else:
             computing = device if on_cpu is None else CPU
-            expected = expect_fit(computing, fit, measurement)
+            expected = expect_fit(fit, computing, measurement)
             yield KnownFit(names, size, computing, fit, expected)
 
 
@@ -160,13 +156,10 @@ def scaled(measurement: Measurement, measured: Blueprint, blueprint: Blueprint) 
     layer_ratio = blueprint.mean_layer / measured.mean_layer
     samples = []
     for sample in measurement.samples:
-        by_rows = sample.expert_seconds["cpu"].items()
-        seconds = {rows: expert_ratio * seconds for rows, seconds in by_rows}
+        seconds = {rows: expert_ratio * s for rows, s in sample.expert_seconds.items()}
         constant = min(LAYER_START_S, sample.layer_seconds)
         layer_seconds = constant + layer_ratio * (sample.layer_seconds - constant)
-        samples.append(
-            replace(sample, expert_seconds={"cpu": seconds}, layer_seconds=layer_seconds)
-        )
+        samples.append(replace(sample, expert_seconds=seconds, layer_seconds=layer_seconds))
     return replace(measurement, samples=tuple(samples))
 
 

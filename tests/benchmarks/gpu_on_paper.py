@@ -21,7 +21,7 @@ from mixchat.base.options import ExpertSize, LoadOptions
 from mixchat.planning.cards import Card, find_card
 from mixchat.planning.expectation import gpu_token_cost
 from mixchat.planning.fitting import FreeMemory, expected_mix, fit_model
-from mixchat.planning.gpu_cost import GPUWork, parts_of, token_kernels
+from mixchat.planning.gpu_cost import GPUWork, token_kernels
 from mixchat.planning.gpu_speeds import GPUSpeeds
 from mixchat.planning.machine_speeds import MachineSpeeds
 from mixchat.planning.routing import expected_hit_rate
@@ -89,13 +89,11 @@ def predict(blueprint: Blueprint, card: Card, slots: int, ram_speed: float) -> P
     config = blueprint.config
     expert_s = blueprint.mean_expert / (CPU_PART * ram_speed)
     gpus = (GPUSpeeds.of_card(card),)
-    speeds = MachineSpeeds(
-        None, None, None, ram_speed, {"cpu": {1: expert_s, 8: expert_s}}, 1, gpus
-    )
+    speeds = MachineSpeeds(None, None, None, ram_speed, {1: expert_s, 8: expert_s}, 1, gpus)
     hit_rate = expected_hit_rate(config, slots)
     cost = gpu_token_cost(blueprint, speeds, (1,), hit_rate, 1.0)
     assert cost is not None  # nothing comes from the disk
-    whole = GPUWork(blueprint, parts_of(gpus, (1,))).bytes_per_token
+    whole = GPUWork(blueprint, gpus, (1,)).bytes_per_token
     ram = int(cost.missed * blueprint.mean_expert)
     return Prediction(
         slots / blueprint.expert_count,

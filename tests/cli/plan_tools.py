@@ -11,9 +11,7 @@ from mixchat.planning import measuring
 from mixchat.planning.machine_speeds import MachineSpeeds
 
 GB = 10**9
-SPEEDS = MachineSpeeds(
-    2e9, 3e9, 3e9, 3e10, {"cpu": {1: 0.003, 8: 0.005, 64: 0.03, 512: 0.2}}, 0.001
-)
+SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, {1: 0.003, 8: 0.005, 64: 0.03, 512: 0.2}, 0.001)
 BLIND = dataclasses.replace(
     SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
 )

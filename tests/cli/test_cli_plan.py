@@ -108,7 +108,7 @@ def test_the_rows_of_a_table_come_from_one_measurement(planned, measured, monkey
     def slower_each_time(blueprint, *_, **how):
         measured.append(blueprint.expert.stride)
         pace = 2 ** next(paces)
-        seconds = {"cpu": {1: 0.003 * pace, 8: 0.005 * pace}}
+        seconds = {1: 0.003 * pace, 8: 0.005 * pace}
         return dataclasses.replace(SPEEDS, expert_seconds=seconds, layer_seconds=0.001 * pace)
 
     monkeypatch.setattr(measuring, "take_sample", slower_each_time)
@@ -184,7 +184,7 @@ def test_as_json_it_has_all_of_it(planned, measured):
         "limit": None,
         "other_gpus": {},
     }
-    assert found["speeds"]["expert_seconds"]["cpu"]["8"] == 0.005
+    assert found["speeds"]["expert_seconds"]["8"] == 0.005
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ CONTEXT = 64
 def speeds(copy: float, expert: float) -> Measurement:
     """A machine that copies `copy` bytes a second, whose CPU takes `expert` s for an expert."""
     gpu = GPUSpeeds("GPU on paper", memory=1e11, bus=copy, compute=1e13)
-    seconds = {"cpu": {1: expert, 8: 8 * expert}}
+    seconds = {1: expert, 8: 8 * expert}
     sample = MachineSpeeds(1e9, 1e9, 1e9, 1e9, seconds, 1e-3, (gpu,))
     return Measurement(time.time(), (sample,))
 

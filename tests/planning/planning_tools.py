@@ -15,7 +15,7 @@ GPU = torch.device("cpu:0")  # another device by its name
 CONFIG = read_config(KNOWN["instruct"].config)
 # As both devices compute it here, so that what leaves the "GPU" can go into RAM.
 BLUEPRINT = Blueprint(CONFIG, Quantization())
-SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, {1: 0.003, 8: 0.005}, 0.001)
 GPU_SPEEDS = replace(SPEEDS, gpus=(GPUSpeeds("a GPU", memory=5e11, bus=2e10, compute=5e13),))
 
 

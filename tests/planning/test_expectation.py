@@ -87,7 +87,7 @@ def test_slots_of_all_gpus_count_for_the_hit_rate():
 @pytest.mark.parametrize("held", [256, 100])
 def test_answers_at_once_share_experts_and_each_is_slower_than_one_alone(held):
     """With several answers `plan` printed one speed, as if each were alone."""
-    known = Measurement(0.0, (replace(SPEEDS, expert_seconds={"cpu": {1: 0.003, 64: 0.03}}),))
+    known = Measurement(0.0, (replace(SPEEDS, expert_seconds={1: 0.003, 64: 0.03}),))
     one, four = (expect(BLUEPRINT, CPU, known, on_cpu(held), answers) for answers in (1, 4))
     assert one == expect(BLUEPRINT, CPU, known, on_cpu(held))
     assert one.speed == one.together
@@ -96,7 +96,7 @@ def test_answers_at_once_share_experts_and_each_is_slower_than_one_alone(held):
 
 
 def test_the_cost_of_a_pass_is_that_of_the_experts_that_its_answers_use():
-    slow_experts = replace(SPEEDS, expert_seconds={"cpu": {1: 0.01, 1000: 0.01}}, layer_seconds=0.0)
+    slow_experts = replace(SPEEDS, expert_seconds={1: 0.01, 1000: 0.01}, layer_seconds=0.0)
     known = Measurement(0.0, (slow_experts,))
     costs = [expect(BLUEPRINT, CPU, known, on_cpu(256), answers).cost for answers in (1, 2)]
     shape = size_of(BLUEPRINT)

@@ -14,7 +14,7 @@ from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 
 GB = 10**9
 CPU, GPU = torch.device("cpu"), torch.device(gpu.KIND, 0)
-SPEEDS = MachineSpeeds(2e9, 3e9, 1e9, 3e10, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+SPEEDS = MachineSpeeds(2e9, 3e9, 1e9, 3e10, {1: 0.003, 8: 0.005}, 0.001)
 HERE = Machine("a CPU", 8, 64 * GB, FreeMemory(40 * GB, limit="control group"), 500 * GB)
 
 

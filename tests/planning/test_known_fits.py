@@ -19,12 +19,12 @@ NARROW = Blueprint(replace(BLUEPRINT.config, num_attention_heads=8), BLUEPRINT.q
 
 def test_a_cpu_takes_as_long_for_a_part_as_its_bytes_and_a_constant_time_for_a_layer():
     (sample,) = scaled(measured(SPEEDS), BLUEPRINT, HALF).samples
-    assert sample.expert_time("cpu", 1) == pytest.approx(0.0015)
+    assert sample.expert_time(1) == pytest.approx(0.0015)
     assert (sample.layer_seconds, sample.disk_bandwidth) == (0.001, 2e9)
     (sample,) = scaled(measured(SPEEDS), BLUEPRINT, NARROW).samples
     # Of q, o and each of k and v, with 32, 32 and 8 heads, q and o have 8 now.
     assert sample.layer_seconds == pytest.approx(0.0001 + 0.0009 * 32 / 80)
-    assert sample.expert_time("cpu", 1) == pytest.approx(0.003, rel=1e-3)
+    assert sample.expert_time(1) == pytest.approx(0.003, rel=1e-3)
 
 
 def rows(free, **options):

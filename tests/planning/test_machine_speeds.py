@@ -12,14 +12,14 @@ from mixchat.planning.machine_speeds import IN_USE, Measurement
     ("rows", "seconds"), [(1, 2.0), (8, 9.0), (36, 23.0), (64, 37.0), (164, 87.0)]
 )
 def test_time_is_linear_between_what_was_measured_and_beyond(rows, seconds):
-    known = dataclasses.replace(SPEEDS, expert_seconds={"cpu": {1: 2.0, 8: 9.0, 64: 37.0}})
-    assert known.expert_time("cpu", rows) == pytest.approx(seconds)
+    known = dataclasses.replace(SPEEDS, expert_seconds={1: 2.0, 8: 9.0, 64: 37.0})
+    assert known.expert_time(rows) == pytest.approx(seconds)
 
 
 def test_time_never_falls_beyond_what_was_measured():
-    known = dataclasses.replace(SPEEDS, expert_seconds={"cuda": {64: 2.0, 512: 1.5}})
-    assert known.expert_time("cuda", 100_000) == 1.5
-    assert known.expert_time("cuda", 1) == 2.0
+    known = dataclasses.replace(SPEEDS, expert_seconds={64: 2.0, 512: 1.5})
+    assert known.expert_time(100_000) == 1.5
+    assert known.expert_time(1) == 2.0
 
 
 def test_the_typical_figures_are_the_medians_of_all_samples():
@@ -27,14 +27,14 @@ def test_the_typical_figures_are_the_medians_of_all_samples():
         SPEEDS,
         dataclasses.replace(SPEEDS, disk_bandwidth=1e9, layer_seconds=0.1),
         dataclasses.replace(
-            SPEEDS, disk_bandwidth=3e9, expert_seconds={"cpu": {1: 0.004, 8: 0.007, 64: 0.05}}
+            SPEEDS, disk_bandwidth=3e9, expert_seconds={1: 0.004, 8: 0.007, 64: 0.05}
         ),
     )
     typical = Measurement(0.0, samples).typical
     assert typical == SPEEDS
-    shorter = dataclasses.replace(SPEEDS, expert_seconds={"cpu": {1: 0.001, 8: 0.001}})
+    shorter = dataclasses.replace(SPEEDS, expert_seconds={1: 0.001, 8: 0.001})
     two = Measurement(0.0, (samples[2], shorter)).typical
-    assert two.expert_seconds == {"cpu": {1: 0.0025, 8: 0.004}}
+    assert two.expert_seconds == {1: 0.0025, 8: 0.004}
 
 
 def test_in_use_the_disk_is_slower_but_for_a_cold_start_which_is_measured_as_it_is():

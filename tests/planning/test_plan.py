@@ -208,7 +208,7 @@ def test_a_loaded_model_is_predicted_as_planned_without_measuring(home, monkeypa
     measurement_file().parent.mkdir()
     slow = replace(SPEEDS, layer_seconds=2 * SPEEDS.layer_seconds)
     key = measuring.measurement_key(BLUEPRINT, home, CPU)
-    content = {"format": 5, "machines": {key: asdict(measured(SPEEDS, slow))}}
+    content = {"format": 6, "machines": {key: asdict(measured(SPEEDS, slow))}}
     measurement_file().write_text(json.dumps(content))
     found = on_cpu(14.5, SPEEDS, slow)
     predicted = predict_speed(BLUEPRINT, home, CPU, found.fit.placement)

@@ -71,31 +71,31 @@ def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path):
 def entry(**changes: Any) -> str:
     sample = {**dataclasses.asdict(SPEEDS), **changes}
     made = {**dataclasses.asdict(MADE), "samples": [sample] * SAMPLES}
-    return json.dumps({"format": 5, "machines": {"here": made}})
+    return json.dumps({"format": 6, "machines": {"here": made}})
 
 
 DAMAGED = [
     "",
     "{",
     "[" * 100_000,
-    '{"format": 5}',
-    '{"format": 5, "machines": []}',
-    '{"format": 5, "machines": {"here": null}}',
-    '{"format": 5, "machines": {"here": [1]}}',
-    '{"format": 5, "machines": {"here": {}}}',
-    '{"format": 5, "machines": {"here": {"measured_at": 1, "samples": []}}}',
-    entry().replace('"format": 5', '"format": 0'),
+    '{"format": 6}',
+    '{"format": 6, "machines": []}',
+    '{"format": 6, "machines": {"here": null}}',
+    '{"format": 6, "machines": {"here": [1]}}',
+    '{"format": 6, "machines": {"here": {}}}',
+    '{"format": 6, "machines": {"here": {"measured_at": 1, "samples": []}}}',
+    entry().replace('"format": 6', '"format": 0'),
     entry().replace('"measured_at": 1700000000.0', '"measured_at": "today"'),
     entry(memory_bandwidth=0),
     entry(disk_bandwidth_idle="3e9"),
     entry(memory_bandwidth=float("nan")),
     entry(memory_bandwidth=float("inf")),
     entry(memory_bandwidth=10**400),
-    entry(expert_seconds={"cpu": []}),
-    entry(expert_seconds={"cpu": {"1": 1.0}}),
-    entry(expert_seconds={"cuda": {"1": 1.0, "8": 1.0}}),
-    entry(expert_seconds={"cpu": {"one": 1.0, "8": 1.0}}),
-    entry(expert_seconds={"cpu": {"1": 1.0, "8": None}}),
+    entry(expert_seconds=[]),
+    entry(expert_seconds={"1": 1.0}),
+    entry(expert_seconds={"cpu": {"1": 1.0, "8": 1.0}}),
+    entry(expert_seconds={"one": 1.0, "8": 1.0}),
+    entry(expert_seconds={"1": 1.0, "8": None}),
     entry(layer_seconds=0),
     entry(gpus=[{"name": "a GPU"}]),
     entry(gpus=None),

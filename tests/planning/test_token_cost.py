@@ -15,13 +15,13 @@ from mixchat.planning.expectation import (
     gpu_token_cost,
     token_cost,
 )
-from mixchat.planning.gpu_cost import GPUWork, parts_of
+from mixchat.planning.gpu_cost import GPUWork
 from mixchat.planning.gpu_speeds import KERNEL_S, SYNC_S
 from mixchat.planning.machine_speeds import MachineSpeeds
 
 # 8 uses of experts a token. A head as large as three experts.
 SIZE = ModelSize(layers=4, experts_per_token=2, expert=1_000_000, head=3_000_000)
-CPU = MachineSpeeds(1e9, 2e9, 2e9, 3e10, {"cpu": {1: 0.01, 8: 0.02}}, 0.002)
+CPU = MachineSpeeds(1e9, 2e9, 2e9, 3e10, {1: 0.01, 8: 0.02}, 0.002)
 rates = st.floats(0, 1)
 
 
@@ -83,7 +83,7 @@ def test_a_gpu_reads_what_it_holds_while_the_cpu_computes_the_rest():
 
 def test_with_all_in_vram_a_token_takes_its_bytes_its_kernels_and_one_wait():
     """Every type had 300 GB/s, so that a plan for any card and any bits was the same."""
-    gpu, work = GPU_SPEEDS.gpus[0], GPUWork(BLUEPRINT, parts_of(GPU_SPEEDS.gpus, (1,)))
+    gpu, work = GPU_SPEEDS.gpus[0], GPUWork(BLUEPRINT, GPU_SPEEDS.gpus, (1,))
     kernels = 32 * 9 * KERNEL_S
     seconds = gpu_cost(1, 1).seconds
     assert seconds == pytest.approx(

@@ -6,21 +6,18 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mixchat.base.quantities import format_least, format_size
+from mixchat.base.quantities import format_count, format_least, format_size
 from mixchat.cli.output import plan_text
-from mixchat.cli.output.plan_text import count_text, gpus_text, section, speed_text
+from mixchat.cli.output.plan_text import gpus_text, section, speed_text
 from mixchat.cli.output.reports import DownloadReport, Report, aligned, disk_as_json
 from mixchat.planning import gpu_speeds
-from mixchat.planning.expectation import LONG_PROMPT, READING
+from mixchat.planning.expectation import LONG_PROMPT, READING, Expectation, FirstToken, TokenCost
 from mixchat.planning.gpu_cost import token_kernels
+from mixchat.planning.plan import MachinePlan
+from mixchat.weights.make.outline import Outline
 from mixchat.weights.make.quantize_options import DEMO_LOSS
-
-if TYPE_CHECKING:
-    from mixchat.planning.expectation import Expectation, FirstToken, TokenCost
-    from mixchat.planning.plan import MachinePlan
-    from mixchat.weights.make.outline import Outline
 
 _REASON_WIDTH = 66  # columns
 
@@ -96,7 +93,7 @@ class PlanReport(Report):
             "told": asdict(plan.told),
             "gpus": [
                 asdict(card)
-                | {"efficiency": {name: part for name, (part, _) in plan.types_on_gpu.items()}}
+                | {"efficiency": {name: share for name, (share, _) in plan.types_on_gpu.items()}}
                 for card in plan.gpus
             ],
             "assumed": assumed_figures(plan),
@@ -167,7 +164,7 @@ class PlanReport(Report):
             placement, held = plan.fit.placement, plan.expected.held
             first = sum(placement.by_device)
             tier = "in RAM" if plan.machine.free.device is None else f"on {gpus_text(plan)}"
-            tiers = [f"{first} of {count_text(placement.experts, 'expert')} {tier}"]
+            tiers = [f"{first} of {format_count(placement.experts, 'expert')} {tier}"]
             if held > first:
                 tiers.append(f"{held - first} in RAM")
             if held < placement.experts:

@@ -6,22 +6,25 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from typing import TYPE_CHECKING
 
-from mixchat.base.quantities import format_age, format_rates, format_size, format_time, format_times
+from mixchat.base.quantities import (
+    format_age,
+    format_count,
+    format_rates,
+    format_size,
+    format_time,
+    format_times,
+)
 from mixchat.cli.output.reports import aligned
 from mixchat.experts.memory import CPU
 from mixchat.planning import gpu_speeds
-from mixchat.planning.expectation import LONG_PROMPT
+from mixchat.planning.expectation import LONG_PROMPT, SpeedRange, TokenCost
 from mixchat.planning.gpu_cost import token_kernels
 from mixchat.planning.machine_speeds import IN_USE
+from mixchat.planning.plan import MachinePlan
 from mixchat.planning.routing import repeats_as_mixtral
+from mixchat.weights.make.outline import Outline
 from mixchat.weights.make.quantize_options import DEMO_LOSS
-
-if TYPE_CHECKING:
-    from mixchat.planning.expectation import SpeedRange, TokenCost
-    from mixchat.planning.plan import MachinePlan
-    from mixchat.weights.make.outline import Outline
 
 # The words of a rise of the demo's perplexity that is lower than each limit. It rises by 17% in 4
 # bits and by 42% in 3. The published figures of Mixtral are 2.3% (Q4_0) and 4.5% (Q3_K_M).
@@ -52,7 +55,7 @@ def indented(text: str) -> str:
 def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     there, told = plan.machine, plan.told
     not_told = ", this machine's" if told.is_another else ""
-    yield "CPU", f"{there.cpu}, {count_text(there.cores, 'core')}{not_told}"
+    yield "CPU", f"{there.cpu}, {format_count(there.cores, 'core')}{not_told}"
     limit = f" (limit: {there.free.limit})" if there.free.limit else ""
     yield "RAM", f"{_memory(there.memory, there.free.host, '--ram' if told.ram else None)}{limit}"
     if there.gpu_memory is not None and there.free.device is not None:
@@ -66,11 +69,11 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     yield from _disk(plan)
     measurement, speeds = plan.measurement, plan.measurement.typical
     reading = f"reading {_rate(speeds.memory_bandwidth)} of weights"
-    yield "expert", f"takes {_time(speeds.expert_time('cpu', 1))} for a token on the CPU, {reading}"
+    yield "expert", f"takes {_time(speeds.expert_time(1))} for a token on the CPU, {reading}"
     yield from _gpus(plan)
     when = datetime.fromtimestamp(measurement.measured_at).strftime("%Y-%m-%d %H:%M")
     age = format_age(time.time() - measurement.measured_at)
-    samples = count_text(len(measurement.samples), "sample")
+    samples = format_count(len(measurement.samples), "sample")
     yield "measured", f"{when} ({age}), {samples}; --measure measures again"
     yield "", f"on {measurement.cpu}, and the disk of {measurement.directory}"
     if measurement.busy:
@@ -93,8 +96,8 @@ def _gpus(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         return
     for origin in ("measured", "assumed"):
         parts = [
-            f"{part:.0%} for {name}"
-            for name, (part, known) in plan.types_on_gpu.items()
+            f"{share:.0%} for {name}"
+            for name, (share, known) in plan.types_on_gpu.items()
             if known == origin
         ]
         if parts:
@@ -157,7 +160,7 @@ def _model(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
 
 def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     demand, placement, free = plan.fit.demand, plan.fit.placement, plan.machine.free
-    slots = f"{placement.slots} of {count_text(placement.experts, 'expert')}, the shared weights"
+    slots = f"{placement.slots} of {format_count(placement.experts, 'expert')}, the shared weights"
     if free.device is None:
         spare = free.host - demand.shared - demand.taken(placement.slots)
         yield "RAM", f"{slots}; {format_size(spare)} left free"
@@ -168,15 +171,16 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         yield "GPU", f"{slots}, the context; {format_size(spare)} left free"
         for (name, size), count in zip(free.other_gpus.items(), placement.other_slots, strict=True):
             spare = size - count * demand.expert
-            held = count_text(count, "expert") if count else "not used, for two experts do not fit"
+            unused = "not used, for two experts do not fit"
+            held = format_count(count, "expert") if count else unused
             yield name, f"{held}; {format_size(spare)} left free"
         # RAM may have slots for more. What the GPUs hold is not in RAM, too.
         host = plan.expected.held - sum(placement.by_device)
         spare = free.host - host * demand.expert
-        behind = count_text(host, "expert") if host else "no experts"
+        behind = format_count(host, "expert") if host else "no experts"
         yield "RAM", f"{behind}; {format_size(spare)} left free"
     unheld = placement.experts - plan.expected.held
-    later = f"the other {count_text(unheld, 'expert')}, read when a token needs them"
+    later = f"the other {format_count(unheld, 'expert')}, read when a token needs them"
     yield "disk", later if unheld else "not used after loading"
 
 
@@ -312,8 +316,3 @@ def rates_text(speed: SpeedRange | None) -> str:
 def gpus_text(plan: MachinePlan) -> str:
     """Return what a sentence calls the GPUs."""
     return "the GPUs" if plan.machine.free.other_gpus else "the GPU"
-
-
-def count_text(count: int, unit: str) -> str:
-    """Return `1 layer` or `2 layers`."""
-    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"

@@ -156,7 +156,7 @@ class ExpertSpec:
 
     @cached_property
     def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in (*self.gate_up.tensors, *self.down.tensors))
+        return self.gate_up.nbytes + self.down.nbytes
 
     @cached_property
     def stride(self) -> int:

@@ -49,7 +49,7 @@ def default_dense_bits(config: ModelConfig) -> int:
     8 if there is little to gain.
     """
     model = Blueprint(config, Quantization(attention="int8", head="int8"))
-    size = sum(spec.nbytes for matrix in model.shared_matrices.values() for spec in matrix.tensors)
+    size = sum(matrix.nbytes for matrix in model.shared_matrices.values())
     experts = config.num_moe_layers * config.num_experts_per_tok * model.expert.stride
     return 6 if size > max(_SMALL_DENSE_BYTES, _LARGE_DENSE_PART * experts) else 8
 

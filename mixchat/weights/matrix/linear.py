@@ -164,6 +164,11 @@ class LinearSpec:
         bias = [TensorSpec(f"{self.name}.bias", torch.float32, (self.rows,))] if self.bias else []
         return TYPES[self.quant_type].tensors(self.name, shape, self.dtype) + bias
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
     def encode(
         self, weight: torch.Tensor, inputs: Inputs | None = None, bias: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
