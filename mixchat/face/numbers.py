@@ -22,14 +22,14 @@ class NumberParameter:
     """A number that controls sampling or a length. `field` is its name in Python."""
 
     field: str
-    kind: Callable[[str], Any]
+    number_type: Callable[[str], Any]
     fits: Callable[[Any], bool]
     limits: str
 
     def read(self, name: str, text: str) -> Any:
         """Return the value. Raises `UsageError` if it is not a number within the limits."""
         try:
-            value = self.kind(text)
+            value = self.number_type(text)
         except ValueError:
             raise UsageError(f"{name} has to be {self.limits}, not {text!r}") from None
         self.check(name, value)
@@ -40,10 +40,10 @@ class NumberParameter:
 
         A number of another library, such as numpy's, can be one.
         """
-        is_number = isinstance(value, Integral if self.kind is int else Real)
+        is_number = isinstance(value, Integral if self.number_type is int else Real)
         try:
             in_limits = is_number and not isinstance(value, bool) and self.fits(value)
-            return in_limits and self.kind(value) is not None
+            return in_limits and self.number_type(value) is not None
         except OverflowError:  # a double holds no whole number of 400 digits
             return False
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mixchat.base.context import Context
 from mixchat.base.errors import MixchatError
 from mixchat.base.model_config import DEFAULT_TOKENS
+from mixchat.serving.web.served_models import ModelFacts
 from mixchat.weights.families.read_config import read_config_file
+from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.manifest import MANIFEST_FILE, read_manifest
 from mixchat.weights.models import installed_directory, other_models
-
-if TYPE_CHECKING:
-    from mixchat.serving.web.served_models import ModelFacts
 
 
 class InstalledModels:
@@ -46,24 +43,18 @@ class InstalledModels:
             stamp = status.st_ino, status.st_mtime_ns
             known, facts = self._facts.get(name, (None, None))
             if facts is None or known != stamp:  # reading thousands of checksums takes long
-                facts = _facts_of(directory, status.st_mtime)
+                manifest = read_manifest(directory)
+                config = read_config_file(directory / "config.json")
+                quant_type = manifest.quant_type
+                facts = ModelFacts(
+                    manifest.size,
+                    Blueprint(config, Quantization()).parameter_count,
+                    manifest.quantization["dtype"] if quant_type == "none" else quant_type,
+                    hashlib.sha256(manifest.serialized()).hexdigest(),
+                    status.st_mtime,
+                    config.model_type,
+                )
                 self._facts[name] = stamp, facts
             return facts
         except (MixchatError, OSError):
             return None
-
-
-def _facts_of(directory: Path, modified: float) -> ModelFacts:
-    from mixchat.serving.web.served_models import ModelFacts
-    from mixchat.weights.format.blueprint import Blueprint, Quantization
-
-    manifest, config = read_manifest(directory), read_config_file(directory / "config.json")
-    quantization = manifest.quant_type
-    return ModelFacts(
-        manifest.size,
-        Blueprint(config, Quantization()).parameter_count,
-        manifest.quantization["dtype"] if quantization == "none" else quantization,
-        hashlib.sha256(manifest.serialized()).hexdigest(),
-        modified,
-        config.model_type,
-    )

@@ -68,7 +68,6 @@ def serve_http(model: str, load: LoadOptions, options: ServeOptions, reporter: R
 def _served_models(
     name: str, load: LoadOptions, options: ServeOptions, reporter: Reporter
 ) -> ServedModels:
-    from mixchat.serving.installed_models import InstalledModels
     from mixchat.text.form.output_constraint import HASTY_S
 
     tokens: dict[str, int] = {}  # of models that were loaded before
@@ -89,11 +88,12 @@ def _served_models(
         return model
 
     first = open_served(name)
+    from mixchat.serving.installed_models import InstalledModels
     from mixchat.serving.web.served_models import ServedModels
 
     installed = InstalledModels(load.context_size)
-    others = partial(installed.others, name) if options.swap else dict
-    models = {name, *others()}
+    other_models = partial(installed.others, name) if options.swap else dict
+    models = {name, *other_models()}
     for alias, model in options.aliases.items():
         if model not in models:
             hint = "" if options.swap else "; --swap serves other installed models, too"
@@ -101,7 +101,7 @@ def _served_models(
     return ServedModels(
         first,
         open_served,
-        others=others,
+        others=other_models,
         aliases=options.aliases,
         facts=installed.facts,
         sleep_after=options.sleep_after,

@@ -40,9 +40,9 @@ class Patience:
 
     def seconds(self) -> float:
         """Return the seconds that are left."""
-        if (left := self._deadline - time.monotonic()) <= 0:
+        if (remaining := self._deadline - time.monotonic()) <= 0:
             raise ServerError("the server takes too long")
-        return left
+        return remaining
 
     def take(self, count: int) -> None:
         """Count bytes that came."""

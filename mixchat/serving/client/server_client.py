@@ -67,10 +67,15 @@ class ServerClient:
             reply = self._request("POST", "/chat/completions", json.dumps(body).encode())
             opened.callback(reply.close)
             self._check(reply)
-            if reply.kind not in ("text/event-stream", ""):
-                raise self._no_stream(reply)
-            opened.pop_all()
-            return reply
+            if reply.content_type in ("text/event-stream", ""):
+                opened.pop_all()
+                return reply
+            if reply.content_type == "application/json":
+                raw = parsed_error(reply.reason())
+                if isinstance(raw, dict) and raw.get("error"):
+                    raise error_of(reply.status, raw)
+            content = short_message(reply.content_type)
+            raise ServerError(f"{self.url} answers with {content}, not with a stream of events")
 
     def _request(self, method: str, path: str, body: bytes | None = None) -> HTTPReply:
         url = self.url
@@ -117,10 +122,10 @@ class ServerClient:
         if 200 <= reply.status < 300:
             return
         if 300 <= reply.status < 400:
-            place = short_message(reply.header("Location") or "nowhere")
-            place = place.removesuffix("/chat/completions").removesuffix("/models")
-            hint = f"If that is the server that you mean: --server {place}"
-            raise ServerError(f"{self.url} sends the request elsewhere, to {place}", hint=hint)
+            target = short_message(reply.header("Location") or "nowhere")
+            target = target.removesuffix("/chat/completions").removesuffix("/models")
+            hint = f"If that is the server that you mean: --server {target}"
+            raise ServerError(f"{self.url} sends the request elsewhere, to {target}", hint=hint)
         error = error_of(reply.status, parsed_error(reply.reason()))
         error.hint = self._hint(error, reply)
         raise error
@@ -139,13 +144,6 @@ class ServerClient:
             return f"Is {self.url} the address of its API? Many have it below /v1."
         return None
 
-    def _no_stream(self, reply: HTTPReply) -> MixchatError:
-        raw = parsed_error(reply.reason()) if reply.kind == "application/json" else None
-        if isinstance(raw, dict) and raw.get("error"):
-            return error_of(reply.status, raw)
-        kind = short_message(reply.kind)
-        return ServerError(f"{self.url} answers with {kind}, not with a stream of events")
-
 
 class HTTPReply:
     """The reply to a request. `close` also ends its answer."""
@@ -160,7 +158,8 @@ class HTTPReply:
         self.patience, self.close = patience, close
         self._url, self._response = url, response
         self.status = response.status
-        self.kind = (self.header("Content-Type") or "").partition(";")[0].strip().lower()
+        content_type, _, _ = (self.header("Content-Type") or "").partition(";")
+        self.content_type = content_type.strip().lower()
 
     def header(self, name: str) -> str | None:
         for key, value in self._response.headers:
@@ -169,23 +168,21 @@ class HTTPReply:
         return None
 
     def body(self) -> bytes:
-        return b"".join(self._pieces("broke off"))
+        return b"".join(self.pieces("broke off"))
 
     def reason(self) -> bytes:
         """Return what comes of an error's body within 10 s, at most 1 MiB."""
         self.patience.give_reason()
         body = bytearray()
         with suppress(ServerError):
-            for piece in self._pieces("broke off"):
+            for piece in self.pieces("broke off"):
                 body += piece
                 if len(body) > _MAX_REASON:
                     break
         return bytes(body[:_MAX_REASON])
 
-    def pieces(self) -> Iterator[bytes]:
-        return self._pieces("broke off in the middle of the answer")
-
-    def _pieces(self, fault: str) -> Iterator[bytes]:
+    def pieces(self, fault: str = "broke off in the middle of the answer") -> Iterator[bytes]:
+        """Yield the body as it comes. Raises `ServerError` with `fault` if the connection ends."""
         try:
             yield from self._response.iter_stream()
         except _FAULTS as error:

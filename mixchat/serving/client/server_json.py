@@ -113,16 +113,16 @@ def events(pieces: Iterable[bytes]) -> Iterator[str | Comment]:
 
 
 def _lines(pieces: Iterable[bytes]) -> Iterator[str]:
-    rest = bytearray()
+    unfinished = bytearray()
     for piece in pieces:
-        first, *others = piece.split(b"\n")
-        rest += first
-        for other in others:
-            yield _line(rest)
-            rest = bytearray(other)
-        _check_size(len(rest))
-    if rest:
-        yield _line(rest)
+        *ends, beginning = piece.split(b"\n")
+        for end in ends:
+            yield _line(unfinished + end)
+            unfinished = bytearray()
+        unfinished += beginning
+        _check_size(len(unfinished))
+    if unfinished:
+        yield _line(unfinished)
 
 
 def _line(line: bytearray) -> str:
@@ -166,13 +166,13 @@ def _call(raw: object) -> CallDelta:
     return CallDelta(index, arguments, _text(call.get("id")), name)
 
 
-def _text(given: object) -> str:
-    if given is None:
+def _text(value: object) -> str:
+    if value is None:
         return ""
-    if not isinstance(given, str):
+    if not isinstance(value, str):
         raise ServerError("the server sends an answer that is no text")
     # JSON can express half of a surrogate pair.
-    return given.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def error_of(status: int, raw: object) -> MixchatError:
@@ -182,8 +182,8 @@ def error_of(status: int, raw: object) -> MixchatError:
         return PromptTooLongError(f"the server says: {said or code}")
     if _NO_MODEL in code:
         return ModelNotFoundError(f"the server says: {said or code}")
-    kind = _BY_STATUS.get(status, ServerError)
-    return kind(f"the server says: {said or code or f'{status}, without a reason'}")
+    error_type = _BY_STATUS.get(status, ServerError)
+    return error_type(f"the server says: {said or code or f'{status}, without a reason'}")
 
 
 def parsed_error(body: bytes) -> object:
@@ -196,11 +196,12 @@ def parsed_error(body: bytes) -> object:
 
 
 def _error(raw: object) -> tuple[str, str]:
-    found = raw.get("error", raw) if isinstance(raw, dict) else raw
-    if not isinstance(found, dict):
-        return "", short_message(found or "")
-    said = next((found[key] for key in ("message", "detail") if found.get(key)), "")
-    return f"{found.get('code')} {found.get('type')}"[:_MAX_NAME], short_message(said)
+    """Return the code of an error and its message."""
+    error = raw.get("error", raw) if isinstance(raw, dict) else raw
+    if not isinstance(error, dict):
+        return "", short_message(error or "")
+    message = next((error[key] for key in ("message", "detail") if error.get(key)), "")
+    return f"{error.get('code')} {error.get('type')}"[:_MAX_NAME], short_message(message)
 
 
 def _json(data: bytes | str) -> object:

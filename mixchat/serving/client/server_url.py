@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from mixchat.base.errors import UsageError
 
@@ -29,15 +29,21 @@ class ServerURL:
         A host alone has port 11435. Raises `UsageError` on anything else.
         """
         bare = "://" not in text
+        unreadable = UsageError(f"cannot read {text!r} as the URL of a server", hint=_HINT)
         try:
-            # It would drop a newline without a word.
-            parts = urlsplit(f"http://{text}" if bare else text) if _is_plain(text) else None
-            port = parts.port if parts else None
+            parts = urlsplit(f"http://{text}" if bare else text)
+            port = parts.port
         except ValueError:
-            parts = None
-        if parts is None or parts.scheme not in _PORTS or not parts.hostname or port == 0:
-            raise UsageError(f"cannot read {text!r} as the URL of a server", hint=_HINT)
-        _check_rest(parts)
+            raise unreadable from None
+        # urlsplit drops a newline without a word.
+        is_plain = text.isascii() and text.isprintable() and not set(" \\<>\"'") & set(text)
+        if not is_plain or parts.scheme not in _PORTS or not parts.hostname or port == 0:
+            raise unreadable
+        if parts.username is not None or parts.password is not None:
+            hint = "Put the server's key into the variable MIXCHAT_API_KEY."
+            raise UsageError("the URL of a server cannot have a name or a password", hint=hint)
+        if parts.query or parts.fragment:
+            raise UsageError("the URL of a server cannot have a ? or a #", hint=_HINT)
         if port is None:
             port = SERVER_PORT if bare else _PORTS[parts.scheme]
         return cls(parts.scheme, parts.hostname, port, parts.path.rstrip("/") or "/v1")
@@ -51,15 +57,3 @@ class ServerURL:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}:{self.port}{self.path}"
-
-
-def _is_plain(text: str) -> bool:
-    return text.isascii() and text.isprintable() and not set(" \\<>\"'") & set(text)
-
-
-def _check_rest(parts: SplitResult) -> None:
-    if parts.username is not None or parts.password is not None:
-        hint = "Put the server's key into the variable MIXCHAT_API_KEY."
-        raise UsageError("the URL of a server cannot have a name or a password", hint=hint)
-    if parts.query or parts.fragment:
-        raise UsageError("the URL of a server cannot have a ? or a #", hint=_HINT)

@@ -95,7 +95,7 @@ class Access:
 def guarded(app: ASGIApp, access: Access) -> ASGIApp:
     """Return `app` with all checks before it."""
     if access.key is not None:
-        app = _Guard(app, lambda scope: _key_fault(scope, _digest(access.key or "")))
+        app = _guard(app, lambda scope: _key_fault(scope, _digest(access.key or "")))
     if access.origins:
         app = CORSMiddleware(
             app,
@@ -104,7 +104,7 @@ def guarded(app: ASGIApp, access: Access) -> ASGIApp:
             allow_headers=(_ANY,),
             expose_headers=("x-request-id", "retry-after", IGNORED),
         )
-    return _Guard(app, lambda scope: _header_fault(scope, access))
+    return _guard(app, lambda scope: _header_fault(scope, access))
 
 
 def error_response(error: RequestError, path: str) -> Response:
@@ -119,16 +119,15 @@ def error_response(error: RequestError, path: str) -> Response:
     )
 
 
-class _Guard:
-    """Turns away the requests for which `fault` returns an error."""
+def _guard(app: ASGIApp, fault: Callable[[Scope], RequestError | None]) -> ASGIApp:
+    """Return `app`, which does not get the requests for which `fault` returns an error."""
 
-    def __init__(self, app: ASGIApp, fault: Callable[[Scope], RequestError | None]) -> None:
-        self._app, self._fault = app, fault
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._fault(scope)
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        error = fault(scope)
         refusal = None if error is None else error_response(error, scope["path"])
-        await (refusal or self._app)(scope, receive, send)
+        await (refusal or app)(scope, receive, send)
+
+    return answer
 
 
 def _header_fault(scope: Scope, access: Access) -> RequestError | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -29,7 +29,6 @@ from mixchat.serving.web.bodies import Share
 from mixchat.serving.web.responses import ResponseBuilder
 
 _T = TypeVar("_T")
-_LONG_S = 3600.0  # between looks at an answer that is sent whole
 PING_S = 3.0  # without an event, until a ping is sent
 _NO_BUFFER = (b"x-accel-buffering", b"no")  # nginx would hold pieces back
 _PIECE = 65_536  # bytes that are sent at once, so that a slow client's wait in the budget
@@ -120,7 +119,18 @@ class PendingAnswers:
                 pieces[number].append(event)
             elif isinstance(event, End):
                 ends[number] = event
-        return [(_joined(parts), ends[number]) for number, parts in enumerate(pieces)]
+        return [
+            (
+                Piece(
+                    "".join(piece.text for piece in parts),
+                    "".join(piece.thinking for piece in parts),
+                    tuple(call for piece in parts for call in piece.calls),
+                    tuple(token for piece in parts for token in piece.tokens),
+                ),
+                ends[number],
+            )
+            for number, parts in enumerate(pieces)
+        ]
 
     def _hear(self, number: int, event: Event | Failed) -> None:
         """Take an event, in the model's thread."""
@@ -139,19 +149,15 @@ class PendingAnswers:
                 message = "the server is shutting down: the answer is cut off"
                 self._error = ShuttingDownError(message)
             else:
-                self._keep(number, event)
+                size = _size(event)
+                try:
+                    self._share.grow(size)
+                    self._events.append((number, event, size))
+                except QueueFullError:
+                    self._give_up()
         if not self._running:
             self._computed()
         self._arrived.set()
-
-    def _keep(self, number: int, event: Event) -> None:
-        size = _size(event)
-        try:
-            self._share.grow(size)
-        except QueueFullError:
-            self._give_up()
-        else:
-            self._events.append((number, event, size))
 
     def _give_up(self) -> None:
         """End the answers, and forget what the client has not taken."""
@@ -170,15 +176,6 @@ def _size(event: Event) -> int:
     texts = (event.text, event.thinking, *(call.arguments for call in event.calls))
     tokens = sum(_PER_TOKEN + _PER_CHOICE * len(token.top) for token in event.tokens)
     return _PER_EVENT + sum(map(len, texts)) + tokens
-
-
-def _joined(pieces: Sequence[Piece]) -> Piece:
-    return Piece(
-        "".join(piece.text for piece in pieces),
-        "".join(piece.thinking for piece in pieces),
-        tuple(call for piece in pieces for call in piece.calls),
-        tuple(token for piece in pieces for token in piece.tokens),
-    )
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
@@ -240,18 +237,14 @@ class AnswerStream:
         responses: ResponseBuilder,
         explain: Callable[[Exception], RequestError],
     ) -> None:
-        self._answers, self._responses, self._explain = answers, responses, explain
-
-    def when_computed(self, call: Callable[[], object]) -> None:
-        """Call this as soon as the model has no more to compute for this response."""
-        self._answers.when_computed(call)
+        self.answers, self._responses, self._explain = answers, responses, explain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with suppress(ClientDisconnect):
                 await while_connected(receive, self._send(send))
         finally:
-            self._answers.end()
+            self.answers.end()
 
     async def _send(self, send: Send) -> None:
         headers = [(b"content-type", self._responses.content_type.encode()), _NO_BUFFER]
@@ -274,10 +267,10 @@ class AnswerStream:
 
     async def _answered(self) -> AsyncIterator[bytes]:
         ends: dict[int, End] = {}
-        while not self._answers.finished:
+        while not self.answers.finished:
             # Events that came together are sent together, for slow clients.
             sent = bytearray()
-            for number, event in await self._answers.next(PING_S):
+            for number, event in await self.answers.next(PING_S):
                 if isinstance(event, Reading):
                     sent += self._responses.comment(f"read {event.done} of {event.total} tokens")
                 elif isinstance(event, Piece):

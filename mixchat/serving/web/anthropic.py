@@ -50,8 +50,8 @@ PATH = "/v1/messages"
 _LABELS = ("metadata", "service_tier", "container", "inference_geo", "cache_control")
 _CHOICES: dict[str, tool_fields.Choice] = {"any": "required", "none": "none"}
 _STOPS = {"tool_calls": "tool_use", "length": "max_tokens", "context": "max_tokens"}
-_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-_KINDS |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+_ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_ERROR_TYPES |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
 
 
 class _Block(RequestObject):
@@ -269,12 +269,12 @@ class AnthropicResponses(BlockResponses):
         elif change == "close":
             yield _event("content_block_stop", index=block.index)
         else:
-            kinds = {
+            deltas = {
                 "text": {"type": "text_delta", "text": content},
                 "thinking": {"type": "thinking_delta", "thinking": content},
                 "call": {"type": "input_json_delta", "partial_json": content},
             }
-            yield _event("content_block_delta", index=block.index, delta=kinds[block.kind])
+            yield _event("content_block_delta", index=block.index, delta=deltas[block.kind])
 
     def _stop(self, end: End) -> JSON:
         stops = self._request.requests[0].stop
@@ -296,8 +296,8 @@ class AnthropicResponses(BlockResponses):
 def error_body(error: RequestError) -> JSON:
     """Return an error in Anthropic's form."""
     usual = "api_error" if error.status >= 500 else "invalid_request_error"
-    kind = _KINDS.get(error.status, usual)
-    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    error_type = _ERROR_TYPES.get(error.status, usual)
+    return {"type": "error", "error": {"type": error_type, "message": str(error)}}
 
 
 def _content(block: Block) -> JSON:

@@ -39,7 +39,7 @@ from mixchat.serving.requests.shared import APIRequest, check_model
 from mixchat.serving.web import anthropic, ollama
 from mixchat.serving.web.access import IGNORED, Access, error_response, guarded
 from mixchat.serving.web.answers import AnswerStream, PendingAnswers, WholeAnswer, while_connected
-from mixchat.serving.web.bodies import Body, MemoryBudget, Turns, WithShare, body_budget
+from mixchat.serving.web.bodies import Body, MemoryBudget, Turns, body_budget, with_share
 from mixchat.serving.web.openai_responses import ResponsesResponses, read_responses
 from mixchat.serving.web.page import page_routes
 from mixchat.serving.web.responses import (
@@ -59,6 +59,7 @@ _MAX_NOTED = 100  # names
 _PER_TOKEN = 40  # bytes of a prompt's token
 # The fields with schemas or grammars, which are checked in processes.
 _FORM_FIELDS = ("response_format", "grammar", "tools", "format", "text", "output_config")
+_SHORT = (str, int, float)  # kinds of values
 _CHAT_PATH = "/v1/chat/completions"
 _EMBEDDING_PATHS = ("/v1/embeddings", "/api/embed", "/api/embeddings")
 _CLIENT_LEFT = 499  # nginx's status, which nobody gets
@@ -119,51 +120,27 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
     def failed(request: Request, error: Exception) -> Response:
         return error_response(state.explain(error), request.url.path)
 
-    def route(path: str, method: str, endpoint: Endpoint) -> Route:
-        async def bound(request: Request) -> ASGIApp:
-            return await endpoint(state, request)
-
-        return Route(path, bound, methods=[method])
+    def route(method: str, path: str, endpoint: Endpoint) -> Route:
+        return Route(path, partial(endpoint, state), methods=[method])
 
     def model_route(path: str, endpoint: ModelEndpoint) -> Route:
-        async def bound(state: AppState, request: Request) -> ASGIApp:
-            body = await _body(state, request)
-            # Who waits for a model holds no more than the bytes.
-            asked = await while_connected(request.receive, body.read(partial(_outline, path)))
-            if asked.asks_nothing:
-                return await _load_or_unload(state, path, asked.fields)
-            body.has_form = asked.has_form
-
-            async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-                with ExitStack() as using:
-                    taking = state.models.take(asked.fields.get("model"), using)
-                    model = await while_connected(receive, taking)
-                    response = await endpoint(state, request, model, body)
-                    if isinstance(response, AnswerStream):
-                        response.when_computed(using.close)
-                    else:
-                        using.close()
-                    await response(scope, receive, send)
-
-            return answer
-
-        return route(path, "POST", bound)
+        return route("POST", path, partial(_with_model, endpoint=endpoint))
 
     app = Starlette(
         routes=[
             *(model_route(path, partial(_answer, api=api)) for path, api in _APIS.items()),
             model_route(f"{anthropic.PATH}/count_tokens", _count_tokens),
-            route("/api/tags", "GET", _ollama_models),
-            route("/api/ps", "GET", _ollama_loaded),
-            route("/api/show", "POST", _ollama_model),
-            route("/api/version", "GET", _ollama_version),
-            route("/api/pull", "POST", _ollama_pull),
-            route("/v1/models", "GET", _models),
-            route("/v1/models/{name:path}", "GET", _model),
-            route("/health", "GET", _health),
-            route("/metrics", "GET", _metrics),
             model_route("/tokenize", _tokenize),
             model_route("/detokenize", _detokenize),
+            route("GET", "/api/tags", _ollama_models),
+            route("GET", "/api/ps", _ollama_loaded),
+            route("POST", "/api/show", _ollama_model),
+            route("GET", "/api/version", _ollama_version),
+            route("POST", "/api/pull", _ollama_pull),
+            route("GET", "/v1/models", _models),
+            route("GET", "/v1/models/{name:path}", _model),
+            route("GET", "/health", _health),
+            route("GET", "/metrics", _metrics),
             *(page_routes() if page else ()),
         ],
         exception_handlers={
@@ -175,23 +152,37 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
         },
     )
     app.router.redirect_slashes = False
-    return _ResponseHeaders(guarded(WithShare(app, state.budget), access))
+    return _with_headers(guarded(with_share(app, state.budget), access))
 
 
-@dataclass(frozen=True)
-class _Outline:
-    """What decides about a request before its body is read."""
+async def _with_model(state: AppState, request: Request, *, endpoint: ModelEndpoint) -> ASGIApp:
+    """Read the body, and return what calls `endpoint` when the request has its model."""
+    path, body = request.url.path, await _body(state, request)
 
-    fields: JSON  # with short values
-    asks_nothing: bool
-    has_form: bool
+    def outline(fields: JSON) -> tuple[JSON, bool, bool]:
+        """Return the short fields, whether nothing is asked, and whether there is a form."""
+        names = ("model", "name", "keep_alive")
+        short = {name: fields[name] for name in names if isinstance(fields.get(name), _SHORT)}
+        has_form = any(fields.get(name) for name in _FORM_FIELDS)
+        return short, ollama.asks_nothing(path, fields), has_form
 
+    # Who waits for a model holds no more than the bytes.
+    fields, asks_nothing, body.has_form = await while_connected(request.receive, body.read(outline))
+    if asks_nothing:
+        return await _load_or_unload(state, path, fields)
 
-def _outline(path: str, body: JSON) -> _Outline:
-    names = ("model", "name", "keep_alive")
-    fields = {name: body[name] for name in names if isinstance(body.get(name), str | int | float)}
-    has_form = any(body.get(name) for name in _FORM_FIELDS)
-    return _Outline(fields, ollama.asks_nothing(path, body), has_form)
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        with ExitStack() as using:
+            taking = state.models.take(fields.get("model"), using)
+            model = await while_connected(receive, taking)
+            response = await endpoint(state, request, model, body)
+            if isinstance(response, AnswerStream):
+                response.answers.when_computed(using.close)
+            else:
+                using.close()
+            await response(scope, receive, send)
+
+    return answer
 
 
 async def _answer(
@@ -251,7 +242,8 @@ async def _read(
 
 
 async def _ollama_models(state: AppState, request: Request) -> Response:
-    return _json(ollama.model_list(await state.models.facts(await state.models.contexts())))
+    facts = await state.models.facts(await state.models.contexts())
+    return _json({"models": [ollama.model_entry(*item) for item in facts.items()]})
 
 
 async def _ollama_loaded(state: AppState, request: Request) -> Response:
@@ -278,7 +270,7 @@ async def _ollama_pull(state: AppState, request: Request) -> Response:
 
 async def _load_or_unload(state: AppState, path: str, body: JSON) -> Response:
     name = ollama.named(body, await state.models.contexts())
-    if ollama.is_unload(body):
+    if body.get("keep_alive") in ollama.NO_TIME:
         await state.models.unload(name)
         return _json(ollama.empty_answer(path, name, "unload"))
     async with state.models.use(name):
@@ -377,7 +369,7 @@ async def _body(state: AppState, request: Request) -> Body:
             if len(body) > limit:
                 break
         else:
-            return Body(bytes(body), share, state.budget, state.turns, state.models.resolve)
+            return Body(bytes(body), share, state.turns, state.models.resolve)
     message = f"the body is too large: this server reads {limit} bytes at most"
     raise RequestError(message, status=413, code="request_too_large")
 
@@ -400,17 +392,14 @@ def _no_such_route(request: Request, error: Exception) -> Response:
     return error_response(refused, request.url.path)
 
 
-class _ResponseHeaders:
-    """Gives every response an ID, forbids to cache it, and names fields without an effect.
+def _with_headers(app: ASGIApp) -> ASGIApp:
+    """Return `app`, whose responses have an ID, are not cached, and name fields without an effect.
 
     A client's own ID could forge a line in a log.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def with_headers(message: Message) -> None:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = f"req_{secrets.token_hex(12)}"
@@ -421,4 +410,6 @@ class _ResponseHeaders:
 
         # Starlette raises an error again that was answered and reported.
         with suppress(Exception):
-            await self._app(scope, receive, with_headers)
+            await app(scope, receive, send_with_headers)
+
+    return answer

@@ -43,7 +43,7 @@ class MemoryBudget:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
-        self._answers = set[Share]()  # those that can be given up
+        self.answers = set[Share]()  # those that can be given up
 
     @property
     def most(self) -> int:
@@ -57,60 +57,50 @@ class MemoryBudget:
         try:
             yield share
         finally:
-            self._answers.discard(share)
+            self.answers.discard(share)
             share.shrink(share.size)
-
-    def can_give_up(self, share: Share, give_up: Callable[[], object]) -> None:
-        """Call `give_up` if this share is the largest one and another answer needs its memory."""
-        share.give_up = give_up
-        self._answers.add(share)
-
-    def take(self, share: Share, count: int) -> None:
-        is_answer = share in self._answers
-        is_small = share.size + count <= _SMALL_SHARE
-        while self.held + count > (self.limit if is_answer or is_small else self.most):
-            largest = max(self._answers, key=lambda share: share.size, default=share)
-            if not is_answer or largest is share:
-                limit = format_size(self.limit)
-                raise QueueFullError(f"requests hold the {limit} of memory that they may have")
-            self._answers.remove(largest)
-            largest.give_up()
-        self.held += count
-
-    def give_back(self, count: int) -> None:
-        self.held -= count
 
 
 class Share:
     """The bytes that one request holds."""
 
     def __init__(self, budget: MemoryBudget) -> None:
-        self._budget, self.size = budget, 0
-        self.give_up: Callable[[], object] = lambda: None
+        self.budget, self.size = budget, 0
+        self._give_up: Callable[[], object] = lambda: None
+
+    def can_give_up(self, give_up: Callable[[], object]) -> None:
+        """Call `give_up` if this share is the largest one and another answer needs its memory."""
+        self._give_up = give_up
+        self.budget.answers.add(self)
 
     def grow(self, count: int) -> None:
         """Hold more. Raises `QueueFullError` if there is no room."""
-        self._budget.take(self, count)
+        budget, is_answer = self.budget, self in self.budget.answers
+        is_small = self.size + count <= _SMALL_SHARE
+        while budget.held + count > (budget.limit if is_answer or is_small else budget.most):
+            largest = max(budget.answers, key=lambda share: share.size, default=self)
+            if not is_answer or largest is self:
+                limit = format_size(budget.limit)
+                raise QueueFullError(f"requests hold the {limit} of memory that they may have")
+            budget.answers.remove(largest)
+            largest._give_up()
+        budget.held += count
         self.size += count
 
     def shrink(self, count: int) -> None:
         self.size -= count
-        self._budget.give_back(count)
-
-    def can_give_up(self, give_up: Callable[[], object]) -> None:
-        self._budget.can_give_up(self, give_up)
+        self.budget.held -= count
 
 
-class WithShare:
-    """Gives each request a share, until its response is sent."""
+def with_share(app: ASGIApp, budget: MemoryBudget) -> ASGIApp:
+    """Return `app`, which gives each request a share until its response is sent."""
 
-    def __init__(self, app: ASGIApp, budget: MemoryBudget) -> None:
-        self._app, self._budget = app, budget
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._budget.share() as share:
+    async def shared(scope: Scope, receive: Receive, send: Send) -> None:
+        with budget.share() as share:
             scope.setdefault("state", {})["share"] = share
-            await self._app(scope, receive, send)
+            await app(scope, receive, send)
+
+    return shared
 
 
 class Turns:
@@ -152,12 +142,7 @@ class Body:
     """The bytes of a request's body. What is parsed of them lives only while it is read."""
 
     def __init__(
-        self,
-        data: bytes,
-        share: Share,
-        budget: MemoryBudget,
-        turns: Turns,
-        model_name: Callable[[str], str] = str,
+        self, data: bytes, share: Share, turns: Turns, model_name: Callable[[str], str] = str
     ) -> None:
         """Take the bytes, which the share holds already. `model_name` resolves aliases.
 
@@ -168,7 +153,7 @@ class Body:
         self.has_form = False  # with schemas or a grammar
         objects, items = data.count(b"{") + data.count(b"["), data.count(b",")
         self.weight = len(data) * _PER_BYTE + objects * _PER_OBJECT + items * _PER_ITEM
-        if len(data) + self.weight > budget.most:
+        if len(data) + self.weight > share.budget.most:
             message = "the body has more values than this server has memory for"
             raise RequestError(message, status=413, code="request_too_large")
 

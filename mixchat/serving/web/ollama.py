@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 # Clients compare it with the Ollama that they need.
 API_VERSION = "0.33.0"
 _QUESTIONS = {"/api/chat": "messages", "/api/generate": "prompt"}
-_NO_TIME = (0, "0", "0s", "0m", "0h")
+NO_TIME = (0, "0", "0s", "0m", "0h")
 _FOREVER_S = 300 * 365 * 86_400.0  # Ollama's expires_at of a model that stays loaded
 _REASONS = {"length": "length", "context": "length"}
 _NO_IMAGES = only(([], ""), "unsupported_parameter", "is not supported: the model reads text alone")
@@ -73,14 +73,12 @@ class _Message(RequestObject):
     tool_call_id: str = ""
 
 
-def _at_least_0(length: Any) -> Any:
-    """Return 0, which is as many as fit, for Ollama's -1 and -2."""
-    return 0 if type(length) is int and length < 0 else length
-
-
 class _Options(shared.SamplingFields):
     stop: shared.Stops = Field([])
-    num_predict: Annotated[shared.Length, BeforeValidator(_at_least_0)] = None
+    # Ollama's -1 and -2 are as many as fit.
+    num_predict: Annotated[
+        shared.Length, BeforeValidator(lambda n: 0 if type(n) is int and n < 0 else n)
+    ] = None
 
 
 class _Fields(RequestObject):
@@ -287,21 +285,11 @@ def asks_nothing(path: str, body: JSON) -> bool:
     return path in _QUESTIONS and body.get(_QUESTIONS[path]) in (None, "", [])
 
 
-def is_unload(body: JSON) -> bool:
-    """Return whether a request without a question unloads its model."""
-    return body.get("keep_alive") in _NO_TIME
-
-
 def empty_answer(path: str, name: str, reason: str) -> JSON:
     """Return the answer of a request that asks nothing."""
     message: JSON = {"message": {"role": "assistant", "content": ""}}
     content = message if path == "/api/chat" else {"response": ""}
     return {**_head(name), **content, "done": True, "done_reason": reason}
-
-
-def model_list(models: Mapping[str, ModelFacts | None]) -> JSON:
-    """Return the answer of /api/tags."""
-    return {"models": [_model(name, facts) for name, facts in models.items()]}
 
 
 def loaded_list(
@@ -311,7 +299,7 @@ def loaded_list(
     idle_s = _FOREVER_S if idle_s is None else min(idle_s, _FOREVER_S)
     expires = (datetime.now(timezone.utc) + timedelta(seconds=idle_s)).isoformat()
     loaded = {"size_vram": 0, "expires_at": expires, "context_length": context.tokens}
-    return {"models": [{**_model(name, facts), **loaded} for name, facts in models.items()]}
+    return {"models": [{**model_entry(name, facts), **loaded} for name, facts in models.items()]}
 
 
 def named(body: JSON, names: Container[str]) -> str:
@@ -329,14 +317,14 @@ def describe(name: str, context: Context, facts: ModelFacts | None, *, thinks: b
     if facts is not None:
         info["general.parameter_count"] = facts.parameters
     capabilities = ["completion", "tools", *(["thinking"] if thinks else [])]
-    return {**_model(name, facts), "model_info": info, "capabilities": capabilities}
+    return {**model_entry(name, facts), "model_info": info, "capabilities": capabilities}
 
 
 def _head(name: str) -> JSON:
     return {"model": name, "created_at": datetime.now(timezone.utc).isoformat()}
 
 
-def _model(name: str, facts: ModelFacts | None) -> JSON:
+def model_entry(name: str, facts: ModelFacts | None) -> JSON:
     """Return a model's entry. Some clients refuse one without size, digest or details."""
     tagged = name if ":" in name else f"{name}{shared.LATEST}"  # Open WebUI asks for no other name
     model: JSON = {"name": tagged, "model": tagged}

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AliasChoices, BeforeValidator, ConfigDict, FailFast, Field
 
 from mixchat.face.events import COMPLETE, End
-from mixchat.face.request import Request
+from mixchat.face.request import Request, ToolOffer
 from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import RequestError, field_error, value_error
 from mixchat.serving.requests.fields import (
@@ -150,29 +150,7 @@ def read_responses(body: JSON, model: Model, strict: bool, at_end: ExitStack) ->
     variables, used = shared.thinking_variables(model.template.thinking, None, effort)
     if effort not in (None, "none") and not used:
         unused.append("reasoning.effort")
-    functions: dict[str, tool_fields.Function] = {}  # by their paths
-    for number, tool in enumerate(fields.tools):
-        if tool.get("type") == "function":
-            functions[f"tools[{number}]"] = validated(_FunctionTool, tool, f"tools[{number}]")
-        else:
-            unused.append(f"tools[{number}].type")
-    choice, function = fields.tool_choice, None
-    if isinstance(choice, dict) and choice.get("type") == "function":
-        function = validated(_FunctionChoice, choice, "tool_choice").name
-    elif isinstance(choice, dict):
-        choice = "auto"  # it names a tool that runs at OpenAI, such as web_search
-    elif choice not in ("none", "auto", "required"):
-        raise value_error("tool_choice", _CHOICE, choice)
-    offer = None
-    if functions:  # a choice among tools of other types has no effect
-        offer = tool_fields.tool_offer(
-            [each.tool() for each in functions.values()],
-            choice,
-            function,
-            parallel=fields.parallel_tool_calls,
-            names=[f"{path}.name" for path in functions],
-            only_path="tool_choice.name",
-        )
+    offer = _offer(fields, unused)
     format = fields.text.format
     form: JSON | None = None
     if format.type == "json_schema":
@@ -196,6 +174,33 @@ def read_responses(body: JSON, model: Model, strict: bool, at_end: ExitStack) ->
         form_field="text.format",
         stream=fields.stream,
         ignored=shared.check_unused(unused, strict),
+    )
+
+
+def _offer(fields: _Fields, unused: list[str]) -> ToolOffer | None:
+    """Return the offer of the functions among the tools. Tools of other types are `unused`."""
+    functions: dict[str, tool_fields.Function] = {}  # by their paths
+    for number, tool in enumerate(fields.tools):
+        if tool.get("type") == "function":
+            functions[f"tools[{number}]"] = validated(_FunctionTool, tool, f"tools[{number}]")
+        else:
+            unused.append(f"tools[{number}].type")
+    choice, function = fields.tool_choice, None
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        function = validated(_FunctionChoice, choice, "tool_choice").name
+    elif isinstance(choice, dict):
+        choice = "auto"  # it names a tool that runs at OpenAI, such as web_search
+    elif choice not in ("none", "auto", "required"):
+        raise value_error("tool_choice", _CHOICE, choice)
+    if not functions:  # a choice among tools of other types has no effect
+        return None
+    return tool_fields.tool_offer(
+        [each.tool() for each in functions.values()],
+        choice,
+        function,
+        parallel=fields.parallel_tool_calls,
+        names=[f"{path}.name" for path in functions],
+        only_path="tool_choice.name",
     )
 
 

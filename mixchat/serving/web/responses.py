@@ -249,9 +249,9 @@ def _call_delta(delta: CallDelta) -> JSON:
 def to_prometheus(stats: ModelStats) -> str:
     """Return the counts as text."""
     lines = []
-    for name, kind, count, about in _METRICS:
+    for name, metric_type, count, about in _METRICS:
         full = f"mixchat_{name}"
-        lines += [f"# HELP {full} {about}", f"# TYPE {full} {kind}"]
+        lines += [f"# HELP {full} {about}", f"# TYPE {full} {metric_type}"]
         lines += [f"{full} {getattr(stats, count)}"]
     return "\n".join(lines) + "\n"
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import h11
 from starlette.types import ASGIApp
@@ -23,7 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mixchat.base import interrupts, machine
 from mixchat.base.progress import Note, in_background
-from mixchat.base.quantities import format_time
+from mixchat.base.quantities import format_count, format_time
 from mixchat.serving.requests.errors import RequestError, to_json
 from mixchat.serving.web.acceptor import Acceptor, most_connections
 from mixchat.serving.web.served_models import ServedModels
@@ -225,7 +225,7 @@ class ClientConnection(H11Protocol):
             timer.cancel()
 
 
-class WebServer:
+class WebServer(Server):
     """Serves an application of ASGI in a thread, on a bound socket."""
 
     def __init__(
@@ -243,33 +243,44 @@ class WebServer:
         """
         waiting = waiting or WaitingConnections()
         protocol: Any = partial(ClientConnection, waiting=waiting, timeout=timeout)
-        self._server = _Server(
-            Config(
-                app,
-                http=protocol,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                log_level="critical",  # the application tells what goes wrong
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=math.ceil(timeout),
-                timeout_graceful_shutdown=_FLUSH_TIMEOUT_S,
-            ),
-            started,
-            waiting,
+        config = Config(
+            app,
+            http=protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",  # the application tells what goes wrong
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=math.ceil(timeout),
+            timeout_graceful_shutdown=_FLUSH_TIMEOUT_S,
         )
-        self._bound = bound
+        super().__init__(config)
+        self._bound, self._started, self._waiting = bound, started, waiting
+        self._is_ready = threading.Event()
         self._over: Future[None] | None = None
 
     def start(self) -> None:
         """Start, and wait until it serves. Raises `OSError` if it cannot."""
         machine.survive_without_descriptors()
-        self._over = in_background(self._server.run, [self._bound])
-        self._over.add_done_callback(lambda over: self._server.ready.set())
-        self._server.ready.wait()
+        self._over = in_background(self.run, [self._bound])
+        self._over.add_done_callback(lambda over: self._is_ready.set())
+        self._is_ready.wait()
         if self._over.done():
             self._over.result()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=[])  # uvicorn would let asyncio accept
+        config, state, limit = self.config, self.server_state, most_connections()
+        opened, protocol_type = state.connections, cast("Any", config.http_protocol_class)
+        protocol = partial(protocol_type, config, state, self.lifespan.state)
+        for bound in sockets or []:
+            bound.listen(config.backlog)
+            bound.setblocking(False)
+            acceptor: Any = Acceptor(bound, protocol, opened, self._waiting.make_room, limit)
+            self.servers.append(acceptor)
+        self._started()
+        self._is_ready.set()
 
     def join(self) -> None:
         """Wait for the end. Raises what ended it."""
@@ -279,20 +290,20 @@ class WebServer:
 
     @property
     def connections(self) -> int:
-        return len(self._server.server_state.connections)
+        return len(self.server_state.connections)
 
     def drain(self, seconds: float) -> None:
         """Close the port and idle connections, and end if the other requests are answered in time.
 
         A load balancer then asks another server, since this one refuses its connections.
         """
-        self._server.config.timeout_graceful_shutdown = math.ceil(seconds) + _FLUSH_TIMEOUT_S
-        self._server.should_exit = True
+        self.config.timeout_graceful_shutdown = math.ceil(seconds) + _FLUSH_TIMEOUT_S
+        self.should_exit = True
         self._wait(seconds)
 
     def stop(self) -> None:
         """Take no more connections, send what is computed, and end."""
-        self._server.should_exit = True
+        self.should_exit = True
         self._wait(_FLUSH_TIMEOUT_S + 0.5)
 
     def _wait(self, seconds: float) -> None:
@@ -303,34 +314,6 @@ class WebServer:
             if remaining <= 0:
                 return
             wait([self._over], min(remaining, _SIGNAL_WAIT_S))
-
-
-class _Server(Server):
-    def __init__(
-        self, config: Config, started: Callable[[], object], waiting: WaitingConnections
-    ) -> None:
-        super().__init__(config)
-        self.ready = threading.Event()
-        self._started, self._waiting = started, waiting
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=[])  # uvicorn would let asyncio accept
-        limit, opened = most_connections(), self.server_state.connections
-        for bound in sockets or []:
-            bound.listen(self.config.backlog)
-            bound.setblocking(False)
-            acceptor: Any = Acceptor(
-                bound, self._connection, opened, self._waiting.make_room, limit
-            )
-            self.servers.append(acceptor)
-        self._started()
-        self.ready.set()
-
-    def _connection(self) -> asyncio.BaseProtocol:
-        protocol: Any = self.config.http_protocol_class
-        state = self.server_state
-        connection: asyncio.BaseProtocol = protocol(self.config, state, self.lifespan.state)
-        return connection
 
 
 def serve_until_signal(
@@ -355,10 +338,10 @@ def serve_until_signal(
         except BaseException as signal:
             stats = models.stats()
             if count := stats.running + stats.waiting:
-                name = "answer" if count == 1 else "answers"
                 is_ctrl_c = isinstance(signal, KeyboardInterrupt)
                 again = "; Ctrl-C ends them at once" if is_ctrl_c else ""
-                note(f"{count} {name} may end, for {format_time(drain)}{again}")
+                answers = format_count(count, "answer")
+                note(f"{answers} may end, for {format_time(drain)}{again}")
             raise
         finally:
             server.drain(drain)

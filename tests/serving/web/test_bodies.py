@@ -24,9 +24,9 @@ LIMIT = 10_000_000
 HELD = b'{"a":[' + b"0," * 10_000 + b"0]}"
 
 
-def body_of(data, share, budget, turns=None):
+def body_of(data, share, turns=None):
     share.grow(len(data))
-    return Body(data, share, budget, turns or Turns())
+    return Body(data, share, turns or Turns())
 
 
 def test_the_budget_of_a_machine_is_a_part_of_its_free_memory(monkeypatch):
@@ -87,7 +87,7 @@ def test_large_bodies_are_parsed_one_at_a_time_the_lightest_first(monkeypatch, p
             tasks = []
             for fields in (9, 5, 2, 7):
                 data = json.dumps({str(n): [] for n in range(fields)}).encode()
-                body = body_of(data, share, budget, turns)
+                body = body_of(data, share, turns)
                 tasks.append(asyncio.ensure_future(body.read(read)))
                 await asyncio.sleep(0.02)
             may_end.set()
@@ -102,7 +102,7 @@ def test_a_small_body_waits_for_no_large_one():
         budget, turns = MemoryBudget(LIMIT), Turns()
         with budget.share() as share:
             async with turns.turn(0):
-                assert await body_of(b'{"a": 1}', share, budget, turns).read(len) == 1
+                assert await body_of(b'{"a": 1}', share, turns).read(len) == 1
 
     asyncio.run(main())
 
@@ -118,7 +118,7 @@ def test_the_body_of_a_client_that_left_is_never_parsed(monkeypatch):
         with budget.share() as share:
             async with turns.turn(0):
                 left, stays = (
-                    asyncio.ensure_future(body_of(data, share, budget, turns).read(len))
+                    asyncio.ensure_future(body_of(data, share, turns).read(len))
                     for data in (b"left", b"stays")
                 )
                 await asyncio.sleep(0.02)
@@ -148,10 +148,10 @@ def test_who_leaves_while_a_body_is_parsed_ends_it_and_lets_the_next_one_begin_t
         budget, turns = MemoryBudget(LIMIT), Turns()
         with budget.share() as share, ExitStack() as at_end:
             at_end.callback(may_end.set)
-            left = body_of(b"left", share, budget, turns)
+            left = body_of(b"left", share, turns)
             leaving = asyncio.ensure_future(left.read(lambda given: ended.append("read"), at_end))
             await asyncio.to_thread(began.wait, 60)
-            staying = body_of(b"stays", share, budget, turns)
+            staying = body_of(b"stays", share, turns)
             reading = asyncio.ensure_future(staying.read(lambda given: tuple(ended)))
             await asyncio.sleep(0.02)
             leaving.cancel()
@@ -311,6 +311,6 @@ def test_a_model_is_free_as_soon_as_an_answer_is_computed():
 def test_a_body_is_checked_for_the_budget_by_its_objects():
     budget = MemoryBudget(LIMIT)
     with budget.share() as share:
-        assert body_of(HELD, share, budget).weight < LIMIT // 2
+        assert body_of(HELD, share).weight < LIMIT // 2
         with pytest.raises(RequestError):
-            body_of(b"[" * 20_000, share, budget)
+            body_of(b"[" * 20_000, share)
