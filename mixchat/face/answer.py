@@ -4,27 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
 
 from mixchat.face.events import COMPLETE, Reason
 from mixchat.text.detokenizer import Detokenizer, StopStrings
 from mixchat.text.messages import Message
 from mixchat.text.thinking import AnswerText, ThinkingParser
 from mixchat.text.tool_call import CallDelta, joined_calls
-
-
-@dataclass(frozen=True)
-class AnswerLimits:
-    """The ends of an answer, a token, a string, or a count of tokens.
-
-    max_tokens: the most tokens that were requested, if any. room: the tokens that the context has
-    left.
-    """
-
-    stop_ids: Set[int]
-    stop: Sequence[str]
-    max_tokens: int | None
-    room: int
 
 
 class AnswerState:
@@ -34,18 +19,29 @@ class AnswerState:
     stop string "\n\n" and the tokens `A` `.` `\n` `\nB` the text shown is `A.`, which ends with
     the second token, so two ids are remembered. With `A` `.\n` `\nB` no token ends there, so the
     text alone is remembered, and the template will encode it.
+
+    An answer ends at one of `stop_ids`, at one of the strings `stop`, after `max_tokens`, or when
+    the context has no more `room`, in tokens.
     """
 
     def __init__(
-        self, detokenizer: Detokenizer, limits: AnswerLimits, parser: ThinkingParser
+        self,
+        detokenizer: Detokenizer,
+        parser: ThinkingParser,
+        *,
+        stop_ids: Set[int],
+        stop: Sequence[str] = (),
+        max_tokens: int | None = None,
+        room: int,
     ) -> None:
         self.ids: list[int] = []
         self.text = self.thinking = ""
         self._calls: list[CallDelta] = []
         self.reason: Reason = "interrupted"
         self._cut = self._whole = False
-        self._detokenizer, self._limits = detokenizer, limits
-        self._stops, self._parser = StopStrings(limits.stop), parser
+        self._detokenizer, self._parser = detokenizer, parser
+        self._stops, self._stop_ids = StopStrings(stop), stop_ids
+        self._max_tokens, self._room = max_tokens, room
         self._length = 0
         self._ends: list[int] = []
 
@@ -64,19 +60,22 @@ class AnswerState:
 
     def add(self, token: int) -> AnswerText:
         """Take the next id. Return the text to show, which may be empty."""
-        limits, mark = self._limits, self._parser.marks.get(token)
-        if token in limits.stop_ids or (mark is not None and self._parser.ends_at(mark)):
+        mark = self._parser.marks.get(token)
+        if token in self._stop_ids or (mark is not None and self._parser.ends_at(mark)):
             return self._end("stop")
         self.ids.append(token)
         self._ends.append(self._length)
         text = self._show(self._detokenizer.add(token))
         if mark is not None:
-            text += self._show(self._detokenizer.flush()) + self._mark(mark)
+            text += self._show(self._detokenizer.flush())
+            self._length += 1
+            self._ends[-1] = self._length
+            text += self._remember(self._parser.mark(mark))
         if self._cut:
             return text
-        if limits.max_tokens is not None and len(self.ids) >= limits.max_tokens:
+        if self._max_tokens is not None and len(self.ids) >= self._max_tokens:
             return text + self._end("length")
-        return text + self._end("context") if len(self.ids) >= limits.room else text
+        return text + self._end("context") if len(self.ids) >= self._room else text
 
     def _end(self, reason: Reason) -> AnswerText:
         """Return the text that was held back, because no more ids will come."""
@@ -109,11 +108,6 @@ class AnswerState:
             joined_calls(tuple(self._calls)),
         )
 
-    def _mark(self, name: str) -> AnswerText:
-        self._length += 1
-        self._ends[-1] = self._length
-        return self._remember(self._parser.mark(name))
-
     def _show(self, text: str) -> AnswerText:
         self._length += len(text)
         if self._ends:
@@ -140,7 +134,7 @@ class AnswerState:
         end = self._length if start is None else start + len(self.text)
         return tuple(self.ids[: bisect_left(self._ends, end) + 1]) if self._is_end(end) else None
 
-    def _is_end(self, place: int) -> bool:
-        """Return whether a token ends at this place of the text."""
-        at = bisect_left(self._ends, place)
-        return at < len(self._ends) and self._ends[at] == place
+    def _is_end(self, position: int) -> bool:
+        """Return whether a token ends at this position of the text."""
+        at = bisect_left(self._ends, position)
+        return at < len(self._ends) and self._ends[at] == position

@@ -67,8 +67,8 @@ class FormCompiler:
         if isinstance(form, CallForm):
             constraint = checked("calls", text, self._seconds, at_end)
         elif isinstance(form, str):
-            kind: Kind = "gbnf" if looks_like_gbnf(form) else "lark"
-            constraint = checked(kind, form, self._seconds, at_end)
+            syntax: Kind = "gbnf" if looks_like_gbnf(form) else "lark"
+            constraint = checked(syntax, form, self._seconds, at_end)
         else:
             constraint = checked_schema(form, self._seconds, at_end)
         size = len(text) + len(constraint.grammar)

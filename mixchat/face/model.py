@@ -302,8 +302,8 @@ class Model:
                 except BaseException as error:
                     done.set_exception(error)
             try:
-                while (answer := self._take_next(batch)) is not None:
-                    self._begin(answer, batch)
+                while self._begin_next(batch):
+                    pass
                 changed = batch.step() if batch.size else []
                 self._passes += 1
                 if self._passes % _COUNTED_PASSES == 0:
@@ -328,13 +328,22 @@ class Model:
             self._changed.wait_for(has_work)
             return bool(self._tasks or self._waiting or batch.size)
 
-    def _take_next(self, batch: Batch) -> RunningAnswer | None:
+    def _begin_next(self, batch: Batch) -> bool:
+        """Begin the next answer, or end it if it is cancelled. Return False if there is none."""
         with self._changed:
             answer = self._next(batch)
-            if answer is not None:
-                self._waiting.remove(answer)
-                self._running.append(answer)
-            return answer
+            if answer is None:
+                return False
+            self._waiting.remove(answer)
+            self._running.append(answer)
+        if answer.is_cancelled:
+            self._end(answer, answer.end("interrupted"))
+            return True
+        try:
+            answer.begin(batch, self.engine.experts)
+        except Exception as error:
+            self._end(answer, Failed(error))
+        return True
 
     def _next(self, batch: Batch) -> RunningAnswer | None:
         """Return a cancelled answer, else the first one that can begin.
@@ -357,15 +366,6 @@ class Model:
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
-
-    def _begin(self, answer: RunningAnswer, batch: Batch) -> None:
-        if answer.is_cancelled:
-            self._end(answer, answer.end("interrupted"))
-            return
-        try:
-            answer.begin(batch, self.engine.experts)
-        except Exception as error:
-            self._end(answer, Failed(error))
 
     def _count(self) -> None:
         """Note what the engine has done. After each pass that would take too long."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.stats import GenerationStats
-from mixchat.face.answer import AnswerLimits, AnswerState
+from mixchat.face.answer import AnswerState
 from mixchat.face.events import End, Failed, LeftOut, Piece, Reading, Reason, TokenLogprob
 from mixchat.text.detokenizer import Detokenizer
 
@@ -50,13 +50,11 @@ class RunningAnswer:
         self._batch_request, self._parser = replace(batch_request, on_prefill=self._read), parser
         self._state = AnswerState(
             Detokenizer(tokenizer.token_bytes, prompt.ids if prompt.continues else ()),
-            AnswerLimits(
-                batch_request.stop_ids,
-                request.stop,
-                batch_request.max_tokens,
-                context_size - len(prompt.ids),
-            ),
             parser,
+            stop_ids=batch_request.stop_ids,
+            stop=request.stop,
+            max_tokens=batch_request.max_tokens,
+            room=context_size - len(prompt.ids),
         )
         self._tokens: list[TokenLogprob] = []  # since the last piece
         self._tokens_seen, self._is_thinking = 0, False

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from chat_doubles import MARKS, CharacterTokenizer, what_was_asked
 
-from mixchat.face.answer import AnswerLimits, AnswerState
+from mixchat.face.answer import AnswerState
 from mixchat.face.events import End, Piece
 from mixchat.text.detokenizer import Detokenizer, TokenBytes
 from mixchat.text.messages import Message
@@ -170,8 +170,8 @@ class Pairs(CharacterTokenizer):
 def test_a_token_that_has_thinking_and_answer_is_not_remembered(text, content_ids):
     tokens = [ord(a) << 8 | ord(b) for a, b in zip(text[::2], text[1::2], strict=False)]
     tokenizer: Any = Pairs()
-    limits = AnswerLimits(frozenset({0}), (), None, 100)
-    answer = AnswerState(Detokenizer(tokenizer.token_bytes), limits, parser_of(TAGS, tokenizer, ()))
+    parser = parser_of(TAGS, tokenizer, ())
+    answer = AnswerState(Detokenizer(tokenizer.token_bytes), parser, stop_ids={0}, room=100)
     for token in [*tokens, 0]:
         answer.add(token)
     message = answer.message()

@@ -10,7 +10,7 @@ import text_builders as build
 from family_texts import FAMILIES
 from tool_texts import GEMMA
 
-from mixchat.face.answer import AnswerLimits, AnswerState
+from mixchat.face.answer import AnswerState
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
@@ -157,8 +157,8 @@ def answered(directory: Path, said: str, tools: Any = None) -> tuple[Any, Any]:
     template = load_template(directory, tokenizer)
     prompt = template.encode([Message("user", "Hi")], {"enable_thinking": True})
     parser = answer_parser(template.thinking, tools, tokenizer, prompt)
-    limits = AnswerLimits(template.stop_ids, (), None, 1000)
-    state = AnswerState(Detokenizer(tokenizer.token_bytes), limits, parser)
+    detokenizer = Detokenizer(tokenizer.token_bytes)
+    state = AnswerState(detokenizer, parser, stop_ids=template.stop_ids, room=1000)
     calls: tuple[Any, ...] = ()
     for token in tokenizer.encode_template(said):
         calls += state.add(token).calls

@@ -12,7 +12,7 @@ import pytest
 from form_walks import STOP
 
 from mixchat.base.errors import UsageError
-from mixchat.face.answer import AnswerLimits, AnswerState
+from mixchat.face.answer import AnswerState
 from mixchat.text.detokenizer import Detokenizer, TokenBytes
 from mixchat.text.form.call_form import CallForm, call_grammar
 from mixchat.text.form.constraint import CallConstraint, ConstraintCompiler
@@ -70,9 +70,8 @@ def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer
     """An answer that begins with what is `said` and continues with random tokens that may come."""
     thinking = ThinkingFormat("harmony") if form.format.kind == "harmony" else None
     parser = answer_parser(thinking, form.format, tokens, (), offered=form.tools)
-    answer = AnswerState(
-        Detokenizer(tokens.token_bytes), AnswerLimits({STOP}, (), None, 3000), parser
-    )
+    detokenizer = Detokenizer(tokens.token_bytes)
+    answer = AnswerState(detokenizer, parser, stop_ids={STOP}, room=3000)
     constraint: Any = compiled(form, tokens)(continued=True)
     if not form.must_call:
         constraint = CallConstraint(constraint, parser, form.format.opening, tokens)
