@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import typer
@@ -79,27 +77,26 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
 
     --synthetic LAYERS measures without a download.
     """
-    synthetic = flags.synthetic
-    if synthetic is not None and is_given(context, "model"):
-        raise UsageError("give a MODEL or --synthetic LAYERS, not both")
-    for flag, bits in (("--expert-bits", flags.expert_bits), ("--dense-bits", flags.dense_bits)):
-        if bits is not None and synthetic is None:
-            raise UsageError(f"{flag} goes with --synthetic", hint="A model has the bits it has.")
-    if is_given(context, "shape") and synthetic is None:
-        raise UsageError("--shape goes with --synthetic")
-    size = load_flags.parse_expert_bits(flags.expert_bits) or ExpertSize(4.0)
-    if synthetic is not None:
-        _check_shape(flags.shape, synthetic)
+    _check(context, flags)
+    expert_bits = load_flags.parse_expert_bits(flags.expert_bits) or ExpertSize(4.0)
+    dense_bits = None if flags.dense_bits is None else int(flags.dense_bits)
     prepare_environment()
     from mixchat.bench.rounds import Bench, BenchOptions
+    from mixchat.bench.synthetic import synthetic_model
     from mixchat.cli.output.bench_report import BenchReport
     from mixchat.planning.torch_threads import choose_threads
+    from mixchat.weights import models
 
     starting = process_seconds()
     options = BenchOptions(flags.depth or (0,), flags.prompt or (512,), flags.tokens, flags.rounds)
     load = load_flags.load_options(flags, context_size=options.context_size)
-    form = size, flags.shape, flags.dense_bits and int(flags.dense_bits)
-    with _model(flags.model, synthetic, *form) as directory:
+    with ExitStack() as at_end:
+        if flags.synthetic is None:
+            directory = models.installed_directory(flags.model)
+        else:
+            with status(f"writing {flags.synthetic} layers of random weights"):
+                model = synthetic_model(flags.synthetic, expert_bits, flags.shape, dense_bits)
+                directory = at_end.enter_context(model)
         measured = Bench(directory, load, options, note)
         choose_threads(measured.blueprint)
         with status("the first token, from disk"):
@@ -111,37 +108,25 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
         BenchReport(measured).show(flags.as_json)
 
 
-def _check_shape(shape: str, layers: int) -> None:
+def _check(context: typer.Context, flags: BenchFlags) -> None:
+    """Raise `UsageError` for flags that do not go together, and for a shape that is not known."""
     from mixchat.weights.known_models import KNOWN
 
+    layers, shape = flags.synthetic, flags.shape
+    if layers is None:
+        for flag, bits in ("--expert-bits", flags.expert_bits), ("--dense-bits", flags.dense_bits):
+            if bits is not None:
+                hint = "A model has the bits it has."
+                raise UsageError(f"{flag} goes with --synthetic", hint=hint)
+        if is_given(context, "shape"):
+            raise UsageError("--shape goes with --synthetic")
+        return
+    if is_given(context, "model"):
+        raise UsageError("give a MODEL or --synthetic LAYERS, not both")
     if shape not in KNOWN:
-        raise UsageError(
-            f"--shape cannot be {shape!r:.80}", hint=f"It is one of {', '.join(KNOWN)}."
-        )
+        hint = f"It is one of {', '.join(KNOWN)}."
+        raise UsageError(f"--shape cannot be {shape!r:.80}", hint=hint)
     if layers > (most := KNOWN[shape].layers):
         raise UsageError(
             f"--synthetic has to be at most {most}, the layers of {shape}, not {layers}"
         )
-
-
-@contextmanager
-def _model(
-    name: str,
-    layers: int | None,
-    expert_bits: ExpertSize,
-    shape: str,
-    dense_bits: int | None,
-) -> Iterator[Path]:
-    """Yield the model's directory. A synthetic model is deleted at the end."""
-    from mixchat.weights import models
-
-    if layers is None:
-        yield models.installed_directory(name)
-        return
-    from mixchat.bench.synthetic import synthetic_model
-
-    with ExitStack() as stack:
-        with status(f"writing {layers} layers of random weights"):
-            model = synthetic_model(layers, expert_bits, shape, dense_bits)
-            directory = stack.enter_context(model)
-        yield directory

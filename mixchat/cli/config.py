@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from mixchat.chat.printing import show, show_lines, show_path
 from mixchat.cli.flags.load_flags import JSON
 from mixchat.cli.flags.settings import (
     AGAIN,
-    ValueSource,
     all_settings,
     config_defaults,
     explained,
@@ -27,23 +25,6 @@ from mixchat.cli.flags.settings import (
 from mixchat.cli.output.messages import print_error
 
 _LONGEST_VALUE = 60  # characters in the table
-
-
-@dataclass(frozen=True)
-class CurrentSetting:
-    """A setting in force. `value` is None if nothing gives one."""
-
-    key: str
-    value: Any
-    from_where: ValueSource
-    parameter: Any
-    problem: Exception | None = None
-
-    @property
-    def source(self) -> str:
-        """Return the name of the variable or file, or `default`."""
-        named = {"variable": str(self.parameter.envvar), "file": config_file().name}
-        return named.get(self.from_where, "default")
 
 
 _PATH = option("--path", "Print the path of config.toml, whether it exists or not.")
@@ -79,63 +60,55 @@ def config(
 
 
 def _show(commands: dict[str, Any], as_json: bool) -> None:
+    """Print the settings. Raises `typer.Exit` after the errors of bad ones."""
+    from mixchat.cli.output.reports import aligned
+
     problems: list[Exception] = []
     try:
         defaults = config_defaults(commands)
         file_values = defaults["serve"] | defaults["run"]
     except UsageError as error:
         file_values, problems = {}, [error]
-    settings = list(_settings(commands, file_values))
-    problems += [each.problem for each in settings if each.problem]
+    command, path = commands["run"], config_file()
+    context = command.context_class(command, info_name="run", default_map=file_values)
+    values: dict[str, dict[str, Any]] = {}
+    rows = [("SETTING", "VALUE", "FROM")]
+    for key, parameter in all_settings(commands).items():
+        problem = _problem(context, parameter)
+        value, source = context.params.get(parameter.name), value_source(context, parameter.name)
+        if value == [] or value == ():
+            value = None
+        elif isinstance(value, Path):
+            value = str(value)
+        text = (_default(parameter) or "-") if value is None else _toml(value)
+        if problem is not None:
+            problems.append(problem)
+            text = "?"
+        if len(text) > _LONGEST_VALUE:
+            text = f"{text[: _LONGEST_VALUE - 3]}..."
+        origin = {"variable": str(parameter.envvar), "file": path.name}.get(source, "default")
+        values[key] = {"value": value, "from": origin}
+        rows.append((key, text, origin))
     if as_json:
-        values = {each.key: {"value": each.value, "from": each.source} for each in settings}
-        exists = config_file().exists()
-        report = {"path": str(config_file()), "exists": exists, "settings": values}
+        report = {"path": str(path), "exists": path.exists(), "settings": values}
         show(json.dumps(report, indent=2))
     else:
-        show_lines(_as_text(settings))
+        state = "" if path.exists() else " (does not exist)"
+        show_lines(f"{aligned(rows)}\n\n{aligned([(f'{path}{state}',)])}")
     codes = [print_error(problem) for problem in problems]
     if codes:
         raise typer.Exit(codes[0])
 
 
-def _settings(commands: dict[str, Any], file_values: dict[str, Any]) -> Iterator[CurrentSetting]:
-    """Parse each setting by itself, so that a bad one does not hide the others."""
-    command = commands["run"]
-    context = command.context_class(command, info_name="run", default_map=file_values)
-    for key, parameter in all_settings(commands).items():
-        problem: Exception | None = None
-        try:
-            parameter.handle_parse_result(context, {}, [])
-        except typer.BadParameter as error:
-            problem = explained(error)
-        except UsageError as error:
-            problem = error
-        value = context.params.get(parameter.name)
-        nothing = value is None or value == [] or value == ()
-        value = str(value) if isinstance(value, Path) else value
-        yield CurrentSetting(
-            key, None if nothing else value, value_source(context, parameter), parameter, problem
-        )
-
-
-def _as_text(settings: list[CurrentSetting]) -> str:
-    from mixchat.cli.output.reports import aligned
-
-    path = config_file()
-    rows = [("SETTING", "VALUE", "FROM")]
-    rows += [(each.key, _shown(each), each.source) for each in settings]
-    state = "" if path.exists() else " (does not exist)"
-    return f"{aligned(rows)}\n\n{aligned([(f'{path}{state}',)])}"
-
-
-def _shown(each: CurrentSetting) -> str:
-    if each.problem is not None:
-        return "?"
-    if each.value is None:
-        return _default(each.parameter) or "-"
-    text = _toml(each.value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+def _problem(context: typer.Context, parameter: Any) -> Exception | None:
+    """Parse a setting by itself, so that a bad one does not hide the others."""
+    try:
+        parameter.handle_parse_result(context, {}, [])
+    except typer.BadParameter as error:
+        return explained(error)
+    except UsageError as error:
+        return error
+    return None
 
 
 def _default(parameter: Any) -> str:

@@ -27,6 +27,7 @@ from mixchat.engine.environment import prepare_environment
 if TYPE_CHECKING:
     from mixchat.base.options import ExpertSize
     from mixchat.base.progress import Progress, Reporter
+    from mixchat.cli.output.reports import DownloadReport
     from mixchat.loading.calibrate import OnWindow
     from mixchat.weights.make.download import DownloadRequest
     from mixchat.weights.make.download_plan import DownloadPlan
@@ -207,9 +208,9 @@ def _shown_counts(doing: str, progress: Progress, reporter: Reporter) -> Iterato
                 progress.note(line)
                 update = stack.enter_context(reporter.status(doing))
             if done:
-                left = (time.monotonic() - start) / done * (total - done)
+                remaining_s = (time.monotonic() - start) / done * (total - done)
                 work = doing if unit == "windows" else "measuring"
-                update(f"{work}: {done} of {total} {unit}, {format_time(left)} left")
+                update(f"{work}: {done} of {total} {unit}, {format_time(remaining_s)} left")
 
         yield show
 
@@ -237,12 +238,11 @@ def _text(flags: CalibrateFlags) -> str | None:
 def _show_plan(
     request: DownloadRequest, progress: Progress, as_json: bool, remade: ExpertSize | None
 ) -> None:
-    from mixchat.cli.output.reports import DownloadReport
     from mixchat.weights.make.download import plan_download
 
     plan, ref = plan_download(request, progress), request.ref
     if plan is not None:
-        DownloadReport(plan, _afterwards(plan, request, remade)).show(as_json)
+        _report(plan, request, remade).show(as_json)
         plan.check()
     elif as_json:
         show(json.dumps({"name": ref.key, "path": str(ref.directory)}, indent=2))
@@ -250,25 +250,25 @@ def _show_plan(
         show_lines(f"{ref.key} is already installed")
 
 
-def _afterwards(
+def _report(
     plan: DownloadPlan, request: DownloadRequest, remade: ExpertSize | None
-) -> str | None:
+) -> DownloadReport:
+    from mixchat.cli.output.reports import DownloadReport
     from mixchat.loading.calibrate import forecast
 
-    return remade and forecast(plan, remade, again=not request.keep_source)
+    return DownloadReport(plan, remade and forecast(plan, remade, again=not request.keep_source))
 
 
 def _download(
     request: DownloadRequest, progress: Progress, remade: ExpertSize | None
 ) -> dict[str, Any]:
     """Download the model, and return its plan as JSON."""
-    from mixchat.cli.output.reports import DownloadReport
     from mixchat.weights.make.download import download as download_model
 
     announced: dict[str, Any] = {}
 
     def announce(plan: DownloadPlan) -> None:
-        report = DownloadReport(plan, _afterwards(plan, request, remade))
+        report = _report(plan, request, remade)
         announced.update(report.as_json())
         progress.note(report.as_text())
 

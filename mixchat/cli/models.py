@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from mixchat.base.errors import CheckpointError, ModelNotFoundError, UsageError
-from mixchat.base.quantities import format_size
+from mixchat.base.quantities import format_count, format_size
 from mixchat.base.settings import models_dir
 from mixchat.chat.printing import draw, one_line, say, show, show_lines
 from mixchat.cli.flags.arguments import checked, stdin_is_terminal
@@ -21,7 +21,7 @@ from mixchat.cli.flags.load_flags import (
     model_argument,
     parse_dense_bits,
 )
-from mixchat.cli.flags.settings import option, settings_of, value_source
+from mixchat.cli.flags.settings import option, value_source
 from mixchat.cli.output.progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 from mixchat.face.kept_caches import remove_server_caches
@@ -85,7 +85,13 @@ def rm(model: str = INSTALLED, yes: bool = _YES) -> None:
     target = models.existing_directory(checked(model, "the model's name"))
     size = 0 if target.is_symlink() else models.describe(target).size
     if not yes:
-        _ask(f"Remove {target.name} ({format_size(size)}) from {target}?")
+        if not stdin_is_terminal():
+            raise UsageError(
+                "cannot ask for confirmation: standard input is not a terminal",
+                hint="Use --yes to do it without asking.",
+            )
+        question = f"Remove {target.name} ({format_size(size)}) from {target}?"
+        typer.confirm(one_line(question), abort=True, err=True)
     prepare_environment()
     from mixchat.weights.care import housekeeping
     from mixchat.weights.make.download import local_errors
@@ -112,7 +118,7 @@ def verify(model: str = INSTALLED) -> None:
     _show(damages)
     if damages:
         raise CheckpointError(
-            f"{model} is damaged ({len(damages)} place{'s' if len(damages) > 1 else ''})",
+            f"{model} is damaged ({format_count(len(damages), 'place')})",
             hint=repair_hint(directory),
         )
     say(f"{model} is intact")
@@ -143,10 +149,7 @@ def repair(model: str = INSTALLED) -> None:
     say(f"{model} is intact{again}")
 
 
-def convert(
-    model: str = INSTALLED,
-    dense_bits: str | None = _DENSE_BITS,
-) -> None:
+def convert(model: str = INSTALLED, dense_bits: str | None = _DENSE_BITS) -> None:
     """Round a model's attention and head.
 
     --dense-bits 8, 6 or 5 rounds them from 16 bits, as 'mixchat download' does. The model gets
@@ -211,7 +214,7 @@ def stats(context: typer.Context, model: str = _LAST_MODEL, as_json: bool = JSON
     """Show each expert's use and place in the last run."""
     from mixchat.engine.report import load_report, newest_report_path, report_path
 
-    is_named = value_source(context, settings_of(context.command)["model"]) != "default"
+    is_named = value_source(context, "model") != "default"
     path = (None if is_named else newest_report_path()) or report_path(model)
     if not path.exists():
         raise ModelNotFoundError(
@@ -225,16 +228,6 @@ def stats(context: typer.Context, model: str = _LAST_MODEL, as_json: bool = JSON
         from mixchat.chat.draw.heatmap import drawn
 
         draw(drawn(report, sys.stdout))
-
-
-def _ask(question: str) -> None:
-    """Raise `typer.Abort` without confirmation, and `UsageError` without a terminal."""
-    if not stdin_is_terminal():
-        raise UsageError(
-            "cannot ask for confirmation: standard input is not a terminal",
-            hint="Use --yes to do it without asking.",
-        )
-    typer.confirm(one_line(question), abort=True, err=True)
 
 
 def _show_foreign(paths: list[Path]) -> None:

@@ -20,8 +20,6 @@ from mixchat.serving.client.server_url import SERVER_PORT
 from mixchat.serving.serve import ServeOptions, serve_experts, serve_http
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # an extension's has its own scheme
-
-
 _MAX_ALIASES, _MAX_NAME_LENGTH = 100, 200  # characters
 
 
@@ -90,14 +88,9 @@ class ServeFlags(LoadFlags):
         "Process only once what prompts of several clients begin with.",
         SERVER,
         True,
-        show_default="on",
     )
     page: bool = option(
-        "--page/--no-page",
-        "Show a chat in the browser at the server's address.",
-        SERVER,
-        True,
-        show_default="on",
+        "--page/--no-page", "Show a chat in the browser at the server's address.", SERVER, True
     )
     swap: bool = option(
         "--swap",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import typer
 
@@ -45,10 +45,9 @@ def checked_model(name: str) -> str:
     return checked(name, "the model's name")
 
 
-def _checked_bits(bits: int | None) -> CacheBits | None:
-    if bits in (None, *get_args(CacheBits)):
-        return cast("CacheBits | None", bits)
-    raise UsageError(f"--kv-bits has to be 8 or 16, not {bits}")
+def _check_kv_bits(bits: int) -> None:
+    if bits not in get_args(CacheBits):
+        raise UsageError(f"--kv-bits has to be 8 or 16, not {bits}")
 
 
 def _check_device(text: str) -> None:
@@ -96,7 +95,6 @@ EXACT_PROMPTS = setting(
     "--exact-prompts/--no-exact-prompts",
     "Process prompts more slowly, so that a resumed or cached chat gets the same answers.",
     MEMORY,
-    show_default=False,
 )
 CACHE_POLICY = setting(
     "--cache-policy NAME",
@@ -110,7 +108,7 @@ KV_BITS = setting(
     "--kv-bits N",
     "Bits of each number in the KV cache, 16 or 8.",
     MEMORY,
-    check=_checked_bits,
+    check=_check_kv_bits,
     autocompletion=one_of("8", "16"),
     show_default="16",
 )

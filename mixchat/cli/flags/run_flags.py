@@ -170,9 +170,7 @@ class RunFlags(LoadFlags):
         check=partial(checked_word, THINKS, "--think"),
         autocompletion=one_of(*THINKS),
     )
-    raw: bool = setting(
-        "--raw/--no-raw", "Show answers as plain text, not as Markdown.", OUTPUT, show_default=False
-    )
+    raw: bool = setting("--raw/--no-raw", "Show answers as plain text, not as Markdown.", OUTPUT)
     as_json: bool = option(
         "--json", "Print JSON, for programs, with token ids, counts and times.", OUTPUT
     )
@@ -182,22 +180,15 @@ class RunFlags(LoadFlags):
         "Print the answer while it is generated, not at its end.",
         OUTPUT,
         True,
-        show_default="on",
     )
     quiet: bool = setting(
-        "-q --quiet/--no-quiet",
-        "Print no notes on standard error, only errors.",
-        OUTPUT,
-        show_default=False,
+        "-q --quiet/--no-quiet", "Print no notes on standard error, only errors.", OUTPUT
     )
     trace: Path | None = option(
         "--trace FILE", "Write the experts of each token to FILE, as JSON Lines.", OUTPUT
     )
     verbose: bool = setting(
-        "--verbose/--no-verbose",
-        "Print speeds and expert cache figures after each answer.",
-        OUTPUT,
-        show_default=False,
+        "--verbose/--no-verbose", "Print speeds and expert cache figures after each answer.", OUTPUT
     )
     ctx_size: int | None = load_flags.CONTEXT_SIZE
     parallel: int = load_flags.parallel(4)
@@ -222,16 +213,13 @@ class RunFlags(LoadFlags):
         CHAT,
         autocompletion=saved_chats,
     )
-    save: bool = setting(
-        "--save/--no-save", "Save chats and the input history.", CHAT, True, show_default="on"
-    )
+    save: bool = setting("--save/--no-save", "Save chats and the input history.", CHAT, True)
     keep_cache: bool = setting(
         "--keep-cache/--no-keep-cache",
         "Save a chat's KV cache with it, so that it resumes without prompt processing.",
         CHAT,
-        show_default=False,
     )
-    vi: bool = setting("--vi/--no-vi", "Use vi's keys at the prompt.", CHAT, show_default=False)
+    vi: bool = setting("--vi/--no-vi", "Use vi's keys at the prompt.", CHAT)
 
 
 class RunCommand(HeadedCommand):

@@ -113,8 +113,9 @@ def option(
     """
     flags = [word for word in usage.split() if word.startswith("-")]
     metavar = next((word for word in usage.split() if not word.startswith("-")), None)
-    if metavar is None and default is None:
-        default = False
+    if metavar is None:
+        default = bool(default)
+        more = {"show_default": "on" if default else False} | more
     return typer.Option(
         default, *flags, metavar=metavar, help=help, rich_help_panel=heading, **more
     )
@@ -192,16 +193,15 @@ def all_settings(commands: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def value_source(context: typer.Context, parameter: Any) -> ValueSource:
-    """Return the source of a parameter's value."""
-    source = context.get_parameter_source(parameter.name)
+def value_source(context: typer.Context, name: str) -> ValueSource:
+    """Return the source of a parameter's value, by its name in Python."""
+    source = context.get_parameter_source(name)
     return _SOURCES.get(source.name, "default") if source else "default"
 
 
 def is_given(context: typer.Context, name: str) -> bool:
     """Return whether a flag gives a parameter, by its name in Python."""
-    source = context.get_parameter_source(name)
-    return source is not None and _SOURCES.get(source.name) == "flag"
+    return value_source(context, name) == "flag"
 
 
 def refuse_together(
@@ -224,7 +224,7 @@ def chosen(context: typer.Context, *parameters: Any) -> Any:
     source.
     """
     for source in ("flag", "variable", "file"):
-        set_there = [each for each in parameters if value_source(context, each) == source]
+        set_there = [each for each in parameters if value_source(context, each.name) == source]
         if len(set_there) > 1:
             if source == "variable":
                 names = [each.envvar for each in set_there]
@@ -285,14 +285,14 @@ def takes_number(parameter: Any) -> bool:
 def explained(error: typer.BadParameter) -> Exception:
     """Return the error with the value, what is allowed, and its source."""
     context: Any = error.ctx
+    parameter: Any = error.param
     message = error.message
     if (details := getattr(error.__cause__, "errors", None)) is not None:
-        message = f"{_shown(error.param)} has to be {_allowed(details()[0])}"
-    elif context is None or value_source(context, error.param) in ("flag", "default"):
+        message = f"{_shown(parameter)} has to be {_allowed(details()[0])}"
+    elif context is None or value_source(context, parameter.name) in ("flag", "default"):
         return error
-    return _named(
-        context, error.param, message, f"'{context.command_path} --help-all' explains it."
-    )
+    hint = f"'{context.command_path} --help-all' explains it."
+    return _named(context, parameter, message, hint)
 
 
 def _as_word(where: str, parameter: Any, value: Any) -> Any:
@@ -361,7 +361,7 @@ def _named(context: typer.Context, parameter: Any, message: str, hint: str | Non
     name = {
         "variable": parameter.envvar,
         "file": f"{config_file()}: {_key(parameter)}",
-    }.get(value_source(context, parameter))
+    }.get(value_source(context, parameter.name))
     flag = next((flag for flag in parameter.opts if message.startswith(f"{flag} ")), None)
     if name is None and (flag or parameter.param_type_name == "argument"):
         return UsageError(message, hint=hint)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from mixchat.base import machine
+from mixchat.base.quantities import format_count
+from mixchat.bench.rounds import Bench, BenchTask, PromptTime
 from mixchat.cli.output.reports import Report, aligned, weight_type
 from mixchat.engine.report import slots_in_words
-
-if TYPE_CHECKING:
-    from mixchat.bench.rounds import Bench, BenchTask, PromptTime
+from mixchat.kernels.cpu.compile import instruction_set
+from mixchat.planning.expectation import PROMPT
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,6 @@ class BenchReport(Report):
     def heading(self) -> str:
         """Return machine, model, limits and cold start, a line for each."""
         # The limits change from round to round. GB and TFLOP are decimal, as data sheets have them.
-        from mixchat.planning.expectation import PROMPT
-
         bench, cold = self.bench, self.bench.cold_start
         memory = median(limits.memory for limits in bench.limits) / 1e9
         gemm = median(limits.gemm for limits in bench.limits) / 1e12
@@ -51,8 +52,6 @@ class BenchReport(Report):
 
     def as_json(self) -> dict[str, Any]:
         """Return figures by round, rates in tokens a second, the rest in SI units."""
-        from mixchat.planning.expectation import PROMPT
-
         bench, cold = self.bench, self.bench.cold_start
         return {
             "machine": _machine(bench),
@@ -106,12 +105,7 @@ def _parts(prompt: PromptTime) -> str:
 
 
 def _machine(bench: Bench) -> str:
-    import torch
-
-    from mixchat.kernels.cpu.compile import instruction_set
-
-    count = torch.get_num_threads()
-    threads = f"{count} {'thread' if count == 1 else 'threads'}"
+    threads = format_count(torch.get_num_threads(), "thread")
     kernels = f"{instruction_set() or 'no'} kernels"
     other_gpus = " and other GPUs" if "other-device" in bench.engine.slots_by_tier else ""
     devices = f"{bench.engine.device}{other_gpus}"

@@ -47,28 +47,26 @@ def print_answer(
     """
     if output.as_json or output.extract or not output.stream:
         end = _collect(session, question, lambda text: None, note)
-        _raise_if_interrupted(end)
-        answer = session.history[-1].content
-        if output.as_json:
-            # A terminal would obey some characters.
-            escaped = sys.stdout.isatty()
-            answer = json.dumps(as_json(session, end, model), ensure_ascii=escaped)
-        elif output.extract:
-            from mixchat.chat.saved.chat_text import code_blocks
-
-            blocks = code_blocks(answer)
-            if not blocks:
-                raise NoCodeError(
-                    "the answer contains no code block",
-                    hint="Without -x, the whole answer is printed.",
-                )
-            answer = blocks[0]
-        show(answer)
+        if end.reason != "interrupted":
+            show(_formatted(session, end, output, model))
     elif sys.stdout.isatty():
-        end = _draw(session, question, output.raw)
+        from mixchat.chat.terminal.screen import Screen
+
+        events, shows_thinking = session.ask(question), session.shows_thinking
+        end = Screen(raw=output.raw).show(events, shows_thinking=shows_thinking)
     else:
-        end = _pipe(session, question, note)
-    _raise_if_interrupted(end)
+        # A shell's prompt must not follow the answer in its last line.
+        last = ""
+
+        def take(text: str) -> None:
+            nonlocal last
+            last = text or last
+            show_piece(text)
+
+        end = _collect(session, question, take, note)
+        show_piece("" if last.endswith("\n") else "\n")
+    if end.reason == "interrupted":
+        raise KeyboardInterrupt
     if end.reason == "stop" and end.is_thinking:
         note("the model thought, but ended without an answer")
     if end.reason == "context" and session.context is not None:
@@ -95,24 +93,23 @@ def _collect(session: ChatSession, question: str, take: Callable[[str], object],
     raise AssertionError("an answer has an end")
 
 
-def _draw(session: ChatSession, question: str, raw: bool) -> End:
-    from mixchat.chat.terminal.screen import Screen
+def _formatted(session: ChatSession, end: End, output: OutputOptions, model: str) -> str:
+    """Return the last answer, as JSON or its first code block if that was requested."""
+    answer = session.history[-1].content
+    if output.as_json:
+        # A terminal would obey some characters.
+        return json.dumps(as_json(session, end, model), ensure_ascii=sys.stdout.isatty())
+    if not output.extract:
+        return answer
+    from mixchat.chat.saved.chat_text import code_blocks
 
-    return Screen(raw=raw).show(session.ask(question), shows_thinking=session.shows_thinking)
-
-
-def _pipe(session: ChatSession, question: str, note: Note) -> End:
-    # A shell's prompt must not follow the answer in its last line.
-    last = ""
-
-    def take(text: str) -> None:
-        nonlocal last
-        last = text or last
-        show_piece(text)
-
-    end = _collect(session, question, take, note)
-    show_piece("" if last.endswith("\n") else "\n")
-    return end
+    blocks = code_blocks(answer)
+    if not blocks:
+        raise NoCodeError(
+            "the answer contains no code block",
+            hint="Without -x, the whole answer is printed.",
+        )
+    return blocks[0]
 
 
 def as_json(session: ChatSession, end: End, model: str) -> dict[str, Any]:
@@ -143,8 +140,3 @@ def as_json(session: ChatSession, end: End, model: str) -> dict[str, Any]:
             "tokens_per_second": round(decoded / seconds, 2) if decoded > 0 < seconds else None,
         },
     }
-
-
-def _raise_if_interrupted(end: End) -> None:
-    if end.reason == "interrupted":
-        raise KeyboardInterrupt

@@ -88,8 +88,12 @@ class Bars:
         self._bars: RichProgress | None = None
 
     def task(self, name: str, total: int, done: int = 0) -> Task:
-        bars = self._started()
-        return _Bar(bars, bars.add_task(one_line(name), total=total, completed=done))
+        if self._bars is None:
+            from mixchat.cli.output.bars import FittingBars
+
+            self._bars = FittingBars(_console(self._stream))
+            self._bars.start()
+        return _Bar(self._bars, self._bars.add_task(one_line(name), total=total, completed=done))
 
     def note(self, text: str) -> None:
         from rich.text import Text
@@ -103,14 +107,6 @@ class Bars:
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
-
-    def _started(self) -> RichProgress:
-        if self._bars is None:
-            from mixchat.cli.output.bars import FittingBars
-
-            self._bars = FittingBars(_console(self._stream))
-            self._bars.start()
-        return self._bars
 
 
 class _Bar:
