@@ -82,7 +82,7 @@ def _write(text: str, stream: TextIO) -> None:
     try:
         print(text, end="", file=stream, flush=True)
     except OSError as error:
-        # Else its message, such as "No space left on device", does not say which file is meant.
+        # The message, such as "No space left on device", does not say which file is meant.
         if stream is sys.stdout and error.filename is None:
             error.filename = "standard output"
         raise

@@ -20,10 +20,10 @@ from mixchat.chat.plain_text import read_text_file
 from mixchat.chat.printing import draw, one_line, show
 from mixchat.chat.saved.chat_text import chat_table, code_blocks, to_json, to_markdown
 from mixchat.chat.terminal.completion import (
-    FILES,
     CommandCompletion,
     CompleteArgument,
     file_argument,
+    file_names,
 )
 from mixchat.chat.terminal.other_programs import copy
 
@@ -337,7 +337,7 @@ def _copy(chat: ActiveChat, argument: str) -> None:
     "FILE",
     "ask about a file",
     "put a file's text before the next question; /read none drops all files",
-    lambda chat: FILES,
+    lambda chat: file_names,
 )
 def _read(chat: ActiveChat, argument: str) -> None:
     if argument == "none":
@@ -387,7 +387,7 @@ def _raw(chat: ActiveChat, argument: str) -> None:
     "[FILE]",
     "save as Markdown",
     "write the chat to a file, as Markdown or JSON (*.json)",
-    lambda chat: FILES,
+    lambda chat: file_names,
 )
 def _export(chat: ActiveChat, argument: str) -> None:
     if not chat.session.history:

@@ -27,7 +27,7 @@ class CommandCompletion:
     """A command's line in the menu, and the completion of its argument, None without one.
 
     Of the results of `argument`, only those that start with the typed text are offered, unless it
-    is `FILES`.
+    is `file_names`.
     """
 
     help: str = ""
@@ -67,9 +67,6 @@ def file_names(text: str) -> Iterator[str]:
         has_meaning = name.startswith((*_QUOTES, "~"))
         parent = folder + slash or ("./" if has_meaning else "")
         yield quote + parent + name + ("/" if has_files else quote)
-
-
-FILES: CompleteArgument = file_names
 
 
 def file_argument(text: str) -> Path:
@@ -112,7 +109,7 @@ class CommandCompleter(Completer):
             return
         for word, note in offered:
             display = word
-            if command.argument is FILES:  # `b/` for `a/b/`, and `b'` for `a/b'`
+            if command.argument is file_names:  # `b/` for `a/b/`, and `b'` for `a/b'`
                 display = word[word.rfind("/", 0, -1) + 1 :]
             elif not word.casefold().startswith(typed.casefold()):
                 continue

@@ -168,10 +168,8 @@ class ChatPrompt:
     def _keys(self) -> KeyBindings:
         def within_quotes() -> bool:
             """Return whether quotes were opened and not closed, so that Enter adds a line."""
-            text = get_app().current_buffer.text
-            body = text.strip()
-            opened = body.startswith(_QUOTES) and not _closes_early(body)
-            return opened and quoted_text(text) is None
+            inner = _after_quotes(get_app().current_buffer.text)
+            return inner is not None and not inner.endswith(_QUOTES)
 
         def goes_further() -> bool:
             """Return whether a directory was taken, so that Enter offers its files."""
@@ -228,19 +226,22 @@ def quoted_text(text: str) -> str | None:
     QQQ stands for three double quotes. Quotes that are closed before the first line ends are part
     of an ordinary text.
     """
-    body = text.strip()
-    if not body.startswith(_QUOTES) or _closes_early(body):
-        return None
-    inner = body[len(_QUOTES) :]
-    if not inner.endswith(_QUOTES):
+    inner = _after_quotes(text)
+    if inner is None or not inner.endswith(_QUOTES):
         return None
     return inner.removesuffix(_QUOTES).removeprefix("\n").removesuffix("\n")
 
 
-def _closes_early(body: str) -> bool:
-    first, newline, _ = body[len(_QUOTES) :].partition("\n")
+def _after_quotes(text: str) -> str | None:
+    """Return what follows the quotes at the beginning, None without any."""
+    body = text.strip()
+    if not body.startswith(_QUOTES):
+        return None
+    inner = body.removeprefix(_QUOTES)
+    first, newline, _ = inner.partition("\n")
     at = first.find(_QUOTES)
-    return at >= 0 and (bool(newline) or at + len(_QUOTES) < len(first))
+    closes_early = at >= 0 and (newline or at + len(_QUOTES) < len(first))
+    return None if closes_early else inner
 
 
 class _VisibleText(Processor):

@@ -18,14 +18,14 @@ from prompt_toolkit.input.typeahead import clear_typeahead
 from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.output.vt100 import Vt100_Output
 
-from mixchat.chat.terminal.completion import FILES, CommandCompletion
+from mixchat.chat.terminal.completion import CommandCompletion, file_names
 from mixchat.chat.terminal.prompt import ChatPrompt
 
 ENTER, CTRL_C, CTRL_D, CTRL_F, CTRL_J = "\r", "\x03", "\x04", "\x06", "\n"
 CTRL_R, EDIT, ESC, TAB = "\x12", "\x18\x05", "\x1b", "\t"
 COMMANDS = {
     "help": CommandCompletion("show this"),
-    "load": CommandCompletion("load a file", FILES),
+    "load": CommandCompletion("load a file", file_names),
     "set": CommandCompletion("change a setting", lambda typed: ["temp", "top_p"]),
 }
 

@@ -7,7 +7,6 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
 from mixchat.chat.terminal.completion import (
-    FILES,
     CommandCompleter,
     CommandCompletion,
     file_argument,
@@ -26,7 +25,7 @@ def unreadable(typed):
 COMMANDS = {
     "help": CommandCompletion("show this"),
     "set": CommandCompletion("change a setting", settings),
-    "load": CommandCompletion("load a file", FILES),
+    "load": CommandCompletion("load a file", file_names),
     "locked": CommandCompletion("fails", unreadable),
 }
 
