@@ -425,8 +425,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `bench` find 1 GB/s of memory, 2 GFLOP/s and 3 GB/s of the disk, without measuring."""
     from mixchat.bench import rounds
-    from mixchat.bench.machine_limits import Limits
 
-    measured = SimpleNamespace(measure=lambda: Limits(memory=1e9, gemm=2e9))
+    measured = SimpleNamespace(measure=lambda: rounds.Limits(memory=1e9, gemm=2e9))
     monkeypatch.setattr(rounds, "LimitsMeter", lambda *args, **options: measured)
     monkeypatch.setattr(rounds, "disk_bandwidth", lambda directory, block: 3e9)

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import torch
 
-from mixchat.bench.machine_limits import bytes_per_token, operations_per_token
+from mixchat.bench.rounds import bytes_per_token, operations_per_token
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.known_models import KNOWN

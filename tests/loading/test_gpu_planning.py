@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mixchat.base.errors import UsageError
-from mixchat.bench.machine_limits import LimitsMeter, copy_bandwidth
+from mixchat.bench.rounds import LimitsMeter, copy_bandwidth
 from mixchat.loading.devices import usable_devices
 from mixchat.planning import bandwidth, gpu_measuring
 from mixchat.planning.compute_speed import Effort, layer_probe
