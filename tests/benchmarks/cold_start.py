@@ -8,9 +8,9 @@ Each round measures the machine (`mixchat plan --measure`), then a start with no
 in the page cache, a later prompt and tokens after it (`mixchat bench`), and then the same of
 llama.cpp (`peer_child.py bench`). With --free another process holds what is free beyond that.
 
-"The disk alone" is the time in which eight threads read as many bytes into memory that was used
-before, right after the start. mixchat's seconds count from the start of Python, llama.cpp's from
-the moment in which its imports are done.
+"The disk alone" is the time in which eight threads read as many bytes right after the start, into
+memory that was used before, and into fresh memory, which the system clears. mixchat's seconds count
+from the start of Python, llama.cpp's from the moment in which its imports are done.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from pathlib import Path
 from beyond_memory import PEER, PROMPT, ballast, run
 
 from mixchat.base import system
+from mixchat.planning.disk_speed import DiskRates, measure_disk
+from mixchat.weights.format.installed_model import InstalledModel
+
+_DISK_S = 0.25  # for a figure of the disk
 
 
 def main() -> None:
@@ -44,7 +48,12 @@ def main() -> None:
         with ballast(options.free):
             plan = mixchat("plan", options.model, *flags, "--measure")
             task = ("--prompt", str(PROMPT), "--tokens", str(options.tokens), "--rounds", "1")
-            print(described(plan, mixchat("bench", options.model, *flags, *task)), flush=True)
+            bench = mixchat("bench", options.model, *flags, *task)
+            with InstalledModel(options.model) as installed:
+                expert = installed.blueprint.expert.stride
+            disk = measure_disk(options.model, expert, 0, lambda: None, _DISK_S)
+            assert disk is not None
+            print(described(plan, bench, disk), flush=True)
             if options.peer:
                 python, gguf = options.peer
                 drop_pages(Path(gguf))
@@ -69,18 +78,19 @@ def mixchat(command: str, model: Path, *flags: str) -> dict:
     return json.loads(run([sys.executable, "-m", "mixchat", command, str(model), *flags]))
 
 
-def described(plan: dict, bench: dict) -> str:
+def described(plan: dict, bench: dict, disk: DiskRates) -> str:
     """Return a plan and what came as a line."""
     cold, warm, planned = bench["cold"], bench["warm"], plan["first_token"]
-    size, disk = cold["shared"] + cold["prompt"]["bytes_read"], bench["limits"]["disk"]
-    alone = size / disk
+    size = cold["shared"] + cold["prompt"]["bytes_read"]
+    alone, fresh = size / disk.idle, size / disk.fresh
     planned_cold = planned["starting"] + planned["cold"]["seconds"]
     decode, speed = bench["tasks"][0]["mixchat"][0], plan["speed"]
     parts = (
-        f"{size / 1e9:.2f} GB, the disk alone {alone:.1f} s at {disk / 1e9:.2f} GB/s",
+        f"{size / 1e9:.2f} GB, the disk alone {alone:.1f} s at {disk.idle / 1e9:.2f} GB/s, "
+        f"into fresh memory {fresh:.1f} s",
         f"cold {cold['seconds']:.1f} s ({cold['starting']:.1f} starting, {cold['loading']:.1f} "
         f"loading, {cold['prompt']['waiting']:.1f} waiting of {cold['prompt']['seconds']:.1f})",
-        f"1.3 times the disk and 1.5 s: {1.3 * alone + 1.5:.1f} s",
+        f"1.3 times that and 1.5 s: {1.3 * alone + 1.5:.1f} and {1.3 * fresh + 1.5:.1f} s",
         f"planned {planned_cold:.1f} s",
         f"warm {warm['seconds']:.2f} s, planned {planned['warm']['seconds']:.2f}",
         f"decoding {decode:.2f} tok/s, planned {speed['low']:.2f} to {speed['high']:.2f}",
