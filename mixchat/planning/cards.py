@@ -155,7 +155,7 @@ RX 9070 XT            16   640   5x16  gfx1201  195   48.7
 MI210                 64  1638   4x16  gfx90a   181   22.6
 MI300X               192  5300   5x16  gfx942  1307  163.4
 """
-# What people and drivers write around a name, and the size that may end it.
+# The words that people and drivers write around a name, and the size that may end it.
 _NOISE = re.compile(
     r"\b(nvidia|geforce|amd|radeon|instinct|tesla|gpu|graphics|generation|blackwell|workstation"
     r"|server|edition|tensor core|max q|hbm[23]e?|sxm[0-9]?|(?<=a100 )pcie)\b"

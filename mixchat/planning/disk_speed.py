@@ -92,7 +92,7 @@ def _written(
     directory: Path, block: int, size: int, seconds: float, until: float
 ) -> Iterator[tuple[int, Places]]:
     """Yield the size of the blocks of a new file, and the blocks, if any fit."""
-    # So that nobody else runs out of disk.
+    # A tenth, so that no other program runs out of disk.
     size = min(size, machine.free_disk(directory) // 10)
     if size < block:
         yield block, []

@@ -20,7 +20,6 @@ from rich.progress import (
 from rich.table import Column, Table
 
 _WIDE, _NARROW = 80, 56  # columns that show a speed, and those that show bytes
-_FIGURES = {"percent": 4, "bytes": 14, "speed": 10, "time": 8}  # maximum width in columns
 _MIN_BAR, _MAX_BAR = 8, 40  # columns; below 90 columns Rich's own had no bar
 
 
@@ -44,24 +43,21 @@ class FittingBars(Progress):
 
 def _columns(width: int, longest: int) -> tuple[ProgressColumn, ...]:
     """Return the columns of a terminal of `width`, for names of at most `longest` columns."""
-    figures = _figures(width)
-    available = width - sum(_FIGURES[name] + 1 for name in figures) - 1
+    whole = Column(no_wrap=True)
+    # Each with its maximum width.
+    figures: list[tuple[ProgressColumn, int]] = [(TimeRemainingColumn(table_column=whole), 8)]
+    if width >= _WIDE:
+        figures.insert(0, (TransferSpeedColumn(table_column=whole), 10))
+    if width >= _NARROW:
+        figures.insert(0, (DownloadColumn(table_column=whole), 14))
+    else:
+        figures.insert(0, (TaskProgressColumn(table_column=whole), 4))
+    available = width - sum(size + 1 for _, size in figures) - 1
     # A long name is cut before the bar gets shorter than this.
     name_width = max(min(longest, available - _MIN_BAR), 1)
     name = Column(no_wrap=True, overflow="ellipsis", max_width=name_width)
     return (
         TextColumn("{task.description}", markup=False, table_column=name),
         BarColumn(bar_width=max(min(available - name_width, _MAX_BAR), 1)),
-        *figures.values(),
+        *(column for column, _ in figures),
     )
-
-
-def _figures(width: int) -> dict[str, ProgressColumn]:
-    whole = Column(no_wrap=True)
-    time = TimeRemainingColumn(table_column=whole)
-    if width < _NARROW:
-        return {"percent": TaskProgressColumn(table_column=whole), "time": time}
-    size = DownloadColumn(table_column=whole)
-    if width < _WIDE:
-        return {"bytes": size, "time": time}
-    return {"bytes": size, "speed": TransferSpeedColumn(table_column=whole), "time": time}

@@ -106,7 +106,7 @@ def _gpus(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     each, wait = (1e6 * seconds for seconds in (gpu_speeds.KERNEL_S, gpu_speeds.SYNC_S))
     yield "assumed", f"{each:.0f} us for each of {kernels} kernels, {wait:.0f} us a wait"
     if plan.gpus[0].origin != "measured":
-        # Both are in the figures above.
+        # The figures above contain both parts.
         bus, compute = gpu_speeds.BUS_PART, gpu_speeds.COMPUTE_PART
         yield "", f"{bus:.0%} of the data sheet's bus, and {compute:.0%} of its TFLOP/s"
 

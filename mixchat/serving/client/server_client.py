@@ -28,7 +28,7 @@ _WRITE_S = 300.0  # until the server takes some bytes
 _WRITE_BYTES = 2**16
 _MAX_REASON = 2**20  # bytes of an error
 _START_HINT = "Start it with 'mixchat serve', or check the URL."
-# It notices a machine that was switched off, because a large prompt takes hours of silence.
+# A large prompt takes hours of silence. This notices a machine that was switched off meanwhile.
 _KEEPALIVE: list[httpcore2.SOCKET_OPTION] = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
 _FAULTS = (
     httpcore2.NetworkError,

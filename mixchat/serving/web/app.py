@@ -166,7 +166,7 @@ async def _with_model(state: AppState, request: Request, *, endpoint: ModelEndpo
         has_form = any(fields.get(name) for name in _FORM_FIELDS)
         return short, ollama.asks_nothing(path, fields), has_form
 
-    # Who waits for a model holds no more than the bytes.
+    # A request that waits for a model holds the bytes alone, and nothing that was parsed.
     fields, asks_nothing, body.has_form = await while_connected(request.receive, body.read(outline))
     if asks_nothing:
         return await _load_or_unload(state, path, fields)
@@ -345,7 +345,7 @@ async def _detokenize(state: AppState, request: Request, model: Model, body: Bod
 
 async def _object(state: AppState, request: Request) -> JSON:
     body = await _body(state, request)
-    # What is parsed is held until the response is sent.
+    # The parsed fields are held until the response is sent.
     fields = await while_connected(request.receive, body.read(lambda fields: fields))
     request.state.share.grow(body.weight)
     return fields
