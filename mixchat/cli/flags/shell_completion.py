@@ -47,29 +47,27 @@ def complete(group: Any, instruction: str) -> int:
 
 def install_completion(wanted: bool) -> None:
     """Install completion for the running shell. Raises `UsageError`."""
-    if wanted:
-        shellingham: Any = import_module("shellingham")  # Typer needs it, too
-        try:
-            shell = str(shellingham.detect_shell()[0])
-        except shellingham.ShellDetectionFailure:
-            shell = ""
-        if shell not in _SHELLS:
-            raise UsageError(
-                f"cannot complete in {shell or 'this shell'}: only in {', '.join(_SHELLS)}",
-                hint=f"Type the command in one of these shells: {_PROGRAM} --install-completion",
-            )
-        _, path = _typer_completion().install(
-            shell=shell, prog_name=_PROGRAM, complete_var=COMPLETE_VARIABLE
+    if not wanted:
+        return
+    completion = _typer_completion()
+    shellingham: Any = import_module("shellingham")  # Typer needs it, too
+    try:
+        shell = str(shellingham.detect_shell()[0])
+    except shellingham.ShellDetectionFailure:
+        shell = ""
+    if shell not in _SHELLS:
+        raise UsageError(
+            f"cannot complete in {shell or 'this shell'}: only in {', '.join(_SHELLS)}",
+            hint=f"Type the command in one of these shells: {_PROGRAM} --install-completion",
         )
-        names = {"prog_name": _PROGRAM, "complete_var": COMPLETE_VARIABLE}
-        script = str(_typer_completion().get_completion_script(shell=shell, **names))
-        script += _ZSH_ENDING if shell == "zsh" else ""
-        path.write_text(script + "\n", encoding="utf-8")
-        say(
-            f"wrote {path}; shells that start from now on complete mixchat's commands",
-            stream=sys.stdout,
-        )
-        raise typer.Exit
+    names = {"prog_name": _PROGRAM, "complete_var": COMPLETE_VARIABLE}
+    _, path = completion.install(shell=shell, **names)
+    script = str(completion.get_completion_script(shell=shell, **names))
+    script += _ZSH_ENDING if shell == "zsh" else ""
+    path.write_text(script + "\n", encoding="utf-8")
+    done = f"wrote {path}; shells that start from now on complete mixchat's commands"
+    say(done, stream=sys.stdout)
+    raise typer.Exit
 
 
 def _typer_completion() -> Any:
