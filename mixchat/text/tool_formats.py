@@ -60,14 +60,16 @@ class ToolFormat:
 
     def text_of(self, calls: Iterable[ToolCall]) -> str:
         """Return calls as a model writes them after the opening of the first one."""
-        texts = [self._literals(call) if self.quote else _in_json(call) for call in calls]
+        texts = [self._text_of_call(call) for call in calls]
         if self.in_list or self.kind == "list":
             return f"[{', '.join(texts)}]{self.closing}"
         blank = "" if self.quote else "\n"
         between = f"{blank}{self.closing}{blank}{self.opening}{blank}"
         return f"{blank}{between.join(texts)}{blank}{self.closing}"
 
-    def _literals(self, call: ToolCall) -> str:
+    def _text_of_call(self, call: ToolCall) -> str:
+        if not self.quote:
+            return f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}'
         name_start, name_end, _, equals, comma, end = self.markup
         arguments = (
             f"{name}{equals}{literal_of(value, self.quote)}"
@@ -87,10 +89,6 @@ class ToolFormat:
             )
             for message in messages
         ]
-
-
-def _in_json(call: ToolCall) -> str:
-    return f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}'
 
 
 _TAG = re.compile(r"</?\w+>")

@@ -116,10 +116,14 @@ class _CallParser(ThinkingParser):
                 self._object = None
             return [CallDelta(self.calls - 1, self._take(size))] if size else []
         head = _NEXT.search(self._held) if self.calls else _FIRST.match(self._held)
+        self._object = None if head is None else _ObjectEnd()
+        return self._begin(head)
+
+    def _begin(self, head: re.Match[str] | None) -> list[CallDelta]:
+        """Return the name of the next call, if its head has come."""
         if head is None:
             return []
         self._take(head.end())
-        self._object = _ObjectEnd()
         self.calls += 1
         return [CallDelta(self.calls - 1, id=new_call_id(), name=head[1])]
 
@@ -169,12 +173,8 @@ class _TaggedParser(_CallParser, ABC):
         return super().mark(name)
 
     def _begin(self, head: re.Match[str] | None) -> list[CallDelta]:
-        """Return the name of the next call, if its head has come."""
-        if head is None:
-            return []
-        self._take(head.end())
-        self.calls, self._name, self._count = self.calls + 1, head[1], 0
-        return [CallDelta(self.calls - 1, id=new_call_id(), name=self._name)]
+        self._name, self._count = "" if head is None else head[1], 0
+        return super()._begin(head)
 
     def _takes_text(self, argument: str) -> bool:
         """Return whether the called tool takes only a text there."""
