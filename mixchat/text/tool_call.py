@@ -29,9 +29,12 @@ class Tool:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Return the schemas of the arguments by their names."""
-        properties = (self.parameters or {}).get("properties")
-        return properties if isinstance(properties, dict) else {}
+        """Return the schemas of the arguments by their names. A required one may have none."""
+        schema = self.parameters or {}
+        properties, required = schema.get("properties"), schema.get("required")
+        known = properties if isinstance(properties, dict) else {}
+        needed = required if isinstance(required, list) else ()
+        return {**known, **{name: {} for name in needed if name not in known}}
 
     def takes_text(self, argument: str) -> bool:
         """Return whether an argument is always a string."""

@@ -12,7 +12,7 @@ from typing import Any
 from mixchat.base.errors import UsageError
 from mixchat.text.form.grammar import checked_lark
 from mixchat.text.form.literal_form import LiteralRules, unsupported
-from mixchat.text.form.schema import alone, check_schema, escaped, json_rule
+from mixchat.text.form.schema import alone, check_schema, constants, escaped, json_rule
 from mixchat.text.literals import GEMMA
 from mixchat.text.tool_call import Tool
 from mixchat.text.tool_formats import ToolFormat
@@ -158,12 +158,15 @@ def _markup_arguments(form: CallForm, tool: Tool, number: int) -> Iterator[str]:
     required, names = _schema(tool).get("required", ()), list[str]()
     for i, name in enumerate(tool.arguments):
         rule = f"argument_{number}_{i}"
-        names.append(rule if name in required else f"{rule}?")
-        yield from _markup_argument(form, tool, name, rule)
+        rules = [*_markup_argument(form, tool, name, rule)]
+        if rules:
+            names.append(rule if name in required else f"{rule}?")
+            yield from rules
     yield f"arguments_{number}: {' '.join(names) or _NOTHING}"
 
 
 def _markup_argument(form: CallForm, tool: Tool, name: str, rule: str) -> Iterator[str]:
+    """Yield the rules of an argument, none if no value is allowed."""
     _, _, name_start, name_end, end, _ = form.format.markup
     head, close = _tags(form, f"{name_start}{name}{name_end}"), _tags(form, end)
     schema_part = tool.arguments[name]
@@ -173,12 +176,9 @@ def _markup_argument(form: CallForm, tool: Tool, name: str, rule: str) -> Iterat
         schema = schema_part if isinstance(schema_part, dict) else {}
         yield f"{rule}_value: {json_rule(schema, lenient=not tool.strict)}"
         yield f"{rule}: {head} {rule}_value {close}"
-    elif texts := [
-        text
-        for text in schema_part.get("enum", [schema_part.get("const")])
-        if isinstance(text, str)
-    ]:
-        yield f"{rule}: {head} ({' | '.join(map(json.dumps, texts))}) {close}"
+    elif "enum" in schema_part or "const" in schema_part:
+        if texts := [json.dumps(text) for text in constants(schema_part) if isinstance(text, str)]:
+            yield f"{rule}: {head} ({' | '.join(texts)}) {close}"
     elif "maxLength" in schema_part:
         yield _open_text(form, f"{rule}_text", schema_part)
         yield f"{rule}: {head} {rule}_text"

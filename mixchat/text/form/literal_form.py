@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from mixchat.base.errors import UsageError
-from mixchat.text.form.schema import alone, escaped, json_rule, part_at, target_of
+from mixchat.text.form.schema import NOTES, alone, constants, escaped, json_rule, part_at, target_of
 from mixchat.text.literals import GEMMA, literal_of
 
-_NOTES = {"title", "description", "default", "examples", "$defs", "definitions", "$schema"}
 # The keys that have an effect in Gemma's form. Numbers and Python's literals are those of JSON.
 _KEYS = {
     "string": {"type", "maxLength"},
-    "array": {"type", "items"},
+    "array": {"type", "items", "minItems", "maxItems"},
     "object": {"type", "properties", "required", "additionalProperties"},
 }
 _WORDS = {"boolean": (True, False), "null": (None,)}
@@ -71,13 +70,16 @@ class LiteralRules:
 
     def _pairs(self, schema: dict[str, Any], pointer: str, equals: str) -> str:
         """Return the rule of an object's properties, which may miss if they are not required."""
-        needed, properties = schema.get("required", ()), schema.get("properties") or {}
+        needed, properties = schema.get("required", ()), {**(schema.get("properties") or {})}
+        properties |= {name: {} for name in needed if name not in properties}
         # Gemma's template sorts the names, so its models have seen no other order.
         names = sorted(properties, key=str.lower) if self._quote == GEMMA else [*properties]
         # empty: if nothing has come yet. more: if something has come.
         empty = more = _NOTHING
         for name in reversed(names):
             value = self._value(properties[name], f"{pointer}/properties/{escaped(name)}")
+            if not value:
+                continue
             pair = self._add(f"{self._spell(name + equals)} {value}")
             first, next_pair = f"{pair} {more}", f"{self._comma} {pair}"
             empty = first if name in needed else self._add(f"{first} | {empty}")
@@ -85,12 +87,13 @@ class LiteralRules:
         return empty
 
     def _value(self, schema: Any, pointer: str) -> str:
-        """Return the rule of a value with the schema at a pointer."""
+        """Return the rule of a value with the schema at a pointer, "" if there is none."""
         schema = schema if isinstance(schema, dict) else {}
         kind, refers = schema.get("type"), '"$ref"' in json.dumps(schema)
         if "enum" in schema or "const" in schema:
-            return self._constants(schema.get("enum", [schema.get("const")]))
+            return self._constants(constants(schema))
         if isinstance(schema.get("anyOf"), list) and schema["anyOf"]:
+            self._check_keys(schema, {"anyOf"})
             parts = enumerate(schema["anyOf"])
             return self._any([self._value(part, f"{pointer}/anyOf/{i}") for i, part in parts])
         if isinstance(kind, list) and kind and not refers:
@@ -107,15 +110,14 @@ class LiteralRules:
         target = target_of(schema)
         part = None if target is None else part_at(self._schema, target)
         if target is not None and part is not None:
+            self._check_keys(schema, {"$ref"})
             if target not in self._known:
                 # Named before its own rule is made, because that may contain it.
                 self._known[target] = name = f"{self._name}_of_{len(self._known)}"
                 self._rules.append(f"{name}: {self._value(part, target)}")
             return self._known[target]
         kind = "" if kind == "object" and not schema.get("properties") else kind
-        unknown = {*schema} - _KEYS.get(kind, {"type"}) - _NOTES
-        if unknown and not self._lenient:
-            raise UsageError(unsupported(unknown))
+        self._check_keys(schema, _KEYS.get(kind, {"type"}))
         if kind == "string":
             text = "text"
             if "maxLength" in schema:
@@ -123,10 +125,18 @@ class LiteralRules:
                 self._rules.append(self._open_text(text, schema))
             return f"{self._spell(self._quote)} {text}"
         if kind == "array":
-            return self._many(self._add(self._value(schema.get("items"), f"{pointer}/items")), "[]")
+            value = self._value(schema.get("items"), f"{pointer}/items")
+            most = schema.get("maxItems") if value else 0
+            item = self._add(value or _NOTHING)
+            return self._many(item, "[]", schema.get("minItems", 0), most)
         if kind == "object":
             return f'"{{" {self._add(self._pairs(schema, pointer, ":"))} "}}"'
         return self._anything()
+
+    def _check_keys(self, schema: dict[str, Any], known: set[str]) -> None:
+        """Raise `UsageError` for keys without an effect in a strict tool's schema."""
+        if not self._lenient and (unknown := {*schema} - known - NOTES):
+            raise UsageError(unsupported(unknown))
 
     def _anything(self) -> str:
         """Return the rule of any literal in Gemma's form."""
@@ -140,12 +150,17 @@ class LiteralRules:
             self._rules.append(f"{name}: {' | '.join([text, number, words, *lists])}")
         return self._known["any"]
 
-    def _many(self, item: str, brackets: str) -> str:
+    def _many(self, item: str, brackets: str, least: int = 0, most: int | None = None) -> str:
         opening, closing = map(json.dumps, brackets)
-        return f"{opening} ({item} ({self._comma} {item})*)? {closing}"
+        if most == 0:
+            return f"{opening} {closing}"
+        count = f"{{{max(least - 1, 0)},{'' if most is None else most - 1}}}"
+        more = "" if most == 1 else f"({self._comma} {item}){count}"
+        return f"{opening} ({item} {more}){'' if least else '?'} {closing}"
 
     def _constants(self, values: Iterable[Any]) -> str:
         return self._any([self._spell(literal_of(value, self._quote)) for value in values])
 
     def _any(self, rules: list[str]) -> str:
-        return f"({' | '.join(rules)})"
+        possible = [rule for rule in rules if rule]
+        return f"({' | '.join(possible)})" if possible else ""

@@ -23,6 +23,9 @@ _SLIVER, _MAX_TIGHTENED = 1e-9, 1e6
 _LARGEST = 9 * 10**18
 _MINIMA, _MAXIMA = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 
+NOTES = {"title", "description", "default", "examples", "$defs", "definitions", "$schema"}
+"""The keys that exclude nothing."""
+
 _UNMET = "Unsatisfiable schema: "
 _UNKNOWN = re.compile(r'Unimplemented keys: \["(.*)"\]')
 _FRAME = re.compile(
@@ -153,6 +156,17 @@ def json_rule(schema: Schema, *, lenient: bool = False) -> str:
     """
     options = {"whitespace_pattern": _BLANKS} | ({"lenient": True} if lenient else {})
     return f"%json {json.dumps({**tightened(schema), 'x-guidance': options})}"
+
+
+def constants(schema: Schema) -> list[Any]:
+    """Return the values that a schema lists, without those that its other keys exclude."""
+    values = schema["enum"] if isinstance(schema.get("enum"), list) else [schema.get("const")]
+    excluding = {*schema} - NOTES - {"enum"}
+    are_texts = schema.get("type") == "string" and all(isinstance(each, str) for each in values)
+    if not excluding or (excluding == {"type"} and are_texts):
+        return values
+    options = {"x-guidance": {"lenient": True}}
+    return [each for each in values if not _unmet(_fault({**schema, "enum": [each], **options}))]
 
 
 def tightened(schema: Any) -> Any:

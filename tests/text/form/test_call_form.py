@@ -258,11 +258,75 @@ def test_random_literals_keep_to_a_nested_schema(name: str) -> None:
         jsonschema.validate(json.loads(calls[0].arguments), NESTED)
 
 
+def written(name: str, schema: Any, strict: bool = False) -> list[Any]:
+    """Return the arguments of random calls of a tool with this schema, in a form."""
+    tokens = Tokens(*FORMATS[name].marks)
+    tool = Tool("f", None, {**schema, "additionalProperties": False}, strict)
+    form = CallForm(FORMATS[name], [tool], tokens.control_tokens, must_call=True, parallel=False)
+    answers = [walk(form, tokens, seed) for seed in range(4)]
+    return [json.loads(calls[0].arguments) for _, calls in answers]
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "harmony"])
+@pytest.mark.parametrize(
+    "bounds", [{"minItems": 2}, {"minItems": 1, "maxItems": 2}, {"maxItems": 1}, {"maxItems": 0}]
+)
+def test_a_list_in_a_call_has_as_many_items_as_its_schema_says(name: str, bounds: Any) -> None:
+    """Gemma's form kept to neither bound."""
+    items = {"type": "array", "items": {"type": "boolean"}, **bounds}
+    schema = {"type": "object", "properties": {"a": items}, "required": ["a"]}
+    for strict in (False, True):
+        for arguments in written(name, schema, strict):
+            jsonschema.validate(arguments, schema)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "harmony"])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"type": "string", "enum": ["a", "bc"], "maxLength": 1},
+        {"type": "string", "enum": ["a", "bc", 5]},
+        {"enum": [1, 5, "a"], "type": "integer", "maximum": 3},
+    ],
+)
+def test_choices_that_other_keys_exclude_are_not_written(name: str, choices: Any) -> None:
+    """`maxLength` had no effect next to `enum`."""
+    schema = {"type": "object", "properties": {"a": choices}, "required": ["a"]}
+    for arguments in written(name, schema):
+        jsonschema.validate(arguments, schema)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "harmony"])
+def test_an_argument_without_a_possible_value_is_left_out(name: str) -> None:
+    """Between tags it could be any text."""
+    never = {"type": "string", "enum": ["abc"], "maxLength": 1}
+    schema = {"type": "object", "properties": {"a": never, "b": {"const": True}}, "required": ["b"]}
+    assert all(arguments == {"b": True} for arguments in written(name, schema))
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, *LITERALS])
+def test_an_argument_that_is_required_but_not_described_is_written(name: str) -> None:
+    tokens = Tokens(*FORMATS[name].marks)
+    tool = Tool("f", None, {"type": "object", "properties": {}, "required": ["a"]})
+    form = CallForm(FORMATS[name], [tool], tokens.control_tokens, must_call=True, parallel=False)
+    for seed in range(4):
+        answer, calls = walk(form, tokens, seed, FORMATS[name].opening)
+        assert answer.reason == "length" or "a" in json.loads(calls[0].arguments)
+
+
+@pytest.mark.parametrize("extra", [{"anyOf": [{"type": "string"}], "minLength": 2}])
+def test_keys_next_to_alternatives_are_refused_if_a_tool_is_strict(extra: Any) -> None:
+    schema = {"type": "object", "properties": {"a": extra}}
+    for name in LITERALS:
+        with pytest.raises(UsageError, match="form of calls: minLength"):
+            call_grammar(CallForm(FORMATS[name], [Tool("f", None, schema, True)]).to_text())
+
+
 def test_gemmas_form_refuses_what_a_strict_tool_needs_and_it_cannot_keep() -> None:
-    inner = {"type": "array", "items": {"type": "string"}, "maxItems": 2}
+    inner = {"type": "array", "items": {"type": "string", "minLength": 2}}
     schema = {"type": "object", "properties": {"a": {"anyOf": [inner, {"type": "null"}]}}}
     strict = Tool("f", None, schema, strict=True)
-    with pytest.raises(UsageError, match=r"the arguments of f: not .* of calls: maxItems"):
+    with pytest.raises(UsageError, match=r"the arguments of f: not .* of calls: minLength"):
         call_grammar(CallForm(FORMATS["gemma"], [strict]).to_text())
     call_grammar(CallForm(FORMATS["gemma"], [Tool("f", None, schema)]).to_text())
     call_grammar(CallForm(FORMATS["lfm"], [strict]).to_text())
