@@ -19,9 +19,7 @@ def main() -> None:
 
     from mixchat.base import interrupts
     from mixchat.cli.app import run
-    from mixchat.engine import environment
 
-    environment.import_less()
     try:
         try:
             run()

@@ -8,10 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from mixchat.base import interrupts, machine
 from mixchat.base.errors import ResourceError
@@ -19,34 +16,6 @@ from mixchat.base.quantities import format_least, format_size
 
 # With less, native code ends the process while torch or a tokenizer is imported.
 _MIN_ADDRESS_SPACE_BYTES = 950_000_000
-# They tell torch.compile and tensors without data which shape each operation gives. That took .2 of
-# the .9 s of torch's import.
-_UNUSED = ("torch._meta_registrations", "torch.distributed._meta_registrations")
-# Numpy multiplies no matrices here, but would start threads for that. Torch would look through all
-# packages for devices of other makers.
-_NOT_NEEDED = {"OPENBLAS_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-
-
-def import_less() -> None:
-    """Leave out what mixchat does not use when torch is imported, unless a variable is set.
-
-    For processes that run nothing else. In another one, torch.compile might be used.
-    """
-    for name, value in _NOT_NEEDED.items():
-        os.environ.setdefault(name, value)
-    for name in _UNUSED:
-        sys.modules.setdefault(name, _LoadedOnUse(name))
-
-
-class _LoadedOnUse(ModuleType):
-    """A module that is imported when one of its attributes is used."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # which anyone asks of all modules
-            raise AttributeError(name)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return getattr(import_module(self.__name__), name)
 
 
 def prepare_environment() -> None:
