@@ -63,7 +63,8 @@ def test_a_decoded_token_is_computed_with_what_is_not_at_hand_read():
     found = decode_cost(BLUEPRINT, CPU, SPEEDS, on_cpu(192))
     head = 32000 * 4096 * 2 / BLUEPRINT.expert.stride
     layer_s = 0.001 + MISSING_EXPERTS_S
-    assert found.computing == pytest.approx(32 * layer_s + (64 + head) * 0.003)
+    computing = 32 * layer_s + (64 + head) * 0.003
+    assert found.computing == pytest.approx(computing)
     assert found.read == pytest.approx(64 * (1 - hit_rates(BLUEPRINT, CPU, on_cpu(192))[0]))
     assert found.reading == pytest.approx(found.read * BLUEPRINT.expert.stride / (IN_USE * 3e9))
 
