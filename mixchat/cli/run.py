@@ -15,7 +15,6 @@ from mixchat.cli.flags.run_flags import RunFlags
 from mixchat.cli.flags.settings import is_given
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.output.progress import TerminalReporter
-from mixchat.cli.output.verbose import VerboseReport
 from mixchat.face.local_models import LocalModels
 from mixchat.serving.answer_file import answer_file
 from mixchat.serving.client.server_models import ServerModels, is_served_here
@@ -100,13 +99,18 @@ def _converse(
     output = OutputOptions(flags.as_json, flags.extract, flags.stream, flags.raw)
     output.check(question is None)
     saves = flags.save and (question is None or resumed is not None or is_given(context, "save"))
+    new_report = None
+    if flags.verbose:
+        from mixchat.cli.output.verbose import VerboseReport
+
+        new_report = VerboseReport
     chat = OpenChat(
         models,
         name,
         options,
         reporter,
         saving=Saving(saves, cache, flags.keep_cache),
-        new_report=VerboseReport if flags.verbose else None,
+        new_report=new_report,
         form=form,
         resumed=None if resumed is None else Resumed(resumed, run_flags.given_settings(context)),
     )

@@ -13,7 +13,6 @@ from mixchat.base.model_config import advised_length, advised_sampling
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import QuietReporter, Reporter
 from mixchat.engine.environment import prepare_environment
-from mixchat.face.checks import checked_load_options
 
 if TYPE_CHECKING:
     from mixchat.engine.generate import Engine
@@ -38,6 +37,8 @@ def load(
     Raises `ModelNotFoundError` if it is not installed, `ResourceError` without enough memory,
     `CheckpointError` if its files are damaged, and `UsageError` for an option that cannot be used.
     """
+    from mixchat.face.checks import checked_load_options
+
     if isinstance(name, Path):
         name = str(name)
     if not isinstance(name, str):
