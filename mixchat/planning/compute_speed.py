@@ -91,12 +91,13 @@ def thread_seconds(
 def samples_of(run: Callable[[], object], effort: Effort) -> list[float]:
     """Return the seconds that `run` takes each time but the first."""
     samples: list[float] = []
-    least, most = effort.seconds, 3 * effort.seconds
+    spent, least, most = 0.0, effort.seconds, 3 * effort.seconds
     _seconds_of(run)  # compiles kernels, and brings memory into the caches
-    while (spent := sum(samples)) < least or (len(samples) < 5 and spent < most):
+    while spent < least or (len(samples) < 5 and spent < most):
         if samples and effort.is_over:
             break
         samples.append(_seconds_of(run))
+        spent += samples[-1]
     return samples
 
 
