@@ -41,7 +41,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
-# Whether a value can be used, and what it has to be, by the option of `mixchat.load`.
+# The test of a value, and the rule that a message names, by the option of `mixchat.load`.
 _LOAD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "expert_memory": (_is(str), 'a text such as "8GB" or "50%"'),
     "device_memory": (_is(str), 'a text such as "12GB" or "12GB,8GB"'),
@@ -139,8 +139,8 @@ def _check_tokens(ids: Iterable[Any], vocab_size: int) -> None:
 def _message(message: Any, vocab_size: int) -> Message:
     if isinstance(message, Mapping):
         role, content = message.get("role"), message.get("content")
-        made = message.get("tool_calls") or ()
-        calls = tuple(map(_call, made if _is_list(made) else [made]))
+        tool_calls = message.get("tool_calls") or ()
+        calls = tuple(map(_call, tool_calls if _is_list(tool_calls) else [tool_calls]))
         if calls and content is None:  # as OpenAI's answers with calls have it
             content = ""
         call_id = str(message.get("tool_call_id") or "")

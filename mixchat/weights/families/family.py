@@ -199,9 +199,8 @@ class CheckpointForm:
     """The forms that a family's checkpoints are published in."""
 
     is_nested: bool = False  # it has tensors of other models, too, such as vision's
-    is_stacked: bool = (
-        False  # a tensor [E, rows, columns] has a matrix of all experts, gate above up
-    )
+    # A tensor [E, rows, columns] has a matrix of all experts, gate above up.
+    is_stacked: bool = False
 
     @classmethod
     def of(cls, names: Iterable[str]) -> CheckpointForm:
