@@ -30,11 +30,7 @@ class Tool:
     @property
     def arguments(self) -> dict[str, Any]:
         """Return the schemas of the arguments by their names. A required one may have none."""
-        schema = self.parameters or {}
-        properties, required = schema.get("properties"), schema.get("required")
-        known = properties if isinstance(properties, dict) else {}
-        needed = required if isinstance(required, list) else ()
-        return {**known, **{name: {} for name in needed if name not in known}}
+        return properties_of(self.parameters or {})
 
     def takes_text(self, argument: str) -> bool:
         """Return whether an argument is always a string."""
@@ -75,6 +71,14 @@ class CallDelta:
 def new_call_id() -> str:
     """Return a random id of 9 letters and digits."""
     return "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH))
+
+
+def properties_of(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schemas of an object's properties. One that is only required allows all values."""
+    properties, required = schema.get("properties"), schema.get("required")
+    known = properties if isinstance(properties, dict) else {}
+    needed = required if isinstance(required, list) else ()
+    return {**known, **{name: {} for name in needed if name not in known}}
 
 
 def whole_arguments(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from mixchat.base.errors import UsageError
 from mixchat.text.form.schema import NOTES, alone, constants, escaped, json_rule, part_at, target_of
 from mixchat.text.literals import GEMMA, literal_of
+from mixchat.text.tool_call import properties_of
 
 # The keys that have an effect in Gemma's form. Numbers and Python's literals are those of JSON.
 _KEYS = {
@@ -70,8 +71,7 @@ class LiteralRules:
 
     def _pairs(self, schema: dict[str, Any], pointer: str, equals: str) -> str:
         """Return the rule of an object's properties, which may miss if they are not required."""
-        needed, properties = schema.get("required", ()), {**(schema.get("properties") or {})}
-        properties |= {name: {} for name in needed if name not in properties}
+        needed, properties = schema.get("required", ()), properties_of(schema)
         # Gemma's template sorts the names, so its models have seen no other order.
         names = sorted(properties, key=str.lower) if self._quote == GEMMA else [*properties]
         # empty: if nothing has come yet. more: if something has come.
