@@ -17,6 +17,7 @@ from mixchat.base.rope_parameters import RopeParameters
 DEFAULT_TOKENS, MAX_DEFAULT_TOKENS = 8192, 32768
 
 _MAX_EXPERTS = 100_000  # in all layers, more than any model has
+_MAX_HEADS = 50_000  # in all layers. Llama 3.1 of 405B has 16,128
 
 LayerType = Literal["full_attention", "sliding_attention", "linear_attention", "conv", "mamba"]
 HiddenAct = Literal["silu", "gelu_pytorch_tanh"]
@@ -257,6 +258,9 @@ class ModelConfig:
             yield f"none of {layers} layers has experts, because the first {dense} are dense"
         if layers * experts > _MAX_EXPERTS:
             yield f"{layers} layers of {experts} experts are more than any model has"
+        most = max(heads, self.linear_num_key_heads, self.linear_num_value_heads)
+        if layers * most > _MAX_HEADS:
+            yield f"{layers} layers of {most} heads are more than any model has"
         if self.head_dim % 2:
             yield f"head_dim {self.head_dim} is odd"
         if self.hidden_size % 2:

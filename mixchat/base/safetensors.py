@@ -93,7 +93,7 @@ class Header:
         entries.sort(key=lambda entry: (entry[1], entry[0].nbytes))
         for spec, start in entries:
             if start != end:
-                raise CheckpointError(f"{where}: the bytes of {spec.name!r} are misplaced")
+                raise CheckpointError(f"{where}: the bytes of {spec.name!r:.80} are misplaced")
             end += spec.nbytes
         if end != size:
             raise CheckpointError(
@@ -133,7 +133,7 @@ class Header:
         whole, index = split_part(name)
         spec, start = self._entries.get(whole, (None, 0))
         if spec is None or index is None or not spec.shape or index >= spec.shape[0]:
-            raise CheckpointError(f"{self.where}: there is no tensor {name!r}")
+            raise CheckpointError(f"{self.where}: there is no tensor {name!r:.120}")
         own = replace(spec, name=name, shape=spec.shape[1:])
         return own, start + index * own.nbytes
 
@@ -248,17 +248,20 @@ def _parse_entry(where: str, name: str, raw: Any, base: int) -> tuple[TensorSpec
     try:
         dtype, shape, (start, end) = raw["dtype"], raw["shape"], raw["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{where}: the header's entry for {name!r} is malformed") from None
+        raise CheckpointError(
+            f"{where}: the header's entry for {name!r:.80} is malformed"
+        ) from None
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CheckpointError(f"{where}: {name!r} has the unsupported type {dtype!r}")
+        raise CheckpointError(f"{where}: {name!r:.80} has the unsupported type {dtype!r:.80}")
     known = isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS
     numbers = [*shape, start, end] if known else [None]
     if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
-        raise CheckpointError(f"{where}: the header's entry for {name!r} is malformed")
+        raise CheckpointError(f"{where}: the header's entry for {name!r:.80} is malformed")
     spec = TensorSpec(name, _DTYPES[dtype], tuple(shape))
     if end - start != spec.nbytes:
         raise CheckpointError(
-            f"{where}: {name!r} should take {spec.nbytes} bytes, its header gives it {end - start}"
+            f"{where}: {name!r:.80} should take {spec.nbytes} bytes, "
+            f"its header gives it {end - start}"
         )
     return spec, base + start
 

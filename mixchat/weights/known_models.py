@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+from mixchat.base.safetensors import split_part
 from mixchat.weights.families.read_config import read_config, slices
 
 
@@ -48,7 +49,7 @@ class KnownModel:
         for name, sources in slices(read_config(self.config)).items():
             in_4_bits = self.experts_quant_type and ".experts." in name and name.endswith(".weight")
             sizes |= {
-                source.name: prod(source.shape) * (4.25 / 8 if in_4_bits else 2)
+                split_part(source.name)[0]: prod(source.shape) * (4.25 / 8 if in_4_bits else 2)
                 for source in sources
             }
         return round(sum(sizes.values()))

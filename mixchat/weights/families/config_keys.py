@@ -52,12 +52,14 @@ def shape_of(
     if not partial_rotary and any(rope.partial_rotary_factor != 1 for rope in ropes.values()):
         raise CheckpointError("config.json: a partial_rotary_factor is not supported")
     if raw.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported")
+        raise CheckpointError(f"config.json: hidden_act {raw['hidden_act']!r:.80} is not supported")
     end_ids = raw.get("eos_token_id")
     end_ids = end_ids if isinstance(end_ids, list) else [] if end_ids is None else [end_ids]
     for token_id in end_ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-            raise CheckpointError(f"config.json: eos_token_id is {token_id!r}, not a whole number")
+            raise CheckpointError(
+                f"config.json: eos_token_id is {token_id!r:.80}, not a whole number"
+            )
     heads = positive_int(raw, "num_attention_heads")
     values = with_defaults(raw)
     # As in transformers: without the key every head has its own key and value.
@@ -260,7 +262,7 @@ def positive_int(values: dict[str, Any], key: str) -> int:
     value = values.get(key)
     # JSON's true is an int to Python. Two numbers below 2**31 multiply without overflow in int64.
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise CheckpointError(f"config.json: {key} is {value!r}, not a positive whole number")
+        raise CheckpointError(f"config.json: {key} is {value!r:.80}, not a positive whole number")
     return value
 
 
@@ -275,7 +277,7 @@ def positive_number(values: dict[str, Any], key: str, default: float | None = No
     value = values.get(key, default)
     # Python's JSON also reads NaN and Infinity. NaN fails every comparison.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
-        raise CheckpointError(f"config.json: {key} is {value!r}, not a positive number")
+        raise CheckpointError(f"config.json: {key} is {value!r:.80}, not a positive number")
     return float(value)
 
 
@@ -283,12 +285,12 @@ def flag(values: dict[str, Any], key: str, default: bool = False) -> bool:
     """Return true or false, `default` if the key is missing."""
     value = values.get(key, default)
     if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {key} is {value!r}, not true or false")
+        raise CheckpointError(f"config.json: {key} is {value!r:.80}, not true or false")
     return value
 
 
 def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
     value = raw.get(key) or {}
     if not isinstance(value, dict):
-        raise CheckpointError(f"config.json: {key} is {value!r}, not an object")
+        raise CheckpointError(f"config.json: {key} is {value!r:.80}, not an object")
     return value

@@ -23,12 +23,12 @@ class Slice:
     """
 
     name: str  # of the tensor, or `X[3]` for the fourth part of a stacked tensor X
-    shape: tuple[int, ...]  # of the stored tensor or part
+    shape: tuple[int, ...]  # of the stored tensor, with all parts if it is a stack
     rows: range | None = None  # to take after a transposition, all if None
     transposed: bool = False
     factor: float = 1.0
     added: float = 0.0
-    columns: range | tuple[int, ...] | None = None  # to take like `rows`, in any order
+    columns: tuple[range, ...] | None = None  # to take like `rows`, in any order
     exponentials: bool = False
 
     @property
@@ -155,7 +155,7 @@ def latent_attention(config: ModelConfig, layer: int) -> Tensors:
     starts_of_heads = range(0, b_shape[0], unrotated + value)
     keys = (range(first, first + unrotated) for first in starts_of_heads)
     values = (range(first + unrotated, first + unrotated + value) for first in starts_of_heads)
-    k_b = (Slice(b_name, b_shape, transposed=True, columns=head) for head in keys)
+    k_b = (Slice(b_name, b_shape, transposed=True, columns=(head,)) for head in keys)
     yield f"{own}k_b_proj.weight", tuple(k_b)
     yield f"{own}v_b_proj.weight", tuple(Slice(b_name, b_shape, head) for head in values)
 
@@ -228,18 +228,18 @@ def decoder_tensors(config: ModelConfig, family: Family, form: CheckpointForm = 
     """Yield all tensors of a model of a family, with their slices of a checkpoint of this form."""
     names = {**family.names, **({"model.": _NESTED} if form.is_nested else {})}
     for installed, slices in _with_usual_names(config, family):
-        own = _stacked(slices) if form.is_stacked else slices
+        own = _stacked(slices, config.num_local_experts) if form.is_stacked else slices
         yield installed, tuple(_renamed(source, names) for source in own)
 
 
-def _stacked(slices: tuple[Slice, ...]) -> tuple[Slice, ...]:
+def _stacked(slices: tuple[Slice, ...], experts: int) -> tuple[Slice, ...]:
     """Return the parts of stacked tensors for the matrices of an expert."""
     match = _SEPARATE.fullmatch(slices[0].name)
     if match is None:
         return slices
     stack, expert, matrix_name = match.groups()
     matrix = "gate_up" if matrix_name == "gate" else matrix_name
-    shape = sum(source.shape[0] for source in slices), slices[0].shape[1]
+    shape = experts, sum(source.shape[0] for source in slices), slices[0].shape[1]
     return (replace(slices[0], name=f"{stack}.{matrix}_proj[{expert}]", shape=shape),)
 
 

@@ -125,23 +125,24 @@ def _experts(config: ModelConfig, prefix: str, available: Collection[str]) -> Te
     inner, hidden = config.intermediate_size, config.hidden_size
     own = prefix.replace("model.layers.", "blk.")
     parts = ("gate_up",) if "ffn_gate_up_exps.weight" in available else ("gate", "up")
-    stacked = "ffn_down_exps.weight" in available
+    stacked, experts = "ffn_down_exps.weight" in available, config.num_local_experts
+    stack = (experts,) if stacked else ()
     up_rows, factor = 2 * inner // len(parts), config.residual_multiplier
-    for expert in range(config.num_local_experts):
+    for expert in range(experts):
         installed = expert_prefix(prefix, expert)
         *gate_up, down = (
             f"{own}ffn_{x}_exps.{{}}[{expert}]" if stacked else f"{own}ffn_{x}.{expert}.{{}}"
             for x in (*parts, "down")
         )
-        up = (Slice(name.format("weight"), (up_rows, hidden)) for name in gate_up)
+        up = (Slice(name.format("weight"), (*stack, up_rows, hidden)) for name in gate_up)
         yield f"{installed}w13.weight", tuple(up)
         if config.moe_bias:
-            biases = (Slice(name.format("bias"), (up_rows,)) for name in gate_up)
+            biases = (Slice(name.format("bias"), (*stack, up_rows)) for name in gate_up)
             yield f"{installed}w13.bias", tuple(biases)
-        w2 = Slice(down.format("weight"), (hidden, inner), factor=factor)
+        w2 = Slice(down.format("weight"), (*stack, hidden, inner), factor=factor)
         yield f"{installed}w2.weight", (w2,)
         if config.moe_bias:
-            yield f"{installed}w2.bias", (Slice(down.format("bias"), (hidden,)),)
+            yield f"{installed}w2.bias", (Slice(down.format("bias"), (*stack, hidden)),)
 
 
 def _renamed(source: Slice, other_names: Mapping[str, str]) -> Slice:
@@ -160,13 +161,14 @@ def _renamed(source: Slice, other_names: Mapping[str, str]) -> Slice:
 def _split_latents(config: ModelConfig, layer: int) -> Tensors:
     """Describe latent attention whose heads' keys and values are stacks, the keys transposed."""
     latent, own = config.kv_lora_rank, f"blk.{layer}.attn_{{}}_b.weight[{{}}]"
+    count = config.num_attention_heads
     stacks = {
-        "k_b_proj.weight": ("k", (latent, config.qk_nope_head_dim)),
-        "v_b_proj.weight": ("v", (config.v_head_dim, latent)),
+        "k_b_proj.weight": ("k", (count, latent, config.qk_nope_head_dim)),
+        "v_b_proj.weight": ("v", (count, config.v_head_dim, latent)),
     }
     for installed, slices in latent_attention(config, layer):
         x, shape = stacks.get(installed.rpartition("self_attn.")[2], ("", ()))
-        heads = (Slice(own.format(x, head), shape) for head in range(config.num_attention_heads))
+        heads = (Slice(own.format(x, head), shape) for head in range(count))
         yield installed, tuple(heads) if x else slices
 
 
@@ -207,7 +209,7 @@ def _delta_net(*, tiled: bool, joined: bool) -> MixerTensors:
             name, shape = f"{own}ssm_ba.weight", (2 * heads, hidden)
             both = (Slice(name, shape, range(start, start + each)) for start in starts)
             yield f"{to}ba_proj.weight", tuple(both)
-        columns = tuple(at for n in places for at in range(n * value, (n + 1) * value))
+        columns = tuple(range(n * value, (n + 1) * value) for n in places)
         out = Slice(f"{own}ssm_out.weight", (hidden, heads * value))
         yield f"{to}out_proj.weight", (replace(out, columns=columns) if tiled else out,)
         kernel = by_head(

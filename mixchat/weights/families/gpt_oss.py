@@ -41,20 +41,23 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
 
 def _experts(config: ModelConfig, prefix: str) -> Tensors:
     inner, hidden, stack = config.intermediate_size, config.hidden_size, f"{prefix}mlp.experts."
+    experts = config.num_local_experts
     # Row 0 is the gate of channel 0, row 1 its up. w13 has all gates above all ups.
     gate_up = range(0, 2 * inner, 2), range(1, 2 * inner, 2)
     yield from router(config, prefix, "mlp.router")
-    for expert in range(config.num_local_experts):
+    for expert in range(experts):
         installed = expert_prefix(prefix, expert)
         up, down = f"{stack}gate_up_proj[{expert}]", f"{stack}down_proj[{expert}]"
         up_bias = f"{stack}gate_up_proj_bias[{expert}]"
         yield (
             f"{installed}w13.weight",
-            tuple(Slice(up, (hidden, 2 * inner), rows, transposed=True) for rows in gate_up),
+            tuple(Slice(up, (experts, hidden, 2 * inner), x, transposed=True) for x in gate_up),
         )
-        yield f"{installed}w13.bias", tuple(Slice(up_bias, (2 * inner,), rows) for rows in gate_up)
-        yield f"{installed}w2.weight", (Slice(down, (inner, hidden), transposed=True),)
-        yield f"{installed}w2.bias", (Slice(f"{stack}down_proj_bias[{expert}]", (hidden,)),)
+        up_biases = (Slice(up_bias, (experts, 2 * inner), rows) for rows in gate_up)
+        yield f"{installed}w13.bias", tuple(up_biases)
+        yield f"{installed}w2.weight", (Slice(down, (experts, inner, hidden), transposed=True),)
+        down_bias = Slice(f"{stack}down_proj_bias[{expert}]", (experts, hidden))
+        yield f"{installed}w2.bias", (down_bias,)
 
 
 GPT_OSS = Family("gpt_oss", _read_config, _experts)

@@ -91,18 +91,19 @@ def _moe(config: ModelConfig, prefix: str) -> Tensors:
         config.intermediate_size,
         config.hidden_size,
     )
-    parts = [
-        (expert_prefix(prefix, expert), stack, f"[{expert}]", inner)
-        for expert in range(config.num_local_experts)
+    experts = config.num_local_experts
+    parts: list[tuple[str, str, str, int, tuple[int, ...]]] = [
+        (expert_prefix(prefix, expert), stack, f"[{expert}]", inner, (experts,))
+        for expert in range(experts)
     ]
     if shared := config.shared_expert_intermediate_size:
-        parts.append((f"{prefix}mlp.", f"{prefix}shared_mlp.", "", shared))
-    for installed, own, number, rows in parts:
-        gate_up = Slice(f"{own}input_linear.weight{number}", (2 * rows, hidden))
+        parts.append((f"{prefix}mlp.", f"{prefix}shared_mlp.", "", shared, ()))
+    for installed, own, number, rows, stacked in parts:
+        gate_up = Slice(f"{own}input_linear.weight{number}", (*stacked, 2 * rows, hidden))
         name, factor = f"{own}output_linear.weight{number}", config.residual_multiplier
         yield f"{installed}w13.weight", (gate_up,)
         # With the factor the sum of the parts comes multiplied, and the engine only adds it.
-        yield f"{installed}w2.weight", (Slice(name, (hidden, rows), factor=factor),)
+        yield f"{installed}w2.weight", (Slice(name, (*stacked, hidden, rows), factor=factor),)
 
 
 def mamba(config: ModelConfig, layer: int) -> Tensors:

@@ -14,7 +14,7 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from mixchat.weights.families.dots1 import DOTS1
 from mixchat.weights.families.ernie4_5_moe import ERNIE4_5_MOE
-from mixchat.weights.families.family import PLAIN, CheckpointForm, Family, Slice, decoder_tensors
+from mixchat.weights.families.family import Family, Slice, decoder_tensors
 from mixchat.weights.families.gemma4 import GEMMA4
 from mixchat.weights.families.glm import GLM4_MOE, GLM4_MOE_LITE
 from mixchat.weights.families.gpt_oss import GPT_OSS
@@ -114,6 +114,9 @@ def read_config_file(path: Path) -> ModelConfig:
 
 
 @lru_cache(maxsize=4)  # a large model has 20,000
-def slices(config: ModelConfig, form: CheckpointForm = PLAIN) -> Mapping[str, tuple[Slice, ...]]:
-    """Return the slices of a checkpoint's tensors that make each tensor of the installed model."""
-    return dict(decoder_tensors(config, FAMILIES[config.model_type], form))
+def slices(config: ModelConfig) -> Mapping[str, tuple[Slice, ...]]:
+    """Return the slices of a plain checkpoint that make each tensor of the installed model.
+
+    What is described has the size that the config asks for, so no foreign config may come here.
+    """
+    return dict(decoder_tensors(config, FAMILIES[config.model_type]))

@@ -156,10 +156,8 @@ def _cut(matrix: torch.Tensor, source: Slice) -> torch.Tensor:
         matrix = matrix.T
     if source.rows is not None:
         matrix = matrix[source.rows.start : source.rows.stop : source.rows.step]
-    if isinstance(source.columns, range):
-        matrix = matrix[:, source.columns.start : source.columns.stop : source.columns.step]
-    elif source.columns is not None:
-        matrix = matrix[:, list(source.columns)]
+    if source.columns is not None:
+        matrix = torch.cat([matrix[:, x.start : x.stop : x.step] for x in source.columns], dim=1)
     if source.exponentials:
         matrix = (-matrix.float()).log()
     if source.factor == 1 and source.added == 0:

@@ -5,7 +5,6 @@ Only safetensors and GGUF files are opened. Pickle files (`.bin`, `.pt`) can run
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -17,9 +16,16 @@ import torch
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import Header, SafetensorsFile, TensorSpec, split_part
-from mixchat.weights.families.family import CheckpointForm, Slice, expert_prefix, layer_prefix
+from mixchat.weights.families.family import (
+    CheckpointForm,
+    Slice,
+    Tensors,
+    decoder_tensors,
+    expert_prefix,
+    layer_prefix,
+)
 from mixchat.weights.families.gguf import ROUTER, gguf_tensors
-from mixchat.weights.families.read_config import slices
+from mixchat.weights.families.read_config import FAMILIES, slices
 from mixchat.weights.format.blueprint import EMBEDDING
 from mixchat.weights.matrix import bnb_format, fp8_format, gguf_format, mxfp4_format
 from mixchat.weights.matrix.gguf_format import GgufSpec
@@ -34,6 +40,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Buffers that old versions of transformers saved with the weights, and what predicts more tokens.
+_LAYER = re.compile(r"(?:model\.layers|blk)\.(\d{1,9})\..*")
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq|rope_freqs\.weight|mtp\..*")
 
 Read = Callable[[str], torch.Tensor]
@@ -61,13 +68,14 @@ class CheckpointIndex:
             weight_map = {spec.name: file for file in headers for spec in headers[file].specs}
         self._weight_map = dict(weight_map)
         self._form = CheckpointForm.of(self._weight_map)
-        self._slices = (
-            dict(gguf_tensors(config, self._weight_map))
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of stacks with all their parts
+        tensors = (
+            gguf_tensors(config, self._weight_map)
             if self._gguf
-            else slices(config, self._form)
+            else decoder_tensors(config, FAMILIES[config.model_type], self._form)
         )
-        self._shapes = _shapes_of(self._slices)
-        self._check_tensors()
+        self._slices = dict(self._checked(tensors))
+        self._refuse_others()
 
     @property
     def shards(self) -> list[str]:
@@ -192,24 +200,32 @@ class CheckpointIndex:
         stack, number = split_part(tensor)
         return self._shapes[stack] if number is None else self._shapes[stack][1:]
 
-    def _check_tensors(self) -> None:
+    def _checked(self, tensors: Tensors) -> Tensors:
+        """Yield described tensors, after each slice was compared with the checkpoint's tensor.
+
+        So a config.json that asks for a billion layers fails at the first one that is missing.
+        """
+        for installed, own_slices in tensors:
+            for source in own_slices:
+                name, _ = split_part(source.name)
+                if name not in self._shapes:
+                    self._check_tensor(name, source.shape)
+                    self._shapes[name] = source.shape
+            yield installed, own_slices
+
+    def _refuse_others(self) -> None:
+        """Refuse tensors that the config does not describe."""
         config = self.config
-        known: set[str] = set()
-        for name, shape in self._shapes.items():
-            for component in self.components(name):
-                if component not in self._weight_map:
-                    raise CheckpointError(f"{self.where}: the tensor {component} is missing")
-            self._check_tensor(name, shape)
-            known.update(self.components(name))
+        known = {component for name in self._shapes for component in self.components(name)}
         if config.tie_word_embeddings:
             known.add("lm_head.weight")
         # The layers that predict further tokens follow the others.
         last = config.num_hidden_layers
         predicting = range(last, last + config.num_nextn_predict_layers)
-        prefixes = tuple(f"blk.{n}." if self._gguf else layer_prefix(n) for n in predicting)
         for name, shard in self._weight_map.items():
             self._headers[shard].spec(name)
-            if name in known or name.startswith(prefixes) or _IGNORED.fullmatch(name):
+            layer = _LAYER.fullmatch(name)
+            if name in known or (layer and int(layer[1]) in predicting) or _IGNORED.fullmatch(name):
                 continue
             if self._form.is_other(name):
                 continue
@@ -218,7 +234,10 @@ class CheckpointIndex:
             )
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
-        """Compare a matrix or vector, in the form that it is stored in, with the config's shape."""
+        """Compare a tensor, in the form that it is stored in, with the config's shape."""
+        for component in self.components(name):
+            if component not in self._weight_map:
+                raise CheckpointError(f"{self.where}: the tensor {component} is missing")
         if mxfp4_format.is_quantized(name, self._weight_map):
             for spec in mxfp4_format.component_specs(name, shape):
                 self._check_shape(spec.name, spec.shape)
@@ -235,6 +254,11 @@ class CheckpointIndex:
             self._check_type(name, _FLOATS, "only bf16, fp16 and fp32 weights can be quantized")
         elif len(shape) != 2:
             raise CheckpointError(f"{self._place(name)}: {name} is quantized, but no matrix")
+        elif self._spec(name).nbytes != (size := (prod(shape) + 1) // 2):
+            raise CheckpointError(
+                f"{self._place(name)}: {name} has {self._spec(name).nbytes} bytes of codes, "
+                f"config.json asks for {size}"
+            )
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         spec = self._in_blocks(name)
@@ -253,16 +277,8 @@ class CheckpointIndex:
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a Hugging Face checkpoint, by name."""
-    return _shapes_of(slices(config))
-
-
-def _shapes_of(slices_by_tensor: Mapping[str, tuple[Slice, ...]]) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    # The parts of a stacked tensor come in order, so the last one tells how many there are.
-    for source in itertools.chain.from_iterable(slices_by_tensor.values()):
-        name, number = split_part(source.name)
-        shapes[name] = source.shape if number is None else (number + 1, *source.shape)
-    return shapes
+    every = (source for own_slices in slices(config).values() for source in own_slices)
+    return {split_part(source.name)[0]: source.shape for source in every}
 
 
 def expected_index(config: ModelConfig, where: str, *, mxfp4: bool = False) -> CheckpointIndex:
