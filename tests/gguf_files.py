@@ -76,7 +76,20 @@ def tensors_of(config: Mapping[str, Any], weights: Weights) -> Weights:
             heads = "num_attention_heads" if ".attn_q." in own else "num_key_value_heads"
             weight = _neighbours(weight, config[heads])
         found[own] = weight.squeeze(0) if "inp_shexp" in own or "exp_probs" in own else weight
+    if kind == "gemma4":
+        # Of full layers. llama.cpp divides the angles of a pair by its number.
+        full, rope = _full_heads(config), config["rope_parameters"]["full_attention"]
+        rotated = int(full["head_dim"] * rope["partial_rotary_factor"] / 2)
+        factors = torch.full((full["head_dim"] // 2,), 1e30)
+        factors[:rotated] = 1
+        found["rope_freqs.weight"] = factors
     return found
+
+
+def _full_heads(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the shape of Gemma 4's heads in full layers."""
+    shape: dict[str, int] = next(iter(config["per_layer_config"].values()))
+    return shape
 
 
 def family_of(config: Mapping[str, Any]) -> str:
@@ -323,7 +336,6 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         "attention.value_length": ("head_dim",),
         "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
         "attention.sliding_window": ("sliding_window",),
-        "attention.clamp_kqv": ("clip_qkv",),
         "attention.scale": ("attention_multiplier",),
         "embedding_scale": ("embedding_multiplier",),
         "residual_scale": ("residual_multiplier",),
@@ -355,9 +367,10 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     if config["model_type"] in ("deepseek_v2", "mistral4"):
         found["expert_gating_func"] = 1
     if config["model_type"] in sigmoids:
-        normalized = bool(config.get("norm_topk_prob", True))
-        found |= {"expert_gating_func": 2, "expert_weights_norm": normalized}
-    if config["model_type"] == "gpt_oss":
+        found["expert_gating_func"] = 2
+    if config["model_type"] in (*sigmoids, "mistral4") and config.get("norm_topk_prob", True):
+        found["expert_weights_norm"] = True
+    if config["model_type"] in ("gpt_oss", "minimax_m2"):
         found["expert_feed_forward_length"] = config["intermediate_size"]
     if config["model_type"] == "ernie4_5_moe":
         found["interleave_moe_layer_step"] = 1
@@ -368,7 +381,7 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     found["rope.freq_base"] = float(rope["rope_theta"])
     rotated = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    found["rope.dimension_count"] = config.get("qk_rope_head_dim") or int(head * rotated)
+    found.setdefault("rope.dimension_count", config.get("qk_rope_head_dim") or int(head * rotated))
     if rope.get("rope_type") == "yarn":
         found |= {
             "rope.scaling.type": "yarn",
@@ -377,9 +390,10 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         }
     if "llama_4_scaling_beta" in rope:
         found["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
+        found["attention.temperature_length"] = rope["original_max_position_embeddings"]
     if "mscale_all_dim" in rope:
         found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
-    return {f"{name}.{key}": value for key, value in found.items()}
+    return {f"{name}.{key}": value for key, value in found.items() if value is not None}
 
 
 def _of_mixers(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -394,6 +408,7 @@ def _of_mixers(config: Mapping[str, Any]) -> dict[str, Any]:
         attends = ["attention" in x and "linear" not in x for x in config["layer_types"]]
         found["attention.head_count_kv"] = [heads if x else 0 for x in attends]
         found["ssm.inner_size"] = config["mamba_n_heads"] * config["mamba_d_head"]
+        found["rope.scaling.finetuned"] = config["position_embedding_type"] == "rope"
     if config.get("kv_lora_rank"):
         rotated, latent = config["qk_rope_head_dim"], config["kv_lora_rank"]
         found |= {
@@ -406,7 +421,7 @@ def _of_mixers(config: Mapping[str, Any]) -> dict[str, Any]:
     if "mlp_layer_types" in config:
         found["leading_dense_block_count"] = config["mlp_layer_types"].count("dense")
     if family_of(config) == "gemma4":
-        heads, (full, *_) = config["num_key_value_heads"], config["per_layer_config"].values()
+        heads, full = config["num_key_value_heads"], _full_heads(config)
         slides = [x == "sliding_attention" for x in config["layer_types"]]
         ropes = config["rope_parameters"]
         found |= {
@@ -423,6 +438,7 @@ def _of_mixers(config: Mapping[str, Any]) -> dict[str, Any]:
             "expert_used_count": config["top_k_experts"],
             "final_logit_softcapping": config["final_logit_softcapping"],
             "rope.freq_base_swa": float(ropes["sliding_attention"]["rope_theta"]),
+            "rope.dimension_count": full["head_dim"],
             "rope.dimension_count_swa": config["head_dim"],
         }
     if config["model_type"] == "lfm2_moe":
@@ -430,6 +446,7 @@ def _of_mixers(config: Mapping[str, Any]) -> dict[str, Any]:
         types = config["layer_types"]
         found["attention.head_count_kv"] = [heads * (x == "full_attention") for x in types]
         found["attention.layer_norm_rms_epsilon"] = config["norm_eps"]
+        found["expert_weights_scale"] = None  # the converter drops it
     return found
 
 

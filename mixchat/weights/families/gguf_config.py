@@ -27,6 +27,14 @@ _KEYS = {
     "num_experts": "expert_count",
 }
 _ROPE = "rope.scaling."
+# llama.cpp's values of keys that a file lacks.
+_UNSAID: Mapping[str, Any] = {
+    "expert_weights_norm": False,
+    "expert_weights_scale": 1.0,
+    "leading_dense_block_count": 0,
+    # Which in Granite says that heads rotate.
+    "rope.scaling.finetuned": True,
+}
 _SOFTMAX_GATING, _SIGMOID_GATING = (1, 3), 2  # a softmax before or after the choice of experts
 _LATER_DENSE = {
     "n_shared_experts": "expert_shared_count",
@@ -87,7 +95,7 @@ _ARCHITECTURES = {
         {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
         {"norm_topk_prob": False},
     ),
-    "olmoe": _Architecture("olmoe", {"clip_qkv": "attention.clamp_kqv"}, {"norm_topk_prob": False}),
+    "olmoe": _Architecture("olmoe", fixed={"norm_topk_prob": False}),
     "granitemoe": _Architecture("granitemoe", _MULTIPLIERS, experts="num_local_experts"),
     "granitehybrid": _Architecture(
         "granitemoehybrid",
@@ -98,9 +106,8 @@ _ARCHITECTURES = {
             "mamba_n_groups": "ssm.group_count",
             "mamba_d_state": "ssm.state_size",
             "mamba_d_conv": "ssm.conv_kernel",
+            "position_embedding_type": "rope.scaling.finetuned",
         },
-        # Others than dense models do not rotate.
-        {"position_embedding_type": "nope"},
         experts="num_local_experts",
         derived={"mamba_d_head": ("ssm.inner_size", floordiv, "ssm.time_step_rank")},
         stateful="mamba",
@@ -136,7 +143,6 @@ _ARCHITECTURES = {
             "conv_L_cache": "shortconv.l_cache",
             "num_dense_layers": "leading_dense_block_count",
             "norm_eps": "attention.layer_norm_rms_epsilon",
-            "routed_scaling_factor": "expert_weights_scale",
         },
         sigmoid=True,
     ),
@@ -186,7 +192,7 @@ def gguf_config(
 
     def value(gguf_key: str) -> Any:
         # Old files have the lengths of latent attention's heads under the usual keys.
-        usual = metadata.get(f"{name}.{gguf_key.removesuffix('_mla')}")
+        usual = metadata.get(f"{name}.{gguf_key.removesuffix('_mla')}", _UNSAID.get(gguf_key))
         return metadata.get(f"{name}.{gguf_key}", usual)
 
     values = {key: value(gguf_key) for key, gguf_key in keys.items()}
@@ -208,6 +214,8 @@ def gguf_config(
                 f"{where}: {key} is {type(value).__name__}, not a number: models with layers of "
                 "different shapes do not run"
             )
+    if (rotates := config.get("position_embedding_type")) is not None:
+        config["position_embedding_type"] = "rope" if rotates else "nope"
     for key, fixed in architecture.fixed.items():
         if config.get(key, fixed) != fixed:
             raise CheckpointError(f"{where}: {key} cannot be {config[key]} in {name}")
@@ -304,7 +312,10 @@ def _rope(
         valid = isinstance(rotated, int) and isinstance(width, int) and width > 0
         # 0 is refused later, with the name of the key.
         keys = {"head_dim": width, "partial_rotary_factor": rotated / width if valid else 0.0}
-    scaling = metadata.get(f"{prefix}{_ROPE}type", "none")
+    factor = metadata.get(f"{prefix}{_ROPE}factor", metadata.get(f"{prefix}rope.scale_linear"))
+    scaling = metadata.get(f"{prefix}{_ROPE}type", "linear")
+    if scaling == "linear" and not factor:
+        scaling = "none"
     if not isinstance(scaling, str) or scaling not in ("none", "linear", "yarn"):
         raise CheckpointError(
             f"{where}: rope scaling of the type {scaling!r:.80} does not run in GGUF"
@@ -312,7 +323,7 @@ def _rope(
     rope: dict[str, Any] = {"rope_theta": theta}
     if scaling == "none":
         return {**keys, "rope_parameters": {**rope, "rope_type": "default"}}
-    rope |= {"rope_type": scaling, "factor": metadata.get(f"{prefix}{_ROPE}factor")}
+    rope |= {"rope_type": scaling, "factor": factor}
     if scaling == "yarn":
         numbers = {
             "original_max_position_embeddings": "original_context_length",
@@ -325,6 +336,14 @@ def _rope(
             rope |= dict.fromkeys(("mscale", "mscale_all_dim"), 10 * logarithmic)
         if (beta := metadata.get(f"{prefix}attention.temperature_scale")) is not None:
             rope["llama_4_scaling_beta"] = beta
+            original = rope["original_max_position_embeddings"]
+            if (
+                step := metadata.get(f"{prefix}attention.temperature_length", original)
+            ) != original:
+                raise CheckpointError(
+                    f"{where}: queries that grow every {step!r:.80} tokens, and not with the "
+                    f"original context ({original!r:.80}), do not run"
+                )
         # No metadata has it. Of these families, gpt-oss alone sets it to false.
         rope["truncate"] = model_type != "gpt_oss"
     return {**keys, "rope_parameters": rope}

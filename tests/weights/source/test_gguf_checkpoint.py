@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import gguf_files
@@ -18,7 +20,7 @@ from mixchat.base.errors import CheckpointError, HubError, UsageError
 from mixchat.base.progress import NoProgress
 from mixchat.weights.care.repair import repair, verify
 from mixchat.weights.families.gguf_config import gguf_config
-from mixchat.weights.families.read_config import read_config
+from mixchat.weights.families.read_config import read_config, read_config_file
 from mixchat.weights.format.blueprint import SHARED_FILE
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.format.workspace import workspace
@@ -31,6 +33,16 @@ from mixchat.weights.models import resolve
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 WEIGHTS = (".gguf", ".safetensors")
+# llama.cpp has no limits of OLMoE's heads, and no scale of LFM2's experts.
+CHANGES: dict[str, dict[str, Any]] = {
+    "olmoe": {"clip_qkv": None},
+    "lfm2_moe": {"routed_scaling_factor": 1.0},
+}
+CASES = {
+    **{family: (family, CHANGES.get(family, {})) for family in gguf_files.ARCHITECTURES},
+    "granitemoehybrid, rope": ("granitemoehybrid", {"position_embedding_type": "rope"}),
+    "dots1, weights not normalized": ("dots1", {"norm_topk_prob": False}),
+}
 
 
 def install_from(path: Path, target: Path, **options: str) -> dict[str, bytes]:
@@ -72,6 +84,91 @@ class TestFamilies:
         exact = tensors.keys() - rounded
         assert [name for name in exact if not torch.equal(made_tensors[name], tensors[name])] == []
         assert made_tensors.keys() == tensors.keys()
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_its_config_is_that_of_its_own_checkpoint(
+        self, name: str, make_checkpoint: Callable[..., Path]
+    ) -> None:
+        """Granite's hybrid never rotated, although its files say so: logits were 31% off."""
+        family, changes = CASES[name]
+        checkpoint = make_checkpoint(model_type=family, vocab_size=262, **changes)
+        own = read_config_file(checkpoint / "config.json")
+        raw, weights = gguf_files.read(checkpoint)
+        architecture = gguf.MODEL_ARCH_NAMES[gguf_files.ARCHITECTURES[family]]
+        metadata = gguf_files.metadata_of(raw, architecture)
+        metadata["general.architecture"] = architecture
+        tensors = gguf_files.tensors_of(raw, weights)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        # A file has other keys for the ends of an answer, and no count of layers left out.
+        unsaid = ("eos_token_ids", "num_nextn_predict_layers", "left_out")
+        same = {key: getattr(own, key) for key in unsaid}
+        if family == "glm4_moe_lite":
+            same["model_type"] = family
+        assert replace(read_config(gguf_config(metadata, shapes, "x")), **same) == own
+
+    def test_a_key_that_a_file_lacks_has_llama_cpps_value(
+        self, make_checkpoint: Callable[..., Path]
+    ) -> None:
+        """DeepSeek-V3's scale of 2.5 and its 3 dense layers were those of every such file."""
+        config, _ = gguf_files.read(make_checkpoint(model_type="deepseek_v3"))
+        metadata = gguf_files.metadata_of(config, "deepseek2")
+        keys = ("expert_weights_norm", "expert_weights_scale", "leading_dense_block_count")
+        short = {key: value for key, value in metadata.items() if not key.endswith(keys)}
+        read = read_config(
+            gguf_config(
+                {"general.architecture": "deepseek2", **short}, {"token_embd.weight": (9, 64)}, "x"
+            )
+        )
+        assert not read.norm_topk_prob
+        assert (read.routed_scaling_factor, read.first_k_dense_replace) == (1.0, 0)
+
+    @pytest.mark.parametrize(("said", "rope_type"), [(True, "default"), (False, "nope")])
+    @pytest.mark.parametrize("missing", [False, True])
+    def test_granites_hybrid_rotates_unless_its_file_says_that_it_does_not(
+        self, said: bool, rope_type: str, missing: bool, make_checkpoint: Callable[..., Path]
+    ) -> None:
+        config, _ = gguf_files.read(make_checkpoint(model_type="granitemoehybrid"))
+        name, key = "granitehybrid", "granitehybrid.rope.scaling.finetuned"
+        metadata = {"general.architecture": name, **gguf_files.metadata_of(config, name), key: said}
+        if missing:
+            del metadata[key]
+        read = read_config(gguf_config(metadata, {"token_embd.weight": (9, 64)}, "x"))
+        assert read.rope_parameters.rope_type == ("default" if missing else rope_type)
+
+    @pytest.mark.parametrize(
+        ("scaling", "expected"),
+        [
+            ({}, ("default", 1.0)),
+            ({"scaling.type": "linear"}, ("default", 1.0)),
+            ({"scaling.type": "none", "scaling.factor": 4.0}, ("default", 1.0)),
+            ({"scaling.factor": 4.0}, ("linear", 4.0)),
+            ({"scale_linear": 2.0}, ("linear", 2.0)),
+        ],
+    )
+    def test_a_rope_with_a_factor_alone_is_linear(
+        self,
+        scaling: dict[str, Any],
+        expected: tuple[str, float],
+        make_checkpoint: Callable[..., Path],
+    ) -> None:
+        """The factor of a file that names no type had no effect."""
+        config, _ = gguf_files.read(make_checkpoint(model_type="qwen3_moe"))
+        metadata = gguf_files.metadata_of(config, "qwen3moe")
+        metadata |= {f"qwen3moe.rope.{key}": value for key, value in scaling.items()}
+        metadata["general.architecture"] = "qwen3moe"
+        rope = read_config(
+            gguf_config(metadata, {"token_embd.weight": (9, 64)}, "x")
+        ).rope_parameters
+        assert (rope.rope_type, rope.factor) == expected
+
+    def test_queries_that_grow_with_another_length_than_the_original_context_are_refused(
+        self, make_checkpoint: Callable[..., Path]
+    ) -> None:
+        config, _ = gguf_files.read(make_checkpoint(model_type="mistral4"))
+        metadata = gguf_files.metadata_of(config, "mistral4")
+        metadata |= {"general.architecture": "mistral4", "mistral4.attention.temperature_length": 9}
+        with pytest.raises(CheckpointError, match="grow every 9 tokens"):
+            gguf_config(metadata, {}, "x")
 
     def test_a_file_without_groups_of_experts_has_none(
         self, make_checkpoint: Callable[..., Path]
