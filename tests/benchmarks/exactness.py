@@ -1,6 +1,7 @@
-"""Compares logits with transformers, and texts of one model with each other, byte for byte.
+"""Compares logits with transformers and llama.cpp, and texts of one model byte for byte.
 
     pytest -q -s -p no:randomly tests/benchmarks/exactness.py [-k gemma4]
+    MIXCHAT_TEST_LLAMA=PYTHON pytest ... -k llama_cpp
 
 It takes the tiny models of `tests/engine/test_families.py`, and some of odd shapes. Each row of the
 first table has the largest error of the logits of a prompt of 1, 7, 300 and 1,500 tokens, divided
@@ -9,15 +10,25 @@ and token by token. Its last column counts the texts that end early, because a r
 expert than transformers' router, whose weights were equal but for the rounding. The second table
 counts the answers, each with the logits after it, that are the same with few experts in memory, in
 company, and after a text that begins alike.
+
+With a PYTHON that has llama-cpp-python, the third table has the largest errors of a model in GGUF,
+in fp32, for a prompt of 60 tokens: llama.cpp's and mixchat's, beside transformers with the original
+checkpoint. `tests/gguf_files.py` writes the file, so llama.cpp proves that it is one as others
+write it. llama.cpp has a table of 16 bits for the GELU of Gemma 4.
 """
 
 import itertools
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from operator import eq
 from pathlib import Path
 from typing import Any
 
+import gguf_files
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +37,7 @@ from engine_tools import FAMILIES, answer
 from test_families import CASES, SPARSE, logits
 
 from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.progress import NoProgress
 from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.generate import Engine
@@ -33,6 +45,10 @@ from mixchat.engine.passes import SequenceTokens
 from mixchat.experts.trace import RecordingRunner
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
+from mixchat.weights.format.manifest import Source
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 PROMPTS, SEEDS = (1, 7, 300, 1500), 3
 LONGEST = PROMPTS[-1]
@@ -135,6 +151,66 @@ class Oracle:
         """Return what `Ours.read` returns."""
         self._chosen.clear()
         return self._model(ids[None]).logits[0], torch.cat(self._chosen, dim=1)
+
+
+LLAMA = os.environ.get("MIXCHAT_TEST_LLAMA")
+# llama.cpp runs these families in some shapes alone. It has no limits of OLMoE's heads, and no
+# scale of LFM2's experts. It rounds the limits of gpt-oss' rope, which the original does not.
+YARN = {"rope_type": "yarn", "rope_theta": 1.5e5, "original_max_position_embeddings": 32}
+IN_LLAMA_CPP: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_key_value_heads": 4, "clip_qkv": None},
+    "dots1": {"num_key_value_heads": 4},
+    "granitemoehybrid": {"mamba_expand": 2, "mamba_n_heads": 4, "mamba_n_groups": 2},
+    "qwen3_next": {"linear_value_head_dim": 32},
+    "qwen3_5_moe": {"linear_value_head_dim": 32},
+    "lfm2_moe": {"routed_scaling_factor": 1.0},
+    "gpt_oss": {"rope_parameters": {**YARN, "factor": 4.0, "truncate": True}},
+}
+IN_GGUF: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, IN_LLAMA_CPP.get(family, {})) for family in gguf_files.ARCHITECTURES},
+    "granitemoehybrid, rope": (
+        "granitemoehybrid",
+        {**IN_LLAMA_CPP["granitemoehybrid"], "position_embedding_type": "rope"},
+    ),
+}
+
+
+@pytest.mark.skipif(LLAMA is None, reason="MIXCHAT_TEST_LLAMA names no Python")
+@pytest.mark.parametrize("name", IN_GGUF)
+@torch.inference_mode()
+def test_llama_cpp(name: str, make_checkpoint: Callable[..., Path], tmp_path: Path):
+    model_type, changes = IN_GGUF[name]
+    checkpoint = make_checkpoint(model_type=model_type, vocab_size=262, **changes)
+    file, ids = gguf_files.write(checkpoint, tmp_path / "model.gguf"), ids_of(60)
+    theirs = logits_of_llama(file, ids)
+    with open_checkpoint(Source(str(file)), tmp_path / "made", NoProgress()) as opened:
+        blueprint = make_blueprint(opened.index, QuantizeOptions("none"))
+        CheckpointBuild(opened, tmp_path / "made", blueprint).run()
+    ours, _ = Ours(tmp_path / "made").read(torch.tensor(ids), len(ids))
+    original, _ = Oracle(checkpoint).read(torch.tensor(ids))
+    own = original
+    if name == "gpt_oss":
+        plain = make_checkpoint(model_type=model_type, vocab_size=262)
+        own, _ = Oracle(plain).read(torch.tensor(ids))
+    errors = [
+        float((result - expected).abs().max() / expected.abs().max())
+        for result, expected in ((theirs, original), (ours, own))
+    ]
+    print(f"\n| {name} | {' | '.join(f'{error:.1e}' for error in errors)} |", flush=True)
+    assert errors[0] < (5e-3 if model_type == "gemma4" else MAX_ERROR)
+    assert errors[1] < MAX_ERROR
+
+
+def logits_of_llama(file: Path, ids: list[int]) -> torch.Tensor:
+    """Return llama.cpp's logits [T, vocabulary]."""
+    assert LLAMA is not None
+    child, out = Path(__file__).with_name("gguf_kinds_child.py"), file.with_suffix(".npy")
+    command = [LLAMA, str(child), "logits", str(file), str(out)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.run(command, input=f"{json.dumps([ids])}\n\n", check=False, **pipes)
+    if run.returncode:
+        pytest.fail(next((x for x in run.stderr.splitlines() if "error" in x), run.stderr[-300:]))
+    return torch.from_numpy(np.load(out))
 
 
 @pytest.mark.timeout(1800)
