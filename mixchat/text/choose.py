@@ -70,7 +70,7 @@ def load_template(directory: Path, tokenizer: Tokenizer) -> Template:
     value = read_optional_json(file).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(i) is not int or i < 0 for i in ids):
-        raise CheckpointError(f"{file}: eos_token_id is {value!r}, not an id or a list of ids")
+        raise CheckpointError(f"{file}: eos_token_id is {value!r:.80}, not an id or a list of ids")
     # Some models have more tokens that end a turn than their tokenizer names.
     stop_ids: set[int] = {*ids}
     template = read_chat_template(directory)

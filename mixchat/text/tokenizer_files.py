@@ -14,6 +14,7 @@ from mixchat.text.tokenizer import looks_like_markup
 MAX_TEMPLATE_FILE = 1_000_000
 MAX_SETTINGS_FILE = 16_000_000
 MAX_TOKENIZER_FILE = 64_000_000
+_MAX_TOKENS = 1_000_000  # of a vocabulary. Tables have a place for each
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,15 @@ def read_added_tokens(directory: Path) -> list[AddedToken]:
     tokens: dict[int, AddedToken] = {}
     file = directory / "added_tokens.json"
     for content, token_id in read_optional_json(file).items():
-        if type(token_id) is not int or token_id < 0 or not content:
-            raise CheckpointError(f"{file}: the token {content!r} has the id {token_id!r}")
+        if type(token_id) is not int or not 0 <= token_id < _MAX_TOKENS or not content:
+            raise CheckpointError(f"{file}: the token {content!r:.80} has the id {token_id!r:.80}")
         tokens[token_id] = AddedToken(token_id, content, looks_like_markup(content))
     file = directory / "tokenizer_config.json"
     decoder = read_optional_json(file).get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise CheckpointError(f"{file}: added_tokens_decoder is not an object")
     for key, entry in decoder.items():
-        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < _MAX_TOKENS):
             raise CheckpointError(f"{file}: added_tokens_decoder has the id {short_message(key)!r}")
         tokens[int(key)] = parse_added_token(int(key), entry, file)
     return [tokens[token_id] for token_id in sorted(tokens)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -234,9 +235,64 @@ def test_sampling_is_what_the_makers_advise() -> None:
             {"tokenizer.ggml.tokens": [*map(str, range(263))], "tokenizer.ggml.token_type": []},
             "more",
         ),
+        ({"tokenizer.ggml.merges": ["h e", "ll"]}, "merges is not two tokens"),
+        ({"tokenizer.ggml.token_type": [1.0] * 262}, "token_type is not a list of numbers"),
+        ({"tokenizer.ggml.token_type": [True] * 262}, "token_type is not a list of numbers"),
+        ({"tokenizer.ggml.token_type": "1"}, "token_type is not a list of numbers"),
         ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [1.0]}, "scores"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [""] * 262}, "list of numbers"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": 1.0}, "list of numbers"),
+        *(
+            ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [score] * 262}, "32 bits")
+            for score in (1e300, -1e39, math.inf, math.nan, 2**200)
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         text_files(metadata() | change, 128, 262, "x")
+
+
+ODD: dict[str, Any] = {
+    "0": 0,
+    "-1": -1,
+    "2**64 - 1": 2**64 - 1,
+    "1e300": 1e300,
+    "NaN": math.nan,
+    "true": True,
+    "no text": "",
+    "a long text": "{" * 100_000,
+    "controls": "\x1b[31m\0\n\u202e{% raw",
+    "an empty list": [],
+    **{
+        f"a list of {value!r}": [value] * 262
+        for value in (0, 1, -1, 2**64 - 1, 1.0, 1e300, math.inf, math.nan, True, "", "a b")
+    },
+    "a list of texts": [f"{number} \0\u202e" for number in range(262)],
+}
+
+
+@pytest.mark.parametrize("model", ["gpt2", "gemma4", "llama"])
+def test_no_value_of_the_metadata_ends_in_another_error_than_one_line(
+    model: str,
+) -> None:
+    """Scores of 1e300, and types in 64 bits of floats, ended in an internal error."""
+    whole = {
+        **metadata(),
+        "tokenizer.ggml.model": model,
+        "tokenizer.ggml.scores": [0.0] * 262,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.remove_extra_whitespaces": False,
+        "general.sampling.top_k": 3,
+    }
+    lines = []
+    for key in whole:
+        for value in ODD.values():
+            generation_config({**whole, key: value})
+            try:
+                text_files({**whole, key: value}, 128, 262, "x")
+            except CheckpointError as error:
+                lines.append(str(error))
+    assert len(lines) > 50
+    assert all(len(line) < 300 and line.isprintable() for line in lines), max(lines, key=len)

@@ -18,6 +18,7 @@ _KEY = "tokenizer.ggml."
 # Types of tokens, as SentencePiece numbers them.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _TYPES = range(1, 7)
+_SCORE_MAX = 3.4028234663852886e38  # of fp32
 _PIECES = {"unk": 45, "bos": 46, "eos": 47, "pad": 48}  # fields of the model's trainer
 _NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _ENDS = ("eos", "eot", "eom")  # of an answer
@@ -160,7 +161,7 @@ class _Vocabulary:
         self._metadata, self.where = metadata, where
         self.model = metadata.get(f"{_KEY}model")
         self.tokens = self.texts("tokens")
-        types = self.numbers("token_type") or [_NORMAL] * len(self.tokens)
+        types = self.numbers("token_type", int) or [_NORMAL] * len(self.tokens)
         if len(types) != len(self.tokens) or not {*types} <= {*_TYPES}:
             raise CheckpointError(
                 f"{where}: the types of its tokens are not those of its vocabulary"
@@ -175,10 +176,17 @@ class _Vocabulary:
             raise CheckpointError(f"{self.where}: it has no list {_KEY}{name}")
         return values
 
-    def numbers(self, name: str) -> list[Any]:
-        values = self._metadata.get(f"{_KEY}{name}")
-        if not isinstance(values, list) or any(isinstance(number, str) for number in values[:1]):
-            return []
+    def merges(self) -> list[list[str]]:
+        pairs = [merge.split(" ", 1) for merge in self.texts("merges")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise CheckpointError(f"{self.where}: one of {_KEY}merges is not two tokens")
+        return pairs
+
+    def numbers(self, name: str, *types: type) -> list[Any]:
+        """Return a list of numbers of these types, empty if there is none."""
+        values = self._metadata.get(f"{_KEY}{name}", [])
+        if not isinstance(values, list) or not {*map(type, values)} <= {*types}:
+            raise CheckpointError(f"{self.where}: {_KEY}{name} is not a list of numbers")
         return values
 
     def special(self) -> Iterator[tuple[str, int]]:
@@ -247,7 +255,7 @@ def _merging(vocabulary: _Vocabulary, form: Mapping[str, Any]) -> dict[str, Any]
             "byte_fallback": False,
             "ignore_merges": False,
             "vocab": {token: number for number, token in enumerate(tokens)},
-            "merges": [merge.split(" ", 1) for merge in vocabulary.texts("merges")],
+            "merges": vocabulary.merges(),
             **form["model"],
         },
     }
@@ -271,9 +279,11 @@ def _settings(metadata: Mapping[str, Any], vocabulary: _Vocabulary, context: int
 
 def _sentencepiece_model(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> bytes:
     """Return the tokenizer.model, a protocol buffer (sentencepiece_model.proto)."""
-    scores = vocabulary.numbers("scores") or [0.0] * len(vocabulary.tokens)
+    scores = vocabulary.numbers("scores", int, float) or [0.0] * len(vocabulary.tokens)
     if len(scores) != len(vocabulary.tokens):
         raise CheckpointError(f"{vocabulary.where}: the scores of its tokens are not complete")
+    if not all(-_SCORE_MAX <= score <= _SCORE_MAX for score in scores):  # nor NaN
+        raise CheckpointError(f"{vocabulary.where}: a score of its tokens is no number of 32 bits")
     unknown = vocabulary.types.index(_UNKNOWN) if _UNKNOWN in vocabulary.types else -1
     # SentencePiece has one unknown piece, and llama.cpp may have several.
     types = [
