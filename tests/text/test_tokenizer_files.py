@@ -98,6 +98,10 @@ def test_no_tokenizer_at_all(tmp_path):
         ("tokenizer_config.json", '{"added_tokens_decoder": {"7": "<a>"}}'),
         ("added_tokens.json", '{"<a>": "7"}'),
         ("added_tokens.json", '{"<a>": true}'),
+        # A vocabulary has a place for each id, which took 80 GB.
+        ("added_tokens.json", '{"<a>": 9999999999}'),
+        ("added_tokens.json", '{"%s": "7"}' % ("a" * 1000)),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"999999999": {"content": "<a>"}}}'),
         ("special_tokens_map.json", "null"),
     ],
 )

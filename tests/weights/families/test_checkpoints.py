@@ -73,6 +73,18 @@ def test_every_shape_is_checked(checkpoint):
                 index_of(checkpoint, edited)
 
 
+def test_the_codes_of_a_quantized_matrix_are_counted(make_checkpoint):
+    """Only building the model compared them with the config, after all had been described."""
+    specs = specs_of(checkpoint := make_checkpoint())
+    name = "model.layers.0.self_attn.o_proj.weight"
+    components = {"absmax": 64, "quant_map": 16, "quant_state.bitsandbytes__nf4": 9}
+    others = [spec for spec in specs if spec.name != name]
+    others += [TensorSpec(f"{name}.{x}", torch.uint8, (n,)) for x, n in components.items()]
+    index_of(checkpoint, [*others, TensorSpec(name, torch.uint8, (64 * 64 // 2, 1))])
+    with pytest.raises(CheckpointError, match=f"{name} has 1024 bytes of codes, .* asks for 2048"):
+        index_of(checkpoint, [*others, TensorSpec(name, torch.uint8, (1024, 1))])
+
+
 @pytest.mark.parametrize(
     "name",
     [
