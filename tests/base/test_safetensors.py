@@ -181,6 +181,7 @@ def test_rows_of_a_file_that_was_cut_short_or_closed_are_an_error(tmp_path):
             file.read_rows("x", torch.tensor([1, 0]))
 
 
+LONG = "\n" * 5000
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
@@ -213,6 +214,12 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": 3}, bytes(8), None),
         ({"a": F32, "b": F32}, bytes(8), None),
         ({"a": F32, "b": {**F32, "data_offsets": [12, 20]}}, bytes(20), None),
+        # The line had the whole name, which may be as long as the header.
+        ({LONG: 3}, bytes(8), None),
+        ({LONG: {**F32, "dtype": LONG}}, bytes(8), None),
+        ({LONG: {**F32, "data_offsets": [4, 12]}}, bytes(12), None),
+        ({LONG: {**F32, "shape": [2**61] * 8}}, bytes(8), None),
+        ({LONG: {**F32, "shape": [3]}}, bytes(8), None),
     ],
 )
 def test_malformed_files_are_refused_in_one_line(tmp_path, header, data, length):
@@ -221,6 +228,7 @@ def test_malformed_files_are_refused_in_one_line(tmp_path, header, data, length)
         SafetensorsFile(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 400
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -18,7 +18,7 @@ from mixchat.weights.source.checkpoint_index import CheckpointIndex
 from mixchat.weights.source.gguf_checkpoint import read_gguf
 from mixchat.weights.source.gguf_file import GgufFile, GgufHeader
 
-NUMBERS = (10**6, 10**9, 2**31 - 1, 10**12)  # the smallest first, which a test survives
+NUMBERS = (16_000, 10**6, 2**31 - 1, 10**12)  # the smallest first, which a test survives
 PEAK_BYTES = 50_000_000
 
 
