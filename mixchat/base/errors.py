@@ -97,6 +97,14 @@ def short_message(message: object) -> str:
     return line if len(line) <= _FOREIGN_LENGTH_MAX else line[: _FOREIGN_LENGTH_MAX - 1] + "\u2026"
 
 
+def short_repr(value: object) -> str:
+    """Return the beginning of a value's `repr` on one line, or its type if it has none."""
+    try:
+        return " ".join(repr(value)[:80].split())
+    except Exception:  # Python writes no number of 5,000 digits
+        return f"a value of the type {type(value).__name__}"
+
+
 def alternatives(words: Sequence[str]) -> str:
     """Return the words for a sentence, as in "show, hide, on or off"."""
     return " or ".join(", ".join(words).rsplit(", ", 1))

@@ -86,23 +86,11 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
-class RequestedSampling:
-    """The options of sampling that a server is asked for. None is not sent."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repeat_penalty: float | None = None
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
 class ChatOptions:
     """The options of a chat's answers. None leaves one to the model or the server.
 
-    `sampling` is by the names of `SamplingOptions`. `max_tokens` is the longest answer that is
-    allowed, 0 for what fits.
+    `sampling` has those of `SamplingOptions` that were chosen, by name. `max_tokens` is the longest
+    answer that is allowed, 0 for what fits.
     """
 
     sampling: Mapping[str, float | None] = field(default_factory=dict)

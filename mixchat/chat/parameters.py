@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
@@ -23,8 +22,10 @@ NAMES = (*SAMPLING, "max-tokens", "stop", "overflow", "think")  # of what a chat
 def values(session: ChatSession) -> dict[str, str]:
     """Return all parameters as they are now."""
     longest = session.model.longest_answer(session.max_tokens)
+    advised = {} if session.model.sampling is None else vars(session.model.sampling)
+    numbers = {**advised, **session.sampling}
     known = {
-        **{name: getattr(session.sampling, number.field) for name, number in SAMPLING.items()},
+        **{name: numbers.get(number.field) for name, number in SAMPLING.items()},
         "max-tokens": "what fits" if session.max_tokens == 0 else longest,
         "stop": ", ".join(map(repr, session.stop)) or "none",
         "overflow": session.overflow,
@@ -43,11 +44,13 @@ def change(session: ChatSession, name: str, text: str) -> None:
     name, nothing = name.lstrip("-").replace("_", "-"), text.lower() in _NONE
     name = "temp" if name == "temperature" else name
     if name in SAMPLING:
-        field = SAMPLING[name].field
-        value = getattr(session.advised, field) if nothing else SAMPLING[name].read(name, text)
-        session.sampling = dataclasses.replace(session.sampling, **{field: value})
+        number = SAMPLING[name]
+        if nothing:
+            session.changed.pop(number.field, None)
+        else:
+            session.changed[number.field] = number.read(name, text)
     elif name == "max-tokens":
-        session.max_tokens = None if nothing else LENGTHS[name].read(name, text)
+        session.max_tokens = None if nothing else int(LENGTHS[name].read(name, text))
     elif name == "stop":
         session.stop = () if nothing else (unquoted(text),)
     elif name == "overflow":

@@ -11,11 +11,11 @@ from mixchat.base.errors import PromptError, ServerError, UsageError
 from mixchat.base.options import ChatOptions
 from mixchat.engine.stats import GenerationStats
 from mixchat.face.events import End, Event, LeftOut, Piece
+from mixchat.face.numbers import accepted_numbers
 from mixchat.face.request import AnswerEvents, ChatModel, Request
 from mixchat.text.messages import Message
 
 if TYPE_CHECKING:
-    from mixchat.base.options import RequestedSampling, SamplingOptions
     from mixchat.engine.generate import Engine
     from mixchat.face.reading_time import Predictor
     from mixchat.text.form.output_constraint import OutputConstraint
@@ -63,19 +63,19 @@ class ModelProvider(Protocol):
 class ChatSession:
     """One conversation with one model. The next turn remembers exactly the text that was shown.
 
-    `history` has all questions and answers. `sampling` and all that comes from the options may be
+    `history` has all questions and answers. `changed` and all that comes from the options may be
     changed between turns.
     """
 
     def __init__(
         self,
         model: ChatModel,
-        sampling: SamplingOptions | RequestedSampling,
         options: ChatOptions,
         form: OutputConstraint | None = None,
     ) -> None:
         self.model, self.form = model, form
-        self.sampling = self.advised = sampling  # `/set NAME none` returns to `advised`
+        self._flags = accepted_numbers(options.sampling)
+        self.changed: dict[str, int | float] = {}  # numbers of sampling since then, by name
         self.system, self.max_tokens = options.system, options.max_tokens
         self.stop, self.overflow, self.think = tuple(options.stop), options.overflow, options.think
         self.history: list[Message] = []
@@ -106,6 +106,11 @@ class ChatSession:
         return self.model.context
 
     @property
+    def sampling(self) -> dict[str, int | float]:
+        """Return the chosen numbers of sampling, by the names of `SamplingOptions`."""
+        return self._flags | self.changed
+
+    @property
     def stats(self) -> GenerationStats:
         """Return the counts and times of the last answer, as far as it has come."""
         return self._stats if self._events is None else self._events.stats
@@ -129,22 +134,15 @@ class ChatSession:
     def take_model(self, opened: ChatSession) -> None:
         """Continue with the model of another session, to its makers' advice.
 
-        The seed stays, and what was changed of the sampling. Answers of other weights keep their
+        What was chosen of the sampling stays, and the seed. Answers of other weights keep their
         text, but not their token ids.
         """
-        advised = dataclasses.replace(opened.advised, seed=self.advised.seed)
-        changed = {
-            name: value
-            for name, value in vars(self.sampling).items()
-            if value != getattr(self.advised, name)
-        }
         # Ids mean something else to another tokenizer, and its prompts have other lengths.
         if opened.model.identity != self.model.identity:
             self.history = _without_ids(self.history)
             self._undone = [_without_ids(messages) for messages in self._undone]
             self._first = 0
-        self.model, self.advised = opened.model, advised
-        self.sampling = dataclasses.replace(advised, **changed)
+        self.model = opened.model
 
     def undo(self, turns: int = 1) -> None:
         """Remove the last questions and their answers. Until the next answer, `redo` restores them.
@@ -218,9 +216,8 @@ class ChatSession:
         if self.context is not None:
             self.context.check_text(asked[-1].content, "the question")
         first, sampling = min(self._first, len(asked) - 1), self.sampling
-        if sampling.seed is not None:  # So /regen gives a different answer.
-            seed = (sampling.seed + self._turns) % 2**63
-            sampling = dataclasses.replace(sampling, seed=seed)
+        if "seed" in sampling:  # So /regen gives a different answer.
+            sampling["seed"] = (int(sampling["seed"]) + self._turns) % 2**63
         begun = [] if answered is None else [answered]
         request = Request(
             messages=(*self._system(), *asked[first:], *begun),

@@ -8,7 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from mixchat.base.errors import PromptError, UsageError, alternatives
+from mixchat.base.errors import PromptError, UsageError, alternatives, short_repr
 from mixchat.base.options import CacheBits, LoadOptions, Overflow, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.cache import POLICIES
@@ -20,12 +20,13 @@ from mixchat.text.tool_call import ToolCall, whole_arguments
 _NOT_LISTS = (str, bytes, Mapping)
 
 
-def _is(kind: Any) -> Any:
+def _is(kind: Any) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, kind)
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, _NOT_LISTS)
+    has_items = isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
+    return has_items and not isinstance(value, _NOT_LISTS)
 
 
 def _are_texts(value: Any) -> bool:
@@ -34,11 +35,15 @@ def _are_texts(value: Any) -> bool:
 
 def _require(is_usable: bool, name: str, rule: str, value: object) -> None:
     if not is_usable:
-        raise UsageError(f"{name} has to be {rule}, not {value!r:.80}")
+        raise UsageError(f"{name} has to be {rule}, not {short_repr(value)}")
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
+
+
+def _is_word(*words: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in words
 
 
 # The test of a value, and the rule that a message names, by the option of `mixchat.load`.
@@ -46,13 +51,13 @@ _LOAD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "expert_memory": (_is(str), 'a text such as "8GB" or "50%"'),
     "device_memory": (_is(str), 'a text such as "12GB" or "12GB,8GB"'),
     "context_size": (_is_count, "1 or more"),
-    "least_context": (lambda value: value == 0 or _is_count(value), "0 or more"),
+    "least_context": (lambda value: type(value) is int and value >= 0, "0 or more"),
     "kv_bits": (lambda value: type(value) is int and value in get_args(CacheBits), "8 or 16"),
     "exact_prompts": (_is(bool), "True or False"),
     "parallel": (_is_count, "1 or more"),
     "speculation": (_is(bool), "True or False"),
     "device": (_is(str), 'a text such as "cpu" or "cuda:0"'),
-    "cache_policy": (lambda value: value in [*POLICIES], alternatives([*POLICIES])),
+    "cache_policy": (_is_word(*POLICIES), alternatives([*POLICIES])),
     "trace": (_is(str | Path), "the path of a file"),
     "workers": (lambda value: _is_list(value) and all(map(_is(str), value)), "a list of texts"),
     "key_file": (_is(str | Path), "the path of a file"),
@@ -80,16 +85,19 @@ def checked_load_options(options: Mapping[str, Any]) -> LoadOptions:
     return LoadOptions(host_memory=read.pop("expert_memory", None), **read)
 
 
-def checked_request(request: Request, vocab_size: int, variables: Collection[str]) -> Request:
+def checked_request(
+    request: Request, advised: SamplingOptions, vocab_size: int, variables: Collection[str]
+) -> Request:
     """Return a request whose values can be used, with each of its messages as a `Message`.
 
-    variables: of the model's template. Raises `UsageError`, and `PromptError` for a message.
+    Its numbers are Python's own. What was not chosen of the sampling is as `advised`. variables: of
+    the model's template. Raises `UsageError`, and `PromptError` for a message.
     """
     _require(isinstance(request, Request), "the request", "a Request", request)
     for name, is_usable, rule in (
-        ("sampling", _is(SamplingOptions | None), "SamplingOptions"),
+        ("sampling", _is(SamplingOptions | Mapping), "SamplingOptions, or some of them by name"),
         ("stop", _are_texts, "a string or a list of strings"),
-        ("overflow", lambda value: value in get_args(Overflow), '"stop" or "drop-oldest"'),
+        ("overflow", _is_word(*get_args(Overflow)), '"stop" or "drop-oldest"'),
         ("think", _is(bool | None), "True, False or None"),
         ("variables", _is(Mapping), "a dict"),
         ("tools", _is(ToolOffer | None), "a list of functions in OpenAI's form"),
@@ -97,11 +105,11 @@ def checked_request(request: Request, vocab_size: int, variables: Collection[str
         ("prompt", lambda value: _is(str | None)(value) or _is_list(value), "a text or token ids"),
     ):
         _require(is_usable(getattr(request, name)), name, rule, getattr(request, name))
-    if request.sampling is not None:
-        _check_sampling(request.sampling, vocab_size)
-    for number in (LENGTHS["max-tokens"], TOP_LOGPROBS):
-        if (value := getattr(request, number.field)) is not None:
-            number.check(number.field, value)
+    numbers = {
+        number.field: number.checked(number.field, value)
+        for number in (LENGTHS["max-tokens"], TOP_LOGPROBS)
+        if (value := getattr(request, number.field)) is not None
+    }
     for name, value in request.variables.items():
         if name not in variables:
             hint = f"It has {', '.join(variables) or 'none'}."
@@ -109,47 +117,70 @@ def checked_request(request: Request, vocab_size: int, variables: Collection[str
         _require(_is(str | int | float | None)(value), name, "a text or a number", value)
     prompt = request.prompt
     if prompt is not None and not isinstance(prompt, str):
-        # Arrays and tensors give numbers of Python's.
-        prompt = tuple(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
-        _check_tokens(prompt, vocab_size)
+        prompt = _token_ids(prompt, vocab_size)
     messages = tuple(_message(message, vocab_size) for message in request.messages)
-    return replace(request, messages=messages, prompt=prompt)
+    sampling = _sampling(request.sampling, advised, vocab_size)
+    changed: Any = {"messages": messages, "prompt": prompt, "sampling": sampling, **numbers}
+    return replace(request, **changed)
 
 
-def _check_sampling(sampling: Any, vocab_size: int) -> None:
-    for number in (*SAMPLING.values(), *PENALTIES):
-        value = getattr(sampling, number.field)
-        if value is not None or number.field != "seed":
-            number.check(number.field, value)
-    biases = sampling.logit_bias
-    is_usable = _is_list(biases) and all(_is_list(pair) and len(pair) == 2 for pair in biases)
-    _require(is_usable, "logit_bias", "numbers by token id", biases)
-    _check_tokens([token for token, _ in biases], vocab_size)
-    for _, bias in biases:
-        BIAS.check("logit_bias", bias)
+def _sampling(
+    chosen: SamplingOptions | Mapping[str, Any], advised: SamplingOptions, vocab_size: int
+) -> SamplingOptions:
+    values = vars(chosen) if isinstance(chosen, SamplingOptions) else chosen
+    numbers = {number.field: number for number in (*SAMPLING.values(), *PENALTIES)}
+    usable: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == BIAS.field:
+            usable[name] = _biases(value, vocab_size)
+        elif name not in numbers:
+            raise UsageError(f"there is no option {short_repr(name)} of sampling")
+        elif value is not None or name != "seed":
+            usable[name] = numbers[name].checked(name, value)
+    return replace(advised, **usable)
 
 
-def _check_tokens(ids: Iterable[Any], vocab_size: int) -> None:
+def _biases(biases: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    pairs = list(biases.items()) if isinstance(biases, Mapping) else biases
+    is_usable = _is_list(pairs) and all(_is_list(pair) and len(pair) == 2 for pair in pairs)
+    _require(is_usable, BIAS.field, "numbers by token id", biases)
+    tokens = _token_ids([token for token, _ in pairs], vocab_size)
+    amounts = [float(BIAS.checked(BIAS.field, amount)) for _, amount in pairs]
+    return tuple(zip(tokens, amounts, strict=True))
+
+
+def _token_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
+    _require(_is_list(ids), "a message's ids", "token ids", ids)
+    # Arrays and tensors give numbers of Python's.
+    ids = tuple(ids.tolist() if hasattr(ids, "tolist") else ids)
     for token in ids:
         is_number = type(token) is int or isinstance(token, Integral)
         if not is_number or not 0 <= int(token) < vocab_size:
-            raise UsageError(f"token ids are 0 to {vocab_size - 1}, not {token!r:.80}")
+            raise UsageError(f"token ids are 0 to {vocab_size - 1}, not {short_repr(token)}")
+    return tuple(map(int, ids))
 
 
 def _message(message: Any, vocab_size: int) -> Message:
     if isinstance(message, Mapping):
         role, content = message.get("role"), message.get("content")
-        tool_calls = message.get("tool_calls") or ()
+        tool_calls, call_id = message.get("tool_calls"), message.get("tool_call_id")
+        if tool_calls is None:
+            tool_calls = ()
         calls = tuple(map(_call, tool_calls if _is_list(tool_calls) else [tool_calls]))
         if calls and content is None:  # as OpenAI's answers with calls have it
             content = ""
-        call_id = str(message.get("tool_call_id") or "")
+        call_id = "" if call_id is None else str(call_id)
         message = Message(cast("Role", role), cast("str", content), calls=calls, call_id=call_id)
-    is_message = isinstance(message, Message) and message.role in get_args(Role)
-    if not is_message or not isinstance(message.content, str):
+    has_role = isinstance(message, Message) and _is_word(*get_args(Role))(message.role)
+    if not has_role or not isinstance(message.content, str):
         raise PromptError("a message needs a role (system, user, assistant, tool) and its content")
-    assert isinstance(message, Message)
-    _check_tokens(message.ids or (), vocab_size)
+    return _with_own_values(message, vocab_size)
+
+
+def _with_own_values(message: Message, vocab_size: int) -> Message:
+    """Return a message with token ids of Python's, and with whole arguments of its calls."""
+    if message.ids is not None:
+        message = replace(message, ids=_token_ids(message.ids, vocab_size))
     try:
         calls = tuple(
             replace(call, arguments=whole_arguments(call.arguments)) for call in message.calls

@@ -17,6 +17,7 @@ from mixchat.text.form.output_constraint import (
     OutputConstraint,
     checked,
     checked_schema,
+    schema_text,
 )
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ class FormCompiler:
         """Return a form that the sandbox has checked, which costs up to seconds at first."""
         if isinstance(form, OutputConstraint):
             return form
-        text = form.to_text() if isinstance(form, CallForm) else json.dumps(form)
+        if isinstance(form, CallForm):
+            text = form.to_text()
+        else:
+            text = json.dumps(form) if isinstance(form, str) else schema_text(form)
         key = hashlib.sha256(text.encode()).digest()
         if key in self._known:
             return self._known[key][0]

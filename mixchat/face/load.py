@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixchat.base.errors import ModelNotFoundError, UsageError
+from mixchat.base.errors import ModelNotFoundError, UsageError, short_repr
 from mixchat.base.model_config import advised_length, advised_sampling
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import QuietReporter, Reporter
@@ -42,7 +42,7 @@ def load(
     if isinstance(name, Path):
         name = str(name)
     if not isinstance(name, str):
-        raise UsageError(f"a model's name has to be a text, not {name!r:.80}")
+        raise UsageError(f"a model's name has to be a text, not {short_repr(name)}")
     options |= {"expert_memory": expert_memory, "parallel": parallel}
     return open_model(name, checked_load_options(options), QuietReporter())
 

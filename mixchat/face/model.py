@@ -172,16 +172,17 @@ class Model:
         prompt does not fit the context, `UsageError` for an option that cannot be used, and
         `QueueFullError` if too many requests wait.
         """
-        return self.ask(request_of(self.sampling, messages=messages, **options))
+        return self.ask(request_of(messages=messages, **options))
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> ModelAnswer:
         """Continue a text or token ids, which no template changes. Otherwise as `chat`."""
-        return self.ask(request_of(self.sampling, prompt=prompt, **options))
+        return self.ask(request_of(prompt=prompt, **options))
 
     def ask(self, request: Request) -> ModelAnswer:
         thinking = self.template.thinking
         known = () if thinking is None else thinking.variables
-        return ModelAnswer(self, checked_request(request, self.engine.config.vocab_size, known))
+        size = self.engine.config.vocab_size
+        return ModelAnswer(self, checked_request(request, self.sampling, size, known))
 
     @property
     def stats(self) -> ModelStats:
@@ -199,6 +200,8 @@ class Model:
     def about(self) -> dict[str, str]:
         from mixchat.engine.report import slots_in_words
 
+        if self.engine.is_closed:
+            raise ShuttingDownError("the model is closed")
         return {"experts": slots_in_words(self.engine.slots_by_tier)}
 
     def longest_answer(self, max_tokens: int | None) -> int | None:

@@ -7,14 +7,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from mixchat.base.errors import UsageError
+from mixchat.base.errors import UsageError, short_repr
 
 if TYPE_CHECKING:
-    from mixchat.base.options import RequestedSampling, SamplingOptions
+    from mixchat.base.options import SamplingOptions
 
-    Sampling = TypeVar("Sampling", bound=SamplingOptions | RequestedSampling)
+# Of what is added to a logit. No model's logits come near it, and sums over all tokens of a
+# context, divided by the lowest temperature, stay finite in fp32.
+_MAX_ADDED = 1e9
 
 
 @dataclass(frozen=True)
@@ -22,41 +24,44 @@ class NumberParameter:
     """A number that controls sampling or a length. `field` is its name in Python."""
 
     field: str
-    number_type: Callable[[str], Any]
+    number_type: type[int] | type[float]
     fits: Callable[[Any], bool]
     limits: str
 
-    def read(self, name: str, text: str) -> Any:
+    def read(self, name: str, text: str) -> int | float:
         """Return the value. Raises `UsageError` if it is not a number within the limits."""
         try:
             value = self.number_type(text)
         except ValueError:
-            raise UsageError(f"{name} has to be {self.limits}, not {text!r}") from None
-        self.check(name, value)
-        return value
+            raise UsageError(f"{name} has to be {self.limits}, not {text!r:.80}") from None
+        return self.checked(name, value)
 
-    def accepts(self, value: Any) -> bool:
-        """Return whether the value is such a number within the limits, as NaN and True never are.
+    def accepted(self, value: Any) -> int | float | None:
+        """Return the value as Python's int or float, or None if it is not within the limits.
 
-        A number of another library, such as numpy's, can be one.
+        A number of another library, such as numpy's, is converted. NaN and True are never accepted.
         """
         is_number = isinstance(value, Integral if self.number_type is int else Real)
+        if not is_number or isinstance(value, bool):
+            return None
         try:
-            in_limits = is_number and not isinstance(value, bool) and self.fits(value)
-            return in_limits and self.number_type(value) is not None
+            number = self.number_type(value)
         except OverflowError:  # a double holds no whole number of 400 digits
-            return False
+            return None
+        return number if self.fits(number) else None
 
-    def check(self, name: str, value: Any) -> None:
-        """Raise `UsageError` unless the value is accepted."""
-        if not self.accepts(value):
-            raise UsageError(f"{name} has to be {self.limits}, not {value!r:.80}")
+    def checked(self, name: str, value: Any) -> int | float:
+        """Return the value as `accepted` does. Raises `UsageError` if it is not accepted."""
+        number = self.accepted(value)
+        if number is None:
+            raise UsageError(f"{name} has to be {self.limits}, not {short_repr(value)}")
+        return number
 
 
 SAMPLING = {
     "temp": NumberParameter("temperature", float, lambda x: 0 <= x < math.inf, "0 or more"),
     "top-p": NumberParameter("top_p", float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    "top-k": NumberParameter("top_k", int, lambda x: x >= 0, "0 or more"),
+    "top-k": NumberParameter("top_k", int, lambda x: 0 <= x < 2**31, "between 0 and 2147483647"),
     "min-p": NumberParameter("min_p", float, lambda x: 0 <= x < 1, "at least 0 and below 1"),
     "repeat-penalty": NumberParameter(
         "repeat_penalty", float, lambda x: 0.01 <= x <= 100, "between 0.01 and 100"
@@ -71,29 +76,29 @@ LENGTHS = {
     ),
     "ctx-size": NumberParameter("ctx_size", int, lambda x: x >= 1, "1 or more"),
 }
+
+
+def _added(field: str, limits: str) -> NumberParameter:
+    return NumberParameter(field, float, lambda x: abs(x) <= _MAX_ADDED, limits)
+
+
 # OpenAI's API has narrower limits (serving/requests/shared.py).
-PENALTIES = (
-    NumberParameter("presence_penalty", float, math.isfinite, "a finite number"),
-    NumberParameter("frequency_penalty", float, math.isfinite, "a finite number"),
-)
-BIAS = NumberParameter("logit_bias", float, math.isfinite, "finite numbers by token id")
+_ADDED_LIMITS = "between -1e9 and 1e9"
+PENALTIES = (_added("presence_penalty", _ADDED_LIMITS), _added("frequency_penalty", _ADDED_LIMITS))
+BIAS = _added("logit_bias", f"numbers {_ADDED_LIMITS} by token id")
 TOP_LOGPROBS = NumberParameter("top_logprobs", int, lambda x: x >= 0, "0 or more")
 
 
-def numbers_of(sampling: SamplingOptions | RequestedSampling) -> dict[str, Any]:
-    """Return the numbers that a chat can change, by their names in Python."""
-    return {number.field: getattr(sampling, number.field) for number in SAMPLING.values()}
-
-
-def with_numbers(sampling: Sampling, numbers: Mapping[str, Any]) -> Sampling:
-    """Return `sampling` with these numbers, by their names in Python. Bad ones are ignored."""
-    known = {number.field: number for number in SAMPLING.values()}
-    good = {
-        field: value
-        for field, value in numbers.items()
-        if field in known and value is not None and known[field].fits(value)
+def accepted_numbers(numbers: Mapping[str, Any]) -> dict[str, int | float]:
+    """Return the numbers of sampling that are within their limits, by their names in Python."""
+    return {
+        each.field: number
+        for each in SAMPLING.values()
+        if (number := each.accepted(numbers.get(each.field))) is not None
     }
-    for field in ("top_k", "seed"):
-        if field in good:
-            good[field] = int(good[field])
-    return dataclasses.replace(sampling, **good)
+
+
+def with_numbers(sampling: SamplingOptions, numbers: Mapping[str, Any]) -> SamplingOptions:
+    """Return `sampling` with these numbers, by their names in Python. Bad ones are ignored."""
+    changed: Any = accepted_numbers(numbers)
+    return dataclasses.replace(sampling, **changed)

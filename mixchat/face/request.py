@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from mixchat.base.errors import ResourceError, UsageError
-from mixchat.base.options import Overflow, RequestedSampling, SamplingOptions
+from mixchat.base.errors import ResourceError, UsageError, short_repr
+from mixchat.base.options import Overflow, SamplingOptions
 from mixchat.face.events import Event, Piece
 from mixchat.text.form.call_form import CallForm
-from mixchat.text.form.output_constraint import OutputConstraint
+from mixchat.text.form.output_constraint import OutputConstraint, schema_text
 from mixchat.text.messages import Message
 from mixchat.text.tool_call import TOOL_NAME, TOOL_NAME_RULE, Tool
 
@@ -39,8 +39,8 @@ class Request:
 
     - messages: the conversation. A last message of the assistant begins the answer.
     - prompt: a text or token ids, instead of messages. The answer continues them.
-    - sampling: None for the advice of the model's makers. With `RequestedSampling`, a server fills
-      in what is None.
+    - sampling: all options, or the chosen ones by the names of `SamplingOptions`. The model's
+      makers advise the rest.
     - max_tokens: None for the usual length, 0 for as many as fit
     - stop: strings that end the answer and are not shown
     - overflow: "drop-oldest" leaves out old turns that do not fit
@@ -55,7 +55,7 @@ class Request:
 
     messages: Sequence[Message] = ()
     prompt: str | Sequence[int] | None = None
-    sampling: SamplingOptions | RequestedSampling | None = None
+    sampling: SamplingOptions | Mapping[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     overflow: Overflow = "stop"
@@ -107,15 +107,15 @@ class AnswerEvents(Protocol):
 class ChatModel(Protocol):
     """A model that answers, on this machine or on a server.
 
-    identity: differs if the weights do. sampling: the advice of the model's makers. engine: None on
-    a server. context: None if its size is not known.
+    identity: differs if the weights do. sampling: the advice of the model's makers. engine, and
+    sampling: None on a server. context: None if its size is not known.
     """
 
     @property
     def identity(self) -> str: ...
 
     @property
-    def sampling(self) -> SamplingOptions | RequestedSampling: ...
+    def sampling(self) -> SamplingOptions | None: ...
 
     @property
     def engine(self) -> Engine | None: ...
@@ -144,36 +144,34 @@ class ChatModel(Protocol):
 
 
 def request_of(
-    advised: SamplingOptions,
     messages: Sequence[Message | Mapping[str, Any]] = (),
     **options: Any,
 ) -> Request:
     """Return a request with options by the names of `Request` and `SamplingOptions`.
 
-    What is not given of the sampling is as `advised`. Tools are OpenAI's objects. Raises
-    `UsageError` for an unknown option and for tools. `checked_request` checks the other values.
+    Tools are OpenAI's objects. Raises `UsageError` for an unknown option and for tools.
+    `checked_request` checks the other values.
     """
     names = {field.name for field in fields(Request)}
-    sampled = {field.name for field in fields(advised)}
+    sampled = {field.name for field in fields(SamplingOptions)}
     for name in options:
         if name not in names | sampled:
             listed = ", ".join(sorted((names | sampled) - {"messages", "prompt", "sampling"}))
             raise UsageError(f"there is no option {name!r}", hint=f"The options are {listed}.")
     options = {name: value for name, value in options.items() if value is not None}
     numbers = {name: options.pop(name) for name in sampled & options.keys()}
-    if isinstance(biases := numbers.get("logit_bias"), Mapping):
-        numbers["logit_bias"] = tuple(biases.items())
-    stop = options.get("stop") or ()
-    if isinstance(stop, str | list | tuple):
+    if isinstance(stop := options.get("stop"), str | list | tuple):
         options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     if isinstance(tools := options.get("tools"), list | tuple):
         offered = tuple(map(_tool, tools))
         if len({tool.name for tool in offered}) < len(offered):
             raise UsageError("two tools have the same name")
         options["tools"] = ToolOffer(offered, offered) if offered else None
-    sampling = options.pop("sampling", None) or advised
+    sampling = options.pop("sampling", {})
     if isinstance(sampling, SamplingOptions):
         sampling = replace(sampling, **numbers)
+    elif isinstance(sampling, Mapping):
+        sampling = {**sampling, **numbers}
     raw: Any = messages  # mappings become messages in `checked_request`
     return Request(raw, sampling=sampling, **options)
 
@@ -185,10 +183,11 @@ def _tool(tool: Any) -> Tool:
     if not isinstance(tool, Tool):
         raise UsageError('a tool is {"type": "function", "function": {"name": ..., ...}}')
     if not TOOL_NAME.fullmatch(tool.name):
-        raise UsageError(f"the name of a tool {TOOL_NAME_RULE}, not {tool.name!r:.80}")
+        raise UsageError(f"the name of a tool {TOOL_NAME_RULE}, not {short_repr(tool.name)}")
     schema = {} if tool.parameters is None else tool.parameters
     if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
         raise UsageError(f"the parameters of {tool.name} have to be the schema of an object")
+    schema_text(schema)
     if not isinstance(tool.description, str | None):
         raise UsageError(f"the description of {tool.name} has to be a text")
     return tool

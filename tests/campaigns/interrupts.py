@@ -72,7 +72,7 @@ def open_session(model: Path, experts: int | None) -> Any:
     text = ModelText(CharacterTokenizer(), TinyTemplate(), greedy)
     opened = Model("tiny", lambda: load_engine(model, options), text)
     assert experts is None or opened.engine.experts.slots == experts
-    return ChatSession(opened, greedy, ChatOptions(max_tokens=LONGEST))
+    return ChatSession(opened, ChatOptions(max_tokens=LONGEST))
 
 
 def interrupted(session: Any, question: str, in_chat: bool, presser: Presser, at: float) -> str:

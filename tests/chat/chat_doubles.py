@@ -18,6 +18,7 @@ from mixchat.engine.stats import GenerationStats
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.face.events import End, Failed, Piece
 from mixchat.face.model import Model, ModelAnswer, ModelText
+from mixchat.face.numbers import with_numbers
 from mixchat.face.prompt import PromptMaker
 from mixchat.face.request import Request
 from mixchat.face.running_answer import RunningAnswer
@@ -232,9 +233,8 @@ class ScriptedEvents:
         self._earlier = prompt.answered or Message("assistant", "")
         limit = model.longest_answer(request.max_tokens)
         model.engine.longest_answer(prompt.ids, limit)
-        asked = AnswerRequest(
-            prompt.ids, request.sampling or model.sampling, model.template.stop_ids, limit
-        )
+        sampling = with_numbers(model.sampling, request.sampling)
+        asked = AnswerRequest(prompt.ids, sampling, model.template.stop_ids, limit)
         self._answer = RunningAnswer(
             request,
             prompt,
@@ -360,10 +360,10 @@ def make_session(*script: str | Sequence[Any], **options: Any) -> Any:
         thinking=options.pop("thinking", None),
         prefix=options.pop("prefix", ""),
     )
-    sampling = options.pop("sampling", SamplingOptions(seed=options.pop("sampling_seed", None)))
+    advised = options.pop("advised", SamplingOptions())
     advised_tokens, form = options.pop("advised_tokens", None), options.pop("form", None)
     model = ScriptedModel(
         ScriptedEngine(*script, context_size=options.pop("context_size", 1000)),
-        ModelText(CharacterTokenizer(), template, sampling, advised_tokens),
+        ModelText(CharacterTokenizer(), template, advised, advised_tokens),
     )
-    return ChatSession(model, sampling, ChatOptions(**options), form)
+    return ChatSession(model, ChatOptions(**options), form)

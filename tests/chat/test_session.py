@@ -13,7 +13,7 @@ from chat_doubles import (
 )
 
 from mixchat.base.errors import PromptError
-from mixchat.base.options import ChatOptions, SamplingOptions
+from mixchat.base.options import ChatOptions
 from mixchat.chat.session import ChatSession
 from mixchat.face.events import End, LeftOut, Piece, Reading
 from mixchat.face.model import ModelText
@@ -132,7 +132,7 @@ def test_a_failing_turn_leaves_no_trace(session_of, failure, said):
 
 def test_a_question_asked_again_gets_another_seed_and_a_new_session_the_same(session_of):
     def seeds():
-        session = session_of("a", "b", sampling=SamplingOptions(seed=7))
+        session = session_of("a", "b", sampling={"seed": 7})
         ends = [listen(session.ask("Hi"))[1] for _ in range(2)]
         assert [end.seed for end in ends] == [s.seed for s in session.engine.samplings]
         return [end.seed for end in ends]
@@ -151,7 +151,7 @@ def test_a_completion_keeps_the_space_that_it_continues_with(continues, text):
     template = PlainTemplate(continues_prompt=continues)
     engine = ScriptedEngine(" world")
     model = ScriptedModel(engine, ModelText(SpacelessTokenizer(), template))
-    session = ChatSession(model, SamplingOptions(), ChatOptions())
+    session = ChatSession(model, ChatOptions())
     assert listen(session.ask("Hello"))[0] == text
 
 
@@ -286,9 +286,9 @@ def test_an_answer_is_remembered_if_the_program_has_to_end(session_of):
 
 def test_a_restored_chat_continues_with_its_seeds(session_of):
     """/regen after a resume gave the same answer again."""
-    session = session_of("a", "b", sampling=SamplingOptions(seed=5))
+    session = session_of("a", "b", sampling={"seed": 5})
     turns_of(session, "one", "two")
-    other = session_of("c", sampling=SamplingOptions(seed=5))
+    other = session_of("c", sampling={"seed": 5})
     other.restore(session.history)
     assert listen(other.ask_again())[1].seed == 7
 

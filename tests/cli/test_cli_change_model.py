@@ -121,7 +121,7 @@ def test_one_engine_is_closed_before_another_is_loaded(start, loads):
 def test_a_model_that_cannot_be_loaded_leaves_the_old_one(start, loads, fault):
     chat = start()
     ask(chat.saver)
-    seed, ids = chat.saver.session.sampling.seed, chat.saver.session.history[1].ids
+    seed, ids = chat.saver.session.sampling["seed"], chat.saver.session.history[1].ids
     loads.failing["second"] = fault
     with pytest.raises(type(fault)):
         chat.change("second")
@@ -130,7 +130,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_old_one(start, loads, fault):
     assert loads.left_over == []  # the error held what was half loaded
     assert chat.saver.model == "first"
     assert chat.saver.session.history[1].ids == ids
-    assert chat.saver.session.sampling.seed == seed
+    assert chat.saver.session.sampling["seed"] == seed
     assert ask(chat.saver, "he").generated_tokens == 3
 
 

@@ -26,7 +26,7 @@ def saver_of(tiny_model, tmp_path):
 
     def new():
         models.append(Model("tiny", lambda: load_engine(tiny_model, options), text))
-        session = ChatSession(models[-1], sampling, ChatOptions(max_tokens=6))
+        session = ChatSession(models[-1], ChatOptions(max_tokens=6))
         return ChatSaver(session, ChatStore(tmp_path / "chats"), "tiny")
 
     yield new

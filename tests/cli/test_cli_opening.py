@@ -42,8 +42,8 @@ def seen(monkeypatch):
         seen["directory"], seen["load"] = installed.directory, options
         return ScriptedEngine()
 
-    def session(model, sampling, options, form):
-        seen["session"] = sampling, options
+    def session(model, options, form):
+        seen["session"] = options
         model.close()
         raise Stop
 
@@ -60,12 +60,14 @@ def test_flags_reach_the_engine_and_the_session(mixchat, seen, tiny_model):
         *("--repeat-penalty", "1.7", "--seed", "8", "-n", "9", "--stop", "x", "--stop", "y"),
     )
     mixchat("run", "-m", str(tiny_model), "Hi", *flags, fake=False)
-    load, (sampling, options) = seen["load"], seen["session"]
+    load, options = seen["load"], seen["session"]
     assert Path(seen["directory"]) == Path(seen["text"]) == tiny_model
     assert (load.context_size, load.device) == (77, "cpu")
     assert load.host_memory == MemoryBudget(fraction=0.5)
-    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.3, 0.4, 5)
-    assert (sampling.min_p, sampling.repeat_penalty, sampling.seed) == (0.06, 1.7, 8)
+    assert options.sampling == {
+        **{"temperature": 0.3, "top_p": 0.4, "top_k": 5},
+        **{"min_p": 0.06, "repeat_penalty": 1.7, "seed": 8},
+    }
     assert (options.system, options.max_tokens) == ("Be brief.", 9)
     assert options.stop == ["x", "y"]
 

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,13 @@ import torch
 from tiny_tokenizer import write_tokenizer
 
 import mixchat
-from mixchat.base.errors import ModelNotFoundError, PromptError, UsageError
+from mixchat.base.errors import (
+    MixchatError,
+    ModelNotFoundError,
+    PromptError,
+    UsageError,
+    short_repr,
+)
 from mixchat.text.tool_call import ToolCall
 
 QUESTION = [{"role": "user", "content": "hell"}]
@@ -103,6 +110,22 @@ def test_several_threads_ask_at_once_and_get_what_one_gets_alone(model):
         ({"temperature": 10**400}, "temperature"),
         ({"top_k": 1.5}, "top_k"),
         ({"top_k": True}, "top_k"),
+        ({"top_k": 2**31}, "top_k"),
+        ({"top_p": Fraction(1, 10**400)}, "top_p"),
+        ({"temperature": 10**5000}, "temperature has to be 0 or more, not a value of the type int"),
+        ({"seed": 3.0}, "seed"),
+        ({"temperature": np.array([1, 2])}, "temperature"),
+        ({"presence_penalty": 1e39}, "presence_penalty"),
+        ({"logit_bias": {1: 1e39}}, "logit_bias has to be numbers between -1e9 and 1e9"),
+        ({"logit_bias": np.array(5)}, "logit_bias"),
+        ({"stop": np.array(["a", "b"])}, "stop"),
+        ({"overflow": np.array(["stop", "drop-oldest"])}, "overflow"),
+        ({"sampling": np.array([1, 2])}, "sampling"),
+        ({"sampling": {"heat": 1}}, "no option 'heat' of sampling"),
+        ({"form": {"type": object()}}, "the schema is not JSON"),
+        ({"form": {"maximum": math.nan}}, "the schema is not JSON"),
+        ({"form": np.array([1, 2])}, "the schema is not JSON"),
+        ({"tools": [{"function": {"name": "f", "parameters": {"a": object()}}}]}, "not JSON"),
         ({"presence_penalty": math.inf}, "presence_penalty"),
         ({"frequency_penalty": math.nan}, "frequency_penalty"),
         ({"logit_bias": {1: math.inf}}, "logit_bias"),
@@ -123,7 +146,7 @@ def test_several_threads_ask_at_once_and_get_what_one_gets_alone(model):
         ({"tools": [{"function": {"name": "f"}}] * 2}, "same name"),
         ({"tools": [{"function": {"name": "f", "parameters": {"type": "array"}}}]}, "object"),
     ],
-    ids=str,
+    ids=short_repr,
 )
 def test_an_option_that_cannot_be_used_is_refused(model, options, message):
     """Some ended in errors of Python or of torch, in the midst of an answer."""
@@ -139,11 +162,33 @@ def test_a_prompt_that_is_neither_text_nor_tokens_is_refused(model, prompt):
         model.ask(mixchat.Request(prompt=prompt))
 
 
-def test_ids_and_numbers_may_be_numpys_and_torchs(model):
-    expected = list(model.generate([5, 6], top_k=3, seed=1, max_tokens=4))[-1].message
-    for ids in (np.array([5, 6]), torch.tensor([5, 6]), (np.int64(5), 6)):
-        *_, end = model.generate(ids, top_k=np.int64(3), seed=1, max_tokens=4)
+def test_numbers_may_be_those_of_another_library(model):
+    """A seed of numpy's and a temperature of 1/2 ended in errors of Python and of torch."""
+    options = {"top_k": 3, "seed": 1, "max_tokens": 4, "temperature": 0.5, "min_p": 0.25}
+    expected = list(model.generate([5, 6], **options, logit_bias={7: 2.0}))[-1].message
+    numpys = {name: np.array([value])[0] for name, value in options.items()}
+    numpys |= {"temperature": Fraction(1, 2), "min_p": np.float32(0.25)}
+    for ids in (np.array([5, 6]), torch.tensor([5, 6]), (np.int64(5), 6), iter([5, 6])):
+        *_, end = model.generate(ids, **numpys, logit_bias={np.int64(7): np.float32(2)})
         assert end.message == expected
+    earlier = mixchat.Message("assistant", "a", ids=np.array(model.tokenizer.encode("a")))
+    assert list(model.chat([*QUESTION, earlier, *QUESTION], max_tokens=1))[-1].reason == "length"
+
+
+def test_the_largest_amounts_that_are_added_to_logits_leave_them_finite(model):
+    """From 1e39 on, torch refused them in the midst of an answer."""
+    most = {"presence_penalty": 1e9, "frequency_penalty": -1e9, "logit_bias": {7: 1e9, 8: -1e9}}
+    for options in (most, {**most, "frequency_penalty": 1e9, "presence_penalty": -1e9}):
+        *_, end = model.generate([5, 6], **options, temperature=1e-5, top_p=0.9, max_tokens=6)
+        assert end.stats.generated_tokens == 6
+
+
+def test_a_model_that_is_closed_says_so(directory):
+    model = mixchat.load(directory, device="cpu")
+    model.close()
+    for use in (model.about, lambda: model.chat(QUESTION), lambda: model.generate("x")):
+        with pytest.raises(MixchatError, match="the model is closed"):
+            use()
 
 
 @pytest.mark.parametrize(
@@ -156,6 +201,8 @@ def test_ids_and_numbers_may_be_numpys_and_torchs(model):
         [mixchat.Message("user", 5)],
         [{"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}, *QUESTION],
         [{"role": "assistant", "content": "", "tool_calls": 5}, *QUESTION],
+        [{"role": np.array(["user", "user"]), "content": "x"}],
+        [{"role": "assistant", "content": "", "tool_calls": np.array([1, 2])}, *QUESTION],
         [mixchat.Message("assistant", "", calls=(ToolCall("1", "f", "[1]"),)), *QUESTION],
     ],
     ids=str,
@@ -193,6 +240,9 @@ def test_calls_of_tools_in_a_conversation_are_in_its_prompt(model):
         {"context_size": 1.5},
         {"kv_bits": 4},
         {"cache_policy": "newest"},
+        {"cache_policy": np.array(["lru", "layered"])},
+        {"workers": np.array(5)},
+        {"least_context": np.array([1, 2])},
         {"device": 0},
         {"device_memory": 5},
         {"workers": "192.168.1.5"},

@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mixchat.base.errors import MixchatError
-from mixchat.base.options import SamplingOptions
 from mixchat.chat.saved.chat_file import SavedChat, checked_name, now
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.face.numbers import numbers_of, with_numbers
+from mixchat.face.numbers import accepted_numbers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,10 +99,7 @@ class ChatSaver:
         if "system" not in except_for:
             session.system = chat.system
         saved = {name: value for name, value in chat.sampling.items() if name not in except_for}
-        if session.model.engine is None:  # a server may refuse options that nobody chose
-            unchosen = numbers_of(SamplingOptions())
-            saved = {name: value for name, value in saved.items() if value != unchosen.get(name)}
-        session.sampling = with_numbers(session.sampling, saved)
+        session.changed = accepted_numbers(saved)
         self.chat, self._has_file, self.fault = chat, True, None
         self.autosave = self._autosave_at_first
 
@@ -114,7 +110,7 @@ class ChatSaver:
             identity=self.session.model.identity,
             updated=now(),
             system=self.session.system,
-            sampling=numbers_of(self.session.sampling),
+            sampling=self.session.sampling,
             messages=tuple(self.session.history),
         )
 

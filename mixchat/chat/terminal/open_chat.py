@@ -21,7 +21,6 @@ from mixchat.base.errors import (
 from mixchat.base.model_config import DEFAULT_TOKENS
 from mixchat.base.options import ChatOptions
 from mixchat.base.progress import Reporter, in_background
-from mixchat.face.numbers import with_numbers
 from mixchat.face.reading_time import Predictor, ReadingTime
 
 if TYPE_CHECKING:
@@ -213,10 +212,11 @@ class OpenChat:
             return tokens and tokens + DEFAULT_TOKENS // 4
 
         model = self.models.open(name, least_context, shown=shown)
-        sampling = with_numbers(model.sampling, self._options.sampling)
-        if model.engine is not None and sampling.seed is None:  # drawn here, to be shown
-            sampling = replace(sampling, seed=secrets.randbelow(2**32))
-        return ChatSession(model, sampling, self._options, self._form)
+        options = self._options
+        if model.engine is not None and options.sampling.get("seed") is None:  # to be shown
+            sampling = {**options.sampling, "seed": secrets.randbelow(2**32)}
+            options = replace(options, sampling=sampling)
+        return ChatSession(model, options, self._form)
 
     def _take(self, name: str) -> None:
         opened = self._new_session(name)

@@ -34,10 +34,10 @@ from mixchat.face.numbers import LENGTHS, SAMPLING
 _NUMBERS = {number.field: (f"--{name}", number) for name, number in {**SAMPLING, **LENGTHS}.items()}
 
 
-def within_limits(name: str) -> Callable[[Any], None]:
+def within_limits(name: str) -> Callable[[Any], object]:
     """Return a check that raises `UsageError` outside the limits of a flag. NaN always is."""
     flag, number = _NUMBERS[name]
-    return lambda value: number.check(flag, value)
+    return lambda value: number.checked(flag, value)
 
 
 def checked_model(name: str) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 from mixchat.base.context import UNKNOWN_CONTEXT, Context
 from mixchat.base.errors import PromptTooLongError, ServerError
-from mixchat.base.options import RequestedSampling
 from mixchat.engine.stats import GenerationStats
 from mixchat.face.events import COMPLETE, End, Event, LeftOut, Piece, Reading, Reason
 from mixchat.face.prompt import LEAVE_OUT_HINT
@@ -33,7 +32,7 @@ class ServerModel:
 
     identity = SERVER_IDENTITY
     engine = None
-    sampling = RequestedSampling()
+    sampling = None
     can_skip_thinking = True  # as far as one can know
 
     def __init__(self, client: ServerClient, model: ListedModel) -> None:
@@ -96,8 +95,8 @@ class ServerModel:
         self._counted = (_texts(messages), tokens)
 
     def _body(self, request: Request, messages: Sequence[Message]) -> dict[str, Any]:
-        sampling = request.sampling or self.sampling
-        body = {name: value for name, value in vars(sampling).items() if value is not None}
+        assert isinstance(request.sampling, Mapping)  # of a chat, which sends what was chosen
+        body = dict(request.sampling)
         if request.max_tokens:
             body["max_tokens"] = request.max_tokens
         if request.stop:

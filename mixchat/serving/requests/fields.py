@@ -212,15 +212,17 @@ def number(limits: NumberParameter) -> PlainValidator:
     """Return a validator that takes a number within its limits."""
 
     def check(value: Any) -> Any:
-        if not limits.accepts(value):
+        number = limits.accepted(value)
+        if number is None:
             raise wrong("invalid_value", f"has to be {limits.limits}")
-        return value
+        return number
 
     return PlainValidator(check)
 
 
 def checked_number(value: Any, limits: NumberParameter, path: str) -> Any:
     """Return a number within its limits. Raises `RequestError`."""
-    if not limits.accepts(value):
+    number = limits.accepted(value)
+    if number is None:
         raise value_error(path, limits.limits, value)
-    return value
+    return number

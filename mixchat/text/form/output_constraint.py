@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mixchat.base.errors import CheckpointError, UsageError
+from mixchat.base.errors import CheckpointError, UsageError, short_message
 from mixchat.base.progress import Note, waiting_for
 from mixchat.text.form.grammar import looks_like_gbnf
 from mixchat.text.literals import refuse_constant
@@ -60,12 +60,18 @@ def checked_schema(
     `at_end` ends the check when it is closed. Raises `UsageError` as `schema_grammar` does, and if
     the schema takes more than `seconds` of computing or more than 1 GB.
     """
+    grammar = checked("schema", schema_text(schema), seconds, at_end).grammar
+    return OutputConstraint(grammar, schema if isinstance(schema, dict) else None)
+
+
+def schema_text(schema: object) -> str:
+    """Return a schema as JSON. Raises `UsageError` if it cannot be written so."""
     try:
-        text = json.dumps(schema)
+        return json.dumps(schema, allow_nan=False)
     except RecursionError:
         raise UsageError("the schema is too deeply nested") from None
-    grammar = checked("schema", text, seconds, at_end).grammar
-    return OutputConstraint(grammar, schema if isinstance(schema, dict) else None)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the schema is not JSON ({short_message(error)})") from None
 
 
 def checked(

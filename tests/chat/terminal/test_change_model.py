@@ -129,12 +129,13 @@ def test_the_chat_ends_if_no_model_is_left(session_of):
 
 
 def test_what_was_changed_of_the_sampling_stays_and_all_else_is_advised(session_of):
-    session = session_of(sampling=SamplingOptions(temperature=0.5, top_p=0.9, seed=1))
-    session.sampling = SamplingOptions(temperature=0.5, top_p=0.8, seed=1)
+    session = session_of(advised=SamplingOptions(temperature=0.5, top_p=0.9), sampling={"seed": 1})
+    session.changed["top_p"] = 0.8
     session.system, session.max_tokens, session.stop = "Be brief.", 7, ("x",)
-    session.take_model(session_of(sampling=SamplingOptions(temperature=0.2, top_p=0.7, seed=2)))
-    assert session.sampling == SamplingOptions(temperature=0.2, top_p=0.8, seed=1)
-    assert session.advised == SamplingOptions(temperature=0.2, top_p=0.7, seed=1)
+    advised = SamplingOptions(temperature=0.2, top_p=0.7)
+    session.take_model(session_of(advised=advised, sampling={"seed": 2}))
+    assert session.sampling == {"seed": 1, "top_p": 0.8}
+    assert session.model.sampling == advised
     assert (session.system, session.max_tokens, session.stop) == ("Be brief.", 7, ("x",))
 
 

@@ -7,7 +7,6 @@ import pytest
 from chat_typing import CTRL_U, error_of, prompts_of, typed
 
 from mixchat.base.errors import MixchatError
-from mixchat.base.options import SamplingOptions
 from mixchat.chat.terminal.commands import COMMAND_ALIASES, COMMANDS, completions, help_text
 from mixchat.chat.terminal.screen import Screen
 from mixchat.text.thinking import ThinkingFormat
@@ -123,7 +122,7 @@ def test_clear_starts_a_new_chat_and_the_old_one_is_saved(session_of, store):
 
 
 def test_set_changes_a_parameter_in_the_middle_of_a_chat(session_of):
-    session = session_of("a", "b", "world", sampling=SamplingOptions(temperature=0.2))
+    session = session_of("a", "b", "world", sampling={"temperature": 0.2})
     changes = ("/set temperature 0.25", "/set top-k 7", "/set max-tokens 9")
     more = ("/set temp none", "/set stop ld", "/set overflow drop-oldest", "More")
     typed(session, "Hi", *changes, "Again", *more)
@@ -146,7 +145,15 @@ def test_set_without_a_value_shows_one_or_all(session_of):
 @pytest.mark.parametrize(
     "argument",
     [
-        *("temp warm", "temp nan", "top-k 1.5", "max-tokens -1", "overflow never", "think loud"),
+        *(
+            "temp warm",
+            "temp nan",
+            "top-k 1.5",
+            "top-k 99999999999999999999",
+            "max-tokens -1",
+            "overflow never",
+            "think loud",
+        ),
         "tmp 1",
     ],
 )
@@ -202,7 +209,7 @@ def test_chats_lists_them(session_of, store):
 
 
 def test_regen_answers_the_same_question_again_with_another_seed(session_of):
-    session = session_of("Hello", "Good day", sampling_seed=7)
+    session = session_of("Hello", "Good day", sampling={"seed": 7})
     typed(session, "Hi", "/regen")
     assert prompts_of(session) == ["[user]Hi"] * 2
     assert [message.content for message in session.history] == ["Hi", "Good day"]

@@ -53,7 +53,7 @@ def session_with(open_engine):
     def opened(**options):
         text = ModelText(CharacterTokenizer(), TinyTemplate(), GREEDY)
         models.append(Model("tiny", open_engine, text))
-        return ChatSession(models[-1], GREEDY, ChatOptions(**options))
+        return ChatSession(models[-1], ChatOptions(**options))
 
     yield opened
     for model in models:

@@ -4,7 +4,7 @@ import pytest
 from scripted_server import DONE, STREAM, Answer, ScriptedServer, delta, event, refusal, says, usage
 
 from mixchat.base.errors import PromptError, ServerError, UsageError
-from mixchat.base.options import ChatOptions, RequestedSampling
+from mixchat.base.options import ChatOptions
 from mixchat.chat.session import ChatSession
 from mixchat.face import request
 from mixchat.face.events import End, LeftOut, Piece, Reading
@@ -18,10 +18,9 @@ from mixchat.text.messages import Message
 
 def session_with(server, context_size=None, **options):
     client = ServerClient(ServerURL.parse(server.address))
-    sampling = options.pop("sampling", RequestedSampling())
     form = options.pop("form", None)
     model = ServerModel(client, ListedModel("tiny", context_size))
-    return ChatSession(model, sampling, ChatOptions(**options), form)
+    return ChatSession(model, ChatOptions(**options), form)
 
 
 def text_of(events):
@@ -77,7 +76,7 @@ def test_the_conversation_is_sent_with_nothing_that_nobody_asked_for():
 
 def test_what_was_asked_for_is_sent_even_if_it_is_the_default_elsewhere():
     with ScriptedServer(says("a"), says("b")) as server:
-        sampling = RequestedSampling(temperature=0.7, top_k=0, seed=5)
+        sampling = {"temperature": 0.7, "top_k": 0, "seed": 5}
         session = session_with(server, sampling=sampling, max_tokens=9, stop=["END"])
         list(session.ask("Hi"))
         list(session.ask("Hi"))
