@@ -27,7 +27,7 @@ from mixchat.base.errors import (
 from mixchat.base.quantities import format_size
 
 TEMPORARY_SUFFIX = ".mixchat.tmp"  # of a file until it is whole, which no other program writes
-MAX_SIZE = 100_000_000  # bytes, of small files of checkpoints and of chats
+MAX_SIZE = 100_000_000  # bytes, of small files of checkpoints
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # The permissions are missing, or something else is there.
 NOT_WRITABLE = (

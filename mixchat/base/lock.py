@@ -20,13 +20,11 @@ class Busy(Exception):
 
 
 @contextmanager
-def exclusive_lock(
-    target: Path, *, on_wait: Callable[[], object] | None = None, timeout: float = math.inf
-) -> Iterator[None]:
+def exclusive_lock(target: Path, *, on_wait: Callable[[], object] | None = None) -> Iterator[None]:
     """Hold the exclusive right to write `target`, by a lock file next to it.
 
-    If another process holds it, `on_wait` is called, and this one waits for `timeout` seconds.
-    Raises `Busy` after that, or at once without `on_wait`, and `OSError`.
+    If another process holds it, `on_wait` is called, and this one waits. Raises `Busy` in place of
+    that without `on_wait`, and `OSError`.
     """
     # No model, chat or file of mixchat begins with a dot.
     path = target.parent / f".{target.name}{LOCK_SUFFIX}"
@@ -37,7 +35,7 @@ def exclusive_lock(
             if on_wait is None:
                 raise
             on_wait()
-            stack.enter_context(lock_file(path, timeout=timeout, remove=True))
+            stack.enter_context(lock_file(path, timeout=math.inf, remove=True))
         yield
 
 

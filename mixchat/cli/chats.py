@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import datetime
 
 import typer
 
-from mixchat.base.errors import UsageError
+from mixchat.base.errors import ChatNotFoundError, UsageError
 from mixchat.chat.printing import columns, say, show
 from mixchat.chat.saved.chat_text import chat_table, to_json, to_markdown
 from mixchat.cli.flags.arguments import checked
@@ -22,10 +23,15 @@ _CHAT = typer.Argument(
     help="The chat's ID, a unique prefix of it, or its name.",
 )
 _RM = option("--rm", "Remove the chat.")
+_SEARCH = option("--search WORD", "List only the chats that contain WORD.")
 
 
-def chats(chat: str | None = _CHAT, as_json: bool = JSON, rm: bool = _RM) -> None:
-    """List the saved chats, print one as Markdown, or remove one."""
+def chats(
+    chat: str | None = _CHAT, as_json: bool = JSON, rm: bool = _RM, search: str | None = _SEARCH
+) -> None:
+    """List or search the saved chats, print one as Markdown, or remove one."""
+    if search is not None and (chat is not None or rm or not search):
+        raise UsageError("--search WORD lists the chats with a word: give no ID, and no --rm")
     if rm and (chat is None or as_json):
         raise UsageError("--rm removes one chat: give its ID, and no --json")
     from mixchat.chat.saved.chat_store import ChatStore
@@ -38,20 +44,15 @@ def chats(chat: str | None = _CHAT, as_json: bool = JSON, rm: bool = _RM) -> Non
         else:
             show((to_json if as_json else to_markdown)(store.load(chat)))
         return
-    saved = store.all()
+    saved = store.all("" if search is None else checked(search, "--search"))
     if as_json:
-        keys = ("id", "name", "model", "turns", "question", "problem")
-        entries = [{key: vars(summary)[key] for key in keys} for summary in saved]
-        for entry, summary in zip(entries, saved, strict=True):
-            for key, moment in (("created", summary.created), ("updated", summary.updated)):
-                entry[key] = moment and moment.isoformat()
-            entry["path"] = str(summary.path)
-        show(json.dumps(entries, indent=2))
+        show(json.dumps([*map(vars, saved)], indent=2, default=datetime.isoformat))
     elif saved:
         terminal = sys.stdout.isatty()
         show(chat_table(saved, columns(sys.stdout) if terminal else None))
-        whole = [summary.id for summary in saved if summary.problem is None]
-        if whole and terminal:
-            say("", f"To resume one: mixchat run --resume {whole[0]}", stream=sys.stdout)
+        if terminal:
+            say("", f"To resume one: mixchat run --resume {saved[0].id}", stream=sys.stdout)
+    elif search:
+        raise ChatNotFoundError(f"no saved chat has the text {search!r}")
     else:
         say(f"There are no chats in {store.directory} yet.", "'mixchat run' starts one.")

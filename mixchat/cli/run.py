@@ -22,7 +22,7 @@ from mixchat.serving.client.server_url import SERVER_IDENTITY, SERVER_PORT
 
 if TYPE_CHECKING:
     from mixchat.base.context import Context
-    from mixchat.chat.saved.chat_file import SavedChat
+    from mixchat.chat.saved.saved_chat import SavedChat
     from mixchat.chat.session import ModelProvider
 
 

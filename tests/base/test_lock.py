@@ -164,7 +164,7 @@ def test_only_one_of_many_threads_holds_the_lock(target):
 
 def test_a_process_does_not_wait_longer_than_its_timeout(target, holder):
     """A session that was suspended while it saved made all others wait, without Ctrl-C."""
-    with pytest.raises(Busy), exclusive_lock(target, on_wait=lambda: None, timeout=0.1):
+    with pytest.raises(Busy), lock_file(lock_file_of(target), timeout=0.1):
         pass
     holder.kill()
     holder.wait()

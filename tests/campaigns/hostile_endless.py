@@ -82,7 +82,7 @@ def _here(work: Path) -> Iterator[tuple[str, tuple[str, ...], dict[str, str]]]:
         yield name, arguments, {}
     chats = Path(os.environ["MIXCHAT_HOME"]) / "chats"
     chats.mkdir(exist_ok=True)
-    _sparse(chats / "20260101-0000-aaa.json", b"{")
+    _sparse(chats / "chats.db", b"{")
     yield "a saved chat", ("run", "--resume", "20260101-0000-aaa", "Hi"), {}
     for name in ("config.json", "tokenizer.model"):
         model = work / name.partition(".")[0]

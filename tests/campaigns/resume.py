@@ -73,8 +73,8 @@ def _begin(number: int) -> str:
     from mixchat.chat.saved.chat_store import ChatStore
 
     store = ChatStore()
-    for id in store.ids():
-        store.remove(id)
+    for chat in store.all():
+        store.remove(chat.id)
     session = make_session("Hello")
     list(session.ask(f"Begin {number}"))
     saver = ChatSaver(session, store, "demo")
@@ -87,7 +87,7 @@ def _asked() -> set[str]:
     from mixchat.chat.saved.chat_store import ChatStore
 
     store = ChatStore()
-    return {m.content for id in store.ids() for m in store.load(id).messages}
+    return {m.content for chat in store.all() for m in store.load(chat.id).messages}
 
 
 def _quick(id: str, questions: list[str], outputs: list[Path]) -> list[int | None]:

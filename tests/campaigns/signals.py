@@ -7,7 +7,6 @@ keeps what was said, and leaves the terminal as it was. The demo model has to be
 Exit code 0: no fault was found.
 """
 
-import json
 import os
 import random
 import re
@@ -179,8 +178,11 @@ def lost(screen: str, place: Path) -> Iterator[str]:
     said = re.sub(r"reading [\d,]+ (of|tokens)[^\r]*", "", said)  # up to its removal
     said = re.sub(r"\x1b\[2m.*?\x1b\[22m", "", said)  # the status line
     words = [word for word in said.split() if word.isalpha()]
-    saved = [json.loads(path.read_text()) for path in (place / "chats").glob("*.json")]
-    text = " ".join(message["content"] for chat in saved for message in chat["messages"])
+    from mixchat.chat.saved.chat_store import ChatStore
+
+    store = ChatStore(place / "chats")
+    saved = [store.load(chat.id) for chat in store.all()]
+    text = " ".join(message.content for chat in saved for message in chat.messages)
     if missing := [word for word in words[:5] if word not in text]:
         yield f"{missing} were printed and not saved"
 

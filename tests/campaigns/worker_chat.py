@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -176,9 +175,10 @@ class Chat:
         """Return the answer to a question, as it was saved."""
         self.type_line(question)
         self._shown = self._terminal.wait_for(PROMPT, PATIENCE)
-        chats = (self._campaign.work / "home" / "chats").glob("*.json")
-        newest = max(chats, key=lambda path: path.stat().st_mtime_ns)
-        return str(json.loads(newest.read_text())["messages"][-1]["content"])
+        from mixchat.chat.saved.chat_store import ChatStore
+
+        store = ChatStore(self._campaign.work / "home" / "chats")
+        return store.load("last").messages[-1].content
 
     def on_workers(self) -> bool:
         """Return whether workers held experts in the last answer."""

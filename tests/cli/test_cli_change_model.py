@@ -112,7 +112,7 @@ def test_one_engine_is_closed_before_another_is_loaded(start, loads):
     assert [m.content for m in chat.saver.session.history] == [m.content for m in asked]
     assert chat.saver.session.engine.context_size == 128
     assert ask(chat.saver, "he").reused_tokens == 0
-    assert chat.saver.store.latest().model == "second"
+    assert chat.saver.store.load("last").model == "second"
 
 
 @pytest.mark.parametrize(

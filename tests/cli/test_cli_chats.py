@@ -8,8 +8,8 @@ import pytest
 from command_line import FAKE, loaded_by
 from terminal import Terminal
 
-from mixchat.chat.saved.chat_file import SavedChat
 from mixchat.chat.saved.chat_store import ChatStore
+from mixchat.chat.saved.saved_chat import SavedChat
 from mixchat.text.messages import Message
 
 BEGAN = datetime(2026, 11, 25, 16, 30, tzinfo=timezone.utc)
@@ -54,18 +54,32 @@ def test_nothing_in_a_chat_acts_on_the_terminal(mixchat, keep):
     assert row.isprintable()
 
 
-def test_a_damaged_chat_is_listed_with_what_to_do(mixchat, keep, store):
+def test_damaged_chats_are_said_to_be_in_one_line_and_stay(mixchat, keep, store):
     keep(SKY, "Why?")
-    (store.directory / f"{SEA}.json").write_text("{")
-    rows = lines_of(mixchat("chats"))[1:]
-    assert any(row.endswith(f"-      cannot be read: mixchat chats {SEA}") for row in rows)
-    assert any(row.endswith('"Why?"') for row in rows)
-    done = mixchat("chats", SEA)
-    assert (done.stdout, done.returncode) == (b"", 6)
-    assert b"is damaged" in done.stderr
+    store.path.write_bytes(b"{" * 5000)
+    for arguments in ((), (SKY,), ("--search", "why"), (SKY, "--rm")):
+        done = mixchat("chats", *arguments)
+        assert (done.stdout, done.returncode) == (b"", 6)
+        assert b"chats.db is damaged (file is not a database)\nhint: Move it away" in done.stderr
+    done = mixchat("run", "--save", "Hi")
+    assert (done.stdout, done.returncode) == (b"Hello\n", 7)
+    assert store.path.read_bytes() == b"{" * 5000
 
 
-def test_the_list_as_json_is_for_programs(mixchat, keep, store):
+def test_a_search_lists_the_chats_with_a_word_and_its_passage(mixchat, keep):
+    keep(SKY, "Why is the sky blue?", "Because of\nRayleigh scattering.")
+    keep(SEA, "Why is the sea salty?", name="Salt")
+    (row,) = lines_of(mixchat("chats", "--search", "rayleigh"))[1:]
+    assert row.startswith(SKY)
+    assert row.endswith('"Because of Rayleigh scattering."')
+    found = json.loads(mixchat("chats", "--search", "why", "--json").stdout)
+    assert [chat["id"] for chat in found] == [SKY, SEA]
+    done = mixchat("chats", "--search", "moon")
+    assert (done.stdout, done.returncode) == (b"", 4)
+    assert done.stderr == b"error: no saved chat has the text 'moon'\n"
+
+
+def test_the_list_as_json_is_for_programs(mixchat, keep):
     keep(SKY, "Why?", name="sky")
     assert json.loads(mixchat("chats", "--json").stdout) == [
         {
@@ -74,16 +88,10 @@ def test_the_list_as_json_is_for_programs(mixchat, keep, store):
             "model": "instruct",
             "turns": 1,
             "question": "Why?",
-            "problem": None,
             "created": "2026-11-25T16:30:00+00:00",
             "updated": "2026-11-25T16:30:00+00:00",
-            "path": str(store.directory / f"{SKY}.json"),
         }
     ]
-    (store.directory / f"{SKY}.json").write_text("{")
-    (row,) = json.loads(mixchat("chats", "--json").stdout)
-    assert "damaged" in row["problem"]
-    assert row["created"] is None
 
 
 def test_a_chat_is_printed_as_markdown_word_for_word(mixchat, keep):
@@ -111,6 +119,9 @@ def test_a_chat_is_removed(mixchat, keep, store):
         (["2026", "--rm"], 4),
         (["--rm"], 2),
         ([SKY, "--rm", "--json"], 2),
+        ([SKY, "--search", "x"], 2),
+        (["--search", "x", "--rm"], 2),
+        (["--search", ""], 2),
         ([""], 2),
         ([b"\xff"], 2),
     ],

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from command_line import PRINT_MODULES
 
-from mixchat.chat.saved.chat_file import SavedChat
 from mixchat.chat.saved.chat_store import ChatStore
+from mixchat.chat.saved.saved_chat import SavedChat
 from mixchat.cli.flags.shell_completion import COMPLETE_VARIABLE
 from mixchat.weights.known_models import KNOWN
 

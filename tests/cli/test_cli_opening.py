@@ -10,8 +10,8 @@ import pytest
 from chat_doubles import ScriptedEngine
 
 from mixchat.base.quantities import MemoryBudget
-from mixchat.chat.saved.chat_file import SavedChat
 from mixchat.chat.saved.chat_store import ChatStore
+from mixchat.chat.saved.saved_chat import SavedChat
 from mixchat.engine import prompt_cache
 from mixchat.text.messages import Message
 

@@ -9,6 +9,7 @@ import pytest
 from command_line import FAKE
 from terminal import Terminal
 
+from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.cli.flags.run_flags import with_last_chat
 
 ENTER, CTRL_D = "\r", "\x04"
@@ -35,7 +36,7 @@ def chat(environment, tmp_path):
 @pytest.fixture
 def ids(environment, tmp_path):
     """The IDs of the saved chats, the oldest first."""
-    return lambda: sorted(path.stem for path in (tmp_path / "home/chats").glob("*.json"))
+    return lambda: sorted(chat.id for chat in ChatStore(tmp_path / "home/chats").all())
 
 
 @pytest.fixture
@@ -98,10 +99,10 @@ def test_an_answer_that_cannot_be_saved_is_there_and_the_exit_code_says_it(
 ):
     """A script that asked for --save was told 0, and its chat was nowhere."""
 
-    def refuse(path, data):
+    def refuse(*arguments, **options):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("mixchat.chat.saved.chat_store.write_private_file", refuse)
+    monkeypatch.setattr("sqlite3.connect", refuse)
     done = mixchat("run", "--save", "Hi")
     assert (done.returncode, done.stdout) == (7, b"Hello\n")
     error, hint = done.stderr.decode().splitlines()
@@ -127,7 +128,7 @@ def test_a_chat_in_the_terminal_that_cannot_be_saved_says_so_by_its_exit_code(
 
 def test_a_question_that_is_refused_leaves_the_chat_as_it_is(mixchat, ids, tmp_path):
     mixchat("run", "--save", "Hi")
-    file = tmp_path / f"home/chats/{ids()[0]}.json"
+    file = tmp_path / "home/chats/chats.db"
     before = file.read_bytes()
     failing = json.dumps([[{"raise": "PromptError", "with": "too long"}]])
     assert mixchat("run", "-r", ids()[0], "-s", "Be new", "Hi", SCRIPT=failing).returncode == 3

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mixchat.base.errors import MixchatError
-from mixchat.chat.saved.chat_file import SavedChat, checked_name, now
-from mixchat.chat.saved.chat_store import ChatStore
+from mixchat.chat.saved.chat_store import ChatStore, new_id
+from mixchat.chat.saved.saved_chat import SavedChat, checked_name, now
 from mixchat.face.numbers import accepted_numbers
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class ChatSaver:
-    """Saves the chat of `session` if `autosave` is on. A chat gets a file at its first answer.
+    """Saves the chat of `session` in the store, from its first answer on, if `autosave` is on.
 
     `model` is the model's name, which is saved with it. `warn` is called with the first of several
-    failures in a row. If another session changed the file, both chats are saved, and `note` is
+    failures in a row. If another session changed the chat, both chats are saved, and `note` is
     called with a line. `fault` says why the turns so far are not saved, if they should be.
     """
 
@@ -47,7 +47,7 @@ class ChatSaver:
         """Start a new chat. The old one stays as it was saved."""
         started = now()
         self.chat = SavedChat(
-            id=self.store.new_id(started),
+            id=new_id(started),
             name=None,
             model=self.model,
             identity=self.session.model.identity,
@@ -57,7 +57,6 @@ class ChatSaver:
             sampling={},
             messages=(),
         )
-        self._has_file = False
         self.autosave = self._autosave_at_first
         self.fault: MixchatError | None = None
 
@@ -73,7 +72,7 @@ class ChatSaver:
     def save_or_raise(self) -> None:
         """Do as `save` does, but raise the `MixchatError`, for scripts, which read no warning."""
         self.fault = None
-        if self.autosave and (self.session.history or self._has_file):
+        if self.autosave and (self.session.history or self.chat.revision):
             self._write()
 
     def rename(self, name: str | None) -> None:
@@ -100,7 +99,7 @@ class ChatSaver:
             session.system = chat.system
         saved = {name: value for name, value in chat.sampling.items() if name not in except_for}
         session.changed = accepted_numbers(saved)
-        self.chat, self._has_file, self.fault = chat, True, None
+        self.chat, self.fault = chat, None
         self.autosave = self._autosave_at_first
 
     def current(self) -> SavedChat:
@@ -116,13 +115,13 @@ class ChatSaver:
 
     def _write(self) -> None:
         try:
-            self._is_saved(self.store.save(self.current(), self.chat if self._has_file else None))
+            self._is_saved(self.store.save(self.current()))
         except MixchatError as error:
             self.fault = error
             raise
 
     def _is_saved(self, chat: SavedChat) -> None:
         """Continue with the chat as the store has saved it, perhaps under a new ID."""
-        if self._has_file and chat.id != self.chat.id:
+        if self.chat.revision and chat.id != self.chat.id:
             self._note(f"this chat was changed in another session; saved as {chat.id}")
-        self.chat, self._has_file, self.fault = chat, True, None
+        self.chat, self.fault = chat, None

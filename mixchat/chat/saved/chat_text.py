@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from datetime import timezone
 from typing import TYPE_CHECKING
 
 from mixchat.chat.printing import one_line
-from mixchat.chat.saved.chat_file import as_json
 
 if TYPE_CHECKING:
-    from mixchat.chat.saved.chat_file import SavedChat
-    from mixchat.chat.saved.chat_store import ChatSummary
+    from mixchat.chat.saved.saved_chat import ChatSummary, SavedChat
+    from mixchat.text.messages import Message
 
 _HEADINGS = ("ID", "LAST USED", "MODEL", "TURNS")
 _MIN_QUESTION_WIDTH = 20  # cells
@@ -32,8 +31,7 @@ def chat_table(chats: Sequence[ChatSummary], width: int | None) -> str:
     rows = [_HEADINGS]
     for chat in chats:
         used = f"{chat.updated.astimezone():%Y-%m-%d %H:%M}"
-        known = ("-", "-") if chat.problem else (_line(chat.model), str(chat.turns))
-        rows.append((chat.id, used, *known))
+        rows.append((chat.id, used, _line(chat.model), str(chat.turns)))
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     count, room = len(widths), _PIPED_QUESTION_WIDTH
     if width is not None:
@@ -42,9 +40,7 @@ def chat_table(chats: Sequence[ChatSummary], width: int | None) -> str:
         room = max(room, _MIN_QUESTION_WIDTH)
     about = ["ABOUT"]
     for chat in chats:
-        if chat.problem:
-            about.append(f"cannot be read: mixchat chats {chat.id}")  # which says why
-        elif chat.name:
+        if chat.name:
             about.append(_line(chat.name))  # whole, because it can be typed
         else:
             about.append(f'"{_shortened(_line(chat.question), room - 2)}"')
@@ -74,13 +70,26 @@ def to_json(chat: SavedChat) -> str:
     has role (user, assistant), content, reasoning_content if the model thought before its answer,
     and "partial": true if the answer was stopped. Token ids are left out.
     """
-    messages = tuple(replace(message, ids=None, thinking_tokens=0) for message in chat.messages)
-    raw = {"id": chat.id, **as_json(replace(chat, messages=messages))}
-    del raw["identity"]
-    for message in raw["messages"]:
-        if "thinking" in message:
-            message["reasoning_content"] = message.pop("thinking")
+    raw = {
+        "id": chat.id,
+        "name": chat.name,
+        "model": chat.model,
+        "created": chat.created.astimezone(timezone.utc).isoformat(),
+        "updated": chat.updated.astimezone(timezone.utc).isoformat(),
+        "system": chat.system,
+        "sampling": dict(chat.sampling),
+        "messages": [_message_object(message) for message in chat.messages],
+    }
     return _well_formed(json.dumps(raw, indent=2, ensure_ascii=False)) + "\n"
+
+
+def _message_object(message: Message) -> dict[str, str | bool]:
+    return {
+        "role": message.role,
+        "content": message.content,
+        **({"reasoning_content": message.thinking} if message.thinking else {}),
+        **({"partial": True} if message.partial else {}),
+    }
 
 
 def to_markdown(chat: SavedChat) -> str:

@@ -19,8 +19,8 @@ from mixchat.chat.terminal.status_line import NEARLY_FULL, Figures
 from mixchat.chat.terminal.typeahead import unseen_keys
 
 if TYPE_CHECKING:
-    from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
+    from mixchat.chat.saved.saved_chat import SavedChat
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.prompt import ChatPrompt
     from mixchat.chat.terminal.screen import Screen

@@ -120,21 +120,10 @@ def completions(chat: ActiveChat) -> Mapping[str, CommandCompletion]:
 
 
 def _saved_chats(chat: ActiveChat) -> CompleteArgument:
-    # Names and IDs, with the text for the menu, by the time of the directory's last change.
-    known: dict[int, list[tuple[str, str]]] = {}
-
     def complete(text: str) -> Iterable[tuple[str, str]]:
-        store = chat.store
-        changed = store.directory.stat().st_mtime_ns if store.directory.exists() else 0
-        if changed not in known:
-            known.clear()
-            known[changed] = [
-                (word, saved.problem or saved.question)
-                for saved in store.all()
-                for word in (saved.name, saved.id)
-                if word
-            ]
-        return known[changed]
+        """Return names and IDs, with the text for the menu."""
+        saved_chats = chat.store.all()
+        return [(w, saved.question) for saved in saved_chats for w in (saved.name, saved.id) if w]
 
     return complete
 

@@ -26,7 +26,7 @@ from mixchat.face.reading_time import Predictor, ReadingTime
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mixchat.chat.saved.chat_file import SavedChat
+    from mixchat.chat.saved.saved_chat import SavedChat
     from mixchat.chat.session import ChatSession, ModelProvider
     from mixchat.engine.generate import Engine
     from mixchat.face.events import End

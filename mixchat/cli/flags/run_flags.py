@@ -16,7 +16,7 @@ from mixchat.base.errors import UsageError
 from mixchat.base.options import ChatOptions, Overflow, Think
 from mixchat.base.progress import Note
 from mixchat.chat.parameters import OVERFLOWS, THINKS, checked_word
-from mixchat.chat.saved.chat_file import LAST
+from mixchat.chat.saved.saved_chat import LAST
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import STDIN, checked, read_file
 from mixchat.cli.flags.load_flags import LoadFlags, expanded, within_limits

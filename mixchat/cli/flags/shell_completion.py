@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from mixchat.base.errors import UsageError
+from mixchat.base.errors import MixchatError, UsageError
 from mixchat.chat.printing import say, show_piece
 
 COMPLETE_VARIABLE = "_MIXCHAT_COMPLETE"  # set by the scripts of --install-completion
@@ -111,9 +111,8 @@ def saved_chats(incomplete: str) -> list[str]:
     """Complete to a chat's name or ID, the newest first."""
     from mixchat.chat.saved.chat_store import ChatStore
 
-    store = ChatStore()
     try:
-        names = [name for name in store.names() if _HARMLESS.fullmatch(name)]
-        return one_of(*names, *reversed(store.ids()))(incomplete)
-    except OSError:
+        words = [word for word in ChatStore().words() if _HARMLESS.fullmatch(word)]
+        return one_of(*words)(incomplete)
+    except MixchatError:
         return []

@@ -1,8 +1,8 @@
-"""A chat to save, and the path of its file."""
+"""A chat to save."""
 
 from datetime import datetime, timezone
 
-from mixchat.chat.saved.chat_file import SavedChat
+from mixchat.chat.saved.saved_chat import SavedChat
 from mixchat.text.messages import Message
 
 BEGAN = datetime(2026, 11, 25, 16, 30, 1, 5, tzinfo=timezone.utc)
@@ -13,7 +13,7 @@ TALK = (
     Message("user", "Go on"),
     Message("assistant", "Wave", None, partial=True),
 )
-SAMPLING = {"temperature": 0.7, "top_k": 0, "seed": None, "repeat_penalty": 1.1}
+SAMPLING = {"temperature": 0.7, "top_k": 0, "repeat_penalty": 1.1}
 
 
 def chat_of(id=ID, messages=TALK, **other):
@@ -27,7 +27,3 @@ def chat_of(id=ID, messages=TALK, **other):
         "sampling": SAMPLING,
     }
     return SavedChat(id=id, messages=messages, **(usual | other))
-
-
-def file_of(store, id=ID):
-    return store.directory / f"{id}.json"

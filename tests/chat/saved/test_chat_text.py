@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from mixchat.chat.saved.chat_file import SavedChat
 from mixchat.chat.saved.chat_text import to_json, to_markdown
+from mixchat.chat.saved.saved_chat import SavedChat
 from mixchat.text.messages import Message
 
 BEGAN = datetime(2026, 11, 25, 16, 30, tzinfo=timezone.utc)
