@@ -13,6 +13,7 @@ from command_line import PRINT_MODULES
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.chat.saved.saved_chat import SavedChat
 from mixchat.cli.flags.shell_completion import COMPLETE_VARIABLE
+from mixchat.text.messages import Message
 from mixchat.weights.known_models import KNOWN
 
 HEAVY = {"torch", "rich", "huggingface_hub", "numpy"}
@@ -78,7 +79,17 @@ def chats(tmp_path):
     for tail, name in (("aaa", "Holiday plans"), ("bbb", "$(touch x) `y`; z"), ("ccc", None)):
         began = datetime(2026, 11, 25, tzinfo=timezone.utc)
         store.save(
-            SavedChat(f"20261125-0000-{tail}", name, "demo", "x", began, began, None, {}, ())
+            SavedChat(
+                f"20261125-0000-{tail}",
+                name,
+                "demo",
+                "x",
+                began,
+                began,
+                None,
+                {},
+                (Message("user", "Hi"),),
+            )
         )
 
 

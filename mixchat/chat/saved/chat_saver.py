@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from mixchat.base.errors import MixchatError
 from mixchat.chat.saved.chat_store import ChatStore, new_id
-from mixchat.chat.saved.saved_chat import SavedChat, checked_name, now
+from mixchat.chat.saved.saved_chat import SavedChat
 from mixchat.face.numbers import accepted_numbers
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class ChatSaver:
 
     def start_new(self) -> None:
         """Start a new chat. The old one stays as it was saved."""
-        started = now()
+        started = datetime.now(timezone.utc)
         self.chat = SavedChat(
             id=new_id(started),
             name=None,
@@ -73,18 +74,19 @@ class ChatSaver:
         """Do as `save` does, but raise the `MixchatError`, for scripts, which read no warning."""
         self.fault = None
         if self.autosave and (self.session.history or self.chat.revision):
-            self._write()
+            try:
+                self._save_as(None)
+            except MixchatError as error:
+                self.fault = error
+                raise
 
     def rename(self, name: str | None) -> None:
         """Save the chat now and from now on, under this name if one is given.
 
-        Raises `UsageError` if the name is taken or cannot be one, else as `ChatStore.save`.
+        Raises `UsageError` if the name is taken or cannot be one, and as `ChatStore.save` does.
         """
-        name = None if name is None else checked_name(name)
+        self._save_as(name)
         self.autosave = True
-        self._write()
-        if name is not None:
-            self._is_saved(self.store.rename(self.chat, name))
 
     def resume(self, chat: SavedChat, except_for: Collection[str] = ()) -> None:
         """Let the session continue a saved chat with its turns, system prompt and sampling.
@@ -107,21 +109,14 @@ class ChatSaver:
             self.chat,
             model=self.model,
             identity=self.session.model.identity,
-            updated=now(),
+            updated=datetime.now(timezone.utc),
             system=self.session.system,
             sampling=self.session.sampling,
             messages=tuple(self.session.history),
         )
 
-    def _write(self) -> None:
-        try:
-            self._is_saved(self.store.save(self.current()))
-        except MixchatError as error:
-            self.fault = error
-            raise
-
-    def _is_saved(self, chat: SavedChat) -> None:
-        """Continue with the chat as the store has saved it, perhaps under a new ID."""
+    def _save_as(self, name: str | None) -> None:
+        chat = self.store.save(self.current(), name)
         if self.chat.revision and chat.id != self.chat.id:
             self._note(f"this chat was changed in another session; saved as {chat.id}")
         self.chat, self.fault = chat, None

@@ -67,22 +67,19 @@ class ChatStore:
         self.directory = data_dir() / "chats" if directory is None else directory
         self.path = self.directory / "chats.db"
 
-    def save(self, chat: SavedChat) -> SavedChat:
-        """Save a chat, and return it as it was saved.
+    def save(self, chat: SavedChat, name: str | None = None) -> SavedChat:
+        """Save a chat, under a new name if one is given, and return it as it was saved.
 
         If another session has saved the chat since its revision, that one stays, and this one gets
-        a new ID. It loses a name that another chat has.
+        a new ID, and loses its old name. Raises `UsageError` if another chat has the new name.
         """
         with self._database("the chat cannot be saved", write=True) as database:
-            return _save(database, chat)
-
-    def rename(self, chat: SavedChat, name: str) -> SavedChat:
-        """Save a chat under a name as `save` does. Raises `UsageError` if another chat has it."""
-        name = checked_name(name)
-        with self._database("the chat cannot be saved", write=True) as database:
-            if taken := _others_of_name(database, name, chat.id):
-                hint = f"Choose another name, or remove that chat: mixchat chats --rm {taken}"
-                raise UsageError(f"the chat {taken} already has the name {name!r}", hint=hint)
+            if name is None:
+                return _save(database, chat)
+            name = checked_name(name)
+            if other := _other_of_name(database, name, chat.id):
+                hint = f"Choose another name, or remove that chat: mixchat chats --rm {other}"
+                raise UsageError(f"the chat {other} already has the name {name!r}", hint=hint)
             return _save(database, replace(chat, name=name))
 
     def load(self, wanted: str) -> SavedChat:
@@ -113,12 +110,6 @@ class ChatStore:
         matches = zip(chats, passages, strict=True)
         return [replace(chat, question=passage) for chat, passage in matches if passage is not None]
 
-    def words(self) -> list[str]:
-        """Return the names of all chats, and then their IDs, the newest first."""
-        with self._database() as database:
-            rows = database.execute(f"SELECT name, id FROM chats {_NEWEST_FIRST}").fetchall()
-        return [word for column in zip(*rows, strict=True) for word in column if word]
-
     def remove(self, wanted: str) -> str:
         """Remove the chat that `wanted` means, and its KV cache. Returns its ID.
 
@@ -141,7 +132,7 @@ class ChatStore:
 
         They have to be an hour old, because a process may be writing newer ones. Raises `OSError`.
         """
-        needed = {f"{word}.kv" for word in self.words()}
+        needed = {f"{chat.id}.kv" for chat in self.all()}
         for path in sorted(self.directory.glob("*.kv*")):
             status = path.lstat()
             is_old = time.time() - status.st_mtime > _MIN_LEFTOVER_AGE_S
@@ -224,7 +215,7 @@ def _save(database: sqlite3.Connection, chat: SavedChat) -> SavedChat:
     revisions = "SELECT revision FROM chats WHERE id = ?"
     while (row := database.execute(revisions, [chat.id]).fetchone()) and row != (chat.revision,):
         chat = replace(chat, id=new_id(chat.created), revision=0)
-    if chat.name is not None and _others_of_name(database, chat.name, chat.id):
+    if chat.name is not None and _other_of_name(database, chat.name, chat.id):
         chat = replace(chat, name=None)
     chat = replace(chat, revision=chat.revision + 1)
     questions = [message.content for message in chat.messages if message.role == "user"]
@@ -263,7 +254,7 @@ def _message(raw: dict[str, Any]) -> Message:
     return Message(**raw, ids=None if ids is None else tuple(map(int, ids)))
 
 
-def _others_of_name(database: sqlite3.Connection, name: str, id: str) -> str | None:
+def _other_of_name(database: sqlite3.Connection, name: str, id: str) -> str | None:
     """Return the ID of another chat with a name, if any."""
     named = "SELECT id FROM chats WHERE name = ? AND id != ?"
     return next((str(id) for (id,) in database.execute(named, [name, id])), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime
 
 from mixchat.base.errors import UsageError
 from mixchat.base.sanitize import sanitize
@@ -48,11 +48,6 @@ class ChatSummary:
     question: str
     created: datetime
     updated: datetime
-
-
-def now() -> datetime:
-    """Return the time, for `SavedChat.created` and `SavedChat.updated`."""
-    return datetime.now(timezone.utc)
 
 
 def checked_name(name: str) -> str:

@@ -112,7 +112,8 @@ def saved_chats(incomplete: str) -> list[str]:
     from mixchat.chat.saved.chat_store import ChatStore
 
     try:
-        words = [word for word in ChatStore().words() if _HARMLESS.fullmatch(word)]
-        return one_of(*words)(incomplete)
+        chats = ChatStore().all()
+        names = [chat.name for chat in chats if chat.name and _HARMLESS.fullmatch(chat.name)]
+        return one_of(*names, *(chat.id for chat in chats))(incomplete)
     except MixchatError:
         return []

@@ -122,26 +122,6 @@ def test_no_turn_is_lost_if_several_processes_save_at_once(session_of, store):
     assert len(said) == 5
 
 
-def test_a_name_is_not_written_over_a_turn_of_another_window(session_of, store, monkeypatch):
-    """It was looked at the file, the file was written, and then written once more with the name."""
-    saver_after(store, session_of("Hello"), "Hi")
-    first = resumed(store, session_of("a"), "first")
-    second = resumed(store, session_of("b"), "second")
-    rename = store.rename
-
-    def late(chat, name):
-        second.resume(store.load(first.chat.id))
-        talk(second.session, "third")
-        second.save()
-        return rename(chat, name)
-
-    second.session.engine.script.append("c")
-    monkeypatch.setattr(store, "rename", late)
-    first.rename("mine")
-    assert questions_in(store) == [["Hi", "first"], ["Hi", "first", "third"]]
-    assert store.load("mine").id == first.chat.id
-
-
 def test_a_new_chat_whose_id_another_was_given_is_saved_under_one_of_its_own(
     session_of, store, monkeypatch
 ):

@@ -86,7 +86,7 @@ class TestFiles:
         assert {"chats.db", "chats.db-wal"} <= set(modes)
 
     def test_nothing_is_made_by_reading(self, store):
-        assert (store.all(), store.words()) == ([], [])
+        assert store.all() == []
         assert not store.directory.exists()
 
     def test_chats_of_a_directory_that_cannot_be_written_can_be_read(self, store, monkeypatch):
@@ -203,7 +203,7 @@ class TestDamage:
             at %= len(whole)
             whole[at : at + len(data)] = data
             store.path.write_bytes(whole)
-            for use in (store.all, store.words, lambda: store.load(ID), lambda: store.all("x")):
+            for use in (store.all, lambda: store.load(ID), lambda: store.all("x")):
                 with suppress(CheckpointError, ChatNotFoundError, ResourceError, UsageError):
                     use()
 
@@ -233,7 +233,7 @@ class TestFinding:
                 find(wanted)
 
     def test_near_misses_are_named(self, three):
-        three.rename(three.load("20261124"), "Holiday plans")
+        three.save(three.load("20261124"), "Holiday plans")
         for wanted, hint in (
             ("Holiday plan", "Did you mean Holiday plans?"),
             ("x", "mixchat chats"),
@@ -249,7 +249,7 @@ class TestFinding:
             ChatStore(tmp_path / "none").load("last")
 
     def test_a_text_is_found_wherever_it_stands(self, three):
-        three.rename(three.load("20261124"), "Äpfel 100%")
+        three.save(three.load("20261124"), "Äpfel 100%")
         three.save(chat_of("20261126-0000-aaa", system="100% apples"))
         ids = {text: [chat.id[-3:] for chat in three.all(text)] for text in ("äPFEL", "0%", "sky")}
         assert ids == {"äPFEL": ["abc"], "0%": ["abc", "aaa"], "sky": ["abc", "k4f", "k3f", "aaa"]}
@@ -266,7 +266,7 @@ class TestNames:
     )
     def test_what_can_be_a_name(self, store, name):
         assert checked_name(f"  {name} ") == name
-        assert store.rename(chat_of(), f" {name}") == store.load(name)
+        assert store.save(chat_of(), f" {name}") == store.load(name)
 
     @pytest.mark.parametrize(
         "name",
@@ -274,21 +274,21 @@ class TestNames:
     )
     def test_what_cannot(self, store, name):
         with pytest.raises(UsageError, match="the chat's name"):
-            store.rename(chat_of(), name)
+            store.save(chat_of(), name)
         assert store.all() == []
 
     def test_a_name_that_another_chat_has_is_refused(self, three):
         first, second = three.load("20261124"), three.load(ID)
-        three.rename(first, "sky")
+        three.save(first, "sky")
         with pytest.raises(UsageError, match="20261124-0900-abc already has the name 'sky'"):
-            three.rename(second, "sky ")
+            three.save(second, "sky ")
         assert three.load(ID).name is None
 
     def test_a_chat_may_keep_and_change_its_name(self, store):
-        chat = store.rename(chat_of(), "sky")
-        chat = store.rename(chat, "sky")
+        chat = store.save(chat_of(), "sky")
+        chat = store.save(chat, "sky")
         assert chat == store.load("sky")
-        chat = store.rename(chat, "sea")
+        chat = store.save(chat, "sea")
         assert store.load(ID) == chat == store.load("sea")
         with pytest.raises(ChatNotFoundError):
             store.load("sky")
@@ -308,7 +308,7 @@ class TestCaches:
         three.kv_path(ID).write_bytes(b"x")
         assert three.remove("20261125-1630-k3") == ID
         assert not three.kv_path(ID).exists()
-        assert three.words() == ["20261124-0900-abc", "20261125-1630-k4f"]
+        assert [chat.id[-3:] for chat in three.all()] == ["abc", "k4f"]
 
     def test_the_sweep_takes_old_leftovers_and_nothing_else(self, three):
         before = sorted(os.listdir(three.directory))

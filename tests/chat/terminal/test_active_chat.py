@@ -66,7 +66,7 @@ def test_a_turn_that_fails_does_not_rewrite_the_chat(session_of, tmp_path):
     store = ChatStore(tmp_path)
     session = session_of("Hello", [RuntimeError("out of order")])
     written = []
-    store.save = lambda chat: written.append(chat) or chat
+    store.save = lambda chat, name: written.append(chat) or chat
     Chat(session, "Hi\rAgain\r" + CTRL_D, store=store)
     assert len(written) == 1
 
@@ -76,10 +76,10 @@ def full_store(tmp_path, attempts):
     store = ChatStore(tmp_path)
     save, numbers = store.save, iter(range(attempts))
 
-    def attempt(chat):
+    def attempt(chat, name):
         if next(numbers, None) is not None:
             raise ResourceError("the chat cannot be saved")
-        return save(chat)
+        return save(chat, name)
 
     store.save = attempt
     return store

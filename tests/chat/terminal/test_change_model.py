@@ -75,7 +75,7 @@ def test_a_model_that_cannot_be_had_leaves_the_old_one(session_of, name, error):
 def test_the_saved_chat_notes_the_model_at_once(session_of, tmp_path):
     store = ChatStore(tmp_path)
     typed(session_of(), "/model small", store=store)
-    assert store.words() == []  # there is nothing to save yet
+    assert store.all() == []  # there is nothing to save yet
     typed(session_of("One"), "Hi", "/model small", store=store)
     chat = store.load("last")
     assert (chat.model, chat.identity) == ("small", "another")

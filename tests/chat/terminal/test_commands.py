@@ -110,7 +110,7 @@ def test_ctrl_c_within_clear_overwrites_no_chat(session_of, store, monkeypatch):
 
     monkeypatch.setattr(session, "clear", cleared_and_interrupted)
     typed(session, "Hi", "/clear", "Again", store=store)
-    asked = {store.load(id).messages[0].content for id in store.words()}
+    asked = {store.load(chat.id).messages[0].content for chat in store.all()}
     assert asked == {"Hi", "Again"}
 
 
@@ -286,7 +286,7 @@ def test_continue_tells_the_screen_what_was_said(session_of, monkeypatch):
 def test_load_completes_to_each_chat_with_its_question(session_of, store):
     chat = typed(session_of("Hello"), "What is  a mixture?", "/save mine", store=store)
     offered = list(completions(chat.active)["load"].argument(""))
-    assert offered == [(name, "What is a mixture?") for name in ("mine", store.words()[1])]
+    assert offered == [(name, "What is a mixture?") for name in ("mine", store.all()[0].id)]
 
 
 @pytest.mark.parametrize("line", ["/clear x", "/bye now", "/regen please", "/raw 1"])
