@@ -17,6 +17,7 @@ and is as strict as a GPU is:
   for, or works on. Who reads the target too early, or overwrites the source, sees wrong numbers.
 - A copy to page-locked RAM that does not block arrives when the host waits for it. To other RAM it
   is an error: nobody would know when the numbers are there.
+- In a capture, torch (since 2.11) asks `is_pinned` of RAM, about the first byte of its storage.
 - Where page-locking is refused, the next kernel of that thread fails, as CUDA reports it.
 - Kernels in Triton run by its interpreter. Graphs record and replay what is started, and refuse
   what CUDA refuses. `paper_runtime.py` describes the order of streams that is checked.
@@ -174,6 +175,8 @@ def _copy(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False
         assert not (down and non_blocking), "nobody knows when these numbers are on the CPU"
         RUNTIME.wait(ours[0].device, blocks=down or not non_blocking)
         RUNTIME.refuse_in_capture("a copy of RAM that is not locked")
+    elif late and not RUNTIME.is_pinned(outside):
+        RUNTIME.refuse_in_capture("a copy of RAM whose storage begins before what is locked")
 
     def run(stream: Any, number: int) -> None:
         if late and down:

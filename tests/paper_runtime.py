@@ -357,6 +357,11 @@ class PaperRuntime:
         first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         return any(at <= first and last <= at + size for at, size in self.locked.items())
 
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        """Return what torch's `is_pinned` does: it asks about the first byte of the storage."""
+        first = tensor.untyped_storage().data_ptr()
+        return any(at <= first < at + size for at, size in self.locked.items())
+
     def allocated(self, tensor: torch.Tensor, device: torch.device) -> None:
         """Count the memory of a tensor that is new, and of no view."""
         storage = tensor.untyped_storage()

@@ -1,8 +1,11 @@
 """GPUs on paper refuse what CUDA refuses."""
 
+from pathlib import Path
+
 import paper_gpu
 import pytest
 import torch
+from paper_runtime import PaperRuntime
 
 from mixchat.base import gpu
 
@@ -76,10 +79,70 @@ def test_work_on_what_another_stream_writes_has_to_wait_for_it(paper):
 
 
 def test_a_copy_to_locked_ram_arrives_when_the_host_waits_for_it(paper):
-    numbers, target, event = torch.ones(4, device=DEVICE), torch.zeros(4), paper.Event()
-    gpu.page_lock(target, DEVICE)
+    numbers, event = torch.ones(4, device=DEVICE), paper.Event()
+    target = gpu.locked_block(16, DEVICE).view(torch.float32)
     target.copy_(numbers, non_blocking=True)
     event.record()
     assert target.tolist() == [0] * 4
     event.synchronize()
     assert target.tolist() == [1] * 4
+
+
+def test_a_capture_takes_copies_of_ram_if_its_storage_begins_with_what_is_locked(paper):
+    """torch asks about the storage's first byte. A block began up to 4,032 bytes after it."""
+    numbers, block = torch.zeros(4, device=DEVICE), torch.zeros(256, dtype=torch.uint8)
+    behind = block[64:]
+    paper.cudaHostRegister(behind.data_ptr(), behind.nbytes, 0)
+    assert paper.is_locked(behind)
+    with (
+        pytest.raises(RuntimeError, match="storage begins before what is locked"),
+        gpu.captured(DEVICE),
+    ):
+        numbers.copy_(behind[:16].view(torch.float32), non_blocking=True)
+    paper.cudaHostUnregister(behind.data_ptr())
+
+
+def test_graphs_copy_to_any_part_of_a_locked_block(paper):
+    block = gpu.locked_block(2 * 4096, DEVICE)
+    parts = [piece.view(torch.float32) for piece in torch.split(block, [64, 4032, 4096])]
+    numbers = torch.arange(16, dtype=torch.float32, device=DEVICE)
+    assert block.data_ptr() % 4096 == 0
+    with gpu.captured(DEVICE) as graph:
+        for part in parts:
+            part[-16:].copy_(numbers, non_blocking=True)
+    graph.replay()
+    paper.synchronize()
+    assert all(part[-16:].tolist() == list(range(16)) for part in parts)
+
+
+def test_locked_pages_are_unlocked_before_they_go_back_to_the_system(paper, monkeypatch):
+    """Another block may come to lie at the address as soon as they are given back."""
+    mapped = []
+
+    def are_there(address: int) -> bool:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        ranges = (line.split()[0].split("-") for line in lines)
+        return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
+
+    def unregister(address: int) -> int:
+        mapped.append(are_there(address))
+        return PaperRuntime.cudaHostUnregister(paper, address)
+
+    monkeypatch.setattr(paper, "cudaHostUnregister", unregister)
+    before = dict(paper.locked)
+    block = gpu.locked_block(1 << 20, DEVICE)
+    address, view = block.data_ptr(), block[4096:].view(torch.float32)
+    del block
+    assert address in paper.locked
+    assert view.sum() == 0
+    del view
+    assert mapped == [True]
+    assert paper.locked == before
+
+
+def test_ram_that_the_system_does_not_lock_is_refused_once(paper):
+    """CUDA tells of the refusal again at the next kernel, which another caller would get."""
+    paper.refuses_locks = True
+    with pytest.raises(gpu.PageLockError):
+        gpu.locked_block(4096, DEVICE)
+    assert (torch.ones(4, device=DEVICE) + 1).cpu().tolist() == [2] * 4

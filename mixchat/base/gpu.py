@@ -6,6 +6,7 @@ No other module names `torch.cuda`, so that the suite can run all code for GPUs 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import re
 import weakref
 from collections.abc import Iterator, Sequence
@@ -98,22 +99,36 @@ def streams(device: torch.device) -> Any:
     return torch.get_device_module(device)
 
 
-def page_lock(block: torch.Tensor, device: torch.device) -> bool:
-    """Pin the pages of a tensor in RAM, so that copies to a GPU run at the bus's speed.
+class PageLockError(RuntimeError):
+    """The system refuses to page-lock RAM. WSL2 limits it."""
 
-    Return whether the system allows it. WSL2 limits it. Copies are slower then.
+
+def locked_block(size: int, device: torch.device) -> torch.Tensor:
+    """Return `size` bytes of page-locked RAM, so that copies to a GPU run at the bus's speed.
+
+    Graphs can copy to it. Raises `PageLockError`.
     """
+    # In a capture, torch asks whether the first byte of a tensor's storage is locked. So the
+    # storage is all that is locked, in pages of its own, and not a part of it.
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # It may be made in inference mode, and filled by a thread that is not in it.
+    with torch.inference_mode(False):
+        block = torch.frombuffer(pages, dtype=torch.uint8)
     runtime, address = _runtime().cudart(), block.data_ptr()
-    if int(runtime.cudaHostRegister(address, block.nbytes, 0)):
+    if int(runtime.cudaHostRegister(address, size, 0)):
         # CUDA reports the refusal once more, at this thread's next kernel.
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=device)
-        return False
-    # The memory goes back to the system, which may give the address to another block. Views of the
-    # block may outlive it, but not its storage.
-    storage = block.untyped_storage()
-    weakref.finalize(storage, runtime.cudaHostUnregister, address).atexit = False
-    return True
+        raise PageLockError
+    # Views of the block may outlive it, but not its storage. The pages go back to the system after
+    # that, since it may give the address to another block.
+    weakref.finalize(block.untyped_storage(), _unlock, runtime, address, pages).atexit = False
+    return block
+
+
+def _unlock(runtime: Any, address: int, pages: mmap.mmap) -> None:
+    """Unlock pages that are still there."""
+    runtime.cudaHostUnregister(address)
 
 
 @contextlib.contextmanager

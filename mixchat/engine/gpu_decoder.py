@@ -35,7 +35,6 @@ from mixchat.engine.model import AfterLayer, Block, Output, SandwichBlock, Trans
 from mixchat.engine.sequence_cache import SequenceCache, TokenContext, state_shapes
 from mixchat.engine.state_cache import StateCache
 from mixchat.experts.gpu_experts import GpuExperts
-from mixchat.experts.store import new_block
 from mixchat.kernels.gpu.product import product, split
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.gpu_expert import GpuExpertForm, expert_form
@@ -100,9 +99,10 @@ def new_gpu_decoder(
         return None
     if not all(is_supported(block.mixer) for block in model.blocks):
         return None
-    if not gpu.page_lock(new_block(_ALIGNMENT), model.device):
+    try:
+        return GpuDecoder(used, model.blocks, caches, model.output, experts)
+    except gpu.PageLockError:
         return None
-    return GpuDecoder(used, model.blocks, caches, model.output, experts)
 
 
 @dataclass(frozen=True)
@@ -320,10 +320,9 @@ class _Section:
 def _locked_copies(
     tensors: Mapping[str, torch.Tensor], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Return tensors of the same types and shapes in page-locked RAM."""
+    """Return tensors of the same types and shapes in page-locked RAM. Raises `PageLockError`."""
     sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors.values()]
-    block = new_block(sum(sizes))
-    gpu.page_lock(block, device)
+    block = gpu.locked_block(sum(sizes), device)
     parts = zip(tensors.items(), torch.split(block, sizes), strict=True)
     return {
         name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)

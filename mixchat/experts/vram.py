@@ -343,8 +343,11 @@ class Uploader:
 
     def _lock_stages(self) -> None:
         if not self._has_stages:
-            whole = new_block(_STAGES * _STAGE_BYTES)
-            gpu.page_lock(whole, self._device)
+            size = _STAGES * _STAGE_BYTES
+            try:
+                whole = gpu.locked_block(size, self._device)
+            except gpu.PageLockError:  # copies are slower
+                whole = new_block(size)
             for stage in torch.split(whole, _STAGE_BYTES):
                 self._stages.put(stage)
             self._has_stages = True

@@ -72,9 +72,15 @@ class ProductMeter:
 
 
 def bus_bandwidth(device: torch.device, most: int = _LOCKED_BYTES) -> float:
-    """Return the bytes a second from page-locked RAM to a GPU, the median of a few tries."""
-    source = torch.ones(room_on(device, min(most, _LOCKED_BYTES)), dtype=torch.uint8)
-    gpu.page_lock(source, device)
+    """Return the bytes a second from page-locked RAM to a GPU, the median of a few tries.
+
+    If the system refuses to lock RAM, experts are copied from other RAM, and so is this.
+    """
+    size = room_on(device, min(most, _LOCKED_BYTES))
+    try:
+        source = gpu.locked_block(size, device)
+    except gpu.PageLockError:
+        source = torch.ones(size, dtype=torch.uint8)
     target = torch.empty_like(source, device=device)
     return source.nbytes / median(seconds_of(lambda: target.copy_(source), device))
 
