@@ -2,9 +2,11 @@
 
 import importlib.util
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.bench.rounds import Bench, BenchOptions
 from mixchat.kernels.gpu import toolchain
+from mixchat.kernels.gpu.toolchain import missing  # the double of GPUs replaces the module's
 from mixchat.loading import devices
 from mixchat.loading.devices import Choice, devices_for, usable_devices
 from mixchat.loading.loader import load_engine
@@ -117,6 +120,22 @@ def test_without_what_triton_needs_the_cpu_computes_unless_a_gpu_is_named(chosen
         assert device == CPU
         assert note.endswith("apt install gcc")
         with pytest.raises(MissingDependencyError, match="apt install gcc"):
+            chosen(device="paper")
+
+
+def test_with_the_triton_of_an_old_pytorch_the_cpu_computes_and_a_line_says_so(chosen, monkeypatch):
+    """PyTorch 2.7 and 2.8 bring Triton 3.3 and 3.4, with which the kernels cannot be imported."""
+    old = ModuleType("triton")
+    old.__version__ = "3.3.1"
+    with monkeypatch.context() as patch:  # undone before the double's own
+        patch.setattr(toolchain, "missing", missing)
+        patch.setattr(importlib.util, "find_spec", lambda name: object())
+        patch.setitem(sys.modules, "triton", old)
+        device, (note,) = chosen()
+        assert device == CPU
+        said = "kernels need PyTorch 2.9 and Triton 3.5 or newer, and Triton 3.3.1 is installed"
+        assert note == f"the CPU computes, not GPU on paper: {said}: pip install -U torch"
+        with pytest.raises(MissingDependencyError, match="pip install -U torch"):
             chosen(device="paper")
 
 

@@ -1,6 +1,6 @@
 """Kernels for GPUs in Triton, which PyTorch's wheels for CUDA and ROCm bring.
 
-Import these modules only if a GPU computes: all but toolchain.py import Triton.
+Import these modules only if a GPU computes: all but toolchain.py import Triton at once.
 
 - toolchain.py: finds what Triton needs on this machine
 - launch.py: starts every kernel

@@ -1,4 +1,4 @@
-"""Finds what Triton needs to start kernels on this machine. It does not import Triton."""
+"""Finds what Triton needs to start kernels on this machine."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ def missing() -> str | None:
     # few machines without a compiler, and a package cures them. The CPU computes there.
     if importlib.util.find_spec("triton") is None:
         return "Triton is missing, which PyTorch brings on Linux: pip install triton"
+    # Its import takes half a second, which nobody waits for unless there is a GPU.
+    import triton
+
+    if not hasattr(triton, "constexpr_function"):  # since 3.5, and codes.py needs it
+        return (
+            f"kernels need PyTorch 2.9 and Triton 3.5 or newer, and Triton {triton.__version__} is "
+            "installed: pip install -U torch"
+        )
     chosen = os.environ.get("CC")
     if not any(map(shutil.which, [chosen] if chosen else ["gcc", "clang"])):
         named = f" (CC={chosen} is not there)" if chosen else ""
