@@ -22,6 +22,7 @@ from mixchat.engine.layer_cache import LayerCache
 from mixchat.engine.mlp import DenseMLP
 from mixchat.engine.model import Block, Mixer, SandwichBlock
 from mixchat.engine.norm import RMSNorm
+from mixchat.engine.sequence_cache import scratch_bytes
 from mixchat.engine.short_conv import ShortConv
 from mixchat.kernels.cpu.router import Router
 from mixchat.kernels.gpu.attention import Parts, attend
@@ -205,7 +206,7 @@ def _attention_kernels(
     count, _, width = attention.shape
     queries, attended = (tokens.tensor(name, 1, count, width) for name in ("queries", "attended"))
     gates = tokens.tensor("gates", count, width) if config.attn_output_gate else None
-    parts = Parts.for_tokens(1, count, stored, window)
+    parts = Parts.for_tokens(1, count, stored, window, _scratch(config, tokens))
     norms = [norm.weight for norm in attention.qk_norms]
     rope, clip, eps = attention.rope.tables, config.clip_qkv, config.rms_norm_eps
     past, sinks = tokens.past, attention.sinks
@@ -274,16 +275,22 @@ def _latent_kernels(
         project, queries = _product("projected", row, mixer.matrices["q_b_proj"], tokens)
         kernels.append(project)
     tables = norms["kv_a_norm"], mixer.rope.tables
-    parts, scale = Parts.for_tokens(1, count, stored, None), cache.shape.score_scale
+    parts = Parts.for_tokens(1, count, stored, None, _scratch(config, tokens))
     project_out, outputs = _product("mixed", values.view(-1), mixer.matrices["o_proj"], tokens)
     kernels += [
         partial(latent_heads, queries, latents, *tables, past, stored, kept, whole[0]),
         _head_products(mixer.heads["k_b_proj"], kept, whole[0]),
-        partial(attend, whole, stored, past, attended, parts, scale=scale),
+        partial(attend, whole, stored, past, attended, parts, scale=cache.shape.score_scale),
         _head_products(mixer.heads["v_b_proj"], attended[0], values),
         project_out,
     ]
     return kernels, outputs
+
+
+def _scratch(config: ModelConfig, tokens: TokenTensors) -> torch.Tensor:
+    """Return the memory of the splits of attention, which all layers and sequences share."""
+    size = scratch_bytes(config) // _FP32.itemsize
+    return tokens.tensor("splits of attention", size, dtype=_FP32)
 
 
 def is_supported(mixer: Mixer) -> bool:

@@ -21,6 +21,7 @@ from mixchat.engine.tensor_cache import Masks, TensorKVCache
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.kernels.cpu.delta_net import DeltaNetShape
 from mixchat.kernels.cpu.pages import Bits, CacheShape
+from mixchat.kernels.gpu.splits import token_scratch
 
 # The bytes of all checkpoints together. A state of Qwen3.6 takes 63 MB, so it has 8 of them.
 _CHECKPOINT_BYTES = 2**29
@@ -264,6 +265,14 @@ def cache_bytes(
     # A pass reads a state and writes another one.
     states = _bytes_of_states(config) * (2 + _max_checkpoints(config, count))
     return count * (rooms + states)
+
+
+def scratch_bytes(config: ModelConfig) -> int:
+    """Return the bytes that the splits of a token's attention take on each GPU."""
+    layers = range(config.num_hidden_layers)
+    shapes = [kv_shape(config, layer, 16) for layer in layers if not state_shapes(config, layer)]
+    numbers = (token_scratch(shape.heads, shape.groups, shape.value_dim) for shape in shapes)
+    return torch.float32.itemsize * max(numbers, default=0)
 
 
 def bytes_seen(

@@ -51,7 +51,8 @@ class Demand:
 
     expert: the largest one. experts: their count. whole: all of them together, which is less if
     some are smaller. sizes: of slots in RAM, None if each has room for the largest expert. layers:
-    the bytes of an expert of each layer, 0 if a layer has none.
+    the bytes of an expert of each layer, 0 if a layer has none. scratch: what each GPU takes beside
+    its layers.
     """
 
     shared: int
@@ -61,6 +62,7 @@ class Demand:
     whole: int
     sizes: SlotSizes | None = None
     layers: tuple[int, ...] = ()
+    scratch: int = 0
 
     def taken(self, slots: int) -> int:
         """Return the bytes of RAM that slots take."""
@@ -91,11 +93,16 @@ class Demand:
             whole=each * sum(sizes),
             sizes=SlotSizes(sizes),
             layers=own,
+            scratch=self.scratch,
         )
 
     @property
+    def beside_experts(self) -> int:
+        return self.shared + self.context + self.scratch
+
+    @property
     def least(self) -> int:
-        return self.shared + self.context + MIN_SLOTS * self.expert
+        return self.beside_experts + MIN_SLOTS * self.expert
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,8 @@ def place_on_gpus(
     # The CPU computes what GPUs do not hold, out of two slots if they hold all.
     placed = Placement(MIN_SLOTS, 0, demand.experts)
     if sum(slots) < demand.experts:
-        placed = place_on_cpu(replace(demand, shared=0, context=0), free_host, host_budget)
+        experts = replace(demand, shared=0, context=0, scratch=0)
+        placed = place_on_cpu(experts, free_host, host_budget)
     return Placement(
         slots[0],
         placed.slots,
@@ -220,7 +228,7 @@ def _slots_on_gpu(demand: Demand, room: DeviceRoom) -> int:
         )
     free = _allowed(room)
     _check(demand, free, room.name)
-    free -= demand.shared + demand.context + _spare(room)
+    free -= demand.beside_experts + _spare(room)
     if free >= demand.whole:
         return demand.experts
     # A prompt's experts pass through two more slots, for which there was room in `least`.

@@ -16,7 +16,7 @@ from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.machine import tightest_memory_limit
 from mixchat.base.options import ExpertSize, LoadOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.engine.sequence_cache import cache_bytes
+from mixchat.engine.sequence_cache import cache_bytes, scratch_bytes
 from mixchat.experts.memory import CPU, free_on
 from mixchat.experts.placement import (
     MIN_SLOTS,
@@ -88,6 +88,8 @@ def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> M
     demand = _demand(blueprint, options)
     if blueprint.layers and not options.workers:
         demand = replace(demand, sizes=slot_sizes(blueprint))
+    if free.device is not None:
+        demand = replace(demand, scratch=scratch_bytes(blueprint.config))
     context = Context.of(blueprint.config, options.context_size).tokens
     if options.context_size is None:
         context = _default_context(blueprint, demand, free, options)
@@ -100,7 +102,7 @@ def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> M
         room = first.free if first.budget is None else first.budget.of(first.free)
     elif options.host_memory is not None:
         least_slots = placement.slots
-    room -= demand.shared + demand.taken(least_slots)
+    room -= demand.shared + demand.scratch + demand.taken(least_slots)
     counts = range(1, blueprint.config.largest_context + 1)
     largest = bisect_right(counts, room, key=partial(_context_bytes, blueprint, options))
     return MemoryPlan(blueprint, free, options, context, largest, demand, placement)

@@ -171,11 +171,11 @@ def _token(
         directory = Path(temporary) / "model"
         write_random(directory, config, blueprint)
         options = LoadOptions(context_size=64)
-        demand = fit_model(blueprint, FreeMemory(10**12), options).demand
+        demand = fit_model(blueprint, FreeMemory(10**12, 10**12), options).demand
         held = int(resident * demand.experts)
         # A prompt's experts pass through two more slots.
         slots = held + (0 if held == demand.experts else 2)
-        vram = demand.shared + demand.context + slots * demand.expert
+        vram = demand.beside_experts + slots * demand.expert
         options = replace(options, device_memory=(MemoryBudget(size=vram),), device="paper")
         engine = load_engine(directory, options)
         forward, cache = engine.passes.model.forward, engine.held()[1]

@@ -28,7 +28,7 @@ CAPACITY = 4000
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Split the keys of a token in four parts, and let rings keep a page beyond a window."""
-    monkeypatch.setattr(attention, "_PROGRAMS", 8)
+    monkeypatch.setattr(attention, "PROGRAMS", 8)
     monkeypatch.setattr(kv_cache, "MAX_CUT_TOKENS", 0)
 
 

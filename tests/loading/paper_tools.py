@@ -143,14 +143,14 @@ def load(
     more: bytes of the first GPU beyond what that takes.
     """
     demand = demand_of(case, options.get("kv_bits"))
-    shared = demand.shared + demand.context
+    shared = demand.beside_experts
     return load_engine(
         case.directory,
         LoadOptions(
             host_memory=MemoryBudget(size=host * demand.expert),
             device_memory=(
                 MemoryBudget(size=shared + slots * demand.expert + more),
-                *(MemoryBudget(size=count * demand.expert) for count in others),
+                *(MemoryBudget(size=demand.scratch + count * demand.expert) for count in others),
             ),
             context_size=CONTEXT,
             **options,
@@ -185,7 +185,7 @@ def spread_out(paper: PaperRuntime, case: Case, name: str, **options: Any) -> En
 
 def demand_of(case: Case, kv_bits: Any = None) -> Demand:
     options = LoadOptions(context_size=CONTEXT, kv_bits=kv_bits)
-    return fit_model(case.blueprint, FreeMemory(10**12), options).demand
+    return fit_model(case.blueprint, FreeMemory(10**12, 10**12), options).demand
 
 
 def logits(engine: Engine, passes: Sequence[Sequence[int]] | None = None) -> torch.Tensor:

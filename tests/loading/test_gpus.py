@@ -41,6 +41,7 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.loading import loader
 from mixchat.loading.loader import load_engine, speed_predictor
+from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.weights.families.mistral import MIXTRAL
 from mixchat.weights.families.read_config import FAMILIES as FAMILIES_BY_TYPE
 
@@ -357,6 +358,30 @@ def test_what_graphs_read_is_kept_by_something_else(paper, make_checkpoint, inst
     for graph in graphs:
         graph.work.clear()
     assert settled(paper) == taken
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
+def test_answers_at_once_take_their_context_and_no_scratch_of_their_own(
+    paper, make_checkpoint, install, family
+):
+    """Each layer, set of graphs and sequence had its own: 2 GB for GLM-4.7-Flash with `serve`.
+
+    A context of 64 tokens is not split, and needs none.
+    """
+    size = {"model_type": family, "std": 0.05, "max_position_embeddings": 4096}
+    directory = install(make_checkpoint(**size))
+    known = installed_case(directory, ([5, 9],))
+    taken, planned = [], []
+    for parallel in (1, 3):
+        before = settled(paper)[0]
+        options = LoadOptions(context_size=4096, parallel=parallel)
+        demand = fit_model(known.blueprint, FreeMemory(10**12, 10**12), options).demand
+        engine = load_engine(directory, options)
+        taken.append(settled(paper)[0] - before)
+        planned.append(demand.beside_experts + demand.whole)
+        del engine
+    assert taken[1] - taken[0] < (planned[1] - planned[0]) + 2**16
+    assert demand.scratch < taken[1] < planned[1] + 2**19  # with tables of ropes, and of a token
 
 
 @pytest.mark.parametrize("after", [1, 40, 200, 500])

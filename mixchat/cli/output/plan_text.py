@@ -167,7 +167,7 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         if spare < demand.context + placement.reserve:
             yield "", "as the context fills, fewer experts fit"
     else:
-        spare = free.device - demand.shared - demand.context - demand.taken(placement.slots)
+        spare = free.device - demand.beside_experts - demand.taken(placement.slots)
         yield "GPU", f"{slots}, the context; {format_size(spare)} left free"
         for (name, size), count in zip(free.other_gpus.items(), placement.other_slots, strict=True):
             spare = size - count * demand.expert

@@ -1,12 +1,14 @@
 """Kernels for GPUs in Triton, which PyTorch's wheels for CUDA and ROCm bring.
 
-Import these modules only if a GPU computes: all but toolchain.py import Triton at once.
+Import these modules only if a GPU computes: all but toolchain.py and splits.py
+import Triton at once.
 
 - toolchain.py: finds what Triton needs on this machine
 - launch.py: starts every kernel
 - norm.py: adds a part's output to the hidden states, and normalizes them
 - heads.py: sums queries, keys and values of one token, normalizes and rotates them
 - kv_store.py: stores keys and values in the memory of a KV cache
+- splits.py: the scratch of a token's attention
 - attention.py: attention of new tokens, one or many, over a KV cache
 - convolution.py: a short convolution for one token
 - delta_net.py: a Gated DeltaNet, between its two products

@@ -19,9 +19,8 @@ import triton.language as tl
 from mixchat.base import gpu
 from mixchat.kernels.gpu.kv_store import KVTensors
 from mixchat.kernels.gpu.launch import launch
+from mixchat.kernels.gpu.splits import LATENT_ROWS, MOST_WIDTH, PROGRAMS
 
-# Twice the processors of the largest cards. Each then has something to load while another computes.
-_PROGRAMS = 256
 _MOST_SPLITS = 256
 _PARTS = 8  # that are merged at once
 # Scores. If all keys so far are masked, the largest score is _LOWEST, and 2^(masked - lowest) is 0.
@@ -42,17 +41,30 @@ class Parts(NamedTuple):
     splits: int
 
     @classmethod
-    def for_tokens(cls, tokens: int, heads: int, tensors: KVTensors, window: int | None) -> Parts:
-        """Return room for T tokens, which depends on the size of the cache, not on its length."""
+    def for_tokens(
+        cls,
+        tokens: int,
+        heads: int,
+        tensors: KVTensors,
+        window: int | None,
+        scratch: torch.Tensor | None = None,
+    ) -> Parts:
+        """Return room for T tokens, which depends on the size of the cache, not on its length.
+
+        scratch: fp32 memory for it, of `token_scratch` numbers for one token, None for new memory.
+        """
         groups, room, width = tensors.numbers.shape[1:]
         rows, tile = tokens * heads // groups, _Tile.of(tokens, heads, tensors)
-        wanted = _PROGRAMS // (triton.cdiv(rows, tile.rows) * groups)
+        wanted = PROGRAMS // (triton.cdiv(rows, tile.rows) * groups)
         useful = triton.cdiv(min(room, (window or room) + tokens), tile.keys)
         splits = max(1, min(wanted, useful, _MOST_SPLITS))
         rooms = (tokens * heads, splits) if splits > 1 else (0, 0)
-        device = tensors.numbers.device
-        sums = torch.empty(*rooms, width, dtype=torch.float32, device=device)
-        return cls(sums, torch.empty(2, *rooms, dtype=torch.float32, device=device), splits)
+        sizes = [math.prod(rooms) * width, math.prod(rooms) * 2]
+        if scratch is None:
+            device = tensors.numbers.device
+            scratch = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+        sums, weights = torch.split(scratch[: sum(sizes)], sizes)
+        return cls(sums.view(*rooms, width), weights.view(2, *rooms), splits)
 
 
 class _Tile(NamedTuple):
@@ -71,10 +83,10 @@ class _Tile(NamedTuple):
         numbers = tensors.numbers
         _, groups, _, width = numbers.shape
         eight_bits, rows = numbers.dtype == torch.int8, tokens * heads // groups
-        if width > 256:
+        if width > MOST_WIDTH:
             # Latents, whose sums take most registers. Turing has 64 KiB of shared memory.
             options = {"num_warps": 8, "num_stages": 1 if gpu.is_amd() else 2}
-            return cls(16 if gpu.has_bf16(numbers.device) else 8, 16, options)
+            return cls(LATENT_ROWS if gpu.has_bf16(numbers.device) else 8, 16, options)
         if gpu.is_amd():
             keys, options = 32 if width <= 64 else 16, {"num_warps": 4, "num_stages": 1}
             return cls(16 if rows <= 16 else 32, keys, options)

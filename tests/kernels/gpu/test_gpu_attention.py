@@ -1,14 +1,18 @@
 """`attend` beside softmax in fp64, with a mask and repeated keys."""
 
+import itertools
+
 import pytest
 import torch
 from gpu_tools import kv_tensors, length_of
 
+from mixchat.base import gpu
 from mixchat.engine.tensor_cache import attention_mask, in_8_bits
 from mixchat.kernels.cpu.rows import gated as gated_rows
 from mixchat.kernels.gpu import attention
 from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.kv_store import KVTensors, store
+from mixchat.kernels.gpu.splits import token_scratch
 
 
 def filled(tensors: KVTensors, tokens: int, dtype: torch.dtype) -> torch.Tensor:
@@ -114,9 +118,27 @@ def test_a_window_in_a_ring(past, tokens, window, bits):
 def test_a_prompt(heads, groups, past, tokens, programs, window, has_sinks, monkeypatch):
     sinks = torch.randn(heads) if has_sinks else None
     shape = heads, groups, 64, past + tokens, past, tokens
-    monkeypatch.setattr(attention, "_PROGRAMS", programs)
+    monkeypatch.setattr(attention, "PROGRAMS", programs)
     splits = check(*shape, window=window, sinks=sinks, dtype=torch.bfloat16)
     assert splits == (1 if programs == 1 or window else 2)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+@pytest.mark.parametrize("is_amd", [True, False])
+def test_a_token_s_splits_fit_into_the_scratch_that_plans_count(has_bf16, is_amd, monkeypatch):
+    monkeypatch.setattr(gpu, "has_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(gpu, "is_amd", lambda: is_amd)
+    shapes = itertools.product(
+        (1, 5, 20, 32, 128), (1, 2, 4, 8), (64, 128, 256, 512), (64, 131_072)
+    )
+    for heads, groups, width, room in shapes:
+        numbers = torch.empty(2, groups, room, width, dtype=torch.bfloat16, device="meta")
+        for bits, window in itertools.product((8, 16), (None, 128)):
+            stored = numbers.to(torch.int8) if bits == 8 else numbers
+            tensors = KVTensors(stored, None, None)
+            parts = Parts.for_tokens(1, groups * heads, tensors, window)
+            taken = parts.sums.numel() + parts.weights.numel()
+            assert taken <= token_scratch(groups * heads, groups, width)
 
 
 def test_a_long_prompt_is_not_split():
