@@ -6,7 +6,10 @@ and is as strict as a GPU is:
 
 - Tensors of different memories in one operation are an error.
 - Each device has so many bytes; what does not fit raises `torch.OutOfMemoryError`. So does one
-  allocation that a test chooses.
+  allocation that a test chooses. Tensors take what torch's allocator takes for them
+  (`paper_allocator.py`), and it keeps what is freed.
+- Streams come out of torch's pool of 32. So a new one may be in use, and a capture on it would
+  take in the work of another thread.
 - Each device has a default stream of its own. Work on a tensor is work of the current stream of its
   device. An event belongs to the device on which it was first recorded: recording it on another
   one's stream is an error. A copy from one device to another waits for both, and nobody for it.
@@ -22,7 +25,7 @@ and is as strict as a GPU is:
 - Kernels in Triton run by its interpreter. Graphs record and replay what is started, and refuse
   what CUDA refuses. `paper_runtime.py` describes the order of streams that is checked.
 
-What they cannot show: speed, and the sizes that CUDA's allocator rounds to.
+What they cannot show: speed.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from mixchat.kernels.gpu import launch, toolchain
 
 KIND = "paper"
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::to")
+_SPLITS = ("aten::split", "aten::split_with_sizes")
 # Python waits for their results: numbers, or shapes that hang on numbers.
 _LOOKS = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal")
 _library = torch.library.Library("aten", "IMPL")
@@ -118,10 +122,13 @@ def _dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         function, alias = torch.ops.aten._to_copy.default, None
         args, kwargs = args[:1], {"dtype": ours[0].dtype, "device": target}
     if alias is not None and not alias.is_write:
-        return _mapped(lambda leaf: _placed(leaf, target), compute())
+        views = compute()
+        if name in _SPLITS and ours[0].nbytes == ours[0].inner.untyped_storage().nbytes():
+            RUNTIME.divided(views)
+        return _mapped(lambda leaf: _placed(leaf, target), views)
     in_place = alias is not None
     made: list[Any] = []
-    touches = [(tensor.inner.untyped_storage(), in_place) for tensor in ours]
+    touches = [(tensor.inner, in_place) for tensor in ours]
 
     def run(stream: Any, number: int) -> None:
         result = compute()
@@ -186,7 +193,7 @@ def _copy(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False
         else:
             _inner(target).copy_(_inner(source))
 
-    touches = [(tensor.inner.untyped_storage(), tensor is target) for tensor in ours]
+    touches = [(tensor.inner, tensor is target) for tensor in ours]
     if on_paper:
         RUNTIME.joined(source.device, target.device)  # a copy between two GPUs is work of both
     RUNTIME.start(Work(RUNTIME.index_of(ours[-1].device), lambda: touches, run, on_paper))
@@ -259,12 +266,12 @@ def _start(kernel: Any, grid: Any, arguments: Any, constants: dict[str, Any]) ->
     (device,) = {RUNTIME.index_of(tensor.device) for tensor in tensors}
     inner = [_inner(item) for item in arguments]
 
-    def touches() -> list[tuple[Any, bool]]:
-        found = [(tensor.inner.untyped_storage(), True) for tensor in tensors]
+    def touches() -> list[tuple[torch.Tensor, bool]]:
+        found = [(tensor.inner, True) for tensor in tensors]
         # Addresses in a table are read, too.
         tables = [tensor.inner for tensor in tensors if tensor.dtype == torch.int64]
         addresses = [address for table in tables for address in table.flatten().tolist()]
-        return found + [(storage, False) for storage in RUNTIME.storages_at(addresses)]
+        return found + [(memory, False) for memory in RUNTIME.memory_at(addresses)]
 
     def run(stream: Any, number: int) -> None:
         if kernel.__name__ in DOUBLES and not RUNTIME.interprets:

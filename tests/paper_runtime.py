@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from paper_allocator import Allocator, Block
 
 DEVICES = 3
 GB = 10**9
+_POOL = 32  # streams of a device and a priority
 
 
 class Stream:
@@ -30,15 +34,22 @@ class Stream:
         self.arriving: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self.done = 0
         self.seen: dict[Stream, int] = {}
+        self._threads: set[threading.Thread] = set()  # that gave work
         self._lock = threading.RLock()  # several threads give work to one stream
 
     def begin(self) -> int:
         """Count a piece of work, which comes after all that the host has waited for."""
         with self._lock:
             self.finish()
+            self._threads.add(threading.current_thread())
             self.done += 1
             self.see(RUNTIME.host_saw)
             return self.done
+
+    @property
+    def has_another_thread(self) -> bool:
+        me = threading.current_thread()
+        return any(thread.is_alive() and thread is not me for thread in list(self._threads))
 
     def see(self, seen: dict[Stream, int]) -> None:
         for stream, done in list(seen.items()):  # other threads add some
@@ -105,6 +116,7 @@ class Graph:
         """Record work of this thread, instead of doing it, until `capture_end`."""
         RUNTIME.refuse_in_capture("a capture")
         assert not RUNTIME.is_default(RUNTIME.current_stream()), "CUDA captures no default stream"
+        assert not RUNTIME.current_stream().has_another_thread, "its work would be captured"
         assert capture_error_mode == "thread_local", "other threads lock memory meanwhile"
         RUNTIME.capturing = self
 
@@ -118,20 +130,50 @@ class Graph:
             RUNTIME.carry_out(work)
 
 
+class _Uses:
+    """Who wrote and read the parts of a storage, which begin at `starts`, in bytes.
+
+    There is one part, until the storage is divided. Streams may use different parts at once.
+    """
+
+    def __init__(self) -> None:
+        self.starts = [0]
+        self.writers: list[tuple[Stream, int] | None] = [None]
+        self.readers: list[dict[Stream, int]] = [{}]
+
+    def divide(self, starts: Iterable[int]) -> None:
+        merged = sorted({*self.starts, *starts})
+        before = [bisect_right(self.starts, start) - 1 for start in merged]
+        self.writers = [self.writers[part] for part in before]
+        self.readers = [dict(self.readers[part]) for part in before]
+        self.starts = merged
+
+    def parts(self, tensor: torch.Tensor) -> range:
+        if len(self.starts) == 1:
+            return range(1)
+        first = tensor.storage_offset() * tensor.itemsize
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        last = first + tensor.itemsize * sum((size - 1) * stride for size, stride in sizes)
+        return range(bisect_right(self.starts, first) - 1, bisect_right(self.starts, last))
+
+
 @dataclass
 class Work:
-    """A kernel or a copy on a device. `touches`: storages, and whether each is written."""
+    """A kernel or a copy on a device. `touches`: memory, and whether each is written."""
 
     device: int
-    touches: Callable[[], list[tuple[Any, bool]]]
+    touches: Callable[[], list[tuple[torch.Tensor, bool]]]
     run: Callable[[Stream, int], object]
     is_kernel: bool = True
 
 
 @dataclass
 class _Memory:
+    """The bytes of a device, and those of its tensors. The allocator takes some more."""
+
     total: int
     taken: int = 0
+    allocator: Allocator = field(default_factory=Allocator)
 
 
 class PaperRuntime:
@@ -145,7 +187,7 @@ class PaperRuntime:
     `refuses_locks`: page-lock nothing. `capability`: CUDA's, of all devices.
     """
 
-    Stream, Event, CUDAGraph = Stream, Event, Graph
+    Event, CUDAGraph = Event, Graph
 
     def __init__(self) -> None:
         self._thread = threading.local()
@@ -161,8 +203,7 @@ class PaperRuntime:
             memory.total = 4 * GB
         self.waits = self.side_waits = self.allocations = self.launches = self.kernels = 0
         self.host_saw: dict[Stream, int] = {}
-        self._written: dict[int, tuple[Stream, int]] = {}
-        self._read: dict[int, dict[Stream, int]] = {}
+        self._uses = defaultdict[int, _Uses](_Uses)
         self._loaded: set[Any] = set()
         self.fail_at: int | None = None
         self.refuses_locks = self.interprets = False
@@ -170,6 +211,7 @@ class PaperRuntime:
         self.capability = (8, 6)
         self._thread.__dict__.clear()
         self._defaults = [Stream(number) for number in range(DEVICES)]
+        self._pools: dict[tuple[int, int], list[Stream]] = {}
 
     # Called by torch and mixchat.
 
@@ -196,10 +238,18 @@ class PaperRuntime:
 
     def mem_get_info(self, device: torch.device) -> tuple[int, int]:
         memory = self.memory(device)
-        return max(memory.total - memory.taken, 0), memory.total
+        return max(memory.total - memory.allocator.reserved, 0), memory.total
 
     def empty_cache(self) -> None:
-        """Nothing is kept for later use here."""
+        for memory in self.memories:
+            memory.allocator.empty()
+
+    def Stream(self, device: Any = None, priority: int = 0) -> Stream:
+        """Return one of 32 streams, which torch hands out by turns, also those in use."""
+        index = self.index_of(device)
+        pool = self._pools.setdefault((index, priority), [])
+        pool.append(Stream(index) if len(pool) < _POOL else pool.pop(0))
+        return pool[-1]
 
     def synchronize(self, device: Any = None) -> None:
         self.wait(device)
@@ -324,8 +374,10 @@ class PaperRuntime:
         error, self._thread.error = getattr(self._thread, "error", None), None
         if error is not None:
             raise RuntimeError(error)
-        for storage, writes in work.touches():
-            self._touch(stream, number, storage._cdata, writes)
+        for tensor, writes in work.touches():
+            uses = self._uses[tensor.untyped_storage()._cdata]
+            for part in uses.parts(tensor):
+                self._touch(stream, number, uses, part, writes)
         work.run(stream, number)
 
     def joined(self, source: torch.device, target: torch.device) -> tuple[Stream, int]:
@@ -338,18 +390,23 @@ class PaperRuntime:
 
     def wrote(self, stream: Stream, number: int, storage: Any) -> None:
         """Note who made a new tensor."""
-        self._written[storage._cdata] = stream, number
+        uses = self._uses[storage._cdata]
+        uses.writers = [(stream, number)] * len(uses.starts)
 
-    def _touch(self, stream: Stream, number: int, storage: int, writes: bool) -> None:
-        writer = self._written.get(storage)
+    def divided(self, parts: Sequence[torch.Tensor]) -> None:
+        """Note that a storage consists of these parts, which have nothing to do with each other."""
+        starts = (part.storage_offset() * part.itemsize for part in parts)
+        self._uses[parts[0].untyped_storage()._cdata].divide(starts)
+
+    def _touch(self, stream: Stream, number: int, uses: _Uses, part: int, writes: bool) -> None:
+        writer, readers = uses.writers[part], uses.readers[part]
         if writer is not None and not stream.has_seen(*writer):
             raise RuntimeError("a stream uses what another one writes, and did not wait for it")
-        readers = self._read.setdefault(storage, {})
         if writes:
             if not all(stream.has_seen(*reader) for reader in readers.items()):
                 raise RuntimeError("a stream writes what another one may still read")
             readers.clear()
-            self._written[storage] = stream, number
+            uses.writers[part] = stream, number
         else:
             readers[stream] = number
 
@@ -369,29 +426,41 @@ class PaperRuntime:
         if key in self._taken or not size:
             return
         self.allocations += 1
-        if self.allocations == self.fail_at or memory.taken + size > memory.total:
+        block = None
+        if self.allocations != self.fail_at:
+            block = memory.allocator.take(size, memory.total)
+        if block is None:
             raise torch.OutOfMemoryError(
                 f"paper out of memory. Tried to allocate {size} bytes. GPU {self.index_of(device)} "
                 f"has a total capacity of {memory.total} bytes"
             )
-        self.refuse_in_capture("memory")
+        if self.capturing is not None:
+            memory.allocator.free(block)
+            self.refuse_in_capture("memory")
         self._taken[key] = size
-        self._written.pop(key, None)
-        self._read.pop(key, None)
+        self._uses.pop(key, None)
         self._places[storage.data_ptr()] = weakref.ref(storage)
         memory.taken += size
-        weakref.finalize(storage, self._freed, key, storage.data_ptr(), memory).atexit = False
+        freed = weakref.finalize(storage, self._freed, key, storage.data_ptr(), memory, block)
+        freed.atexit = False
 
-    def _freed(self, key: int, address: int, memory: _Memory) -> None:
+    def _freed(self, key: int, address: int, memory: _Memory, block: Block) -> None:
         memory.taken -= self._taken.pop(key)
+        memory.allocator.free(block)
         self._places.pop(address, None)
-        self._written.pop(key, None)
-        self._read.pop(key, None)
+        self._uses.pop(key, None)
 
-    def storages_at(self, addresses: Iterable[int]) -> list[Any]:
-        """Return the allocations that begin at some of these addresses."""
-        found = (self._places[address]() for address in addresses if address in self._places)
-        return [storage for storage in found if storage is not None]
+    def memory_at(self, addresses: Iterable[int]) -> list[torch.Tensor]:
+        """Return the first byte of the parts of allocations at some of these addresses."""
+        places = sorted(self._places)
+        found = []
+        for address in addresses:
+            number = bisect_right(places, address) - 1
+            storage = self._places[places[number]]() if number >= 0 else None
+            if storage is not None and address < storage.data_ptr() + storage.nbytes():
+                byte = torch.empty(0, dtype=torch.uint8)
+                found.append(byte.set_(storage, address - storage.data_ptr(), (1,)))
+        return found
 
 
 RUNTIME = PaperRuntime()

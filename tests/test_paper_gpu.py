@@ -1,11 +1,13 @@
 """GPUs on paper refuse what CUDA refuses."""
 
+import threading
 from pathlib import Path
 
 import paper_gpu
 import pytest
 import torch
-from paper_runtime import PaperRuntime
+from paper_allocator import MB, Allocator
+from paper_runtime import GB, PaperRuntime
 
 from mixchat.base import gpu
 
@@ -146,3 +148,78 @@ def test_ram_that_the_system_does_not_lock_is_refused_once(paper):
     with pytest.raises(gpu.PageLockError):
         gpu.locked_block(4096, DEVICE)
     assert (torch.ones(4, device=DEVICE) + 1).cpu().tolist() == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reserved"),
+    [
+        ([1], 2),
+        ([1 / 4] * 8, 2),  # MB: a small tensor takes a part of 2 MB
+        ([2.5] * 8, 20),
+        ([2.4] * 9, 40),
+        ([5.6] * 4, 40),  # experts of LFM2: three in 20 MB
+        ([10], 10),
+        ([13.25, 0.5], 16),
+    ],
+)
+def test_tensors_take_what_torch_s_allocator_takes(sizes, reserved):
+    allocator = Allocator()
+    blocks = [allocator.take(int(size * MB), GB) for size in sizes]
+    assert allocator.reserved == reserved * MB
+    for block in blocks:
+        allocator.free(block)
+    assert allocator.reserved == reserved * MB
+    assert [allocator.take(int(size * MB), reserved * MB) for size in sizes].count(None) == 0
+    assert allocator.reserved == reserved * MB
+    allocator.empty()
+    assert allocator.reserved == reserved * MB
+
+
+def test_memory_that_is_kept_goes_back_before_an_allocation_fails(paper):
+    paper.empty_cache()
+    memory = paper.memory(DEVICE)
+    memory.total = memory.allocator.reserved + 64 * MB
+    kept = torch.empty(40 * MB, dtype=torch.uint8, device=DEVICE)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(40 * MB, dtype=torch.uint8, device=DEVICE)
+    del kept
+    assert len(torch.empty(60 * MB, dtype=torch.uint8, device=DEVICE)) == 60 * MB
+    assert paper.mem_get_info(DEVICE)[0] == 4 * MB
+    paper.empty_cache()
+    assert paper.mem_get_info(DEVICE)[0] == 64 * MB
+
+
+def test_a_graph_takes_in_no_work_of_another_thread(paper):
+    """torch has 32 streams, of which the thread that moves experts has one. Captures took all."""
+    number, moved = torch.zeros(4, device=DEVICE), torch.zeros(4, device=DEVICE)
+    stream, has_begun, may_end = paper.Stream(DEVICE), threading.Event(), threading.Event()
+    paper.synchronize()
+
+    def move() -> None:
+        with paper.stream(stream):
+            moved.add_(1)
+            has_begun.set()
+            may_end.wait()
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    has_begun.wait()
+    try:
+        for _ in range(40):
+            with gpu.captured(DEVICE):
+                number.add_(1)
+    finally:
+        may_end.set()
+        mover.join()
+
+
+def test_streams_may_use_the_pieces_of_a_block_that_was_split_at_once(paper):
+    first, second = torch.split(torch.zeros(8, dtype=torch.uint8, device=DEVICE), 4)
+    side, event = paper.Stream(DEVICE), paper.Event()
+    event.record()
+    event.wait(side)
+    first.add_(1)
+    with paper.stream(side):
+        second.add_(2)
+        with pytest.raises(RuntimeError, match="did not wait for it"):
+            first.add_(2)

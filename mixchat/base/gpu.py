@@ -139,7 +139,9 @@ def captured(device: torch.device) -> Iterator[Any]:
     Nothing inside may wait for the GPU or take memory.
     """
     runtime = _runtime()
-    graph, stream = runtime.CUDAGraph(), runtime.Stream(device)
+    # torch hands out 32 streams of each priority by turns, also those in use. A capture on the
+    # stream of the thread that moves experts would take in its copies.
+    graph, stream = runtime.CUDAGraph(), runtime.Stream(device, priority=-1)
     # `torch.cuda.graph` would collect Python's garbage each time, longer than a capture takes.
     with current(device), runtime.stream(stream):
         # By default a capture forbids other threads much, and one thread moves experts meanwhile.

@@ -352,7 +352,7 @@ def test_slots_that_gave_way_come_back_as_far_as_memory_has_room(paper, memories
     for _ in range(3):
         vram.give_way()
     assert vram.slots == 3
-    memory.total = memory.taken + 7 * SIZE + SIZE // 2
+    memory.total = memory.allocator.reserved + 7 * SIZE + SIZE // 2
     vram.grow()
     assert vram.slots == 5
     settle(vram)
