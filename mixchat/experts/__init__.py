@@ -16,6 +16,7 @@ memory.
 - store.py: slots in RAM, and the pieces in which an expert is read
 - gpu_experts.py: computes experts on GPUs, and lets RAM's holder compute the others
 - vram.py: the slots in a GPU's memory, and what brings experts there
+- arena.py: the memory of a GPU's slots, in large pieces
 - residents.py: chooses the experts that a GPU holds, by their uses
 - placement.py: how many experts fit in each memory
 - memory.py: follows how much memory is free

@@ -18,7 +18,8 @@ L = layers of the GPU, E = num_local_experts, K = num_experts_per_tok.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,13 @@ class Exchange(NamedTuple):
     key: ExpertKey
     slot: int
     evicted: ExpertKey | None
+
+
+class Move(NamedTuple):
+    """The slots of an expert before and after."""
+
+    before: int
+    after: int
 
 
 class Residents:
@@ -149,21 +157,38 @@ class Residents:
         self.exclude([key])
         return slot
 
-    def give_up(self) -> tuple[int, ExpertKey | None] | None:
-        """Return a slot that is not used any more, and the expert that was to be there.
+    def give_up(self, slots: Collection[int]) -> tuple[list[ExpertKey], dict[ExpertKey, Move]]:
+        """Use these slots no more. Return the experts that lose their slots, and those that move.
 
-        A free slot comes first, then the slot of the least used expert. Return None without slots.
+        With uses of 9 and 1 in these slots, and 4 and 2 in others, the expert of 9 moves into the
+        slot of 2. The experts of 1 and 2 lose theirs. No slot is moved into if something may still
+        be on its way there.
         """
         for free in self._free.values():
-            if free:
-                return free.pop(), None
-        if not self._slots:
-            return None
-        uses = np.where(self._states == _MISSING, np.inf, self._uses)
-        key = self._key(int(uses.argmin()))
-        self._states[self._index(key)] = _MISSING
-        self._arriving.discard(key)
-        return self._slots.pop(key), key
+            free[:] = [slot for slot in free if slot not in slots]
+        lost = [key for key in self._arriving if self._slots[key] in slots]
+        inside, outside = [], defaultdict[int, list[ExpertKey]](list)
+        for key in sorted(self._slots.keys() - self._arriving, key=self._uses_of, reverse=True):
+            if self._slots[key] in slots:
+                inside.append(key)
+            else:
+                outside[self._size(key)].append(key)
+        moved: dict[ExpertKey, Move] = {}
+        for key in inside:
+            others = outside[self._size(key)]
+            if others and self._uses_of(others[-1]) < self._uses_of(key):
+                least = others.pop()
+                lost.append(least)
+                moved[key] = Move(self._slots[key], self._slots[least])
+            else:
+                lost.append(key)
+        for key in lost:
+            del self._slots[key]
+            self._arriving.discard(key)
+            self._states[self._index(key)] = _MISSING
+        for key, move in moved.items():
+            self._slots[key] = move.after
+        return lost, moved
 
     def add_slot(self, slot: int, size: int) -> None:
         """Use a slot, which may have been given up."""
@@ -177,6 +202,9 @@ class Residents:
 
     def _size(self, key: ExpertKey) -> int:
         return self._sizes[key.layer - self._first]
+
+    def _uses_of(self, key: ExpertKey) -> float:
+        return float(self._uses[self._index(key)])
 
     def _key(self, index: int) -> ExpertKey:
         layer, expert = divmod(index, self._uses.shape[1])

@@ -17,6 +17,7 @@ import torch
 
 from mixchat.base import gpu
 from mixchat.base.errors import ResourceError
+from mixchat.experts.arena import Arena
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.load_queue import FILL, REQUESTED, ExpertLoad, Job, LoadQueue, Piece
 from mixchat.experts.residents import Exchange, Residents
@@ -64,7 +65,7 @@ class VramSlots:
         self._strides = [layouts(layer).stride for layer in layers]
         self.residents = Residents(layers.start, self._strides, experts, sizes)
         self.table = torch.zeros(len(layers), experts, dtype=torch.int64, device=device)
-        self._blocks = {slot: self._new_block(size) for slot, size in enumerate(sizes)}
+        self._arena = Arena(device, sizes)
         self._guests: list[torch.Tensor] = []
         if len(sizes) < len(layers) * experts:
             self._make_guests()
@@ -75,11 +76,11 @@ class VramSlots:
 
     @property
     def slots(self) -> int:
-        return len(self._blocks)
+        return len(self._arena.blocks)
 
     @property
     def nbytes(self) -> int:
-        return sum(self._sizes[slot] for slot in self._blocks)
+        return self._arena.nbytes
 
     @property
     def bytes_moved(self) -> int:
@@ -103,7 +104,7 @@ class VramSlots:
         if key not in self._experts:
             slot = self.residents.slot_of(key)
             assert slot is not None
-            self._experts[key] = self._layouts(key.layer).build(self._blocks[slot])
+            self._experts[key] = self._layouts(key.layer).build(self._arena.blocks[slot])
         return self._experts[key]
 
     def publish(self) -> None:
@@ -150,29 +151,36 @@ class VramSlots:
 
     def give_way(self) -> bool:
         """Give the memory of an eighth of the slots back. Return False if there are none."""
-        count = -(-len(self._blocks) // 8)
-        for _ in range(count):
-            given = self.residents.give_up()
-            assert given is not None
-            slot, key = given
-            if key is not None:
-                self._forget(key)
-            # A load that has begun keeps the memory until its pieces have ended.
-            del self._blocks[slot]
+        pieces = self._arena.pieces
+        for slots in pieces[::-1][: -(-len(pieces) // 8)]:
+            self._give_up(slots)
         gpu.release_unused(self.device)
-        return count > 0
+        return bool(pieces)
+
+    def _give_up(self, slots: range) -> None:
+        """Give the last piece back. Of all experts, those that are used least lose their slots."""
+        lost, moved = self.residents.give_up(slots)
+        for key in lost:
+            self._forget(key)
+        blocks = self._arena.blocks
+        for key, (before, after) in moved.items():
+            # In the stream of the kernels that have read both, and nothing is on its way there.
+            blocks[after].copy_(blocks[before])
+            self._experts.pop(key, None)
+            self._set(key, blocks[after].data_ptr())
+        # A load that has begun keeps the memory until its pieces have ended.
+        self._arena.give_back()
 
     def grow(self) -> None:
         """Take slots again that were given up, as far as the memory has room, and fill them."""
         free = gpu.free_memory(self.device) - self._reserve
-        for slot, size in enumerate(self._sizes):
-            if slot in self._blocks or free < size:
-                continue
+        while (size := self._arena.next_size) is not None and size <= free:
             try:
-                self._blocks[slot] = self._new_block(size)
+                slots = self._arena.take()
             except torch.OutOfMemoryError:
                 break
-            self.residents.add_slot(slot, size)
+            for slot in slots:
+                self.residents.add_slot(slot, self._sizes[slot])
             free -= size
         self.fill()
 
@@ -183,7 +191,7 @@ class VramSlots:
         self._loads.clear()
         self._uploader.queue.close()
         self._experts.clear()
-        self._blocks.clear()
+        self._arena.blocks.clear()
         self._guests.clear()
 
     def _begin(self, exchange: Exchange) -> None:
@@ -196,7 +204,7 @@ class VramSlots:
         try:
             # The slot may be given up before its turn comes.
             block, size = self._lender.borrow(key), self._layouts(key.layer).stride
-            self._uploader.begin(load, slot, lambda: self._blocks.get(slot), size, block)
+            self._uploader.begin(load, slot, lambda: self._arena.blocks.get(slot), size, block)
         except BaseException as error:
             load.end(error)
             raise
@@ -208,7 +216,7 @@ class VramSlots:
         if load.failed:
             self.has_changed = True
         else:
-            self._set(key, self._blocks[slot].data_ptr())
+            self._set(key, self._arena.blocks[slot].data_ptr())
 
     def _forget(self, key: ExpertKey) -> None:
         self.has_changed = True
@@ -223,12 +231,7 @@ class VramSlots:
         self.table[key.layer - self.layers.start, key.expert].fill_(address)
 
     def _make_guests(self) -> None:
-        self._guests = [self._new_block(max(self._strides)) for _ in range(_GUESTS)]
-
-    def _new_block(self, size: int) -> torch.Tensor:
-        # A thread that is not in inference mode fills it.
-        with torch.inference_mode(False):
-            return torch.empty(size, dtype=torch.uint8, device=self.device)
+        self._guests = [*Arena(self.device, [max(self._strides)] * _GUESTS).blocks.values()]
 
 
 class Guests:

@@ -1,7 +1,8 @@
 """The experts that a GPU holds, beside a naive model."""
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.residents import HALF_LIFE_TOKENS, Exchange, Residents
+from mixchat.experts.residents import HALF_LIFE_TOKENS, Exchange, Move, Residents
 
 FIRST, LAYERS, EXPERTS, CHOICES = 3, 3, 4, 2
 KEYS = [ExpertKey(layer, expert) for layer in range(FIRST, FIRST + LAYERS) for expert in range(4)]
@@ -48,6 +49,20 @@ class Naive:
         self.free = set(self.sizes)
         self.given_up: set[int] = set()
 
+    def give_up(
+        self, gone: set[int], lost: Iterable[ExpertKey], moved: Mapping[ExpertKey, Move]
+    ) -> None:
+        for key in lost:
+            del self.slots[key]
+            self.arriving.discard(key)
+        for key, (before, after) in moved.items():
+            assert self.slots[key] == before
+            assert key not in self.arriving
+            self.slots[key] = after
+        assert not gone & {*self.slots.values()}
+        self.given_up |= gone
+        self.free -= gone
+
     def best(self) -> list[tuple[ExpertKey, int | None, ExpertKey | None]]:
         """Return the exchanges that are as good as any."""
         found = []
@@ -79,7 +94,7 @@ events = st.lists(
         st.tuples(st.just("rows"), st.sampled_from(KEYS), st.floats(0, 40)),
         st.tuples(st.just("begin")),
         st.tuples(st.just("end"), st.booleans(), st.integers(0, 100)),
-        st.tuples(st.just("give up")),
+        st.tuples(st.just("give up"), st.integers(1, 4)),
         st.tuples(st.just("add"), st.integers(0, 100)),
     ),
     max_size=80,
@@ -129,22 +144,18 @@ def test_it_does_what_a_naive_model_does(sizes, slots, events):
                 if not arrived:
                     naive.free.add(naive.slots.pop(key))
                     naive.uses[key] = -math.inf
-            case "give up", *_:
-                gone = residents.give_up()
-                if gone is None:
-                    assert not naive.free
-                    assert not naive.slots
-                    continue
-                slot, given = gone
-                naive.given_up.add(slot)
-                if given is None:
-                    naive.free.remove(slot)
-                else:
-                    assert not naive.free
-                    least = min(naive.uses[key] for key in naive.slots)
-                    assert naive.uses[given] == pytest.approx(least)
-                    assert naive.slots.pop(given) == slot
-                    naive.arriving.discard(given)
+            case "give up", count:
+                there = [slot for slot in naive.sizes if slot not in naive.given_up]
+                gone = {*there[max(len(there) - count, 0) :]}
+                before, arriving = dict(naive.slots), set(naive.arriving)
+                lost, moved = residents.give_up(gone)
+                naive.give_up(gone, lost, moved)
+                assert len(lost) == sum(slot in gone for slot in before.values())
+                assert {before[key] for key in lost} >= {after for _, after in moved.values()}
+                stayed = naive.slots.keys() - naive.arriving
+                for key, each in itertools.product({*lost} - arriving, stayed):
+                    if naive.size_of[key] == naive.size_of[each]:
+                        assert naive.uses[key] <= naive.uses[each] * (1 + 1e-4) + 1e-9
             case "add", number if naive.given_up:
                 slot = sorted(naive.given_up)[number % len(naive.given_up)]
                 residents.add_slot(slot, naive.sizes[slot])
@@ -240,18 +251,18 @@ def test_experts_of_workers_get_no_slots():
     assert residents.next_exchange() is None
 
 
-def test_slots_that_are_given_up_are_free_ones_first_then_those_of_the_least_used():
-    residents = of_one_layer(3)
-    take(residents, 2)
-    tokens(residents, [0])
-    assert residents.give_up() == (2, None)
-    assert residents.give_up() == (1, ExpertKey(0, 1))
-    assert residents.keys == {(0, 0)}
+def test_the_experts_that_are_used_least_lose_their_slots_to_those_of_slots_given_up():
+    residents = of_one_layer(4)
+    assert take(residents, 3) == [ExpertKey(0, n) for n in range(3)]  # and slot 3 is free
+    for expert in (1, 1, 0):
+        tokens(residents, [expert])
+    lost, moved = residents.give_up([1, 3])
+    assert (lost, moved) == ([ExpertKey(0, 2)], {ExpertKey(0, 1): Move(1, 2)})
+    assert residents.slot_of(ExpertKey(0, 1)) == 2
     residents.add_slot(1, 1)
     exchange = residents.next_exchange()
-    assert exchange == Exchange(ExpertKey(0, 1), 1, None)
+    assert exchange == Exchange(ExpertKey(0, 2), 1, None)
     residents.begin(exchange)
-    assert residents.give_up() == (1, ExpertKey(0, 1))  # it is on its way
-    assert residents.give_up() == (0, ExpertKey(0, 0))
-    assert residents.give_up() is None
+    assert residents.give_up([1]) == ([ExpertKey(0, 2)], {})  # it is on its way
+    assert residents.give_up([0, 2]) == ([ExpertKey(0, 1), ExpertKey(0, 0)], {})
     assert residents.next_exchange() is None

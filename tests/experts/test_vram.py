@@ -30,6 +30,7 @@ from vram_doubles import (
 
 from mixchat.base import interrupts
 from mixchat.base.errors import ResourceError
+from mixchat.experts import arena
 from mixchat.experts import vram as vram_module
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.vram import VramSlots
@@ -322,6 +323,33 @@ def test_an_eighth_of_the_slots_give_way_those_of_the_least_used_first(paper, me
     assert not vram.give_way()
 
 
+def test_the_most_used_experts_of_a_piece_that_gives_way_move_to_other_pieces(
+    paper, memories, monkeypatch
+):
+    monkeypatch.setattr(arena, "_LEAST_PIECES", 2)
+    vram = filled(memories, 8)
+    in_last = [key for key in KEYS if vram.residents.slot_of(key) in range(4, 8)]
+    others = [key for key in KEYS if key not in in_last]
+    for number, key in enumerate((in_last[0], others[0], in_last[1], others[1], *KEYS)):
+        use(vram, key, 30 - number)
+    kernels = [(vram.expert(key) ^ 0, key) for key in KEYS]  # that nobody waits for
+    before = quiet(paper)
+    assert vram.give_way()
+    assert paper.memory(GPU).taken == before - 4 * SIZE
+    assert set(vram.residents.keys) == {*in_last[:2], *others[:2]}
+    addresses = table_of(vram)
+    for key in KEYS:
+        is_there = key in vram.residents.keys
+        assert addresses[key] == (vram.expert(key).data_ptr() if is_there else 0)
+        assert not is_there or torch.equal(content(vram, key), bytes_of(key))
+    assert all(torch.equal(output.cpu(), bytes_of(key)) for output, key in kernels)
+    vram.grow()
+    settle(vram)
+    vram.publish()
+    assert set(vram.residents.keys) == set(KEYS)
+    assert all(torch.equal(content(vram, key), bytes_of(key)) for key in KEYS)
+
+
 def test_slots_whose_experts_are_still_to_come_give_way(paper, memories):
     """In the first seconds nothing has arrived, and a GPU is as full as later."""
     memories.held = {A}
@@ -464,9 +492,17 @@ steps = st.one_of(
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 8), st.sets(st.sampled_from(KEYS)), st.lists(steps, max_size=25))
-def test_kernels_read_whole_experts_whatever_comes_and_goes(paper, slots, in_ram, events):
+@given(
+    st.integers(0, 8),
+    st.sampled_from([1, 3, 8]),
+    st.sets(st.sampled_from(KEYS)),
+    st.lists(steps, max_size=25),
+)
+def test_kernels_read_whole_experts_whatever_comes_and_goes(
+    paper, monkeypatch, slots, pieces, in_ram, events
+):
     """The paper GPU checks the order of streams beside that."""
+    monkeypatch.setattr(arena, "_LEAST_PIECES", pieces)
     memories = Memories()
     memories.in_ram = {key: bytes_of(key) for key in in_ram}
     vram, outputs = memories.slots(*[SIZE] * slots), list[tuple[ExpertKey, torch.Tensor]]()

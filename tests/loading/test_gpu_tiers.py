@@ -16,10 +16,11 @@ from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Note
 from mixchat.base.quantities import MemoryBudget
+from mixchat.experts import vram as vram_module
+from mixchat.experts.arena import Arena
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.experts.placement import Placement
-from mixchat.experts.vram import VramSlots
 from mixchat.loading import tiers
 from mixchat.loading.served_experts import ServedExperts
 from mixchat.loading.tiers import build_experts, moe_layers
@@ -183,12 +184,12 @@ def test_a_gpu_with_less_memory_than_it_says_holds_half(paper, installed, fail_a
 
 
 def test_a_gpu_that_holds_no_two_experts_after_all_is_named(paper, installed, monkeypatch):
-    def full(self: VramSlots, size: int) -> torch.Tensor:
-        if self.device.index == 1:
+    def arena(device: torch.device, sizes: Sequence[int]) -> Arena:
+        if device.index == 1:
             raise torch.OutOfMemoryError("paper out of memory")
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
+        return Arena(device, sizes)
 
-    monkeypatch.setattr(VramSlots, "_new_block", full)
+    monkeypatch.setattr(vram_module, "Arena", arena)
     with pytest.raises(ResourceError, match="paper:1 has less memory than it says: not even two"):
         build(installed, placed((3, 3), (1, 1)))
 
