@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from mixchat.engine.tensor_cache import in_8_bits
+from mixchat.engine.caches.tensor_cache import in_8_bits
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.convolution import Convolution
 from mixchat.kernels.cpu.delta_net import DeltaNetShape, DeltaRule

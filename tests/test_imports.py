@@ -31,6 +31,8 @@ ORDER = (
     "loading",
     "planning",
     "engine",
+    "engine/layers",
+    "engine/caches",
     "experts/workers",
     "experts",
     "weights/care",

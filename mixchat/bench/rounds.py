@@ -21,8 +21,8 @@ import torch
 from mixchat.base import gpu, system
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import Note
+from mixchat.engine.caches.sequence_cache import bytes_seen
 from mixchat.engine.generate import Engine
-from mixchat.engine.sequence_cache import bytes_seen
 from mixchat.kernels.cpu.pages import Bits
 from mixchat.loading.loader import load_engine
 from mixchat.planning.bandwidth import MemoryMeter, ProductMeter, bus_bandwidth

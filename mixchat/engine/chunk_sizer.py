@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from mixchat.engine.caches.kv_cache import MAX_CUT_TOKENS
+
 # Tokens. Chunks are large, because each reads most experts on disk again.
-PREFILL_CHUNK = 2048
+PREFILL_CHUNK = MAX_CUT_TOKENS
 # Tokens of prompts in a pass in which other answers decode.
 _FIRST_CHUNK, SMALLEST_CHUNK = 32, 16
 # Seconds that a pass may take if other answers decode in it, and if none do.

@@ -13,11 +13,11 @@ from mixchat.base.options import SamplingOptions
 from mixchat.base.progress import Note
 from mixchat.engine.answer_request import AnswerRequest, OnPrefill
 from mixchat.engine.batch import Batch
+from mixchat.engine.caches.sequence_cache import SequenceCache
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.model import Transformer
 from mixchat.engine.passes import CachedPrefix, ForwardPasses
 from mixchat.engine.sampling import Constraint
-from mixchat.engine.sequence_cache import SequenceCache
 from mixchat.engine.speculation import Speculation
 from mixchat.engine.stats import GenerationStats
 from mixchat.experts.cache import ExpertStats

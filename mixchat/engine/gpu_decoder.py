@@ -19,26 +19,17 @@ import numpy as np
 import torch
 
 from mixchat.base import gpu
-from mixchat.engine.gpu_layer import (
-    Kernels,
-    LayerSum,
-    TokenTensors,
-    expert_kernels,
-    is_supported,
-    mixer_kernels,
-    mlp_kernels,
-    routed_by_own_norm,
-    router_kernels,
-    sandwich_sum,
-)
-from mixchat.engine.model import AfterLayer, Block, Output, SandwichBlock, Transformer
-from mixchat.engine.sequence_cache import SequenceCache, TokenContext, state_shapes
-from mixchat.engine.state_cache import StateCache
+from mixchat.engine.caches.sequence_cache import SequenceCache, TokenContext, state_shapes
+from mixchat.engine.caches.state_cache import StateCache
+from mixchat.engine.layers.block import Block
+from mixchat.engine.layers.graph import GraphWriter, Kernels, LayerPlace, TokenTensors
+from mixchat.engine.layers.operations import Norm, UnsupportedOperationError
+from mixchat.engine.model import AfterLayer, Output, Transformer
 from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.kernels.gpu.product import product, split
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.gpu_expert import GpuExpertForm, expert_form
-from mixchat.weights.matrix.gpu_linear import as_gpu, form_of
+from mixchat.weights.matrix.gpu_linear import GpuLinear, as_gpu
 
 _ALIGNMENT = 64  # bytes, of tensors in page-locked RAM
 
@@ -85,23 +76,11 @@ def new_gpu_decoder(
 
     Kernels may not take a matrix, or the system may refuse to lock RAM, which graphs write to.
     """
-    experts_taken = (
-        expert_form(spec, model.device).form.is_supported for spec in used.expert_forms
-    )
-    matrices = [*used.shared_matrices.values()]
-    if not gpu.is_gpu(model.device) or not all(experts_taken):
-        return None
-    if used.config.n_group > 1:
-        return None
-    if any(rope.llama_4_scaling_beta for rope in used.config.ropes):
-        return None
-    if not all(form_of(matrix).is_supported for matrix in matrices):
-        return None
-    if not all(is_supported(block.mixer) for block in model.blocks):
+    if not gpu.is_gpu(model.device):
         return None
     try:
         return GpuDecoder(used, model.blocks, caches, model.output, experts)
-    except gpu.PageLockError:
+    except (gpu.PageLockError, UnsupportedOperationError):
         return None
 
 
@@ -192,7 +171,7 @@ class _Section:
 
     def _add_missing(self, place: int) -> None:
         """Let the CPU compute a layer's experts that the GPU does not hold, and add their part."""
-        host, layer = self._host, self._blocks[self._sparse[place]].moe.layer
+        host, layer = self._host, self._blocks[self._sparse[place]].experts.layer
         chosen = host["selected"][place].tolist()
         if missing := self._experts.missing(layer, chosen):
             experts, weights = [chosen[index] for index in missing], host["weights"][missing]
@@ -204,11 +183,10 @@ class _Section:
         """Return the forms of a layer's experts, and of its dense part."""
         block, forms = self._blocks[number], {}
         if not block.is_dense:
-            forms["experts"] = expert_form(self._used.expert_of(block.moe.layer), self.device)
-        if block.mlp is not None:
-            spec = self._used.mlp_expert(number)
-            assert spec is not None
-            forms["mlp"] = expert_form(spec, self.device)
+            spec = self._used.expert_of(block.experts.layer)
+            forms["experts"] = expert_form(spec, self.device)
+        if (dense := self._used.mlp_expert(number)) is not None:
+            forms["mlp"] = expert_form(dense, self.device)
         return forms
 
     def _count_sums(self, number: int) -> int:
@@ -227,7 +205,9 @@ class _Section:
             "place": tokens.place,
         }
         if self._output is not None:
-            head = as_gpu(self._output.head).matrix.form
+            if not isinstance(self._output.head, GpuLinear):
+                raise UnsupportedOperationError("a head that no kernel takes")
+            head = self._output.head.matrix.form
             shape = split(head).count, 1, head.rows
             told["logits"] = tokens.tensor("logits", *shape, dtype=torch.float32)
         return told
@@ -261,40 +241,28 @@ class _Section:
 
         with_host: whether the host adds to the outputs of layers with experts.
         """
-        tokens, before = self._tokens, LayerSum(self._tokens.sums[:0])
+        tokens, config = self._tokens, self._used.config
+        writer = GraphWriter(config, tokens)
         for number, block in self._blocks.items():
-            layer, addresses = cache.layers[number], tokens.place[self._addresses[number]]
-            up = mixer_kernels(block, before, self._used.config, layer, addresses, tokens)
-            router: Kernels = []
-            own: Kernels = []
-            dense: Kernels = []
-            first, end = 1, 1
-            if (form := self._forms[number].get("experts")) is not None:
-                first = 0 if with_host else 1
-                selected = tokens.selected[self._sparse.index(number)]
-                router = router_kernels(block.moe.router, selected, tokens.weights, tokens)
-                table, end = self._experts.table(block.moe.layer), end + form.sums(len(selected))
-                out = tokens.sums[1:end]
-                own = expert_kernels(form, table, selected, tokens.weights, out, tokens)
-            sums = tokens.sums[end:end]
-            if (form := self._forms[number].get("mlp")) is not None:
-                assert block.mlp is not None
-                sums = tokens.sums[end : end + form.sums(1)]
-                dense = mlp_kernels(form, block.mlp, sums, tokens)
-            if isinstance(block, SandwichBlock):
-                yield [*up, *dense, *routed_by_own_norm(block, sums, router, tokens)], own
-                before = sandwich_sum(block, tokens.sums[first:end], tokens)
-            else:
-                yield [*up, *router], [*own, *dense]
-                before = LayerSum(tokens.sums[first : end + len(sums)])
-        yield self._last_kernels(before), []
+            place = LayerPlace(
+                cache.layers[number],
+                tokens.place[self._addresses[number]],
+                self._forms[number].get("experts"),
+                self._forms[number].get("mlp"),
+                tokens.selected[0 if block.is_dense else self._sparse.index(number)],
+                None if block.is_dense else self._experts.table(block.experts.layer),
+                with_host,
+            )
+            yield writer.write(block, place)
+        yield self._last_kernels(writer), []
 
-    def _last_kernels(self, before: LayerSum) -> Kernels:
+    def _last_kernels(self, writer: GraphWriter) -> Kernels:
         """Return the kernels after the layers, which add what the last one left to add."""
-        tokens = self._tokens
-        output = self._output
-        norm = next(iter(self._blocks.values())).mlp_norm if output is None else output.norm
-        kernels = [*before.adding(norm, tokens), self._telling("selected")]
+        tokens, output = self._tokens, self._output
+        first = next(iter(self._blocks.values())).operations[0]
+        assert isinstance(first, Norm)
+        kernels = [*writer.last(first.norm if output is None else output.norm)]
+        kernels.append(self._telling("selected"))
         if output is not None:
             head = as_gpu(output.head).matrix
             kernels.append(partial(product, tokens.normed[None], head, self._sources["logits"]))

@@ -20,10 +20,10 @@ from mixchat.base import gpu, interrupts
 from mixchat.base.context import Context
 from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.base.progress import Note
+from mixchat.engine.caches.layer_cache import LayerCache
+from mixchat.engine.caches.sequence_cache import SequenceCache
 from mixchat.engine.chunk_sizer import SMALLEST_CHUNK
-from mixchat.engine.layer_cache import LayerCache
 from mixchat.engine.model import LAST, AfterLayer, Transformer
-from mixchat.engine.sequence_cache import SequenceCache
 from mixchat.experts.holder import ExpertHolder
 from mixchat.experts.memory import within_memory
 from mixchat.kernels.cpu.threads import one_thread

@@ -29,9 +29,9 @@ import torch
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import open_private_file, write_all, write_error
 from mixchat.base.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
+from mixchat.engine.caches.layer_cache import Extent
+from mixchat.engine.caches.sequence_cache import SequenceCache
 from mixchat.engine.generate import Engine
-from mixchat.engine.layer_cache import Extent
-from mixchat.engine.sequence_cache import SequenceCache
 from mixchat.kernels.cpu.pages import PAGE
 from mixchat.weights.format.manifest import Manifest
 

@@ -222,7 +222,7 @@ def _record_inputs(directory: Path, size: int, text: Text, on_window: OnWindow, 
             wrap=lambda runner: RecordingRunner(runner, writer.add),
         )
         if dense_rows:
-            engine.passes.model.record_inputs(blueprint, writer.add_dense)
+            engine.passes.model.record_inputs(writer.add_dense)
         seconds = 0.0
         for number, window in enumerate(windows[:_MEASURED_WINDOWS]):
             on_window(number, len(windows), "")

@@ -16,14 +16,15 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Note
 from mixchat.base.safetensors import TensorSpec
 from mixchat.base.settings import models_dir
+from mixchat.engine.caches.sequence_cache import new_caches
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.generate import Engine
-from mixchat.engine.model import Block, Embedding, Transformer
-from mixchat.engine.norm import RMSNorm
+from mixchat.engine.layers.block import describe
+from mixchat.engine.layers.operations import RMSNorm
+from mixchat.engine.layers.rope import rotary_embeddings
+from mixchat.engine.model import Embedding, Transformer
 from mixchat.engine.prompt_cache import identity_of
-from mixchat.engine.rope import rotary_embeddings
-from mixchat.engine.sequence_cache import new_caches
 from mixchat.engine.speculation import Speculation
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.gpu_experts import GpuExperts
@@ -108,7 +109,7 @@ def build_engine(
 
             model.decode_by(new_gpu_decoder(blueprint, model, caches, runner))
         else:
-            model.decode_by(new_decoder(blueprint, model.blocks, caches[0], model.output))
+            model.decode_by(new_decoder(model.blocks, caches[0], blueprint, model.output))
         # The first prompt waited for the disk although a person had typed for ten seconds.
         experts.fill([ExpertKey(layer, expert) for layer in layers for expert in each])
         directory = installed.directory
@@ -213,7 +214,7 @@ def _build_model(
 
     norm = RMSNorm(tensors[last].tensor(blueprint.norm), config.rms_norm_eps)
     blocks = [
-        Block.build(layer, blueprint, tensors[device], ropes[device][layer], runner)
+        describe(layer, blueprint, tensors[device], ropes[device][layer], runner)
         for layer, device in enumerate(on)
     ]
     return Transformer(config, embedding, blocks, norm, head)

@@ -18,10 +18,11 @@ from statistics import mean
 import torch
 
 from mixchat.base.safetensors import TensorSpec
+from mixchat.engine.caches.sequence_cache import new_caches
 from mixchat.engine.decoder import new_decoder
-from mixchat.engine.model import Block
-from mixchat.engine.rope import rotary_embeddings
-from mixchat.engine.sequence_cache import new_caches
+from mixchat.engine.layers.block import Block, describe
+from mixchat.engine.layers.compute import compute_layer
+from mixchat.engine.layers.rope import rotary_embeddings
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.compute import RowExperts
 from mixchat.experts.holder import LayerExperts
@@ -226,8 +227,7 @@ class _Layers:
         dense = config.first_k_dense_replace
         runners = [(dense + number, runner) for number, runner in runners]
         self.blocks = [
-            Block.build(layer, blueprint, tensors, ropes[layer], runner)
-            for layer, runner in runners
+            describe(layer, blueprint, tensors, ropes[layer], runner) for layer, runner in runners
         ]
         [self._cache] = new_caches(config, 2 * _CONTEXT, dtype, [CPU] * config.num_hidden_layers)
         self._cache.fill(_CONTEXT, dtype)
@@ -235,14 +235,14 @@ class _Layers:
 
     def computing(self, blocks: Sequence[Block]) -> Callable[[], None]:
         """Return a function that computes one token through these blocks."""
-        decoder = new_decoder(self._blueprint, blocks, self._cache)
+        decoder = new_decoder(blocks, self._cache, self._blueprint)
 
         @torch.inference_mode()
         def compute() -> None:
             x = self._x
             if decoder is None or decoder.run(x, self._cache, lambda layer: None) is None:
                 for block in blocks:
-                    x = block(x, self._cache)
+                    x = compute_layer(block.operations, x, self._cache)
 
         return compute
 

@@ -16,7 +16,7 @@ from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.machine import tightest_memory_limit
 from mixchat.base.options import ExpertSize, LoadOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.engine.sequence_cache import cache_bytes, scratch_bytes
+from mixchat.engine.caches.sequence_cache import cache_bytes, scratch_bytes
 from mixchat.experts.memory import CPU, free_on
 from mixchat.experts.placement import (
     MIN_SLOTS,

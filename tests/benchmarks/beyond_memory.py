@@ -194,7 +194,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         "stalled": did.stalled_seconds / total,
         "predictions": did.predictions,
         "right": did.right_predictions,
-        "depth": engine.passes.model.blocks[-1].moe.runner._layers_ahead,
+        "depth": engine.passes.model.blocks[-1].experts.runner._layers_ahead,
         "first": first,
         "first_bytes": first_bytes,
         "read_rate": read_rate,

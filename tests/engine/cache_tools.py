@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.engine.paged_cache import PagedKVCache
-from mixchat.engine.sequence_cache import SequenceCache, bits_of, kv_shape
-from mixchat.engine.tensor_cache import Masks, TensorKVCache
+from mixchat.engine.caches.paged_cache import PagedKVCache
+from mixchat.engine.caches.sequence_cache import SequenceCache, bits_of, kv_shape
+from mixchat.engine.caches.tensor_cache import Masks, TensorKVCache
 from mixchat.kernels.cpu.pages import Bits
 
 
@@ -37,7 +37,7 @@ def on_gpus(
     on: Sequence[torch.device],
     bits: Bits | None = None,
 ) -> SequenceCache:
-    from mixchat.engine.device_cache import device_caches
+    from mixchat.engine.caches.device_cache import device_caches
 
     shapes = {layer: kv_shape(config, layer, bits or bits_of(dtype)) for layer in range(len(on))}
     windows = {layer: config.window(layer) for layer in shapes}

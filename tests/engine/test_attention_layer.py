@@ -14,12 +14,13 @@ from torch.nn import functional
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.rope_parameters import RopeParameters
 from mixchat.base.safetensors import TensorSpec
-from mixchat.engine.attention import Attention
+from mixchat.engine.caches.sequence_cache import SequenceCache
 from mixchat.engine.decoder import new_decoder
-from mixchat.engine.model import Block
-from mixchat.engine.norm import RMSNorm
-from mixchat.engine.rope import rotary_embeddings
-from mixchat.engine.sequence_cache import SequenceCache
+from mixchat.engine.layers.attention import attention
+from mixchat.engine.layers.block import Block, describe
+from mixchat.engine.layers.compute import compute_layer
+from mixchat.engine.layers.operations import Operation, Rows
+from mixchat.engine.layers.rope import rotary_embeddings
 from mixchat.experts.cache import ExpertKey
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.kernels.cpu.pages import PAGE
@@ -113,31 +114,39 @@ def expected(name: str, config: ModelConfig, layer: int, x: torch.Tensor) -> tup
     return attention, attention(x[None], turns, mask[None, None])[0][0]
 
 
-def ours(config: ModelConfig, layer: int, theirs: Any) -> Attention:
-    """Return our attention with the weights of transformers' own."""
-    parts = [theirs.q_proj, theirs.k_proj, theirs.v_proj]
-    weights = [part.weight for part in parts]
-    if config.attn_output_gate:  # transformers has a head's gate after its query
-        heads = weights[0].unflatten(0, (-1, 2, config.head_dim))
-        weights = [heads[:, 0].flatten(0, 1), *weights[1:], heads[:, 1].flatten(0, 1)]
-    weight = torch.cat(weights)
-    bias = torch.cat([part.bias for part in parts]) if config.attention_bias else None
+class TheirTensors:
+    """The tensors of transformers' attention, as a description takes them."""
 
-    def qkv_proj(x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        return functional.linear(x, weight, bias)
+    def __init__(self, config: ModelConfig, theirs: Any) -> None:
+        self._config, self._theirs = config, theirs
 
-    def o_proj(x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        return theirs.o_proj(x)
+    def tensor(self, spec: TensorSpec) -> torch.Tensor:
+        tensor = self._theirs.get_parameter(spec.name.split("self_attn.")[-1])
+        is_norm = spec.name.endswith("norm.weight")
+        return tensor + 1 if self._config.fp32_norms and is_norm else tensor
 
-    added = 1 if config.fp32_norms else 0
-    norms = [RMSNorm(added + norm.weight, config.rms_norm_eps) for norm in _norms(config, theirs)]
-    rope = rotary_embeddings(config, CONTEXT, torch.float32, CPU)[layer]
-    sinks = theirs.sinks if config.attention_sinks else None
-    return Attention(layer, config, qkv_proj, o_proj, rope, norms, sinks)
+    def linear(self, spec: LinearSpec) -> Linear:
+        if spec.name.endswith("o_proj"):
+            return lambda x, exact=False: self._theirs.o_proj(x)
+        parts = [self._theirs.q_proj, self._theirs.k_proj, self._theirs.v_proj]
+        weights = [part.weight for part in parts]
+        if self._config.attn_output_gate:  # transformers has a head's gate after its query
+            heads = weights[0].unflatten(0, (-1, 2, self._config.head_dim))
+            weights = [heads[:, 0].flatten(0, 1), *weights[1:], heads[:, 1].flatten(0, 1)]
+        weight = torch.cat(weights)
+        bias = torch.cat([part.bias for part in parts]) if self._config.attention_bias else None
+        return lambda x, exact=False: functional.linear(x, weight, bias)
 
 
-def _norms(config: ModelConfig, theirs: Any) -> Sequence[Any]:
-    return (theirs.q_norm, theirs.k_norm) if config.qk_norm else ()
+def ours(config: ModelConfig, layer: int, theirs: Any) -> list[Operation]:
+    """Return our description with the weights of transformers' own."""
+    rope, x = rotary_embeddings(config, CONTEXT, torch.float32, CPU)[layer], hidden(config)
+    used = Blueprint(config, Quantization("none", dtype=torch.float32))
+    return attention(layer, used, TheirTensors(config, theirs), rope, x, x)  # type: ignore[arg-type]
+
+
+def hidden(config: ModelConfig) -> Rows:
+    return Rows.new("x", config.hidden_size)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -165,16 +174,16 @@ def test_a_layer_equals_transformers(name, cache, size, layer):
     torch.manual_seed(layer)
     x = torch.randn(CONTEXT, config.hidden_size)
     theirs, exact = expected(name, config, layer, x)
-    attention, before = ours(config, layer, theirs), CACHES[cache](config)
+    operations, before = ours(config, layer, theirs), CACHES[cache](config)
     results = []
     for piece in torch.split(x, [PAGE + 70, 1, 1, 30, 1, CONTEXT - PAGE - 103]):
-        results.append(attention(piece, before))
+        results.append(compute_layer(operations, piece, before))
         before.advance(len(piece))
     assert (torch.cat(results) - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 class RandomTensors:
-    """The tensors of random layers, as `Block.build` takes them."""
+    """The tensors of random layers, as `describe` takes them."""
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
         return torch.randn(spec.shape).to(spec.dtype)
@@ -200,7 +209,7 @@ def blocks(used: Blueprint) -> list[Block]:
     torch.manual_seed(0)
     ropes = rotary_embeddings(used.config, CONTEXT, used.quantization.dtype, CPU)
     return [
-        Block.build(layer, used, RandomTensors(), rope, NoExperts())
+        describe(layer, used, RandomTensors(), rope, NoExperts())
         for layer, rope in enumerate(ropes)
     ]
 
@@ -218,13 +227,13 @@ def test_steps_for_one_token_and_chunks_have_the_same_bits(name, dtype):
     layers = blocks(used)
     bits = 32 if dtype == torch.float32 else 16
     chunked, stepped, decoded = (in_pages(config, CONTEXT, bits) for _ in range(3))
-    decoder = new_decoder(used, layers, stepped)
+    decoder = new_decoder(layers, stepped, used)
     assert decoder is not None
     tokens = torch.randn(PAGE + 40, config.hidden_size).to(dtype)
 
     def by_blocks(x: torch.Tensor, cache: SequenceCache) -> torch.Tensor:
         for block in layers:
-            x = block(x, cache, exact=True)
+            x = compute_layer(block.operations, x, cache, exact=True)
         cache.advance(len(x))
         return x
 

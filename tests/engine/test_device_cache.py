@@ -13,8 +13,8 @@ from paper_gpu import KIND, in_place_of_cuda
 from test_kv_cache import CONFIG, CPU, SINKS
 from triton_interpreter import compute_bf16
 
-from mixchat.engine import kv_cache
-from mixchat.engine.sequence_cache import SequenceCache, cache_bytes
+from mixchat.engine.caches import kv_cache
+from mixchat.engine.caches.sequence_cache import SequenceCache, cache_bytes
 from mixchat.kernels.gpu import attention
 from mixchat.kernels.gpu.attention import Parts
 from mixchat.kernels.gpu.heads import heads

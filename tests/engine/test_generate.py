@@ -9,7 +9,7 @@ from engine_tools import GREEDY, answer
 from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.base.options import LoadOptions
 from mixchat.engine.generate import Engine
-from mixchat.engine.moe import SparseMoE
+from mixchat.kernels.cpu.router import Router
 from mixchat.loading.loader import load_engine
 
 PROMPT = [5, 17, 42, 8, 90, 3, 3, 61]
@@ -68,13 +68,13 @@ def test_only_what_is_new_in_a_prompt_is_computed(load, second, reused):
 
 
 def test_a_forward_pass_that_is_broken_off_leaves_the_next_turn_right(load, monkeypatch):
-    def interrupt(self: SparseMoE, hidden_states: object, **how: bool) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     engine = load()
     longer = [*PROMPT, *answer(engine, PROMPT, max_tokens=4), 7]
     with monkeypatch.context() as patch:
-        patch.setattr(SparseMoE, "__call__", interrupt)
+        patch.setattr(Router, "__call__", interrupt)
         with pytest.raises(KeyboardInterrupt):
             answer(engine, longer)
     assert answer(engine, longer) == answer(load(), longer)

@@ -8,10 +8,10 @@ from cache_tools import attend, in_pages, in_tensors
 from engine_tools import answer
 
 from mixchat.base.options import LoadOptions
-from mixchat.engine import paged_cache, sequence_cache
-from mixchat.engine.paged_cache import PagedKVCache
-from mixchat.engine.sequence_cache import SequenceCache, bytes_seen, cache_bytes, new_caches
-from mixchat.engine.tensor_cache import TensorKVCache, attention_mask
+from mixchat.engine.caches import paged_cache, sequence_cache
+from mixchat.engine.caches.paged_cache import PagedKVCache
+from mixchat.engine.caches.sequence_cache import SequenceCache, bytes_seen, cache_bytes, new_caches
+from mixchat.engine.caches.tensor_cache import TensorKVCache, attention_mask
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.loading.loader import load_engine
 from mixchat.weights.families.read_config import read_config

@@ -6,8 +6,8 @@ import pytest
 import torch
 from cache_tools import in_pages, in_tensors
 
-from mixchat.engine.layer_cache import Extent
-from mixchat.engine.sequence_cache import SequenceCache, cache_bytes
+from mixchat.engine.caches.layer_cache import Extent
+from mixchat.engine.caches.sequence_cache import SequenceCache, cache_bytes
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.kernels.cpu.pages import Bits
 from mixchat.weights.families.read_config import read_config

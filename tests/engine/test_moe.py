@@ -13,8 +13,9 @@ from transformers import AutoConfig
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.rope_parameters import RopeParameters
-from mixchat.engine.attention import SingleTokenContext
-from mixchat.engine.moe import SparseMoE
+from mixchat.engine.layers.compute import compute_layer
+from mixchat.engine.layers.operations import Experts, Operation, Route, Rows
+from mixchat.engine.layers.program import ExpertWorks, TokenBuffers, layer_works, staged
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.holder import LayerExperts
 from mixchat.experts.layer_rows import LayerRows
@@ -92,7 +93,8 @@ class Weights:
             self.gate_bias, self.w13_bias = random(count), random(count, 2 * inner)
             self.w2_bias = random(count, hidden)
 
-    def moe(self, quantization: Quantization) -> SparseMoE:
+    def operations(self, quantization: Quantization) -> list[Operation]:
+        """Return a router and experts that map "x" [T, D] to "x"."""
         spec = Blueprint(self.config, quantization).expert
         experts = []
         for expert in range(self.config.num_local_experts):
@@ -108,7 +110,11 @@ class Weights:
         router = Router(
             self.gate, config.num_experts_per_tok, config.norm_topk_prob, self.gate_bias
         )
-        return SparseMoE(0, router, AllInMemory(experts))
+        x = Rows.new("x", config.hidden_size)
+        selected = Rows.new("selected", router.choices, dtype=torch.int64)
+        weights = Rows.new("weights", router.choices, dtype=torch.float32)
+        runner = AllInMemory(experts)
+        return [Route(weights, x, router, selected), Experts(x, x, selected, weights, 0, runner)]
 
     def transformers(self) -> Any:
         """Return transformers' block with these weights, which maps [1, T, D] to [1, T, D]."""
@@ -146,6 +152,12 @@ class Weights:
         return block
 
 
+def computed(operations: list[Operation], x: torch.Tensor, exact: bool = False) -> torch.Tensor:
+    """Return what operations without a cache make of x [T, D]."""
+    context: Any = None
+    return compute_layer(operations, x, context, exact=exact)
+
+
 def _of(biases: torch.Tensor | None, expert: int) -> torch.Tensor | None:
     return None if biases is None else biases[expert]
 
@@ -158,10 +170,10 @@ def test_a_layer_computes_what_transformers_computes(kind, shape):
     x = torch.randn(17, shape[2], generator=torch.Generator().manual_seed(1))
     expected = weights.transformers()(x[None])
     expected = (expected[0] if isinstance(expected, tuple) else expected).view(17, -1)
-    moe = weights.moe(Quantization("none", dtype=torch.float32))
+    moe = weights.operations(Quantization("none", dtype=torch.float32))
     for exact in (False, True):
-        assert (moe(x, exact=exact) - expected).abs().max() < 1e-5 * expected.abs().max()
-    alone = torch.cat([moe(row) for row in x.split(1)])
+        assert (computed(moe, x, exact) - expected).abs().max() < 1e-5 * expected.abs().max()
+    alone = torch.cat([computed(moe, row) for row in x.split(1)])
     assert (alone - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
@@ -180,15 +192,14 @@ def test_a_program_has_the_bits_of_the_layer_for_any_choices(
     kind, quant_type, dtype, experts, choices
 ):
     config = config_of(kind, experts, choices, 64, 128)
-    moe = Weights(config).moe(Quantization(quant_type, dtype=dtype))
-    # The context's cache is only for attention.
-    context: Any = SingleTokenContext(None, 64, dtype)  # type: ignore[arg-type]
-    routing = torch.empty(1, choices, dtype=torch.int64), torch.empty(1, choices)
-    runner: Any = moe.runner
-    stages = moe.expert_stages(routing, context, LayerExperts(runner.experts))
-    program = Program([*moe.router_stages(routing, context), *stages])
+    route, experts = operations = Weights(config).operations(Quantization(quant_type, dtype=dtype))
+    assert isinstance(experts, Experts)
+    # The cache is only for attention.
+    buffers = TokenBuffers(None, 64, dtype)  # type: ignore[arg-type]
+    runner: Any = experts.runner
+    of_experts = ExpertWorks(experts, buffers, LayerExperts(runner.experts)).works
+    program = Program(staged([*layer_works([route], buffers), *of_experts], sequences=1))
     for x in torch.randn(6, 1, 64, generator=torch.Generator().manual_seed(1)).to(dtype):
-        context.normed.copy_(x)
+        buffers.x.copy_(x)
         program.run()
-        assert torch.equal(context.added, moe(x))
-        assert torch.equal(moe.run_routed(routing, context), moe(x))
+        assert torch.equal(buffers.x, computed(operations, x))

@@ -18,13 +18,14 @@ from mixchat.base import files
 from mixchat.base.errors import CheckpointError, MixchatError, ResourceError
 from mixchat.base.options import LoadOptions
 from mixchat.base.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
-from mixchat.engine import sequence_cache
+from mixchat.engine.caches import sequence_cache
+from mixchat.engine.caches.layer_cache import Extent
+from mixchat.engine.caches.paged_cache import PagedKVCache
+from mixchat.engine.caches.sequence_cache import SequenceCache
 from mixchat.engine.generate import Engine
-from mixchat.engine.layer_cache import Extent
-from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.engine.prompt_cache import PromptCache, saved_tokens
-from mixchat.engine.sequence_cache import SequenceCache
 from mixchat.kernels.cpu.compile import kernels_available
+from mixchat.kernels.cpu.router import Router
 from mixchat.loading.loader import load_engine
 
 PROMPT = [5, 17, 42, 8, 90, 3, 3, 61, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]
@@ -308,16 +309,14 @@ def test_writing_that_fails_leaves_what_was_there(
 def test_after_a_pass_that_was_broken_off_what_is_whole_is_saved(
     open_engine, tmp_path, monkeypatch
 ):
-    from mixchat.engine.moe import SparseMoE
-
-    def interrupt(self: SparseMoE, hidden_states: object, **how: bool) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     one = open_engine()
     first = answer(one, PROMPT)
     longer = [*PROMPT, *first, 7]
     with monkeypatch.context() as patch:
-        patch.setattr(SparseMoE, "__call__", interrupt)
+        patch.setattr(Router, "__call__", interrupt)
         with pytest.raises(KeyboardInterrupt):
             answer(one, longer)
     assert PromptCache(tmp_path / "f", one).save()

@@ -9,8 +9,8 @@ import torch
 from engine_tools import FAMILIES, RECURRENT, answer
 
 from mixchat.base.options import LoadOptions
+from mixchat.engine.caches.state_cache import StateCache
 from mixchat.engine.generate import Engine
-from mixchat.engine.state_cache import StateCache
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.loading.loader import load_engine
 

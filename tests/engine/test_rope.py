@@ -16,8 +16,8 @@ from mixchat.base.context import Context
 from mixchat.base.errors import CheckpointError, UsageError
 from mixchat.base.options import LoadOptions
 from mixchat.base.rope_parameters import RopeParameters
+from mixchat.engine.layers.rope import RotaryEmbedding
 from mixchat.engine.prompt_cache import PromptCache
-from mixchat.engine.rope import RotaryEmbedding
 from mixchat.loading.loader import load_engine
 from mixchat.weights.families.read_config import read_config
 

@@ -16,10 +16,10 @@ from mixchat.base import interrupts
 from mixchat.base.errors import CheckpointError
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
+from mixchat.engine.caches.sequence_cache import SequenceCache
 from mixchat.engine.generate import Engine
 from mixchat.engine.model import LAST, Transformer
 from mixchat.engine.passes import SequenceTokens
-from mixchat.engine.sequence_cache import SequenceCache
 from mixchat.engine.speculation import Proposals
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.trace import RecordingRunner

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kv_cache import CPU, PLAIN
 
-from mixchat.engine import sequence_cache
-from mixchat.engine.layer_cache import Extent
+from mixchat.engine.caches import sequence_cache
+from mixchat.engine.caches.layer_cache import Extent
+from mixchat.engine.caches.sequence_cache import SequenceCache, cache_bytes
+from mixchat.engine.caches.state_cache import StateCache
 from mixchat.engine.passes import CachedPrefix
-from mixchat.engine.sequence_cache import SequenceCache, cache_bytes
-from mixchat.engine.state_cache import StateCache
 
 CAPACITY = 64
 DEVICES = [CPU, torch.device(paper_gpu.KIND, 0)]

@@ -59,15 +59,15 @@ def test_the_inputs_of_dense_parts_are_recorded_for_each_token(kind, chunk, mode
     ids = prompt(model.config.vocab_size)
     expected = logits(engine, ids, chunk)
     recorded: dict[str, list[torch.Tensor]] = {}
-    model.record_inputs(used, lambda name, rows: recorded.setdefault(name, []).append(rows.clone()))
+    model.record_inputs(lambda name, rows: recorded.setdefault(name, []).append(rows.clone()))
     assert torch.equal(logits(engine, ids, chunk), expected)
     rows = {name: torch.cat(some) for name, some in recorded.items()}
     assert rows.keys() == used.shared_matrices.keys()
     for name, spec in used.shared_matrices.items():
         assert rows[name].shape == (TOKENS, spec.columns)
     assert torch.equal(model.output.head(rows["lm_head"]), expected)
-    first = model.blocks[0]
-    normed = first.mixer_norm(model._embedding(ids))
+    norm = model.blocks[0].operations[0].norm
+    normed = norm(model._embedding(ids))
     assert torch.equal(rows[used.mixer(0).matrices["qkv_proj"].name], normed)
 
 

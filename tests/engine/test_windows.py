@@ -13,11 +13,11 @@ from engine_tools import FAMILIES, answer
 from test_kv_cache import CONFIG, SINKS, held, needs_kernel
 
 from mixchat.base.options import LoadOptions, SamplingOptions
-from mixchat.engine import kv_cache, sequence_cache
 from mixchat.engine.answer_request import AnswerRequest
+from mixchat.engine.caches import kv_cache, sequence_cache
+from mixchat.engine.caches.sequence_cache import SequenceCache, cache_bytes
 from mixchat.engine.generate import Engine
 from mixchat.engine.prompt_cache import PromptCache
-from mixchat.engine.sequence_cache import SequenceCache, cache_bytes
 from mixchat.loading.loader import load_engine
 
 CAPACITY = 9000

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixchat.engine.attention import Attention
-from mixchat.engine.model import Block
+from mixchat.engine.caches.kv_cache import KVCache
+from mixchat.engine.caches.paged_cache import PagedKVCache
 from mixchat.experts.compute import RowExperts
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.planning import compute_speed
@@ -27,14 +27,14 @@ def blueprint(tiny_model: Path) -> Blueprint:
 def test_each_call_takes_one_token_through_the_next_of_several_layers(blueprint, monkeypatch):
     layers: list[int] = []
     outputs: list[torch.Tensor] = []
-    call = Block.__call__
+    call = compute_speed.compute_layer
 
-    def watch(block, x, *rest):
-        layers.append(id(block))
-        outputs.append(call(block, x, *rest))
+    def watch(operations, x, *rest):
+        layers.append(id(operations))
+        outputs.append(call(operations, x, *rest))
         return outputs[-1]
 
-    monkeypatch.setattr(Block, "__call__", watch)
+    monkeypatch.setattr(compute_speed, "compute_layer", watch)
     compute = layer_probe(blueprint)
     for _ in range(2 * compute_speed._COPIES):
         compute()
@@ -45,14 +45,14 @@ def test_each_call_takes_one_token_through_the_next_of_several_layers(blueprint,
 
 def test_it_attends_to_the_tokens_before_however_often_it_is_called(blueprint, monkeypatch):
     before: list[int] = []
-    attend = Attention.__call__
+    attend = PagedKVCache.attend
 
-    def watch(attention, x, cache, **how):
+    def watch(cache: KVCache, *rows):
         before.append(cache.length)
-        return attend(attention, x, cache, **how)
+        return attend(cache, *rows)
 
     compute = layer_probe(blueprint)
-    monkeypatch.setattr(Attention, "__call__", watch)
+    monkeypatch.setattr(PagedKVCache, "attend", watch)
     for _ in range(3):
         compute()
     assert before == [compute_speed._CONTEXT] * 3

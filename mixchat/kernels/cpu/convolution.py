@@ -16,7 +16,6 @@ from mixchat.kernels.cpu.program import Signature, Step
 
 _FEW = 2**16  # numbers that one thread finishes before a second one has started
 _VECTORS = 2  # of channels, in one item of work. Their inputs in bf16 are a line of the cache.
-_PAD = 32  # numbers after each row of a result
 _SIGNATURE = Signature(
     *("x", "weight", "bias", "before", "after", "out"),
     *("tokens", "columns", "stride", "out_stride"),
@@ -48,20 +47,22 @@ class Convolution:
         taps, channels = self.weight.shape
         return taps - 1, channels
 
-    def __call__(self, x: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        """Return the result [T, C], in fp32, or in the type of x if gated.
+    def __call__(
+        self,
+        x: torch.Tensor,
+        before: torch.Tensor,
+        after: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the result [T, C], in fp32, or in the type of x if gated. `out` is used for it.
 
-        x and the result are rows of matrices. `before` is the state before these tokens. The state
-        after them is written to `after`.
+        x and `out` are rows of matrices. `before` is the state before these tokens. The state after
+        them is written to `after`.
         """
-        channels = self.channels
-        if not rows.can_compute(x.dtype, channels, x.device.type):
-            return self._by_torch(x, before, after)
-        if self.gated:
-            out = torch.empty(x.shape[0], channels, dtype=x.dtype)
-        else:
-            # With rows of a power of two bytes, few tokens' heads would find room in a cache.
-            out = torch.empty(x.shape[0], channels + _PAD)[:, :channels]
+        if out is None:
+            out = x.new_empty(len(x), self.channels, dtype=x.dtype if self.gated else torch.float32)
+        if not rows.can_compute(x.dtype, self.channels, x.device.type):
+            return out.copy_(self._by_torch(x, before, after))
         step = self.step(x, out)
         step.set(before=before.data_ptr(), after=after.data_ptr())
         step.run()

@@ -28,11 +28,11 @@ class GatedNorm:
 
     def __init__(self, weight: torch.Tensor, eps: float, groups: int | None = None) -> None:
         self.weight, self.eps, self._gates_first = weight, eps, groups is not None
-        self._width = weight.shape[0] // (groups or 1)
+        self.width = weight.shape[0] // (groups or 1)
 
     def __call__(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Return the product for x and gate, [T, heads * v], in their type."""
-        width = self._width
+        width = self.width
         if not rows.can_compute(x.dtype, width, x.device.type):
             if self._gates_first:
                 product = (x.float() * silu(gate.float())).view(x.shape[0], -1, width)
@@ -48,7 +48,7 @@ class GatedNorm:
 
     def step(self, x: torch.Tensor, gate: torch.Tensor, out: torch.Tensor) -> Step:
         """Return `__call__` as a step. x and out are contiguous. `gate` has rows of a matrix."""
-        width = self._width
+        width = self.width
         numbers = _SIGNATURE.numbers(
             x=x.data_ptr(),
             gate=gate.data_ptr(),

@@ -7,7 +7,7 @@ import torch
 from gpu_tools import kv_tensors, length_of
 
 from mixchat.base import gpu
-from mixchat.engine.tensor_cache import attention_mask, in_8_bits
+from mixchat.engine.caches.tensor_cache import attention_mask, in_8_bits
 from mixchat.kernels.cpu.rows import gated as gated_rows
 from mixchat.kernels.gpu import attention
 from mixchat.kernels.gpu.attention import Parts, attend

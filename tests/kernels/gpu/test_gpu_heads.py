@@ -5,8 +5,8 @@ import torch
 from gpu_tools import kv_tensors, length_of, stored
 
 from mixchat.base.rope_parameters import RopeParameters
-from mixchat.engine.norm import RMSNorm
-from mixchat.engine.rope import RotaryEmbedding
+from mixchat.engine.layers.operations import RMSNorm
+from mixchat.engine.layers.rope import RotaryEmbedding
 from mixchat.kernels.gpu.heads import heads
 from mixchat.kernels.gpu.kv_store import store
 
@@ -43,7 +43,7 @@ def test_heads_are_those_of_a_cpu(dtype, bits, count, width, rotated, splits, no
 
     qkv = partials.sum(0).to(dtype).view(1, count + 4, width)
     for normed, one in zip((qkv[:, :count], qkv[:, count : count + 2]), norms, strict=False):
-        one.normalize_heads(normed)
+        one(normed, in_place=True)
     if clip is not None:
         qkv.clamp_(-clip, clip)
     rotated_heads = rotation(qkv[:, : count + 2], slice(past, past + 1))[0]
@@ -87,7 +87,7 @@ def test_values_may_be_normalized_and_may_be_the_keys(shared):
     partials = torch.randn(3, (6 if shared else 8) * 64)
     qkv = partials.sum(0).bfloat16().view(1, -1, 64)
     values = RMSNorm(torch.ones(64), 1e-5)(qkv[:, 4 if shared else 6 :][:, :2])
-    norms[1].normalize_heads(qkv[:, 4:6])
+    norms[1](qkv[:, 4:6], in_place=True)
     queries, tensors = torch.empty(4, 64).bfloat16(), kv_tensors(2, 32, 64, torch.bfloat16, 16)
     weights = [norm.weight for norm in norms]
     of_values = {"v_norm": True, "values_are_keys": shared}
@@ -104,7 +104,7 @@ def test_norms_with_weights_in_fp32_are_rounded_once():
     norms = [RMSNorm(torch.randn(64), 1e-5) for _ in range(2)]
     partials = torch.randn(1, 8 * 64)
     qkv = partials.bfloat16().view(1, 8, 64)
-    norms[0].normalize_heads(qkv[:, :4])
+    norms[0](qkv[:, :4], in_place=True)
     queries, tensors = torch.empty(4, 64).bfloat16(), kv_tensors(2, 32, 64, torch.bfloat16, 16)
     weights = [norm.weight for norm in norms]
     heads(partials, queries, tensors, length_of(0), rotation.tables, weights, 1e-5, None)

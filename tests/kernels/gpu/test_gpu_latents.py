@@ -6,8 +6,8 @@ from gpu_matrices import Stored, stored
 from gpu_tools import addresses_of, length_of
 
 from mixchat.base.rope_parameters import RopeParameters
-from mixchat.engine.norm import RMSNorm
-from mixchat.engine.rope import RotaryEmbedding
+from mixchat.engine.layers.operations import RMSNorm
+from mixchat.engine.layers.rope import RotaryEmbedding
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.gpu.kv_store import KVTensors
 from mixchat.kernels.gpu.latents import Norm, latent_heads, normalized

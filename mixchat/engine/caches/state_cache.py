@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 
 from mixchat.base.safetensors import TensorSpec
-from mixchat.engine.layer_cache import Extent, LayerCache
+from mixchat.engine.caches.layer_cache import Extent, LayerCache
 
 State: TypeAlias = dict[str, torch.Tensor]
 """The tensors of a layer's state after some tokens, fp32. It is all zeros before the first."""

@@ -10,13 +10,12 @@ from abc import abstractmethod
 
 import torch
 
-from mixchat.engine.chunk_sizer import PREFILL_CHUNK
-from mixchat.engine.layer_cache import Extent, LayerCache
+from mixchat.engine.caches.layer_cache import Extent, LayerCache
 from mixchat.kernels.cpu.pages import PAGE, CacheShape
 
 # Tokens before a window that stay, so that the end of a text can be cut off. A pass over a prompt
-# needs as much room anyway.
-MAX_CUT_TOKENS = PREFILL_CHUNK
+# needs as much room anyway, and has no more tokens.
+MAX_CUT_TOKENS = 2048
 
 
 class KVCache(LayerCache):

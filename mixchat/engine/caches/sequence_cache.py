@@ -13,11 +13,11 @@ import torch
 
 from mixchat.base import gpu
 from mixchat.base.model_config import ModelConfig
-from mixchat.engine.kv_cache import room_of, token_bytes
-from mixchat.engine.layer_cache import Extent, LayerCache
-from mixchat.engine.paged_cache import PagedKVCache
-from mixchat.engine.state_cache import StateCache, state_bytes
-from mixchat.engine.tensor_cache import Masks, TensorKVCache
+from mixchat.engine.caches.kv_cache import room_of, token_bytes
+from mixchat.engine.caches.layer_cache import Extent, LayerCache
+from mixchat.engine.caches.paged_cache import PagedKVCache
+from mixchat.engine.caches.state_cache import StateCache, state_bytes
+from mixchat.engine.caches.tensor_cache import Masks, TensorKVCache
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.kernels.cpu.delta_net import DeltaNetShape
 from mixchat.kernels.cpu.pages import Bits, CacheShape
@@ -213,7 +213,7 @@ def _layers(
     windows = {layer: config.window(layer) for layer in shapes}
     if gpu.is_gpu(on[0]):
         # Triton is imported only if a GPU computes.
-        from mixchat.engine.device_cache import device_caches
+        from mixchat.engine.caches.device_cache import device_caches
 
         devices = {layer: on[layer] for layer in shapes}
         layers |= device_caches(shapes, capacity, windows, dtype, devices)

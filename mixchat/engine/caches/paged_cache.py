@@ -13,8 +13,8 @@ import torch
 
 from mixchat.base import interrupts
 from mixchat.base.safetensors import TensorSpec
-from mixchat.engine.kv_cache import KVCache
-from mixchat.engine.layer_cache import Extent
+from mixchat.engine.caches.kv_cache import KVCache
+from mixchat.engine.caches.layer_cache import Extent
 from mixchat.kernels.cpu import attention, pages
 from mixchat.kernels.cpu.pages import KEY_BLOCK, PAGE, CacheShape
 from mixchat.kernels.cpu.program import Program, together

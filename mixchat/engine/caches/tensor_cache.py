@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional
 
 from mixchat.base.safetensors import TensorSpec
-from mixchat.engine.kv_cache import KVCache
-from mixchat.engine.layer_cache import Extent
+from mixchat.engine.caches.kv_cache import KVCache
+from mixchat.engine.caches.layer_cache import Extent
 from mixchat.kernels.cpu.pages import CacheShape
 
 _GROWTH = 512  # tokens for which tensors get room at once

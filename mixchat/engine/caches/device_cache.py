@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from mixchat.engine.kv_cache import room_of
-from mixchat.engine.layer_cache import Extent, LayerCache
-from mixchat.engine.tensor_cache import PlainKVCache, in_8_bits
+from mixchat.engine.caches.kv_cache import room_of
+from mixchat.engine.caches.layer_cache import Extent, LayerCache
+from mixchat.engine.caches.tensor_cache import PlainKVCache, in_8_bits
 from mixchat.kernels.cpu.pages import PAGE, CacheShape
 from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.kv_store import KVTensors, store

@@ -1,0 +1,222 @@
+"""The description of a whole layer: a mixer, and then experts, a dense part, or both.
+
+D = hidden_size, E = num_local_experts, K = num_experts_per_tok.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from mixchat.base import gpu
+from mixchat.base.model_config import MixerType
+from mixchat.base.safetensors import TensorSpec
+from mixchat.engine.layers.attention import attention
+from mixchat.engine.layers.latents import latent_attention
+from mixchat.engine.layers.model_tensors import ModelTensors
+from mixchat.engine.layers.operations import (
+    Activate,
+    Add,
+    Experts,
+    Norm,
+    Operation,
+    Product,
+    RMSNorm,
+    Route,
+    Rows,
+    Scale,
+    Weigh,
+)
+from mixchat.engine.layers.rope import RotaryEmbedding
+from mixchat.engine.layers.states import delta_net, short_convolution
+from mixchat.experts.cache import ExpertKey
+from mixchat.experts.holder import ExpertRunner
+from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.router import Router
+from mixchat.weights.format.blueprint import Blueprint
+
+
+class _Mixer(Protocol):
+    def __call__(
+        self,
+        layer: int,
+        used: Blueprint,
+        tensors: ModelTensors,
+        rope: RotaryEmbedding | None,
+        x: Rows,
+        out: Rows,
+    ) -> list[Operation]: ...
+
+
+_MIXERS: dict[MixerType, _Mixer] = {
+    "attention": attention,
+    "linear_attention": delta_net,
+    "conv": short_convolution,
+    "mamba": delta_net,
+    "latent_attention": latent_attention,
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer as a list of operations, from "x" [T, D] to "x".
+
+    experts: the place in the list of the operation `Experts`, None in a layer without. Dense layers
+    come before those with experts.
+    """
+
+    operations: Sequence[Operation]
+    device: torch.device
+    experts_place: int | None
+
+    @property
+    def is_dense(self) -> bool:
+        return self.experts_place is None
+
+    @property
+    def experts(self) -> Experts:
+        """Return the operation of a layer that has experts."""
+        assert self.experts_place is not None
+        operation = self.operations[self.experts_place]
+        assert isinstance(operation, Experts)
+        return operation
+
+    @property
+    def route(self) -> Route:
+        """Return the choice of the experts."""
+        return next(
+            operation
+            for operation in self.operations
+            if isinstance(operation, Route) and operation.selected == self.experts.selected
+        )
+
+    @property
+    def keys(self) -> list[ExpertKey]:
+        count = self.route.router.gate.shape[0]
+        return [ExpertKey(self.experts.layer, expert) for expert in range(count)]
+
+
+def describe(
+    layer: int,
+    used: Blueprint,
+    tensors: ModelTensors,
+    rope: RotaryEmbedding | None,
+    runner: ExpertRunner,
+) -> Block:
+    """Describe a layer of a model."""
+    config = used.config
+    x, normed, added, dense = (hidden(name, used) for name in ("x", "normed", "added", "dense"))
+    before_mixer, before_mlp = (_norm(spec, used, tensors) for spec in used.norms(layer))
+    mixer = _MIXERS[config.mixer(layer)](layer, used, tensors, rope, normed, added)
+    mlp = _dense_part(layer, used, tensors, normed, dense)
+    experts: list[Operation] = []
+    if layer >= config.first_k_dense_replace:
+        experts = _experts(layer, used, tensors, runner, normed, added)
+    operations: list[Operation] = [Norm(normed, x, before_mixer), *mixer]
+    if config.sandwich_norms:
+        # Gemma 4 has norms of its parts' outputs, too, and a norm of each part's input.
+        norms = {
+            role: _norm(spec, used, tensors) for role, spec in used.sandwich_norms(layer).items()
+        }
+        route, run = experts
+        operations += [
+            Norm(added, added, norms["mixer_out"]),
+            Add(x, x, added),
+            Norm(normed, x, before_mlp),
+            *mlp,
+            Norm(dense, dense, norms["mlp_out"]),
+            Norm(normed, x, norms["router"]),
+            route,
+            Norm(normed, x, norms["experts"]),
+            run,
+            Norm(added, added, norms["experts_out"]),
+            Add(added, added, dense),
+            Norm(added, added, norms["layer_out"]),
+            Add(x, x, added),
+            Scale(x, x, tensors.tensor(used.layer_scalar(layer)).item()),
+        ]
+    else:
+        operations += [Add(x, x, added), Norm(normed, x, before_mlp), *mlp, *experts]
+        if mlp and experts:
+            # Both outputs are added first, as in transformers: sums in bf16 depend on the order.
+            operations.append(Add(added, added, dense))
+        operations.append(Add(x, x, added if experts else dense))
+    places = (place for place, each in enumerate(operations) if isinstance(each, Experts))
+    return Block(operations, before_mixer.weight.device, next(places, None))
+
+
+def hidden(name: str, used: Blueprint) -> Rows:
+    """Return a buffer of hidden states [T, D]."""
+    return Rows.new(name, used.config.hidden_size)
+
+
+def _norm(spec: TensorSpec, used: Blueprint, tensors: ModelTensors) -> RMSNorm:
+    return RMSNorm(tensors.tensor(spec), used.config.rms_norm_eps)
+
+
+def _experts(
+    layer: int, used: Blueprint, tensors: ModelTensors, runner: ExpertRunner, x: Rows, out: Rows
+) -> list[Operation]:
+    """Describe a layer's router and experts."""
+    config, specs = used.config, used.router(layer)
+    bias, correction, scales = (
+        tensors.tensor(specs[role]).float() if role in specs else None
+        for role in ("bias", "correction", "expert_scales")
+    )
+    router = Router(
+        _gate(specs["gate"], tensors),
+        config.num_experts_per_tok,
+        config.norm_topk_prob,
+        bias,
+        config.scoring_func,
+        correction,
+        config.routed_scaling_factor,
+        config.n_group,
+        config.topk_group,
+        scales,
+    )
+    number = layer - config.first_k_dense_replace
+    # A name for each layer, because the host reads the choices of all of them.
+    selected = Rows.new(f"selected in layer {layer}", router.choices, dtype=torch.int64)
+    weights = Rows.new("weights", router.choices, dtype=torch.float32)
+    return [Route(weights, x, router, selected), Experts(out, x, selected, weights, number, runner)]
+
+
+def _dense_part(
+    layer: int, used: Blueprint, tensors: ModelTensors, x: Rows, out: Rows
+) -> list[Operation]:
+    """Describe the network that every token goes through, if there is one.
+
+    A gate, a router to one expert, may multiply its output.
+    """
+    spec = used.mlp_expert(layer)
+    if spec is None:
+        return []
+    network, config = tensors.expert(spec), used.config
+    gate_up = Rows.new("dense gate and up", spec.gate_up.rows)
+    activated = Rows.new("dense activated", spec.down.columns)
+    has_gate = config.shared_expert_gate and layer >= config.first_k_dense_replace
+    result = Rows.new("ungated", config.hidden_size) if has_gate else out
+    operations: list[Operation] = [
+        Product(gate_up, x, network.gate_up, spec.gate_up.name),
+        Activate(activated, gate_up, network.swiglu),
+        Product(result, activated, network.down, spec.down.name),
+    ]
+    if not has_gate:
+        return operations
+    gate = _gate(used.router(layer)["mlp_gate"], tensors)
+    router = Router(gate, 1, normalized=False, scoring="sigmoid")
+    weight = Rows.new("weight of dense part", 1, dtype=torch.float32)
+    selected = Rows.new("selected dense part", 1, dtype=torch.int64)
+    return [Route(weight, x, router, selected), *operations, Weigh(out, result, weight)]
+
+
+def _gate(spec: TensorSpec, tensors: ModelTensors) -> torch.Tensor:
+    gate = tensors.tensor(spec).contiguous()
+    if gpu.is_gpu(gate.device) or rows.can_compute(gate.dtype, gate.shape[1]):
+        return gate
+    # The router computes in fp32. Without a kernel the gate is widened once, not for each token.
+    return gate.float()

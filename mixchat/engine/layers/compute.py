@@ -1,0 +1,288 @@
+"""Computes a description for any rows, one operation after the other.
+
+Each operation is computed by a kernel for CPUs if it takes the rows, and by torch otherwise.
+
+T = rows of the pass, D = hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import singledispatch
+from typing import TypeAlias
+
+import torch
+
+from mixchat.base import gpu
+from mixchat.engine.caches.kv_cache import KVCache
+from mixchat.engine.caches.paged_cache import PagedKVCache, SequencesAttention
+from mixchat.engine.caches.sequence_cache import TokenContext
+from mixchat.engine.caches.state_cache import Segment, StateCache
+from mixchat.engine.layers import operations as ops
+from mixchat.engine.layers.operations import Operation, Rows, UnsupportedOperationError
+from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.dense import dense_matmul
+from mixchat.kernels.cpu.program import Program, together
+from mixchat.kernels.cpu.quantized_matmul import grouped_matmul_steps
+from mixchat.weights.matrix.linear import PackedLinear
+from mixchat.weights.matrix.quant_type import Linear
+
+Record: TypeAlias = Callable[[str, torch.Tensor], object]
+"""Takes the inputs [T, C] of a matrix with its name."""
+
+# Numbers after each row of convolved inputs. With rows of a power of two bytes, few tokens' heads
+# would find room in a cache.
+_PAD = 32
+
+
+class RowsPass:
+    """The buffers of a pass through one layer, each with the pass's T rows.
+
+    exact: each row gets the bits that it has alone, as far as `Linear` can do it.
+    """
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        context: TokenContext,
+        *,
+        exact: bool = False,
+        record: Record | None = None,
+    ) -> None:
+        self.context, self.exact, self.record = context, exact, record
+        self.buffers = {"x": x}
+        self._segments: dict[int, list[tuple[slice, list[Segment]]]] = {}
+
+    @property
+    def tokens(self) -> int:
+        return len(self.buffers["x"])
+
+    def read(self, rows: Rows) -> torch.Tensor:
+        """Return a view [T, columns] or [T, heads, columns]."""
+        return rows.of(self.buffers[rows.name])
+
+    def write(self, rows: Rows, numbers: torch.Tensor) -> None:
+        if rows.is_whole:
+            # Attention may return heads in another order in memory.
+            self.buffers[rows.name] = numbers.flatten(1)
+            return
+        if rows.name not in self.buffers:
+            self.buffers[rows.name] = numbers.new_empty(len(numbers), rows.size)
+        self.read(rows).copy_(numbers)
+
+    @property
+    def positions(self) -> slice | torch.Tensor:
+        return self.context.positions(self.tokens)
+
+    def segments(self, layer: int) -> list[tuple[slice, list[Segment]]]:
+        """Return each sequence's rows in the pass, with the parts of its states in a layer."""
+        if layer not in self._segments:
+            self._segments[layer] = []
+            for piece, cache in self.context.pieces(layer):
+                assert isinstance(cache, StateCache)
+                count = len(range(*piece.indices(self.tokens)))
+                self._segments[layer].append((piece, list(cache.segments(count))))
+        return self._segments[layer]
+
+
+def compute_layer(
+    operations: Sequence[Operation],
+    x: torch.Tensor,
+    context: TokenContext,
+    *,
+    exact: bool = False,
+    record: Record | None = None,
+) -> torch.Tensor:
+    """Map x [T, D] to [T, D] by a layer's operations."""
+    layer_pass = RowsPass(x, context, exact=exact, record=record)
+    for operation in operations:
+        compute(operation, layer_pass)
+    return layer_pass.buffers["x"]
+
+
+@singledispatch
+def compute(operation: Operation, own: RowsPass) -> None:
+    """Compute an operation of a pass."""
+    raise UnsupportedOperationError(type(operation).__name__)
+
+
+@compute.register
+def _(operation: ops.Norm, own: RowsPass) -> None:
+    x = own.read(operation.x)
+    if operation.out == operation.x and not operation.x.is_whole:
+        operation.norm(x, in_place=True)
+        return
+    own.write(operation.out, operation.norm(x))
+
+
+@compute.register
+def _(operation: ops.Product, own: RowsPass) -> None:
+    x = own.read(operation.x).flatten(1)
+    if own.record is not None:
+        own.record(operation.name, x)
+    own.write(operation.out, operation.matrix(x, exact=own.exact))
+
+
+@compute.register
+def _(operation: ops.DenseProduct, own: RowsPass) -> None:
+    product = dense_matmul(own.read(operation.x), operation.weight, exact=own.exact)
+    own.write(operation.out, product)
+
+
+@compute.register
+def _(operation: ops.HeadProducts, own: RowsPass) -> None:
+    x = own.read(operation.x).transpose(0, 1)  # [H, T, C]
+    if own.record is not None:
+        own.record(operation.name, x.flatten(0, 1))
+    products = _head_products(operation.matrices, x, exact=own.exact)  # [H, T, R]
+    own.write(operation.out, products.transpose(0, 1).contiguous())
+
+
+def _head_products(matrices: Sequence[Linear], x: torch.Tensor, *, exact: bool) -> torch.Tensor:
+    """Map x [H, T, C] to [H, T, R], each head by its own matrix."""
+    packed = [matrix.matrix for matrix in matrices if isinstance(matrix, PackedLinear)]
+    if not packed:
+        pairs = zip(matrices, x, strict=True)
+        return torch.stack([matrix(head, exact=exact) for matrix, head in pairs])
+    out = x.new_empty(*x.shape[:2], packed[0].shape[0])
+    rounds, products = grouped_matmul_steps(
+        x.flatten(0, 1).contiguous(), packed, [*out], exact=exact
+    )
+    Program([together(*steps) for steps in (rounds, *products)]).run()
+    return out
+
+
+@compute.register
+def _(operation: ops.Clamp, own: RowsPass) -> None:
+    own.read(operation.out).clamp_(-operation.limit, operation.limit)
+
+
+@compute.register
+def _(operation: ops.Rotate, own: RowsPass) -> None:
+    own.write(operation.out, operation.rope(own.read(operation.x), own.positions))
+
+
+@compute.register
+def _(operation: ops.ScaleByPosition, own: RowsPass) -> None:
+    assert operation.rope.query_scales is not None
+    scales = operation.rope.query_scales[own.positions]
+    scaled = rows.weighted_sum(own.read(operation.x).unsqueeze(1), scales.unsqueeze(1))
+    own.write(operation.out, scaled)
+
+
+@compute.register
+def _(operation: ops.Attend, own: RowsPass) -> None:
+    queries, keys, values = map(own.read, operation.inputs)
+    own.write(operation.out, _attend(operation, own.context, queries, keys, values))
+
+
+def _attend(
+    operation: ops.Attend,
+    context: TokenContext,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """Return `KVCache.attend` of a layer for the tokens of all sequences in the pass."""
+    pieces = context.pieces(operation.layer)
+    caches = [cache for _, cache in pieces if isinstance(cache, KVCache)]
+    if len(caches) == 1:
+        return caches[0].attend(queries, keys, values, operation.sinks)
+    paged = [cache for cache in caches if isinstance(cache, PagedKVCache)]
+    # One program for all sequences, unless a prompt is among them.
+    if len(paged) == len(pieces) == len(queries):
+        shape = paged[0].shape
+        if shape not in context.programs:
+            context.programs[shape] = SequencesAttention(paged, queries, keys, values)
+        program: SequencesAttention = context.programs[shape]
+        return program.attend(paged, queries, keys, values, operation.sinks)
+    attended = [
+        cache.attend(queries[piece], keys[piece], values[piece], operation.sinks)
+        for cache, (piece, _) in zip(caches, pieces, strict=True)
+    ]
+    return torch.cat(attended)
+
+
+@compute.register
+def _(operation: ops.Gate, own: RowsPass) -> None:
+    x, gate = own.read(operation.x), own.read(operation.gate)
+    own.write(operation.out, rows.gated(x.flatten(1), gate.flatten(1)))
+
+
+@compute.register
+def _(operation: ops.Convolve, own: RowsPass) -> None:
+    x, out, convolution = own.read(operation.x), operation.out, operation.convolution
+    columns, dtype = out.size + (0 if convolution.gated else _PAD), out.dtype or x.dtype
+    convolved = x.new_empty(len(x), columns, dtype=dtype)[:, : out.size]
+    for piece, segments in own.segments(operation.layer):
+        for segment, before, after in segments:
+            states = before["conv"], after["conv"]
+            convolution(x[piece][segment], *states, convolved[piece][segment])
+    own.write(out, convolved)
+
+
+@compute.register
+def _(operation: ops.UpdateState, own: RowsPass) -> None:
+    qkv, ba, read = own.read(operation.qkv), own.read(operation.ba), []
+    for piece, segments in own.segments(operation.layer):
+        for segment, before, after in segments:
+            inputs = qkv[piece][segment], ba[piece][segment]
+            read.append(_update_state(operation, *inputs, before["state"], after["state"]))
+    own.write(operation.out, read[0] if len(read) == 1 else torch.cat(read))
+
+
+def _update_state(
+    operation: ops.UpdateState,
+    qkv: torch.Tensor,
+    ba: torch.Tensor,
+    before: torch.Tensor,
+    after: torch.Tensor,
+) -> torch.Tensor:
+    """Return `DeltaRule.__call__`."""
+    rule = operation.rule
+    if not gpu.is_gpu(qkv.device) or rule.skips is not None:
+        return rule(qkv, ba, before, after)
+    # Triton is imported only if a GPU computes.
+    from mixchat.kernels.gpu.delta_net import delta_rule
+
+    return delta_rule(qkv, rule.prepare(qkv, ba), before, after, ba.dtype)
+
+
+@compute.register
+def _(operation: ops.NormWithGate, own: RowsPass) -> None:
+    x, gate = own.read(operation.x), own.read(operation.gate)
+    own.write(operation.out, operation.norm(x, gate))
+
+
+@compute.register
+def _(operation: ops.Activate, own: RowsPass) -> None:
+    own.write(operation.out, operation.function(own.read(operation.x)))
+
+
+@compute.register
+def _(operation: ops.Route, own: RowsPass) -> None:
+    selected, weights = operation.router(own.read(operation.x))
+    own.write(operation.selected, selected)
+    own.write(operation.out, weights)
+
+
+@compute.register
+def _(operation: ops.Weigh, own: RowsPass) -> None:
+    x, weights = own.read(operation.x), own.read(operation.weights)
+    own.write(operation.out, rows.weighted_sum(x.unsqueeze(1), weights))
+
+
+@compute.register
+def _(operation: ops.Experts, own: RowsPass) -> None:
+    inputs = map(own.read, operation.inputs)
+    own.write(operation.out, operation.runner.run(operation.layer, *inputs, exact=own.exact))
+
+
+@compute.register
+def _(operation: ops.Add, own: RowsPass) -> None:
+    own.write(operation.out, own.read(operation.x) + own.read(operation.addend))
+
+
+@compute.register
+def _(operation: ops.Scale, own: RowsPass) -> None:
+    own.write(operation.out, own.read(operation.x) * operation.factor)

@@ -1,0 +1,91 @@
+"""The description of multi-head latent attention (DeepSeek-AI, arXiv:2405.04434), absorbed.
+
+Keys and values of all heads are made of one latent a token, which the cache holds. A head's query
+goes through the head's matrix of keys, and is then compared with the latents. Their weighted sum
+goes through the head's matrix of values. So no key or value is ever made, for prompts neither.
+
+H = num_attention_heads, L = kv_lora_rank, n, r and v = qk_nope_head_dim, qk_rope_head_dim and
+v_head_dim.
+"""
+
+from __future__ import annotations
+
+from mixchat.engine.layers.model_tensors import ModelTensors
+from mixchat.engine.layers.operations import (
+    Attend,
+    HeadProducts,
+    Norm,
+    Operation,
+    Product,
+    RMSNorm,
+    Rotate,
+    Rows,
+    ScaleByPosition,
+)
+from mixchat.engine.layers.rope import RotaryEmbedding
+from mixchat.weights.format.blueprint import Blueprint
+
+_NORM_EPS = 1e-6  # of the norms of latents, whatever other norms have
+
+
+def latent_attention(
+    layer: int,
+    used: Blueprint,
+    tensors: ModelTensors,
+    rope: RotaryEmbedding | None,
+    x: Rows,
+    out: Rows,
+) -> list[Operation]:
+    """Describe a layer's attention of all heads to one latent a token, from x to `out` [T, D].
+
+    `a_proj` gives the latent of queries, or without `q_b_proj` the queries, then the token's latent
+    and the r columns of its keys that rotate. Queries are all heads' n columns, then their r.
+    """
+    assert rope is not None
+    spec, config = used.mixer(layer), used.config
+    norms = {role: RMSNorm(tensors.tensor(own), _NORM_EPS) for role, own in spec.tensors.items()}
+    heads, latent, turning = (
+        config.num_attention_heads,
+        config.kv_lora_rank,
+        config.qk_rope_head_dim,
+    )
+    size = heads * (config.qk_nope_head_dim + turning)  # of all queries
+
+    def product(role: str, x: Rows, out: Rows) -> Product:
+        matrix = spec.matrices[role]
+        return Product(out, x, tensors.linear(matrix), matrix.name)
+
+    def by_head(role: str, x: Rows, out: Rows) -> HeadProducts:
+        matrix = spec.matrices[role]
+        return HeadProducts(out, x, tensors.parts(matrix, heads), matrix.name)
+
+    first = config.q_lora_rank or size
+    row = Rows.new("latents", first + latent + turning)
+    queries, latents, keys = row[:first], row[first : first + latent], row[first + latent :]
+    steps: list[Operation] = [
+        product("a_proj", x, row),
+        Norm(latents, latents, norms["kv_a_norm"]),
+    ]
+    if config.q_lora_rank:
+        normed = Rows.new("query latents", first)
+        steps.append(Norm(normed, queries, norms["q_a_norm"]))
+        if rope.query_scales is not None:
+            scaled = Rows.new("scaled query latents", first)
+            steps.append(ScaleByPosition(scaled, normed, rope))
+            normed = scaled
+        queries = Rows.new("queries", size)
+        steps.append(product("q_b_proj", normed, queries))
+    kept = heads * config.qk_nope_head_dim
+    rotated = Rows.new("rotated keys", 1, turning)
+    absorbed = Rows.new("absorbed", heads, latent + turning)
+    attended = Rows.new("attended latents", heads, latent)
+    values = Rows.new("values", heads, config.v_head_dim)
+    return [
+        *steps,
+        by_head("k_b_proj", queries[:kept].as_heads(heads), absorbed.columns(slice(0, latent))),
+        Rotate(absorbed.columns(slice(latent, None)), queries[kept:].as_heads(heads), rope),
+        Rotate(rotated, keys.as_heads(1), rope),
+        Attend(attended, absorbed, rotated, latents.as_heads(1), layer),
+        by_head("v_b_proj", attended, values),
+        product("o_proj", values, out),
+    ]
