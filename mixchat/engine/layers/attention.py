@@ -9,9 +9,8 @@ import torch
 
 from mixchat.engine.layers.model_tensors import ModelTensors
 from mixchat.engine.layers.operations import (
+    Apply,
     Attend,
-    Clamp,
-    Gate,
     Norm,
     Operation,
     Product,
@@ -20,6 +19,7 @@ from mixchat.engine.layers.operations import (
     Rows,
 )
 from mixchat.engine.layers.rope import RotaryEmbedding
+from mixchat.kernels.cpu.rows import Clamping, Gating
 from mixchat.weights.format.blueprint import Blueprint
 
 
@@ -58,11 +58,11 @@ def attention(
         values = normed
     steps += [Norm(part, part, norm) for part, norm in zip((queries, keys), norms, strict=False)]
     if config.clip_qkv is not None:
-        steps.append(Clamp(qkv, config.clip_qkv))
+        steps.append(Apply(qkv, (qkv,), Clamping(config.clip_qkv)))
     steps.append(Rotate(rotated, qkv[: heads + groups], rope))
     sinks = tensors.tensor(spec.tensors["sinks"]).float() if config.attention_sinks else None
     steps.append(Attend(attended, rotated[:heads], rotated[heads:], values, layer, sinks))
     if gates:
-        steps.append(Gate(attended, attended, qkv[end:]))
+        steps.append(Apply(attended, (attended, qkv[end:]), Gating()))
     o_proj = spec.matrices["o_proj"]
     return [*steps, Product(out, attended, tensors.linear(o_proj), o_proj.name)]

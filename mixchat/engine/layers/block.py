@@ -18,8 +18,7 @@ from mixchat.engine.layers.attention import attention
 from mixchat.engine.layers.latents import latent_attention
 from mixchat.engine.layers.model_tensors import ModelTensors
 from mixchat.engine.layers.operations import (
-    Activate,
-    Add,
+    Apply,
     Experts,
     Norm,
     Operation,
@@ -27,8 +26,6 @@ from mixchat.engine.layers.operations import (
     RMSNorm,
     Route,
     Rows,
-    Scale,
-    Weigh,
 )
 from mixchat.engine.layers.rope import RotaryEmbedding
 from mixchat.engine.layers.states import delta_net, short_convolution
@@ -36,6 +33,7 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.router import Router
+from mixchat.kernels.cpu.rows import Addition, Scaling, Weighting
 from mixchat.weights.format.blueprint import Blueprint
 
 
@@ -124,7 +122,7 @@ def describe(
         route, run = experts
         operations += [
             Norm(added, added, norms["mixer_out"]),
-            Add(x, x, added),
+            _add(x, added),
             Norm(normed, x, before_mlp),
             *mlp,
             Norm(dense, dense, norms["mlp_out"]),
@@ -133,19 +131,29 @@ def describe(
             Norm(normed, x, norms["experts"]),
             run,
             Norm(added, added, norms["experts_out"]),
-            Add(added, added, dense),
+            _add(added, dense),
             Norm(added, added, norms["layer_out"]),
-            Add(x, x, added),
-            Scale(x, x, tensors.tensor(used.layer_scalar(layer)).item()),
+            _add(x, added),
+            Apply(x, (x,), Scaling(tensors.tensor(used.layer_scalar(layer)).item())),
         ]
     else:
-        operations += [Add(x, x, added), Norm(normed, x, before_mlp), *mlp, *experts]
+        operations += [
+            _add(x, added),
+            Norm(normed, x, before_mlp),
+            *mlp,
+            *experts,
+        ]
         if mlp and experts:
             # Both outputs are added first, as in transformers: sums in bf16 depend on the order.
-            operations.append(Add(added, added, dense))
-        operations.append(Add(x, x, added if experts else dense))
+            operations.append(_add(added, dense))
+        operations.append(_add(x, added if experts else dense))
     places = (place for place, each in enumerate(operations) if isinstance(each, Experts))
     return Block(operations, before_mixer.weight.device, next(places, None))
+
+
+def _add(x: Rows, addend: Rows) -> Apply:
+    """Add rows to x."""
+    return Apply(x, (x, addend), Addition())
 
 
 def hidden(name: str, used: Blueprint) -> Rows:
@@ -202,7 +210,7 @@ def _dense_part(
     result = Rows.new("ungated", config.hidden_size) if has_gate else out
     operations: list[Operation] = [
         Product(gate_up, x, network.gate_up, spec.gate_up.name),
-        Activate(activated, gate_up, network.swiglu),
+        Apply(activated, (gate_up,), network.swiglu, is_wide=True),
         Product(result, activated, network.down, spec.down.name),
     ]
     if not has_gate:
@@ -211,7 +219,11 @@ def _dense_part(
     router = Router(gate, 1, normalized=False, scoring="sigmoid")
     weight = Rows.new("weight of dense part", 1, dtype=torch.float32)
     selected = Rows.new("selected dense part", 1, dtype=torch.int64)
-    return [Route(weight, x, router, selected), *operations, Weigh(out, result, weight)]
+    return [
+        Route(weight, x, router, selected),
+        *operations,
+        Apply(out, (result, weight), Weighting()),
+    ]
 
 
 def _gate(spec: TensorSpec, tensors: ModelTensors) -> torch.Tensor:

@@ -153,11 +153,6 @@ def _head_products(matrices: Sequence[Linear], x: torch.Tensor, *, exact: bool) 
 
 
 @compute.register
-def _(operation: ops.Clamp, own: RowsPass) -> None:
-    own.read(operation.out).clamp_(-operation.limit, operation.limit)
-
-
-@compute.register
 def _(operation: ops.Rotate, own: RowsPass) -> None:
     own.write(operation.out, operation.rope(own.read(operation.x), own.positions))
 
@@ -204,12 +199,6 @@ def _attend(
 
 
 @compute.register
-def _(operation: ops.Gate, own: RowsPass) -> None:
-    x, gate = own.read(operation.x), own.read(operation.gate)
-    own.write(operation.out, rows.gated(x.flatten(1), gate.flatten(1)))
-
-
-@compute.register
 def _(operation: ops.Convolve, own: RowsPass) -> None:
     x, out, convolution = own.read(operation.x), operation.out, operation.convolution
     columns, dtype = out.size + (0 if convolution.gated else _PAD), out.dtype or x.dtype
@@ -249,27 +238,10 @@ def _update_state(
 
 
 @compute.register
-def _(operation: ops.NormWithGate, own: RowsPass) -> None:
-    x, gate = own.read(operation.x), own.read(operation.gate)
-    own.write(operation.out, operation.norm(x, gate))
-
-
-@compute.register
-def _(operation: ops.Activate, own: RowsPass) -> None:
-    own.write(operation.out, operation.function(own.read(operation.x)))
-
-
-@compute.register
 def _(operation: ops.Route, own: RowsPass) -> None:
     selected, weights = operation.router(own.read(operation.x))
     own.write(operation.selected, selected)
     own.write(operation.out, weights)
-
-
-@compute.register
-def _(operation: ops.Weigh, own: RowsPass) -> None:
-    x, weights = own.read(operation.x), own.read(operation.weights)
-    own.write(operation.out, rows.weighted_sum(x.unsqueeze(1), weights))
 
 
 @compute.register
@@ -279,10 +251,6 @@ def _(operation: ops.Experts, own: RowsPass) -> None:
 
 
 @compute.register
-def _(operation: ops.Add, own: RowsPass) -> None:
-    own.write(operation.out, own.read(operation.x) + own.read(operation.addend))
-
-
-@compute.register
-def _(operation: ops.Scale, own: RowsPass) -> None:
-    own.write(operation.out, own.read(operation.x) * operation.factor)
+def _(operation: ops.Apply, own: RowsPass) -> None:
+    operands = (own.read(part).flatten(1) for part in operation.operands)
+    own.write(operation.out, operation.kernel(*operands))

@@ -25,6 +25,8 @@ from mixchat.engine.caches.sequence_cache import scratch_bytes
 from mixchat.engine.layers import operations as ops
 from mixchat.engine.layers.block import Block
 from mixchat.engine.layers.operations import Operation, RMSNorm, UnsupportedOperationError
+from mixchat.kernels.cpu.gated_norm import GatedNorm
+from mixchat.kernels.cpu.rows import Addition, Clamping, Gating, Scaling, Swiglu, Weighting
 from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.convolution import gated_convolution
 from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net
@@ -41,6 +43,7 @@ from mixchat.weights.matrix.quant_type import Linear
 Kernels = list[Callable[[], object]]
 _FP32 = torch.float32
 _Op = TypeVar("_Op", bound=Operation)
+_Kernel = TypeVar("_Kernel")
 
 
 @dataclass
@@ -149,10 +152,10 @@ class GraphWriter:
         for operation in operations:
             if isinstance(operation, ops.Norm):
                 self._norm(operation)
-            elif isinstance(operation, ops.Add):
+            elif isinstance(operation, ops.Apply) and isinstance(operation.kernel, Addition):
                 self._add(operation)
-            elif isinstance(operation, ops.Scale):
-                self._factor = operation.factor
+            elif isinstance(operation, ops.Apply) and isinstance(operation.kernel, Scaling):
+                self._factor = operation.kernel.factor
             elif isinstance(operation, ops.Experts):
                 up, own, self._kernels = self._kernels, self._experts(place), []
             elif isinstance(operation, ops.Route) and operation is route_of_experts:
@@ -192,13 +195,14 @@ class GraphWriter:
         self._kernels.append(partial(add_norm, tokens.x, *operands, factor=factor))
         self._added, self._factor = tokens.sums[:0], 1.0
 
-    def _add(self, operation: ops.Add) -> None:
+    def _add(self, operation: ops.Apply) -> None:
         """Let the next norm add the outputs to x, or let both outputs be one."""
-        addend = self._sums.pop(operation.addend.name)
-        if operation.x.name == "x":
-            self._added = addend
+        x, addend = operation.operands
+        added = self._sums.pop(addend.name)
+        if x.name == "x":
+            self._added = added
             return
-        parts = sorted((addend, self._sums[operation.x.name]), key=torch.Tensor.data_ptr)
+        parts = sorted((added, self._sums[x.name]), key=torch.Tensor.data_ptr)
         rows = sum(map(len, parts))
         assert parts[0].data_ptr() + parts[0].nbytes == parts[1].data_ptr()
         joined = parts[0].as_strided((rows, parts[0].shape[1]), parts[0].stride())
@@ -242,7 +246,7 @@ class GraphWriter:
 
     def _dense_part(self, operations: Sequence[Operation], place: LayerPlace) -> None:
         """Write a dense part, an expert that is always chosen, with its own weight."""
-        _only(operations, ops.Product, ops.Activate, ops.Weigh, ops.Route)
+        _only(operations, ops.Product, ops.Route, Swiglu, Weighting)
         assert place.dense is not None
         tokens, device = self._tokens, self._tokens.x.device
         selected = torch.zeros(1, dtype=torch.int32, device=device)
@@ -268,15 +272,26 @@ def _reads(operation: Operation, name: str) -> bool:
     return any(part.name == name for part in operation.inputs)
 
 
-def _only(operations: Sequence[Operation], *types: type[Operation]) -> None:
-    """Raise `UnsupportedOperationError` for operations of other types."""
-    others = {type(each).__name__ for each in operations if not isinstance(each, types)}
+def _type(operation: Operation) -> type:
+    """Return the type of an operation, or of the kernel that it applies."""
+    return type(operation.kernel if isinstance(operation, ops.Apply) else operation)
+
+
+def _only(operations: Sequence[Operation], *types: type) -> None:
+    """Raise `UnsupportedOperationError` for operations or kernels of other types."""
+    others = {_type(each).__name__ for each in operations} - {each.__name__ for each in types}
     if others:
         raise UnsupportedOperationError(", ".join(sorted(others)))
 
 
 def _all(operations: Sequence[Operation], one: type[_Op]) -> list[_Op]:
     return [operation for operation in operations if isinstance(operation, one)]
+
+
+def _kernels(operations: Sequence[Operation], one: type[_Kernel]) -> list[_Kernel]:
+    """Return the kernels of this type that operations apply."""
+    kernels = (operation.kernel for operation in _all(operations, ops.Apply))
+    return [kernel for kernel in kernels if isinstance(kernel, one)]
 
 
 def _normalized(
@@ -307,16 +322,16 @@ def _attention(
     operations: Sequence[Operation], place: LayerPlace, config: ModelConfig, tokens: TokenTensors
 ) -> tuple[Kernels, torch.Tensor]:
     """Return the kernels from the normed row to partial sums of the output, fp32 [S, D]."""
-    _only(operations, ops.Product, ops.Norm, ops.Clamp, ops.Rotate, ops.Attend, ops.Gate)
+    _only(operations, ops.Product, ops.Norm, ops.Rotate, ops.Attend, Clamping, Gating)
     into, out = _all(operations, ops.Product)
     ((turn,), (attending,)) = _all(operations, ops.Rotate), _all(operations, ops.Attend)
     norms = [norm.norm.weight for norm in _all(operations, ops.Norm) if norm.out == norm.x]
-    clip = next((clamp.limit for clamp in _all(operations, ops.Clamp)), None)
+    clip = next((clamping.limit for clamping in _kernels(operations, Clamping)), None)
     assert isinstance(place.cache, DeviceKVCache)
     stored, window, past = place.cache.tensors, place.cache.window, tokens.past
     count, width = attending.queries.shape
     queries, attended = (tokens.tensor(name, 1, count, width) for name in ("queries", "attended"))
-    has_gates = bool(_all(operations, ops.Gate))
+    has_gates = bool(_kernels(operations, Gating))
     gates = tokens.tensor("gates", count, width) if has_gates else None
     parts = Parts.for_tokens(1, count, stored, window, _scratch(config, tokens))
     of_values = {
@@ -345,13 +360,12 @@ def _delta_net(
     operations: Sequence[Operation], place: LayerPlace, tokens: TokenTensors
 ) -> tuple[Kernels, torch.Tensor]:
     """Return the kernels from the normed row to partial sums of the output, fp32 [S, D]."""
-    _only(
-        operations, ops.Product, ops.DenseProduct, ops.Convolve, ops.UpdateState, ops.NormWithGate
-    )
+    fused = ops.DenseProduct, ops.Convolve, ops.UpdateState, GatedNorm
+    _only(operations, ops.Product, *fused)
     into, out = _all(operations, ops.Product)
     (small,), (convolve,) = _all(operations, ops.DenseProduct), _all(operations, ops.Convolve)
-    (update,), (gating,) = _all(operations, ops.UpdateState), _all(operations, ops.NormWithGate)
-    rule, norm = update.rule, gating.norm
+    (update,), (norm,) = _all(operations, ops.UpdateState), _kernels(operations, GatedNorm)
+    rule = update.rule
     if rule.skips is not None:
         raise UnsupportedOperationError("UpdateState of Mamba2")
     heads_shape = rule.shape.value_heads, rule.shape.value_dim

@@ -19,9 +19,8 @@ from mixchat.engine.layers.rope import RotaryEmbedding
 from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels.cpu.convolution import Convolution
 from mixchat.kernels.cpu.delta_net import DeltaRule
-from mixchat.kernels.cpu.gated_norm import GatedNorm
 from mixchat.kernels.cpu.router import Router
-from mixchat.kernels.cpu.rows import Swiglu, rms_norm
+from mixchat.kernels.cpu.rows import RowKernel, rms_norm
 from mixchat.weights.matrix.quant_type import Linear
 
 
@@ -138,10 +137,19 @@ class HeadProducts(Operation):
 
 
 @dataclass(frozen=True, eq=False)
-class Clamp(Operation):
-    """Limit the numbers of `out`, in place, to [-limit, limit]."""
+class Apply(Operation):
+    """Make each row of other rows: gates, activations, sums, products with numbers.
 
-    limit: float
+    is_wide: all threads share even one row, because it is long.
+    """
+
+    operands: tuple[Rows, ...]
+    kernel: RowKernel
+    is_wide: bool = False
+
+    @property
+    def inputs(self) -> list[Rows]:
+        return [*self.operands]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,14 +180,6 @@ class Attend(Operation):
 
 
 @dataclass(frozen=True, eq=False)
-class Gate(Operation):
-    """Multiply x by the sigmoid of a gate."""
-
-    x: Rows
-    gate: Rows
-
-
-@dataclass(frozen=True, eq=False)
 class Convolve(Operation):
     """Convolve each channel of x with its last inputs, which the layer's state has as "conv"."""
 
@@ -202,23 +202,6 @@ class UpdateState(Operation):
 
 
 @dataclass(frozen=True, eq=False)
-class NormWithGate(Operation):
-    """Normalize the heads of x, times silu of a gate."""
-
-    x: Rows
-    gate: Rows
-    norm: GatedNorm
-
-
-@dataclass(frozen=True, eq=False)
-class Activate(Operation):
-    """Multiply gate and up, which are the halves of x, as `Swiglu` does."""
-
-    x: Rows
-    function: Swiglu
-
-
-@dataclass(frozen=True, eq=False)
 class Route(Operation):
     """Choose experts of each row, int64 [T, K], and write their weights, fp32 [T, K]."""
 
@@ -229,14 +212,6 @@ class Route(Operation):
     @property
     def inputs(self) -> list[Rows]:
         return [self.x]
-
-
-@dataclass(frozen=True, eq=False)
-class Weigh(Operation):
-    """Multiply each row of x by its weight [T, 1]."""
-
-    x: Rows
-    weights: Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,22 +226,6 @@ class Experts(Operation):
     weights: Rows
     layer: int
     runner: ExpertRunner
-
-
-@dataclass(frozen=True, eq=False)
-class Add(Operation):
-    """Add rows to x."""
-
-    x: Rows
-    addend: Rows
-
-
-@dataclass(frozen=True, eq=False)
-class Scale(Operation):
-    """Multiply x by a number."""
-
-    x: Rows
-    factor: float
 
 
 class UnsupportedOperationError(Exception):

@@ -326,10 +326,11 @@ def _copies(x: torch.Tensor, out: torch.Tensor) -> list[Step]:
 
 
 @works.register
-def _(operation: ops.Clamp, own: TokenBuffers) -> list[Work]:
-    x, place = own.flat(operation.out), [span(operation.out)]
-    own.require(operation, x.shape[1])
-    return [Work([rows.clamp_step(x, operation.limit)], place, place)]
+def _(operation: ops.Apply, own: TokenBuffers) -> list[Work]:
+    *operands, out = (own.flat(part) for part in (*operation.operands, operation.out))
+    own.require(operation, getattr(operation.kernel, "width", out.shape[1]))
+    step = operation.kernel.step(*operands, out)
+    return [_work(operation, step, is_wide=operation.is_wide)]
 
 
 @works.register
@@ -355,13 +356,6 @@ def _(operation: ops.Attend, own: TokenBuffers) -> list[Work]:
         Work([each.attend for each in steps], [queries, stored], [attended], is_wide=True),
         Work([each.merge for each in steps], [attended], [span(operation.out)], is_wide=True),
     ]
-
-
-@works.register
-def _(operation: ops.Gate, own: TokenBuffers) -> list[Work]:
-    x, gate, out = (own.flat(part) for part in (operation.x, operation.gate, operation.out))
-    own.require(operation, x.shape[1])
-    return [_work(operation, rows.gate_step(x, gate, out))]
 
 
 @works.register
@@ -392,20 +386,6 @@ def _(operation: ops.UpdateState, own: TokenBuffers) -> list[Work]:
 
 
 @works.register
-def _(operation: ops.NormWithGate, own: TokenBuffers) -> list[Work]:
-    x, gate, out = (own.tensor(part) for part in (operation.x, operation.gate, operation.out))
-    own.require(operation, operation.norm.width)
-    return [_work(operation, operation.norm.step(x, gate, out))]
-
-
-@works.register
-def _(operation: ops.Activate, own: TokenBuffers) -> list[Work]:
-    x, out = own.tensor(operation.x), own.tensor(operation.out)
-    own.require(operation, out.shape[1])
-    return [_work(operation, operation.function.step(x, out), is_wide=True)]
-
-
-@works.register
 def _(operation: ops.Route, own: TokenBuffers) -> list[Work]:
     own.require(operation, operation.x.size)
     parts = operation.x, operation.selected, operation.out
@@ -416,27 +396,6 @@ def _(operation: ops.Route, own: TokenBuffers) -> list[Work]:
         Work([score], [span(operation.x)], [scored], is_wide=True),
         Work([choose], [scored], chosen),
     ]
-
-
-@works.register
-def _(operation: ops.Weigh, own: TokenBuffers) -> list[Work]:
-    x, weights, out = (own.tensor(part) for part in (operation.x, operation.weights, operation.out))
-    own.require(operation, x.shape[1])
-    return [_work(operation, rows.weighted_sum_step(x, weights, out))]
-
-
-@works.register
-def _(operation: ops.Add, own: TokenBuffers) -> list[Work]:
-    x, addend, out = (own.tensor(part) for part in (operation.x, operation.addend, operation.out))
-    own.require(operation, x.shape[1])
-    return [_work(operation, rows.add_step(x, addend, out))]
-
-
-@works.register
-def _(operation: ops.Scale, own: TokenBuffers) -> list[Work]:
-    x = own.tensor(operation.x)
-    own.require(operation, x.shape[1])
-    return [_work(operation, rows.scale_step(x, operation.factor))]
 
 
 class ExpertWorks:

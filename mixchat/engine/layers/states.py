@@ -9,9 +9,9 @@ import torch
 
 from mixchat.engine.layers.model_tensors import ModelTensors
 from mixchat.engine.layers.operations import (
+    Apply,
     Convolve,
     DenseProduct,
-    NormWithGate,
     Operation,
     Product,
     Rows,
@@ -57,7 +57,7 @@ def delta_net(
         DenseProduct(ba, x, ba_proj),
         Convolve(convolved, qkv, Convolution(own["conv1d"], own.get("conv1d_bias")), layer),
         UpdateState(read, convolved, ba, rule, layer),
-        NormWithGate(normed, read, gate, norm),
+        Apply(normed, (read, gate), norm),
         Product(out, normed, tensors.linear(out_proj), out_proj.name),
     ]
 

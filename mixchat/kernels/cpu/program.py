@@ -10,7 +10,6 @@ import ctypes
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -134,31 +133,6 @@ def together(*steps: Step) -> Stage:
 def alone(*steps: Step) -> Stage:
     """Return a stage that one thread runs in this order."""
     return Stage(steps, alone=True)
-
-
-def in_order(rows: int, *groups: Sequence[Step]) -> list[Stage]:
-    """Return stages for steps of so many rows, of which each group needs the group before it.
-
-    One thread computes a lone row, since all threads would need longer to meet.
-    """
-    if rows == 1:
-        return [alone(*chain(*groups))]
-    return [together(*group) for group in groups if group]
-
-
-def beside(stages: Sequence[Stage], others: Sequence[Stage]) -> list[Stage]:
-    """Return stages that do the work of both, so that threads meet less often.
-
-    Neither must need the other.
-    """
-    merged: list[Stage] = []
-    for stage, other in zip_longest(stages, others):
-        pair = [each for each in (stage, other) if each is not None]
-        if len({each.alone for each in pair}) == 1:
-            steps = [step for each in pair for step in each.steps]
-            pair = [Stage(steps, pair[0].alone)]
-        merged += pair
-    return merged
 
 
 _SIGNATURE = Signature("steps", "stages", "count", "team_size", "give_way", "done")

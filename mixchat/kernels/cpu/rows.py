@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import gcd
+from typing import Any, Protocol
 
 import torch
 from llvmlite import ir
@@ -87,16 +88,6 @@ def rms_norm_step(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.
     return _step(name, x, out, weight, **arguments, count=heads, stride=x.stride(0))
 
 
-def clamp_step(x: torch.Tensor, limit: float) -> Step:
-    """Return x.clamp_(-limit, limit) as a step, for contiguous x [T, D]."""
-    return _step("clamp", x, x, columns=x.shape[-1], limit=fp32_bits(limit))
-
-
-def scale_step(x: torch.Tensor, factor: float) -> Step:
-    """Return x.mul_(factor) as a step, for contiguous x [T, D]."""
-    return _step("scale", x, x, columns=x.shape[-1], alpha=fp32_bits(factor))
-
-
 def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
     """Return tanh(x / cap) * cap, [T, D]."""
     if not can_compute(x.dtype, x.shape[-1], x.device.type):
@@ -138,6 +129,16 @@ def rotate_step(x: torch.Tensor, out: torch.Tensor, rotated: int) -> Step:
     return _step("rotate", x, out, **arguments, rotated=rotated)
 
 
+class RowKernel(Protocol):
+    """Makes one row of a token's rows, for any tokens, or as a step for contiguous rows."""
+
+    def __call__(self, *operands: Any, **options: Any) -> torch.Tensor:
+        """Return the rows [T, D] for operands [T, ...]."""
+
+    def step(self, *operands: Any, **options: Any) -> Step:
+        """Return `__call__` as a step. `out` follows the operands."""
+
+
 @dataclass(frozen=True)
 class Swiglu:
     """The product of gate and up, after silu(x) = x * sigmoid(x) of the gate, or GELU by tanh.
@@ -177,20 +178,71 @@ class Swiglu:
         return _step("limited_swiglu", gate_up, out, columns=out.shape[-1], **arguments)
 
 
-def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """Return x [T, D] times sigmoid(gate), of the gate's shape [T, D]."""
-    if not can_compute(x.dtype, x.shape[-1], x.device.type):
-        return (x.float() * torch.sigmoid(gate.float())).to(x.dtype)
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    gate_step(x, gate, out).run()
-    return out
+@dataclass(frozen=True)
+class Gating:
+    """x times sigmoid(gate)."""
+
+    def __call__(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Return the product for x and gate, [T, D]."""
+        if not can_compute(x.dtype, x.shape[-1], x.device.type):
+            return (x.float() * torch.sigmoid(gate.float())).to(x.dtype)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self.step(x, gate, out).run()
+        return out
+
+    def step(self, x: torch.Tensor, gate: torch.Tensor, out: torch.Tensor) -> Step:
+        """Return `__call__` as a step. The numbers of a token's gate follow one another."""
+        arguments = {"columns": x.shape[-1], "stride": gate.stride(0)}
+        return _step("gate", x, out, gate, weight=gate.data_ptr(), **arguments)
 
 
-def gate_step(x: torch.Tensor, gate: torch.Tensor, out: torch.Tensor) -> Step:
-    """Return `gated` as a step. The numbers of a token's gate follow one another."""
-    arguments = {"columns": x.shape[-1], "stride": gate.stride(0)}
-    return _step("gate", x, out, gate, weight=gate.data_ptr(), **arguments)
+@dataclass(frozen=True)
+class Weighting:
+    """x [T, D] times a weight of each token, fp32 [T, 1]."""
+
+    def __call__(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return weighted_sum(x.unsqueeze(1), weights)
+
+    def step(self, x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> Step:
+        return weighted_sum_step(x, weights, out)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """The sum of two rows [T, D]."""
+
+    def __call__(self, x: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
+        return x + addend
+
+    def step(self, x: torch.Tensor, addend: torch.Tensor, out: torch.Tensor) -> Step:
+        return _step("add", x, out, addend, weight=addend.data_ptr(), columns=x.shape[-1])
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """x [T, D] times a number. The step works in place."""
+
+    factor: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+    def step(self, x: torch.Tensor, out: torch.Tensor) -> Step:
+        return _step("scale", x, out, columns=x.shape[-1], alpha=fp32_bits(self.factor))
+
+
+@dataclass(frozen=True)
+class Clamping:
+    """x [T, D] between -limit and limit. The step works in place."""
+
+    limit: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(-self.limit, self.limit)
+
+    def step(self, x: torch.Tensor, out: torch.Tensor) -> Step:
+        return _step("clamp", x, out, columns=x.shape[-1], limit=fp32_bits(self.limit))
 
 
 def weighted_sum(
@@ -217,11 +269,6 @@ def weighted_sum_step(
         places = torch.arange(weights.numel())
     arguments = {"weight": weights.data_ptr(), "columns": x.shape[-1], "count": weights.shape[1]}
     return _step("weighted_sum", x, out, weights, places, **arguments, places=places.data_ptr())
-
-
-def add_step(x: torch.Tensor, addend: torch.Tensor, out: torch.Tensor) -> Step:
-    """Return x + addend [T, D] as a step, for contiguous tensors."""
-    return _step("add", x, out, addend, weight=addend.data_ptr(), columns=x.shape[-1])
 
 
 def copy_step(x: torch.Tensor, out: torch.Tensor) -> Step:

@@ -7,7 +7,7 @@ import torch
 
 from mixchat.kernels.cpu import rows, threads
 from mixchat.kernels.cpu.compile import kernels_available
-from mixchat.kernels.cpu.program import Program, Step, alone, beside, together
+from mixchat.kernels.cpu.program import Program, Step, alone, together
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 
@@ -31,7 +31,7 @@ def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def add(x: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> Step:
-    return rows.add_step(x, other, out)
+    return rows.Addition().step(x, other, out)
 
 
 def zeros(count: int = 1) -> torch.Tensor:
@@ -93,27 +93,5 @@ def test_a_step_alone_can_be_run_again() -> None:
 def test_a_sum_has_the_bits_of_torch(dtype: torch.dtype) -> None:
     x, other = (torch.randn(3, 160).to(dtype) for _ in range(2))
     out = torch.empty_like(x)
-    rows.add_step(x, other, out).run()
+    rows.Addition().step(x, other, out).run()
     assert torch.equal(out, x + other)
-
-
-@pytest.mark.usefixtures("_threads", "_way")
-def test_two_rows_of_stages_share_their_work_side_by_side() -> None:
-    one, sums = torch.ones(64, COLUMNS), [zeros(64) for _ in range(4)]
-    longer = [
-        alone(add(sums[0], one, sums[0])),
-        together(add(sums[0], one, sums[1])),
-        together(add(sums[1], one, sums[1])),
-    ]
-    shorter = [together(add(sums[2], one, sums[2])), together(add(sums[2], one, sums[3]))]
-    merged = beside(longer, shorter)
-    # A stage alone is never shared.
-    assert [(stage.alone, len(stage.steps)) for stage in merged] == [
-        *((True, 1), (False, 1)),
-        *((False, 2), (False, 1)),
-    ]
-    program = Program(merged)
-    for turn in range(1, 50):
-        program.run()
-        assert (sums[1] == turn + 2).all()
-        assert (sums[3] == turn + 1).all()

@@ -65,10 +65,10 @@ def test_columns_are_multiplied_by_gates_in_wider_rows(dtype):
     for tokens, columns in itertools.product(TOKENS, (96, 10)):
         x, around = torch.randn(tokens, columns).to(dtype), torch.randn(tokens, 300).to(dtype)
         gate = around[:, 7 : 7 + columns]
-        assert_near(rows.gated(x, gate), x.double() * gate.double().sigmoid())
+        assert_near(rows.Gating()(x, gate), x.double() * gate.double().sigmoid())
         if columns == 96:
-            expected = rows.gated(x, gate)
-            rows.gate_step(x, gate, x).run()
+            expected = rows.Gating()(x, gate)
+            rows.Gating().step(x, gate, x).run()
             assert torch.equal(x, expected)
 
 
@@ -88,7 +88,7 @@ def test_large_numbers_are_capped(dtype, columns):
 def test_a_row_is_scaled_in_place(dtype):
     x = torch.randn(3, 64).to(dtype)
     expected = x * 0.37
-    rows.scale_step(x, 0.37).run()
+    rows.Scaling(0.37).step(x, x).run()
     assert torch.equal(x, expected)
 
 
@@ -110,7 +110,7 @@ def test_numbers_are_clamped_as_torch_clamps_them(dtype):
     x = (torch.randn(3, 64) * 8).to(dtype)
     x[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     expected = x.clamp(-7.77, 7.77)
-    rows.clamp_step(x, 7.77).run()
+    rows.Clamping(7.77).step(x, x).run()
     torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
 
 

@@ -8,7 +8,7 @@ from gpu_tools import kv_tensors, length_of
 
 from mixchat.base import gpu
 from mixchat.engine.caches.tensor_cache import attention_mask, in_8_bits
-from mixchat.kernels.cpu.rows import gated as gated_rows
+from mixchat.kernels.cpu.rows import Gating
 from mixchat.kernels.gpu import attention
 from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.kv_store import KVTensors, store
@@ -66,7 +66,7 @@ def check(
     within = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 1e-5}[dtype]
     right = expected(queries, rows, window, sinks).to(dtype)
     if gates is not None:
-        right = gated_rows(right.flatten(1), gates.flatten(1)).view(right.shape)
+        right = Gating()(right.flatten(1), gates.flatten(1)).view(right.shape)
     torch.testing.assert_close(out, right, rtol=within, atol=within)
     return parts.splits
 
