@@ -22,7 +22,9 @@ and is as strict as a GPU is:
   is an error: nobody would know when the numbers are there.
 - In a capture, torch (since 2.11) asks `is_pinned` of RAM, about the first byte of its storage.
 - Where page-locking is refused, the next kernel of that thread fails, as CUDA reports it.
-- Kernels in Triton run by its interpreter. Graphs record and replay what is started, and refuse
+- Kernels in Triton run by its interpreter, and touch no memory but that of GPUs. They start on the
+  current device, whatever the device of their tensors, and addresses in tables are multiples of 16.
+  Graphs record and replay what is started, and refuse
   what CUDA refuses. `paper_runtime.py` describes the order of streams that is checked.
 
 What they cannot show: speed.
@@ -39,7 +41,7 @@ import torch
 from paper_kernels import DOUBLES
 from paper_runtime import RUNTIME, PaperRuntime, Work
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-from triton_interpreter import compute_bf16
+from triton_interpreter import compute_as_gpus, confined_to
 
 from mixchat.base import gpu
 from mixchat.kernels.gpu import launch, toolchain
@@ -256,14 +258,16 @@ def _install() -> None:
 
 
 _install()
-compute_bf16()
+compute_as_gpus()
 
 
 def _start(kernel: Any, grid: Any, arguments: Any, constants: dict[str, Any]) -> None:
-    """Run a Triton kernel, by the interpreter or its double, as work of its tensors' device."""
+    """Run a Triton kernel, by the interpreter or its double, as work of the current device."""
     tensors = [item for item in arguments if isinstance(item, torch.Tensor)]
     assert all(isinstance(tensor, PaperTensor) for tensor in tensors), "a kernel reads RAM"
-    (device,) = {RUNTIME.index_of(tensor.device) for tensor in tensors}
+    device = RUNTIME.current_device()
+    if any(RUNTIME.index_of(tensor.device) != device for tensor in tensors):
+        raise RuntimeError(f"CUDA error: device {device} is current, and tensors are on another")
     inner = [_inner(item) for item in arguments]
 
     def touches() -> list[tuple[torch.Tensor, bool]]:
@@ -277,10 +281,21 @@ def _start(kernel: Any, grid: Any, arguments: Any, constants: dict[str, Any]) ->
         if kernel.__name__ in DOUBLES and not RUNTIME.interprets:
             DOUBLES[kernel.__name__](*inner, **constants)
         else:
-            kernel[grid](*inner, **constants)
+            with confined_to(RUNTIME.extents()):
+                kernel[grid](*inner, **constants)
 
-    loaded = kernel.__name__, tuple(sorted((key, str(value)) for key, value in constants.items()))
+    chosen = tuple(sorted((key, str(value)) for key, value in constants.items()))
+    loaded = kernel.__name__, chosen, tuple(map(_specialized, inner))
     RUNTIME.start(Work(device, touches, run), kernel=loaded)
+
+
+def _specialized(argument: Any) -> tuple[Any, ...]:
+    """Return those properties of an argument for each of which Triton loads a kernel of its own."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0
+    return (type(argument),)
 
 
 @contextlib.contextmanager

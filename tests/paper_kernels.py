@@ -27,7 +27,8 @@ Tensor = torch.Tensor
 
 
 def at(address: int, spec_bytes: int) -> Tensor:
-    """Return bytes of memory as a tensor."""
+    """Return bytes of memory as a tensor. Kernels take its address for a multiple of 16."""
+    assert address % 16 == 0, "misaligned address"
     memory = (ctypes.c_uint8 * spec_bytes).from_address(address)
     return torch.frombuffer(memory, dtype=torch.uint8)
 

@@ -462,5 +462,10 @@ class PaperRuntime:
                 found.append(byte.set_(storage, address - storage.data_ptr(), (1,)))
         return found
 
+    def extents(self) -> list[tuple[int, int]]:
+        """Return the address and the bytes of each allocation."""
+        storages = (reference() for reference in list(self._places.values()))
+        return [(each.data_ptr(), each.nbytes()) for each in storages if each is not None]
+
 
 RUNTIME = PaperRuntime()

@@ -1,5 +1,6 @@
 """GPUs on paper refuse what CUDA refuses."""
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -10,6 +11,12 @@ from paper_allocator import MB, Allocator
 from paper_runtime import GB, PaperRuntime
 
 from mixchat.base import gpu
+from mixchat.kernels.cpu.rows import Swiglu
+from mixchat.kernels.gpu.experts import experts_down
+from mixchat.kernels.gpu.norm import add_norm
+from mixchat.weights.format.expert import ExpertSpec
+from mixchat.weights.format.gpu_expert import expert_form
+from mixchat.weights.matrix.linear import LinearSpec
 
 DEVICE = torch.device("paper", 0)
 
@@ -223,3 +230,57 @@ def test_streams_may_use_the_pieces_of_a_block_that_was_split_at_once(paper):
         second.add_(2)
         with pytest.raises(RuntimeError, match="did not wait for it"):
             first.add_(2)
+
+
+def normalize(device: torch.device, weights: int = 16) -> None:
+    """Start a kernel with a norm of so many weights."""
+    x, normed = (torch.zeros(16, device=device) for _ in range(2))
+    none, weight = torch.zeros(0, 16, device=device), torch.zeros(weights, device=device)
+    add_norm(x, none, weight, normed, 1e-5, torch.zeros(1, dtype=torch.int32, device=device))
+
+
+def test_a_kernel_starts_on_the_current_gpu_and_not_on_that_of_its_tensors(paper, monkeypatch):
+    """CUDA takes the current one. A launch that did not choose it passed here."""
+    normalize(torch.device("paper", 1))
+    monkeypatch.setattr(gpu, "current", lambda device: contextlib.nullcontext())
+    normalize(DEVICE)
+    with pytest.raises(RuntimeError, match="device 0 is current"):
+        normalize(torch.device("paper", 1))
+
+
+def test_a_kernel_touches_no_memory_but_that_of_tensors(paper):
+    paper.interprets = True
+    normalize(DEVICE)
+    with pytest.raises(Exception, match="leaves the memory"):
+        normalize(DEVICE, weights=8)
+
+
+@pytest.mark.parametrize("interprets", [False, True])
+def test_an_address_that_is_taken_for_a_multiple_of_16_is_one(paper, interprets):
+    paper.interprets = interprets
+    up, down = (LinearSpec("m", rows, 64, "nf4", torch.bfloat16) for rows in (128, 64))
+    spec = ExpertSpec(up, down, Swiglu())
+    block = torch.zeros(spec.stride + 16, dtype=torch.uint8, device=DEVICE)
+    gated = torch.zeros(1, 64, dtype=torch.bfloat16, device=DEVICE)
+    selected, weights = torch.zeros(1, dtype=torch.int32, device=DEVICE), gated[0, :1].float()
+    form, levels = expert_form(spec, DEVICE)
+
+    def run(offset: int) -> None:
+        table = torch.tensor([block.data_ptr() + offset], device=DEVICE)
+        experts_down(gated, selected, weights, table, form, levels)
+
+    run(0)
+    with pytest.raises(Exception, match=r"misaligned|multiple of 16"):
+        run(8)
+
+
+def test_a_capture_refuses_a_kernel_that_ran_with_other_alignment(paper):
+    """Triton compiles another one then, which a capture cannot load."""
+    numbers, finished = torch.zeros(68, device=DEVICE), torch.zeros(1, dtype=torch.int32)
+    none, weight = torch.zeros(0, 64, device=DEVICE), torch.zeros(64, device=DEVICE)
+    finished = finished.to(DEVICE)
+    add_norm(numbers[4:], none, weight, numbers[4:], 1e-5, finished)
+    with gpu.captured(DEVICE):
+        add_norm(numbers[:64], none, weight, numbers[:64], 1e-5, finished)
+    with pytest.raises(RuntimeError, match="loaded in a capture"), gpu.captured(DEVICE):
+        add_norm(numbers[1:65], none, weight, numbers[1:65], 1e-5, finished)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paper_gpu import KIND, in_place_of_cuda
 from test_kv_cache import CONFIG, CPU, SINKS
-from triton_interpreter import compute_bf16
+from triton_interpreter import compute_as_gpus
 
 from mixchat.engine.caches import kv_cache
 from mixchat.engine.caches.sequence_cache import SequenceCache, cache_bytes
@@ -19,7 +19,7 @@ from mixchat.kernels.gpu import attention
 from mixchat.kernels.gpu.attention import Parts
 from mixchat.kernels.gpu.heads import heads
 
-compute_bf16()
+compute_as_gpus()
 # A ring of 1,024 tokens for a window of 20, if no more than a page is kept beyond it.
 SMALL = replace(CONFIG, sliding_window=20)
 CAPACITY = 4000

@@ -2,18 +2,20 @@
 
 import pytest
 import torch
-from gpu_tools import CARD, start_on_card
-from triton_interpreter import compute_bf16
+from gpu_tools import CARD, start_confined, start_on_card
+from triton_interpreter import compute_as_gpus
 
 from mixchat.base import gpu
 from mixchat.kernels.gpu import launch
 
-compute_bf16()
+compute_as_gpus()
 
 
 @pytest.fixture(autouse=True)
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    if CARD is not None:
+    if CARD is None:
+        monkeypatch.setattr(launch, "start", start_confined)
+    else:
         has_bf16 = gpu.has_bf16(torch.device(CARD))
         monkeypatch.setattr(gpu, "has_bf16", lambda device: has_bf16)
         monkeypatch.setattr(launch, "start", start_on_card)

@@ -1,4 +1,8 @@
-"""Runs kernels on a card if there is one, and makes tensors of a KV cache as they read them."""
+"""Runs kernels on a card if there is one, and makes tensors of a KV cache as they read them.
+
+Without a card, kernels may touch the tensors that they are given alone, and what has addresses in a
+table of `addresses_of`.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from triton_interpreter import confined_to
 
 from mixchat.kernels.gpu.kv_store import KVTensors
 
 # The device on which kernels run, if tests/gpu.sh names one. It may be the CPU, with copies, too.
 CARD = os.environ.get("MIXCHAT_TEST_GPU")
+
+# Tensors whose addresses are in tables, by an address and its bytes.
+_addressed: dict[int, int] = {}
+
+
+def start_confined(
+    kernel: Any, grid: Any, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """Run a kernel by the interpreter, which refuses what is outside of its tensors."""
+    tensors = [item for item in arguments if isinstance(item, torch.Tensor)]
+    with confined_to([*map(_extent, tensors), *_addressed.items()]):
+        kernel[grid](*arguments, **constants)
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the address of a tensor, and the bytes up to its last number."""
+    if not tensor.numel():
+        return tensor.data_ptr(), 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.data_ptr(), tensor.itemsize * (1 + sum((n - 1) * step for n, step in steps))
 
 
 def start_on_card(
@@ -44,7 +69,10 @@ def start_on_card(
 def addresses_of(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield a table of the addresses of tensors, whose memory is the card's until the end."""
     copies = [tensor if CARD is None else tensor.to(CARD, copy=True) for tensor in tensors]
+    _addressed.clear()
+    _addressed.update(map(_extent, copies))
     yield torch.tensor([copy.data_ptr() for copy in copies])
+    _addressed.clear()
     for tensor, copy in zip(tensors, copies, strict=True):
         tensor.copy_(copy)
 

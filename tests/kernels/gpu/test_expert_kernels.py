@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpu_matrices import each_type, spec_of, stored
-from gpu_tools import CARD
+from gpu_tools import addresses_of
 
 from mixchat.kernels.cpu.rows import Swiglu
 from mixchat.kernels.gpu import experts as kernel
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Experts:
-    """Random experts of one form, each in a block of memory."""
+    """Random experts of one form, each in a block of memory that ends with the last bias."""
 
     def __init__(
         self,
@@ -42,19 +42,17 @@ class Experts:
             )
             for index in range(count)
         ]
-        self.blocks = torch.zeros(count, self.spec.stride, dtype=torch.uint8)
-        for block, matrices in zip(self.blocks, self.matrices, strict=True):
-            tensors = [tensor for matrix in matrices for tensor in matrix.tensors]
-            numbers = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
-            block[: len(numbers)] = numbers
-        self.blocks = self.blocks.to(CARD or "cpu")
-        self.addresses = torch.tensor([block.data_ptr() for block in self.blocks])
+        tensors = [[*up.tensors, *down.tensors] for up, down in self.matrices]
+        self.blocks = [
+            torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in each]) for each in tensors
+        ]
         self.form, self.levels = expert_form(self.spec, CPU)
 
     def __call__(self, x: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor):
         """Return the gated numbers [K, I], and the weighted outputs [K, D], of the kernels."""
-        gated = experts_up(x, selected, self.addresses, self.form, self.levels)
-        sums = experts_down(gated, selected, weights, self.addresses, self.form, self.levels)
+        with addresses_of(*self.blocks) as addresses:
+            gated = experts_up(x, selected, addresses, self.form, self.levels)
+            sums = experts_down(gated, selected, weights, addresses, self.form, self.levels)
         split = self.form.split(len(selected)).count
         return gated, sums.view(len(selected), split, -1).sum(1)
 
@@ -99,22 +97,43 @@ def test_gpt_oss_has_biases_and_a_limited_activation():
         check(experts, torch.randn(96).bfloat16(), (0, 1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_dense_experts_have_any_type_and_count_of_rows(dtype):
-    experts = Experts("none", "none", 72, 40, dtype=dtype)
-    check(experts, torch.randn(72).to(dtype), (1, 0))
+@pytest.mark.parametrize(
+    ("dtype", "width", "inner"), [(torch.float16, 72, 40), (torch.float32, 68, 36)]
+)
+def test_dense_experts_have_any_type_and_count_of_rows(dtype, width, inner):
+    experts = Experts("none", "none", width, inner, dtype=dtype, bias=True)
+    check(experts, torch.randn(width).to(dtype), (1, 0))
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "width", "inner"),
+    [("none", "nf4", 72, 64), ("mxfp4", "trellis3", 96, 64), ("none", "none", 68, 36)],
+)
+def test_rows_that_fill_up_a_band_are_neither_written_nor_have_a_bias(up, down, width, inner):
+    """Without their masks, sums were written past the end, and the bias was read past its own."""
+    dtype = torch.float32 if inner % 8 else torch.bfloat16
+    experts = Experts(up, down, width, inner, bias=True, dtype=dtype)
+    check(experts, torch.randn(width).to(dtype), (2, 0))
+    nowhere, selected = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    gated, out = torch.full((1, inner), torch.nan).to(dtype), torch.full((1, width), torch.nan)
+    form, levels = experts.form, experts.levels
+    experts_up(torch.zeros(width).to(dtype), selected, nowhere, form, levels, gated)
+    experts_down(gated, selected, torch.ones(1), nowhere, form, levels, out)
+    assert not gated.any()
+    assert not out.any()
 
 
 def test_an_expert_that_lies_elsewhere_gives_zeros():
     """What was in the buffers before is gone, also if it was no number."""
     experts = Experts("nf4", "nf4", 64, 64)
-    experts.addresses[1] = 0
     x, selected = torch.randn(64).bfloat16(), torch.tensor([1, 2], dtype=torch.int32)
     gated = torch.full((2, 64), torch.nan).bfloat16()
     sums = torch.full((2 * experts.form.split(2).count, 64), torch.nan)
     form, levels = experts.form, experts.levels
-    experts_up(x, selected, experts.addresses, form, levels, gated)
-    experts_down(gated, selected, torch.ones(2), experts.addresses, form, levels, sums)
+    with addresses_of(*experts.blocks) as addresses:
+        addresses[1] = 0
+        experts_up(x, selected, addresses, form, levels, gated)
+        experts_down(gated, selected, torch.ones(2), addresses, form, levels, sums)
     assert not gated[0].any()
     assert not sums.view(2, -1)[0].any()
     assert_near(sums.view(2, -1, 64)[1].sum(0), experts.expected(x, 2, 1.0)[1], 2**-6)

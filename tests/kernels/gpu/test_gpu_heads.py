@@ -30,7 +30,7 @@ def weights_of(kind: str, count: int, width: int) -> list[torch.Tensor]:
         (4, 64, 64, 4, "none", 1.5, 33),
         (6, 80, 80, 3, "head", None, 7),
         (2, 96, 96, 9, "projection", None, 40),
-        (8, 128, 64, 2, "head", None, 41),
+        (8, 128, 64, 2, "head", None, 63),  # the last position of the tables
         (2, 256, 256, 5, "projection", 2.0, 20),
         (4, 16, 8, 1, "projection", None, 1),
     ],
@@ -65,18 +65,20 @@ def test_heads_are_those_of_a_cpu(dtype, bits, count, width, rotated, splits, no
     assert (tensors.numbers != 0).any(-1).sum() == 4
 
 
-def test_gates_are_stored_as_they_are():
-    rotation = RotaryEmbedding(RopeParameters(1e4), 64, 64, torch.bfloat16, CPU)
-    norms, partials = [torch.randn(64).bfloat16() for _ in range(2)], torch.randn(3, 12 * 64)
+@pytest.mark.parametrize("width", [64, 80])
+def test_gates_are_stored_as_they_are(width):
+    rotation = RotaryEmbedding(RopeParameters(1e4), width, 64, torch.bfloat16, CPU)
+    norms, partials = [torch.randn(width).bfloat16() for _ in range(2)], torch.randn(3, 12 * width)
     found = []
-    for gates in (None, torch.empty(4, 64).bfloat16()):
-        queries, tensors = torch.empty(4, 64).bfloat16(), kv_tensors(2, 8, 64, torch.bfloat16, 16)
-        sums = partials[:, : 8 * 64].contiguous() if gates is None else partials
+    for gates in (None, torch.empty(4, width).bfloat16()):
+        queries = torch.empty(4, width).bfloat16()
+        tensors = kv_tensors(2, 8, width, torch.bfloat16, 16)
+        sums = partials[:, : 8 * width].contiguous() if gates is None else partials
         place = length_of(5), rotation.tables
         heads(sums, queries, tensors, *place, norms, 1e-5, None, gates)
         found.append(torch.cat([queries.flatten(), tensors.numbers.flatten()]))
     assert gates is not None
-    torch.testing.assert_close(gates.flatten(), partials.sum(0)[8 * 64 :].bfloat16())
+    torch.testing.assert_close(gates.flatten(), partials.sum(0)[8 * width :].bfloat16())
     assert torch.equal(*found)
 
 
