@@ -125,6 +125,12 @@ class Batch:
         self._free = sorted(sequences, key=lambda prefix: bool(prefix.ids))
         self._answers: list[BatchedAnswer] = []
         self._sizer = PassSizer(chunk)
+        self._has_decoded = False  # in the last pass
+
+    @property
+    def _decodes(self) -> bool:
+        """Return whether a running answer has its first token."""
+        return any(answer.generated_tokens and not answer.has_ended for answer in self._answers)
 
     @property
     def capacity(self) -> int:
@@ -179,7 +185,10 @@ class Batch:
         return [*ended, *computed]
 
     def _next_pass(self, answers: Sequence[BatchedAnswer]) -> _Pass:
-        """Return each running answer's last token, and chunks of new prompts in the room left."""
+        """Return each running answer's last token, and chunks of new prompts in the room left.
+
+        If the model decodes apart, tokens and chunks take turns.
+        """
         # Several answers fill a pass without proposals, and `Speculation` compares lone passes.
         propose = len(answers) == 1
         chunks = [
@@ -187,7 +196,13 @@ class Batch:
             for answer in answers
             if answer.generated_tokens
         ]
-        room = self._sizer.choose(decodes=bool(chunks))
+        if self._passes.model.decodes_apart:
+            if self._has_decoded and len(chunks) < len(answers):
+                chunks = []
+            self._has_decoded = bool(chunks)
+            if chunks:
+                return chunks
+        room = self._sizer.choose(decodes=self._decodes)
         reading: list[BatchedAnswer] = []
         for answer in answers:
             if answer.generated_tokens or room <= 0:
@@ -206,7 +221,6 @@ class Batch:
         """Compute the pass, and give each answer its logits if its prompt is complete."""
         layers = self._passes.model.config.num_hidden_layers
         reading = [(answer, chunk) for answer, chunk in chunks if not answer.generated_tokens]
-        decodes = len(reading) < len(chunks)
 
         def after_layer(layer: int) -> None:
             if all(answer.is_cancelled for answer, _ in chunks):
@@ -220,11 +234,12 @@ class Batch:
         logits = self._passes.compute(
             [chunk for _, chunk in chunks],
             # An answer that decodes must not depend on the prompts that share its pass.
-            exact=self._exact_prompts or decodes,
+            exact=self._exact_prompts or len(reading) < len(chunks),
             after_layer=after_layer,
         )
         seconds = time.perf_counter() - start
-        self._sizer.add(sum(len(chunk.ids) for _, chunk in reading), seconds, decodes=decodes)
+        prompt_tokens = sum(len(chunk.ids) for _, chunk in reading)
+        self._sizer.add(prompt_tokens, seconds, decodes=self._decodes)
         counts = [1 + len(chunk.proposal) for _, chunk in chunks]
         for (answer, chunk), rows in zip(chunks, torch.split(logits, counts), strict=True):
             if not answer.generated_tokens:

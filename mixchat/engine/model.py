@@ -75,6 +75,11 @@ class Transformer:
         """Return the device of the first layer."""
         return self.blocks[0].device
 
+    @property
+    def decodes_apart(self) -> bool:
+        """Return whether decoding gives other bits, and faster, than a pass with prompts."""
+        return self._decoder is not None and gpu.is_gpu(self.device)
+
     def decode_by(self, decoder: SingleTokenDecoder | None) -> None:
         self._decoder = decoder
 

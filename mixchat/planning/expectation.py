@@ -202,17 +202,18 @@ def gpu_token_cost(
     """Return the cost of a decoded token on GPUs with `shares` as in `GPUWork`.
 
     VRAM holds the part `hit_rate` of the experts used, together with RAM `host_hit_rate`. The
-    CPU computes the experts that are in no slot.
+    CPU computes the experts that are in no slot. Several answers take turns, but what one of them
+    has read from the disk serves the others.
     """
     config = blueprint.config
-    uses = expected_distinct(config, answers)
-    rows = answers * config.num_experts_per_tok / uses
     work = GPUWork(blueprint, speeds.gpus, shares)
-    computing, waiting = work.token(hit_rate, uses, speeds.expert_time(rows))
-    uses *= config.num_moe_layers
-    read = uses * (1 - host_hit_rate)
-    cost = moving_cost(blueprint.mean_expert, speeds, computing, read=read)
-    return cost and replace(cost, waiting=waiting, missed=uses * (1 - hit_rate))
+    chosen = config.num_experts_per_tok
+    computing, waiting = work.token(hit_rate, chosen, speeds.expert_time(1))
+    layers, distinct = config.num_moe_layers, expected_distinct(config, answers)
+    read = layers * distinct * (1 - host_hit_rate)
+    cost = moving_cost(blueprint.mean_expert, speeds, answers * computing, read=read)
+    missed = answers * layers * chosen * (1 - hit_rate)
+    return cost and replace(cost, waiting=answers * waiting, missed=missed)
 
 
 def moving_cost(

@@ -111,6 +111,19 @@ def test_with_all_in_vram_a_token_takes_its_bytes_its_kernels_and_one_wait():
     assert slower.seconds > seconds
 
 
+def test_answers_on_a_gpu_take_turns_and_share_what_is_read_from_the_disk():
+    """They were planned as one pass, for which there is no graph."""
+    one, two = (
+        gpu_token_cost(BLUEPRINT, GPU_SPEEDS, (100,), 0.4, 0.7, answers=answers)
+        for answers in (1, 2)
+    )
+    assert one is not None
+    assert two is not None
+    assert two.computing == pytest.approx(2 * one.computing)
+    assert (two.waiting, two.missed) == (2 * one.waiting, 2 * one.missed)
+    assert one.read < two.read < 2 * one.read
+
+
 def test_a_part_of_the_shorter_of_both_is_hidden_behind_the_other():
     slow = TokenCost(computing=0.1, copying=0.3, reading=0.5, copied=1, read=1)
     assert slow.hidden == pytest.approx(OVERLAP * 0.1)
