@@ -1,5 +1,6 @@
 """Experts on GPUs on paper in front of RAM: the same outputs, wherever each is computed."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -179,6 +180,41 @@ def test_a_prompts_experts_with_many_rows_are_carried_and_others_computed_on_the
     assert (computed, carried) == ([[3, 4]], [[0]])
     expected = runner(installed, 8).run(0, x, selected, weights)
     assert (found - expected).norm() < TOLERANCE * expected.norm()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_the_cpu_computes_no_expert_that_the_gpu_has_or_gets(
+    paper, installed, monkeypatch, tokens, is_there
+):
+    """It computed all of them once more, and nothing but its time told."""
+    experts = on_gpus(installed, (5,), in_ram=3, split="by the CPU")
+    computed, begun = set[ExpertKey](), threading.Event()
+    host_compute, read = Dispatcher.compute, InstalledModel.read_expert
+
+    def noted(self, layer, x, selected, **options):
+        computed.update(ExpertKey(layer, expert) for expert in selected.flatten().tolist())
+        begun.set()
+        return host_compute(self, layer, x, selected, **options)
+
+    def late(self, layer, expert, *place, **options):
+        if ExpertKey(layer, expert) in experts.gpus[0].residents.keys:
+            begun.wait(1)  # so it comes while the layer is computed
+        return read(self, layer, expert, *place, **options)
+
+    monkeypatch.setattr(Dispatcher, "compute", noted)
+    if is_there:
+        arrived(experts)
+    else:
+        monkeypatch.setattr(InstalledModel, "read_expert", late)
+        experts.fill(EVERYTHING)
+    on_gpu, used = set(experts.gpus[0].residents.keys), set[ExpertKey]()
+    for layer in range(2):
+        x, selected, weights = routing(tokens, seed=layer)
+        compute(experts, layer, x, selected, weights)
+        used.update(ExpertKey(layer, expert) for expert in selected.flatten().tolist())
+    assert len(on_gpu) == 5
+    assert computed == used - on_gpu
 
 
 def test_the_cpu_and_the_bus_end_at_about_the_same_time(paper, installed):

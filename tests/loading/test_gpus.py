@@ -38,6 +38,7 @@ from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.generate import Engine
 from mixchat.engine.report import report_of
 from mixchat.experts.cache import ExpertKey
+from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.loading import loader
 from mixchat.loading.loader import load_engine, speed_predictor
@@ -173,6 +174,26 @@ def test_the_host_waits_once_a_token_and_once_a_layer_with_experts_in_ram(paper,
         next(answer)
         sections = 2 if name == "two hold all" else 1
         assert paper.waits == (LAYERS + 1 if name == "half in RAM" else sections)
+
+
+def test_the_host_computes_no_expert_of_a_token_that_the_gpu_holds(paper, case, monkeypatch):
+    engine = load(case("fp32"), 6, EXPERTS)
+    text(engine)
+    experts: Any = engine.experts
+    computed, host_compute = list[ExpertKey](), Dispatcher.compute
+
+    def noted(self, layer, x, selected, **options):
+        keys = [ExpertKey(layer, expert) for expert in selected.flatten().tolist()]
+        assert not any(map(experts.gpus[0].holds, keys))
+        computed.extend(keys)
+        return host_compute(self, layer, x, selected, **options)
+
+    monkeypatch.setattr(Dispatcher, "compute", noted)
+    misses = experts.stats.misses.total()
+    with torch.inference_mode():
+        for token in (33, 60, 2):
+            engine.passes.model.forward(torch.tensor([token]), engine.held()[1])
+    assert len(computed) == experts.stats.misses.total() - misses > 0
 
 
 def test_a_prompt_waits_for_its_routers_and_what_is_carried_to_the_gpu(paper, case):
@@ -384,13 +405,17 @@ def test_answers_at_once_take_their_context_and_no_scratch_of_their_own(
     assert demand.scratch < taken[1] < planned[1] + 2**19  # with tables of ropes, and of a token
 
 
-@pytest.mark.parametrize("after", [1, 40, 200, 500])
-def test_a_gpu_may_run_out_of_memory_at_any_time(paper, case, after):
+@pytest.mark.parametrize("part", [0, 0.1, 0.4, 0.8])
+def test_a_gpu_may_run_out_of_memory_at_any_time(paper, case, part):
+    """At a part of the allocations of an answer. The 500th was tried, of 203."""
     engine = load(case("fp32"), 6, EXPERTS)
+    paper.allocations = 0
     expected = text(engine)
+    after = 1 + int(part * paper.allocations)
     engine.forget()
     paper.allocations, paper.fail_at = 0, after
     assert text(engine) == expected
+    assert paper.allocations > after
 
 
 def test_ram_that_cannot_be_page_locked_is_slower_and_no_fault(paper, case):
