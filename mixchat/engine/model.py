@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from mixchat.base import gpu
 from mixchat.base.model_config import ModelConfig
 from mixchat.engine.caches.sequence_cache import TokenContext
 from mixchat.engine.layers.block import Block
