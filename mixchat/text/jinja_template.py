@@ -99,6 +99,8 @@ class JinjaTemplate:
         covered = [
             cover.message(message, shown_thinking(message, variables)) for message in messages
         ]
+        if self.thinking is not None and self.thinking.kind == "brackets":
+            covered = [_in_chunks(message) for message in covered]
         text = self._render(covered, variables, cover.value(offered) or None)
         return self._tokenizer.encode_template(text, cover.inserts)
 
@@ -234,6 +236,17 @@ class _Cover:
             self._replaced[char] = spare = next(self._spare)
             self.inserts[spare] = char
         return self._replaced[char]
+
+
+def _in_chunks(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with its thinking in its content, where Mistral's templates look for it."""
+    thinking = message.get("thinking")
+    if thinking is None:
+        return message
+    text = [{"type": "text", "text": message["content"]}] if message["content"] else []
+    content = [{"type": "thinking", "thinking": thinking, "closed": True}, *text]
+    rest = {name: value for name, value in message.items() if name in ("role", "tool_calls")}
+    return rest | {"content": content}
 
 
 class _CoveredText(str):

@@ -2,6 +2,7 @@
 
 - tags: `<think>`, the thinking, `</think>`, the answer. A prompt may end with the first tag.
 - channel: as tags, but with Gemma's `<|channel>thought` and `<channel|>`
+- brackets: as tags, but with Mistral's `[THINK]` and `[/THINK]`
 - harmony: messages in channels. `final` is the answer, all others are thinking.
 """
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _TAGS = {
     "tags": ("<think>", "", "</think>", "\n\n"),
     "channel": ("<|channel>", "thought", "<channel|>", ""),
+    "brackets": ("[THINK]", "", "[/THINK]", ""),
 }
 _CHANNEL, _MESSAGE, _FINAL = "<|channel|>", "<|message|>", "final"
 _TO_FUNCTION, _FUNCTION = "to=functions", re.compile(r"to=functions\.([\w.-]+)")
@@ -58,7 +60,7 @@ class AnswerText:
 class ThinkingFormat:
     """The form in which a model thinks, and the variables of its template that control it."""
 
-    kind: Literal["tags", "channel", "harmony"]
+    kind: Literal["tags", "channel", "brackets", "harmony"]
     variables: tuple[str, ...] = ()
 
     @property
@@ -88,6 +90,8 @@ def format_of(source: str, variables: Collection[str]) -> ThinkingFormat | None:
     opening, name, closing, _ = _TAGS["channel"]
     if opening + name in source and closing in source:
         return ThinkingFormat("channel", known)
+    if _TAGS["brackets"][0] in source:
+        return ThinkingFormat("brackets", known)
     opening, _, closing, _ = _TAGS["tags"]
     return ThinkingFormat("tags", known) if opening in source or closing in source else None
 

@@ -2,6 +2,7 @@
 
 - tags: `<tool_call>`, a call as JSON, `</tool_call>`, once for each call
 - list: an opening token, then a JSON list of calls
+- named: `[TOOL_CALLS]NAME[ARGS]` and the arguments as JSON, once for each call
 - harmony: a message to `functions.NAME`, whose text is the arguments
 - markup: as tags, but with a tag around each argument, whose text may stand there without quotes
 - literals: `NAME(ARGUMENT=VALUE, ...)`, whose values are literals
@@ -40,11 +41,12 @@ class ToolFormat:
     With `short_ids` the template takes only ids of 9 letters and digits. `markup` has the texts
     before and after a name, before and after an argument's name, after its value, and at the end.
     Of literals, the text after a value is only between two of them, and `quote` is as in
-    literals.py. The literals of a form with `in_list` are a list between its two tokens.
+    literals.py. The literals of a form with `in_list` are a list between its two tokens. The
+    `markup` of a named call has the texts before its id, if it has one, and before its arguments.
     """
 
     name: str
-    kind: Literal["tags", "list", "harmony", "markup", "literals"]
+    kind: Literal["tags", "list", "named", "harmony", "markup", "literals"]
     opening: str
     closing: str = ""
     short_ids: bool = False
@@ -63,11 +65,17 @@ class ToolFormat:
         texts = [self._text_of_call(call) for call in calls]
         if self.in_list or self.kind == "list":
             return f"[{', '.join(texts)}]{self.closing}"
+        if self.kind == "named":
+            return self.opening.join(texts)
         blank = "" if self.quote else "\n"
         between = f"{blank}{self.closing}{blank}{self.opening}{blank}"
         return f"{blank}{between.join(texts)}{blank}{self.closing}"
 
     def _text_of_call(self, call: ToolCall) -> str:
+        if self.kind == "named":
+            *id_start, args_start = self.markup
+            id = "".join(f"{text}{call.id}" for text in id_start)
+            return f"{call.name}{id}{args_start}{call.arguments}"
         if not self.quote:
             return f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}'
         name_start, name_end, _, equals, comma, end = self.markup
@@ -91,9 +99,15 @@ class ToolFormat:
         ]
 
 
-_TAG = re.compile(r"</?\w+>")
+_TAG = re.compile(r"</?\w+>|\[\w+\]")
 PLAIN = ToolFormat("tags", "tags", "<tool_call>", "</tool_call>")
 MISTRAL = ToolFormat("mistral", "list", "[TOOL_CALLS]", short_ids=True)
+_MISTRAL_IDS = ToolFormat(  # of V11
+    "mistral-ids", "named", "[TOOL_CALLS]", short_ids=True, markup=("[CALL_ID]", "[ARGS]")
+)
+_MISTRAL_ARGS = ToolFormat(  # since V13
+    "mistral-args", "named", "[TOOL_CALLS]", short_ids=True, markup=("[ARGS]",)
+)
 _HARMONY = ToolFormat("harmony", "harmony", "to=functions")
 _GRANITE = ToolFormat("granite", "list", "<|tool_call|>")
 _GRANITE_TEXT = ToolFormat("granite-text", "list", "<tool_call>")  # of version 3.1
@@ -113,12 +127,14 @@ _LFM = ToolFormat("lfm", "literals", "<|tool_call_start|>", "<|tool_call_end|>",
     "", "(", "", "=", ", ", ")"
 ), quote=PYTHON, in_list=True)  # fmt: skip
 _ALL = (
-    *(_HARMONY, MISTRAL, _GRANITE, _GEMMA, _LFM),
+    *(_HARMONY, _MISTRAL_IDS, _MISTRAL_ARGS, MISTRAL, _GRANITE, _GEMMA, _LFM),
     *(_QWEN_CODER, _GLM_INLINE, _GLM, PLAIN, _GRANITE_TEXT),
 )
 FORMATS = {each.name: each for each in _ALL}
 _LFM_TOOLS = "List of tools: "  # its templates name no token of a call
 _NAME = re.compile(r'\\?"name\\?": ')
+# The list of calls begins here, or the template writes all of them at once.
+_MISTRAL_LIST = re.compile(r"\[TOOL_CALLS\](\s*\[|\W+([\w.]+\W+)?tool_calls)")
 
 
 def tool_format_of(
@@ -135,10 +151,11 @@ def tool_format_of(
     if _LFM_TOOLS in source and _LFM.opening in control_tokens:
         return _LFM
     for format in _ALL[1:]:
-        is_json = format is not PLAIN or _NAME.search(source)
+        sign = {PLAIN: _NAME, MISTRAL: _MISTRAL_LIST}.get(format)
         key_end = format.markup[3:4] if format is _GLM_INLINE else ()
-        texts = (format.opening, format.closing, *format.markup[2:3], *key_end)
-        if all(text in source for text in texts) and is_json:
+        marks = format.markup if format.kind == "named" else (*format.markup[2:3], *key_end)
+        texts = (format.opening, format.closing, *marks)
+        if all(text in source for text in texts) and (sign is None or sign.search(source)):
             return None if format is _GRANITE_TEXT and PLAIN.closing in source else format
     return None
 

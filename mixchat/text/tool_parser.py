@@ -43,6 +43,8 @@ def answer_parser(
         return _MarkupParser(parser, tools, tokenizer, offered)
     if tools.kind == "literals":
         return _LiteralsParser(parser, tools, tokenizer, offered)
+    if tools.kind == "named":
+        return _NamedParser(parser, tools, tokenizer, offered)
     return _CallParser(parser, tools.opening, tokenizer)
 
 
@@ -58,6 +60,7 @@ class _CallParser(ThinkingParser):
         super().__init__({**inner.marks, **({known[opening]: opening} if opening in known else {})})
         self._inner, self._opening, self._blanks = inner, opening, ""
         self.start = inner.start
+        self._first, self._next = _FIRST, _NEXT
         self._object: _ObjectEnd | None = None  # of the arguments that come
 
     def add(self, text: str) -> AnswerText:
@@ -115,7 +118,7 @@ class _CallParser(ThinkingParser):
             if self._object.is_over:
                 self._object = None
             return [CallDelta(self.calls - 1, self._take(size))] if size else []
-        head = _NEXT.search(self._held) if self.calls else _FIRST.match(self._held)
+        head = self._next.search(self._held) if self.calls else self._first.match(self._held)
         self._object = None if head is None else _ObjectEnd()
         return self._begin(head)
 
@@ -125,7 +128,8 @@ class _CallParser(ThinkingParser):
             return []
         self._take(head.end())
         self.calls += 1
-        return [CallDelta(self.calls - 1, id=new_call_id(), name=head[1])]
+        id = head.groupdict().get("id") or new_call_id()
+        return [CallDelta(self.calls - 1, id=id, name=head[1])]
 
     def _without_call(self) -> str:
         self.opens_call = False
@@ -193,6 +197,16 @@ class _TaggedParser(_CallParser, ABC):
         return [CallDelta(self.calls - 1, "}" if self._count else "{}")]
 
 
+class _NamedParser(_TaggedParser):
+    """Finds calls whose arguments are JSON after a name. A call keeps the id that a model wrote."""
+
+    def _read_format(self, format: ToolFormat) -> None:
+        *id_start, args_start = map(re.escape, format.markup)
+        id = "".join(rf"(?:{text}\s*(?P<id>[a-zA-Z0-9]{{9}})\s*)?" for text in id_start)
+        head = rf"\s*([\w.-]+)\s*{id}{args_start}\s*(?=\{{)"
+        self._first, self._next = re.compile(head), re.compile(re.escape(format.opening) + head)
+
+
 class _MarkupParser(_TaggedParser):
     """Finds calls with a tag around each argument, which comes as soon as it is complete."""
 
@@ -245,8 +259,9 @@ class _LiteralsParser(_TaggedParser):
         self._literal = LiteralEnd(format.quote)
 
     def _call(self) -> list[CallDelta]:
-        if self._may_be_json and not self.calls:
-            self._is_json = _FIRST.match(self._held) is not None
+        if self._may_be_json and not self.calls and _FIRST.match(self._held):
+            self._is_json = True
+            self._first, self._next = _FIRST, _NEXT
         if self._is_json:
             return super()._call()
         if not self._name:

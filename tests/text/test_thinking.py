@@ -13,9 +13,10 @@ from mixchat.text.thinking import AnswerText, ThinkingFormat, format_of, parser_
 
 MARKS = {f"<|{name}|>": 0xE000 + n for n, name in enumerate(
     ("channel", "message", "start", "end", "return", "call")
-)} | {"<|channel>": 0xE010, "<channel|>": 0xE011}  # fmt: skip
+)} | {"<|channel>": 0xE010, "<channel|>": 0xE011,
+     "[THINK]": 0xE020, "[/THINK]": 0xE021}  # fmt: skip
 TAGS, HARMONY = ThinkingFormat("tags"), ThinkingFormat("harmony")
-CHANNEL = ThinkingFormat("channel")
+CHANNEL, BRACKETS = ThinkingFormat("channel"), ThinkingFormat("brackets")
 
 
 class Characters:
@@ -186,6 +187,8 @@ def test_a_channel_is_found_though_its_marks_have_no_text(prompt, answer, thinki
         (TAGS, "assistant\n", ""),
         (CHANNEL, "<|channel>thought\n", "<channel|>"),
         (CHANNEL, "<|channel>thought\n<channel|>", ""),
+        (BRACKETS, "[/INST][THINK]", "[/THINK]"),
+        (BRACKETS, "[/INST]", ""),
         (HARMONY, "<|start|>assistant", "<|channel|>final<|message|>"),
     ],
 )
@@ -203,6 +206,7 @@ def test_a_template_has_the_format_that_its_source_names():
     )
     assert format_of("<|channel|>final<|message|>", []) == HARMONY
     assert format_of("<|im_start|>", known) is None
+    assert format_of("'[THINK]' + block.thinking", known).kind == "brackets"
     assert format_of("<|channel>thought\n<channel|>", known).kind == "channel"
     assert ThinkingFormat("tags", ("thinking",)).switch == "thinking"
     assert HARMONY.switch is None

@@ -24,10 +24,11 @@ NAMES = (
     *("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>", "[TOOL_CALLS]"),
     *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>'),
     *("<|tool_call_start|>", "<|tool_call_end|>"),
+    *("[CALL_ID]", "[ARGS]", "[THINK]", "[/THINK]"),
 )
 MARKS = {name: 0xE000 + number for number, name in enumerate(NAMES)}
 TAGS, HARMONY = ThinkingFormat("tags"), ThinkingFormat("harmony")
-CHANNEL = ThinkingFormat("channel")
+CHANNEL, BRACKETS = ThinkingFormat("channel"), ThinkingFormat("brackets")
 F = '{"name": "f", "arguments": {"a": "}\\"{", "b": [{"c": 1}]}}'
 F_CALL = ("f", '{"a": "}\\"{", "b": [{"c": 1}]}')
 G, G_CALL = '{"name": "g.h-i", "arguments": {}}', ("g.h-i", "{}")
@@ -96,6 +97,15 @@ def parsed(tools: str | None, thinking: Any, answer: str, cuts: list[int]) -> An
         ("mistral", None, f"[TOOL_CALLS] [{F}, {G}]", "", [F_CALL, G_CALL]),
         ("mistral", None, f"So: [TOOL_CALLS][{G}]", "So:", [G_CALL]),
         ("mistral", None, f"{F}", F, []),
+        ("mistral-args", None, f"So: [TOOL_CALLS]f[ARGS]{F_CALL[1]}[TOOL_CALLS]g.h-i[ARGS]{{}}",
+         "So:", [F_CALL, G_CALL]),
+        ("mistral-args", BRACKETS,
+         "[THINK][TOOL_CALLS]f[ARGS]{}[/THINK]\n[TOOL_CALLS]g.h-i[ARGS]{}", "", [G_CALL]),
+        ("mistral-args", None, "[TOOL_CALLS] f[ARGS] {", "", [("f", "{")]),
+        ("mistral-ids", None, f"[TOOL_CALLS] f [CALL_ID]abcdefgh1[ARGS] {F_CALL[1]}", "", [F_CALL]),
+        ("mistral-ids", None, "[TOOL_CALLS]f[ARGS]{}", "", [("f", "{}")]),
+        ("mistral-ids", None, f"[TOOL_CALLS][{F}]", f"[TOOL_CALLS][{F}]", []),
+        ("mistral-args", None, "[TOOL_CALLS]f", "[TOOL_CALLS]f", []),
         ("granite", None, f"<|tool_call|>[{F}]", "", [F_CALL]),
         ("granite-text", None, f"<tool_call>[{F}, {G}]", "", [F_CALL, G_CALL]),
         ("harmony", HARMONY, TO_G, "", [G_CALL]),
@@ -172,7 +182,7 @@ def test_an_argument_may_be_any_literal_of_gemma(written: str, value: Any) -> No
     )
 
 
-@pytest.mark.parametrize("name", ["gemma", "lfm"])
+@pytest.mark.parametrize("name", ["gemma", "lfm", "mistral-args", "mistral-ids"])
 @given(value=st.recursive(
     st.none() | st.booleans() | st.integers(-99, 99) | st.text("ab'\"\\\n,()[]{}ü: ", max_size=6),
     lambda inner: st.lists(inner, max_size=3)
@@ -181,9 +191,10 @@ def test_an_argument_may_be_any_literal_of_gemma(written: str, value: Any) -> No
 ))  # fmt: skip
 @settings(max_examples=60)
 def test_written_calls_are_read_again(name: str, value: Any) -> None:
-    format, call = FORMATS[name], ToolCall("", "f", json.dumps({"a": value, "b": [value]}))
+    format, call = FORMATS[name], ToolCall("abcdefgh1", "f", json.dumps({"a": value, "b": [value]}))
     answer = format.opening + format.text_of([call, call])
     (first, second) = joined_calls(parsed(name, None, answer, []).calls)
+    assert (first.id == call.id) == (name == "mistral-ids")
     assert json.loads(first.arguments) == json.loads(second.arguments) == json.loads(call.arguments)
 
 

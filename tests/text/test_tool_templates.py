@@ -17,6 +17,7 @@ from family_texts import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import UndefinedError
+from mistral_texts import VERSIONS
 from text_strategies import anything
 
 from mixchat.base.errors import CheckpointError
@@ -158,6 +159,24 @@ def test_tools_and_calls_get_mistral_commons_ids(tools: Any, instruct_v3: Any) -
         assert instruct_v3.encode(messages, None, tools) == theirs.encode_instruct(normal).tokens
 
 
+@pytest.mark.parametrize("tools", [(), TOOLS], ids=["none", "two"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_mistrals_later_versions_get_mistral_commons_ids(
+    version: str, tools: Any, tmp_path: Path
+) -> None:
+    """Calls of V11 and later were taken for V3's list, so none was found in an answer."""
+    mistral = VERSIONS[version]
+    directory = mistral.write(tmp_path / "x")
+    template = load_template(directory, load_tokenizer(directory))
+    assert template.tools == FORMATS["mistral-ids" if version == "v11" else "mistral-args"]
+    assert (template.thinking is not None) == mistral.thinks
+    said = ToolCall("call00003", "now", '{"a": "[ARGS]"}')
+    thought = Message("assistant", "So:", thinking="[/THINK]", calls=(said,))
+    talk = texts.conversations(2)
+    for messages in (*talk, [*talk[0], thought, Message("tool", "5", call_id=said.id)]):
+        assert template.encode(messages, None, tools) == mistral.their_ids(messages, tools)
+
+
 def test_a_long_id_of_a_call_becomes_one_that_mistral_takes(instruct_v3: Any) -> None:
     one, other = (
         [Message("user", "Hi"),
@@ -235,7 +254,12 @@ def test_nothing_in_tools_or_calls_adds_a_control_token(
         (texts.TAGS, set(), None),
         (texts.GRANITE, {"tools"}, "granite"),
         (texts.HARMONY + "<|channel|>", {"tools"}, "harmony"),
-        ("[TOOL_CALLS]", {"tools"}, "mistral"),
+        ("[TOOL_CALLS] [", {"tools"}, "mistral"),
+        ("'[TOOL_CALLS]' + message.tool_calls | tojson", {"tools"}, "mistral"),
+        ("'[TOOL_CALLS]' + name + '[CALL_ID]' + id + '[ARGS]'", {"tools"}, "mistral-ids"),
+        ("'[TOOL_CALLS]' + name + '[ARGS]'", {"tools"}, "mistral-args"),
+        ("'[TOOL_CALLS]' + name + arguments", {"tools"}, None),
+        ("'[TOOL_CALLS]' }}{% for call in message.tool_calls %}{{ call.name }}", {"tools"}, None),
         ("answer with <tool_call> and a JSON list", {"tools"}, "granite-text"),
         ("<tool_call>\n<function=NAME>\n</function>\n</tool_call>", {"tools"}, None),
         ("<tool_call>\n<function=NAME>\n<parameter=KEY>\n</tool_call>", {"tools"}, "qwen-coder"),

@@ -27,6 +27,7 @@ _TEXT_KEYS = {
 }
 _HIDING_KEYS = {"$ref", "allOf", "anyOf", "oneOf"}
 _NOTHING = '""'
+_ID = "/[a-zA-Z0-9]{9}/"
 _BLANKS = r"/[ \n]{1,2}/?"
 
 
@@ -130,7 +131,7 @@ def _calls(form: CallForm) -> str:
     opening = _text(form, form.format.opening)
     is_control = form.format.opening in form.control_tokens
     first = opening if form.must_call else f"({opening} | before)" if is_control else "before"
-    blanks = "" if form.format.kind == "literals" else _BLANKS
+    blanks = "" if form.format.kind in ("named", "literals") else _BLANKS
     closing = _text(form, form.format.closing)
     if form.format.kind == "list" or form.format.in_list:
         more = '(", " call)*' if form.parallel else ""
@@ -214,6 +215,10 @@ def _call(form: CallForm, name: str, arguments: str) -> str:
     if form.format.kind in ("markup", "literals"):
         name_start, name_end, *_, call_end = (_tags(form, text) for text in form.format.markup)
         return f"{name_start} {json.dumps(name)} {name_end} {arguments} {call_end}"
+    if form.format.kind == "named":
+        *id_start, args_start = (_text(form, text) for text in form.format.markup)
+        id = " ".join(f"{text} {_ID}" for text in id_start)
+        return f"{json.dumps(name)} {id} {args_start} {arguments}"
     if form.format.kind != "harmony":
         head, call_end = f'{{"name": "{name}", "arguments": ', "}"
         return f"{json.dumps(head)} {arguments} {json.dumps(call_end)}"

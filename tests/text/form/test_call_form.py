@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
 import pytest
 from form_walks import STOP
+from mistral_texts import VERSIONS
 
 from mixchat.base.errors import UsageError
 from mixchat.face.answer import AnswerState
+from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.detokenizer import Detokenizer, TokenBytes
 from mixchat.text.form.call_form import CallForm, call_grammar
 from mixchat.text.form.constraint import CallConstraint, ConstraintCompiler
 from mixchat.text.form.output_constraint import OutputConstraint
 from mixchat.text.literals import literal_of
+from mixchat.text.messages import Message
 from mixchat.text.thinking import ThinkingFormat
-from mixchat.text.tool_call import Tool, joined_calls
+from mixchat.text.tool_call import Tool, ToolCall, joined_calls
 from mixchat.text.tool_formats import FORMATS
 from mixchat.text.tool_parser import answer_parser
 
@@ -103,6 +107,9 @@ def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer
         ("tags", ()),
         ("tags", ("<tool_call>", "</tool_call>")),
         ("mistral", ("[TOOL_CALLS]",)),
+        ("mistral-args", ("[TOOL_CALLS]", "[ARGS]")),
+        ("mistral-args", ()),
+        ("mistral-ids", ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")),
         ("granite", ("<|tool_call|>",)),
         ("granite-text", ()),
         ("qwen-coder", ()),
@@ -134,6 +141,48 @@ def test_random_tokens_make_calls_that_keep_to_the_schemas(
             jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
         counts.add(len(calls))
     assert (parallel and name != "harmony") or counts == {1}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_calls_that_mistral_common_writes_are_allowed_and_found(
+    version: str, tmp_path: Any
+) -> None:
+    """They were text, as was the thinking before them."""
+    mistral = VERSIONS[version]
+    tokenizer: Any = load_tokenizer(mistral.write(tmp_path / "x"))
+    template = load_template(tmp_path / "x", tokenizer)
+    assert template.tools is not None
+    arguments = '{"city": "Rome}\\n", "days": 3}'
+    calls = (ToolCall("abcdefgh1", "weather", arguments), ToolCall("abcdefgh2", "now", "{}"))
+    question = Message("user", "Hi")
+    answer = Message("assistant", "So:", thinking="Hm." if mistral.thinks else "", calls=calls)
+    result = Message("tool", "", call_id="abcdefgh2")
+    talk = [question, answer, replace(result, call_id="abcdefgh1"), result]
+    ids = mistral.their_ids(talk, ())
+    start = ids.index(tokenizer.control_tokens["[/INST]"]) + 1
+    said = ids[start : ids.index(tokenizer.eos_id)]
+    known = {name: tokenizer.control_tokens.get(name) for name in template.tools.marks if name}
+    form = CallForm(template.tools, TOOLS, {name: i for name, i in known.items() if i})
+    parser = answer_parser(template.thinking, form.format, tokenizer, ids[:start], offered=TOOLS)
+    constraint: Any = ConstraintCompiler(tokenizer, {tokenizer.eos_id}).compile(
+        OutputConstraint(call_grammar(form.to_text()))
+    )(continued=True)
+    constraint = CallConstraint(constraint, parser, form.format.opening, tokenizer)
+    state = AnswerState(
+        Detokenizer(tokenizer.token_bytes), parser, stop_ids={tokenizer.eos_id}, room=3000
+    )
+    deltas: tuple[Any, ...] = ()
+    for token in (*said, tokenizer.eos_id):
+        mask = constraint.allowed()
+        assert mask is None or mask[token]
+        constraint.accept(token)
+        deltas += state.add(token).calls
+    assert (state.text, state.thinking) == ("So:", answer.thinking)
+    found = joined_calls(deltas)
+    assert [(call.name, call.arguments) for call in found] == [
+        (call.name, call.arguments) for call in calls
+    ]
+    assert version != "v11" or found == calls
 
 
 TEXT = "if a < 2:\n    say('\"Zürich\"')\n</p"
