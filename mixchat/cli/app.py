@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from mixchat import __version__
 from mixchat.base import interrupts, system
@@ -19,7 +18,6 @@ from mixchat.cli.bench import bench
 from mixchat.cli.chats import chats
 from mixchat.cli.config import config
 from mixchat.cli.download import calibrate, download
-from mixchat.cli.flags.habits import refuse_foreign_flags, unknown_command, unknown_flag
 from mixchat.cli.flags.run_flags import RunCommand
 from mixchat.cli.flags.settings import HeadedCommand, apply_config, explained, option, with_flags
 from mixchat.cli.flags.shell_completion import COMPLETE_VARIABLE, complete, install_completion
@@ -36,18 +34,8 @@ _OPEN_FILES = 1024
 _MAX_COLUMNS = 120  # of --help
 
 
-class Commands(TyperGroup):
-    """Answers a command that does not exist with a hint."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
-            raise unknown_command(args[0], self.commands)
-        return super().resolve_command(ctx, args)
-
-
 app = typer.Typer(
     name="mixchat",
-    cls=Commands,
     add_completion=False,  # see flags/shell_completion.py
     help="Chat with a mixture-of-experts model that is larger than your machine's memory.",
     # Rich would add a third to the time of --help, and reads brackets as markup.
@@ -161,18 +149,12 @@ def _invoke(arguments: Sequence[str]) -> int:
     if instruction := os.environ.get(COMPLETE_VARIABLE):
         return complete(command, instruction)
     try:
-        refuse_foreign_flags(arguments)
         with command.make_context("mixchat", list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as ending:
         return ending.exit_code
     except typer.BadParameter as error:
         raise explained(error) from None
-    except Exception as error:
-        # Typer's error for an unknown flag has these, but no public class.
-        if flag := hasattr(error, "possibilities") and getattr(error, "option_name", None):
-            raise unknown_flag(flag, error.ctx) from None  # type: ignore[attr-defined]
-        raise
     return 0
 
 

@@ -4,6 +4,5 @@
 - load_flags.py: the flags of loading a model, and `LoadOptions`
 - run_flags.py: the flags of mixchat run, and `ChatOptions`
 - arguments.py: checked text from arguments, files and standard input
-- habits.py: answers to flags and commands of other programs, and to misspelled ones
 - shell_completion.py: completion in a shell
 """
