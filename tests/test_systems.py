@@ -110,8 +110,7 @@ class TestMacos:
         chat = [*ANSWER, "--json", "--save", "--keep-cache"]
         done = run(
             environment,
-            ["download", REPO, "--name", "mine", "--dense-bits", "16"],
-            ["convert", "mine", "--dense-bits", "8"],
+            ["download", REPO, "--name", "mine", "--dense-bits", "8"],
             ["verify", "mine"],
             ask,
             [*ask, "--prompt-cache", str(cache)],

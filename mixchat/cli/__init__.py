@@ -4,7 +4,7 @@
 - run.py: mixchat run
 - serve.py: mixchat serve, worker
 - download.py: mixchat download, calibrate
-- models.py: mixchat list, show, verify, repair, convert, rm, gc, stats
+- models.py: mixchat list, show, verify, repair, rm, gc, stats
 - plan.py: mixchat plan
 - bench.py: mixchat bench
 - chats.py: mixchat chats

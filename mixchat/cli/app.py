@@ -21,7 +21,7 @@ from mixchat.cli.download import calibrate, download
 from mixchat.cli.flags.run_flags import RunCommand
 from mixchat.cli.flags.settings import HeadedCommand, apply_config, explained, option, with_flags
 from mixchat.cli.flags.shell_completion import COMPLETE_VARIABLE, complete, install_completion
-from mixchat.cli.models import convert, gc, list_models, repair, rm, show_model, stats, verify
+from mixchat.cli.models import gc, list_models, repair, rm, show_model, stats, verify
 from mixchat.cli.output.messages import print_error
 from mixchat.cli.plan import plan
 from mixchat.cli.run import run as run_model
@@ -58,7 +58,6 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "show": show_model,
     "verify": verify,
     "repair": repair,
-    "convert": convert,
     "calibrate": with_flags(calibrate),
     "rm": rm,
     "gc": gc,

@@ -1,4 +1,4 @@
-"""`mixchat list`, `show`, `verify`, `repair`, `convert`, `rm`, `gc` and `stats`."""
+"""`mixchat list`, `show`, `verify`, `repair`, `rm`, `gc` and `stats`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ from mixchat.base.quantities import format_count, format_size
 from mixchat.base.settings import models_dir
 from mixchat.chat.printing import draw, one_line, say, show, show_lines
 from mixchat.cli.flags.arguments import checked, stdin_is_terminal
-from mixchat.cli.flags.load_flags import (
-    INSTALLED,
-    JSON,
-    dense_bits,
-    model_argument,
-    parse_dense_bits,
-)
+from mixchat.cli.flags.load_flags import INSTALLED, JSON, model_argument
 from mixchat.cli.flags.settings import option, value_source
 from mixchat.cli.output.progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
@@ -30,7 +24,6 @@ if TYPE_CHECKING:
     from mixchat.weights.care.repair import Damage
 
 _YES = option("--yes -y", "Do not ask for confirmation.")
-_DENSE_BITS = dense_bits("as they are", ("8", "6", "5"))
 _UNFINISHED = option("--unfinished", "Also delete unfinished downloads, calibrations and the like.")
 _LAST_MODEL = model_argument(INSTALLED.help, show_default="the model of the last run")
 _SHOWN_DAMAGES = 20
@@ -147,43 +140,6 @@ def repair(model: str = INSTALLED) -> None:
                 repair_model(directory, damages, checkpoint, progress)
     again = " again" if damages else ""
     say(f"{model} is intact{again}")
-
-
-def convert(model: str = INSTALLED, dense_bits: str | None = _DENSE_BITS) -> None:
-    """Round a model's attention and head.
-
-    --dense-bits 8, 6 or 5 rounds them from 16 bits, as 'mixchat download' does. The model gets
-    smaller and faster, but only another download brings its 16 bits back.
-
-    The disk holds the model twice meanwhile. The old one runs until the new one takes its place,
-    and the same command resumes an interrupted conversion.
-    """
-    from mixchat.weights import models
-
-    bits = parse_dense_bits(dense_bits)
-    directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
-    if not any(bits):
-        raise UsageError("nothing to convert", hint="Give the bits, such as --dense-bits 8.")
-    prepare_environment()
-    from mixchat.weights.care.convert import convert as convert_model
-    from mixchat.weights.care.convert import find_target
-    from mixchat.weights.care.housekeeping import not_in_use
-    from mixchat.weights.format.manifest import read_manifest
-    from mixchat.weights.make.download import local_errors
-
-    with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
-        target = find_target(directory, bits)
-        previous = read_manifest(directory).quantization
-        convert_model(directory, target, progress)
-    rounded = [name for name in bits._fields if previous[name] != getattr(target, name)]
-    if rounded:
-        by_bits: dict[int, list[str]] = {}
-        for name in rounded:
-            by_bits.setdefault(getattr(bits, name), []).append(name)
-        has = [f"{count} bits in {' and '.join(names)}" for count, names in by_bits.items()]
-        say(f"{model} has {' and '.join(has)} now: that cannot be undone")
-    else:
-        say(f"{model} has the requested bits already")
 
 
 def gc(unfinished: bool = _UNFINISHED) -> None:

@@ -7,5 +7,5 @@
 - format/: the format on disk of an installed model
 - source/: checkpoints in a directory, on the hub, or built for the demo
 - make/: makes an installed model from a checkpoint
-- care/: verifies, repairs, converts and removes installed models
+- care/: verifies, repairs and removes installed models
 """

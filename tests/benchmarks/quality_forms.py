@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch_mixture import WEIGHTS, mean_squares, read_mixture, write_text
 from transformers import AutoTokenizer
 
-from mixchat.base.options import DenseBits, ExpertSize
+from mixchat.base.options import ExpertSize
 from mixchat.base.progress import NoProgress
 from mixchat.loading.calibrate import Text, calibrate_model
 from mixchat.text.checkpoint_text import CheckpointText
-from mixchat.weights.care.convert import convert, find_target
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import Source, is_installed, read_manifest
@@ -111,9 +110,10 @@ class Workshop:
         """Return a form of mixchat, as it is installed or calibrated, with its parts."""
 
         def make() -> tuple[Path, float]:
-            place, bits = self._installed(QUANT_TYPES.get(name, "nf4")), EXPERT_BITS.get(name)
+            dense, bits = 8 if rounded == "all" else 16, EXPERT_BITS.get(name)
+            place = self._installed(QUANT_TYPES.get(name, "nf4"), dense)
             if calibrated:
-                place = copied(place, place.with_name(f"{bits or place.name}-calibrated"))
+                place = copied(place, place.with_name(f"{place.name}-{bits or 4}-calibrated"))
                 size = ExpertSize.parse(bits) if bits else None
                 if read_manifest(place).quantization["scales"] != "calibrated":
                     text, windows = self._text()
@@ -122,10 +122,6 @@ class Workshop:
                         ids = None if text is None else tokenizer.encode(text)
                     tokens, silent = Text(ids, tokenizer.bos_id, windows), nullcontext(_ignore)
                     calibrate_model(place, tokens, NoProgress(), silent, bits=size)
-            if rounded == "all":
-                place = copied(place, place.with_name(f"{place.name}-8"))
-                if blueprint_of(place).quantization.head != "int8":
-                    convert(place, find_target(place, DenseBits(8, 8)), NoProgress())
             return place, rounded_bits(blueprint_of(place), rounded)
 
         return Form("mixchat", name + calibrated, rounded, make)

@@ -33,7 +33,7 @@ CODES = {
 
 
 class Calibrations:
-    """Models that are calibrated or converted below `work`, and what came of it."""
+    """Models that are calibrated below `work`, and what came of it."""
 
     def __init__(self, work: Path, seed: int) -> None:
         self.chance, self.at = random.Random(seed), Counter[str]()
@@ -46,7 +46,6 @@ class Calibrations:
         self._commands = [
             ("calibrate", NAME),
             ("calibrate", NAME, "--calibrate-text", str(text)),
-            ("convert", NAME, "--dense-bits", "8"),
         ]
         self._source = rig.make_checkpoint(work / "source", seed, **rig.SMALL)
         download = ("download", str(self._source), "--name", NAME, "--dense-bits", "16")
@@ -63,8 +62,6 @@ class Calibrations:
         pid = rig.fork(rig.mixchat(*self._commands[number]), self._out)
         code = rig.wait(pid, meanwhile=lambda: used.append(shutil.disk_usage(self._disk).used))
         assert code == 0, self._out.read_text()
-        if "--dense-bits" in self._commands[number]:
-            self._answers.add(self._answer())
         return rig.digests(self._model), time.monotonic() - began, max(used) - used[0]
 
     def _begin(self) -> None:
@@ -87,7 +84,7 @@ class Calibrations:
             self._check_use(number, where)
             if place.startswith("after"):
                 break
-            if number < 2 and self.chance.random() < 0.5:
+            if self.chance.random() < 0.5:
                 self._check_other(number, where)
         else:
             self._expect(0, *self._commands[number])

@@ -125,18 +125,6 @@ def test_cut_off_while_experts_are_made_it_answers_and_resumes_with_the_same_inp
     assert not (workspace(installed) / INPUTS_DIR).exists()
 
 
-def test_a_calibration_may_be_interrupted_by_a_conversion(run, cut_off, install, text):
-    installed, eight = install("--dense-bits", "16"), ("--dense-bits", "8")
-    straight = shutil.copytree(installed, installed.parent / "straight")
-    run("calibrate", "straight", "--calibrate-text", text)
-    run("convert", "straight", *eight)
-    cut_off("calibrate", "mine", "--calibrate-text", text)
-    run("convert", "mine", *eight)
-    run("verify", "mine")
-    run("calibrate", "mine")
-    assert contents(installed, MODEL) == contents(straight, MODEL)
-
-
 def test_inputs_of_a_calibration_can_be_given_up(run, cut_off, installed, text):
     cut_off("calibrate", "mine", "--calibrate-text", text)
     left = run("gc")
@@ -174,9 +162,6 @@ def test_attention_and_head_of_a_calibrated_model_can_be_rebuilt(run, install, b
     """In 4 bits they were made with searched scales, and rebuilt with absmax."""
     directory = install("--dense-bits", bits, "--calibrate")
     path = directory / "shared.safetensors"
-    if bits == "16":
-        run("convert", "mine", "--dense-bits", "6")
-        assert read_manifest(directory).weights[path.name].quantization == {"scales": "search"}
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     run("repair", "mine")

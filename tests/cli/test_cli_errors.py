@@ -228,7 +228,7 @@ def test_a_deleted_working_directory_is_named(environment, tmp_path, command):
         (["run", "Hi", "-m"], "instruct"),
         (["show"], "a\nb\x1b[2J"),
         (["rm", "-y"], "../escape"),
-        (["convert"], "[red]x[/]"),
+        (["repair"], "[red]x[/]"),
         (["verify"], "nonsense"),
     ],
 )

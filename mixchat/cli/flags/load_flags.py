@@ -197,13 +197,13 @@ def expert_bits(shown: str, bits: Sequence[str] = EXPERT_BITS) -> Any:
     )
 
 
-def dense_bits(shown: str, bits: Sequence[str] = DENSE_BITS) -> Any:
-    """Return the flag `--dense-bits` for these bits, with its default as `shown`."""
+def dense_bits(shown: str) -> Any:
+    """Return the flag `--dense-bits`, with its default as `shown`."""
     return option(
         "--dense-bits BITS",
-        f"Bits of a weight of attention and head ({', '.join(bits)}), or of each, as in "
+        f"Bits of a weight of attention and head ({', '.join(DENSE_BITS)}), or of each, as in "
         "attention=8,head=6.",
-        autocompletion=one_of(*bits),
+        autocompletion=one_of(*DENSE_BITS),
         show_default=shown,
     )
 

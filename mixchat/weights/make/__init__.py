@@ -11,7 +11,7 @@ in a journal, writes the manifest and lets the new model take the old one's plac
 - mix.py: chooses the types of experts' matrices for each layer, under a budget
 - build.py: the build, from parts to the swap
 - from_checkpoint.py: a build of shards as they come, for a download
-- rebuild.py: a build of the installed model: converted, calibrated or repaired
+- rebuild.py: a build of the installed model: calibrated or repaired
 - needs.py: the disk that a build needs
 - unfinished.py: the files of an unfinished model, written and checked
 - calibrator.py: records the inputs of experts, and makes experts anew for them

@@ -166,8 +166,6 @@ def _check_same(request: DownloadRequest, target: Path) -> None:
         difference = f", from revision {source.commit or 'unknown'}"
     elif not _made_as(request, manifest.quantization):
         difference = ", quantized differently"
-        if 8 in (request.options.attention, request.options.head):
-            hint += f" 'mixchat convert {key} --dense-bits 8' makes 8 bits of 16."
     else:
         return
     raise UsageError(f"the model {key!r} is already installed{difference}", hint=hint)

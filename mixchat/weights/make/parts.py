@@ -70,7 +70,7 @@ class ModelPart:
             return whole.to(spec.dtype).view(spec.shape)
         if self.is_one_matrix(index):
             only = next(pieces)
-            # From 16 bits, as `mixchat convert` does, so that `repair` gives the same bytes.
+            # From 16 bits, as a matrix of several pieces.
             return only.to(linear.dtype) if linear.quant_type == "int8" else only
         whole = torch.empty((linear.rows, linear.columns), dtype=linear.dtype)
         start = 0

@@ -1,6 +1,6 @@
-"""Makes a model anew of the installed one: rounded, calibrated, or repaired.
+"""Makes a model anew of the installed one: calibrated or repaired.
 
-A part is made of the installed model's codes, or of the checkpoint. Files in which no part changes
+A part is the installed model's, or is made of the checkpoint. Files in which no part changes
 are linked.
 """
 
@@ -26,7 +26,7 @@ from mixchat.base.files import (
 )
 from mixchat.base.progress import Progress
 from mixchat.base.safetensors import tensor_sha256
-from mixchat.weights.format.blueprint import EMBEDDING, Blueprint
+from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import MANIFEST_FILE, Manifest, read_manifest, repair_hint
 from mixchat.weights.format.workspace import base_of
@@ -47,7 +47,7 @@ class Remake(NamedTuple):
 class Rebuild(Build):
     """The build of the model `blueprint` of the one that is installed in `directory`.
 
-    doing: "converting", for the bar. damaged: files to write again whether or not a part changes.
+    doing: "repairing", for the bar. damaged: files to write again whether or not a part changes.
     `changed` names the files that differ. The caller has the model's lock.
     """
 
@@ -63,11 +63,11 @@ class Rebuild(Build):
         self._manifest, self._remake = read_manifest(directory), remake
         old = installed_blueprint(directory, self._manifest)
         self._old_headers = old.headers()
-        self._old_parts = {(part.name, part.linear is None): part for part in model_parts(old)}
+        self._old_parts = {part.name: part for part in model_parts(old)}
         changed = {
             part.file
             for part in model_parts(blueprint)
-            if self._old_part(part).tensors != part.tensors or (remake and remake.parts(part))
+            if self._old_parts[part.name].tensors != part.tensors or (remake and remake.parts(part))
         }
         self.changed = changed | {*damaged}
         linked = _has_links(directory)
@@ -115,23 +115,7 @@ class Rebuild(Build):
             if remake is not None and remake.parts(part):
                 yield part, remake.make(part)
             else:
-                yield part, self._converted(self._old_part(part), part)
-
-    def _old_part(self, part: ModelPart) -> ModelPart:
-        """Return the part of the installed model that a part is made of.
-
-        A new head is made of the embedding.
-        """
-        same = self._old_parts.get((part.name, part.linear is None))
-        return same or self._old_parts[EMBEDDING, True]
-
-    def _converted(self, old: ModelPart, new: ModelPart) -> list[torch.Tensor]:
-        tensors = self._read(old)
-        if new.linear is None:
-            return tensors
-        if old.linear is None or old.linear.quant_type != new.linear.quant_type:
-            return new.linear.encode(tensors[0], bias=tensors[-1] if new.linear.bias else None)
-        return tensors
+                yield part, self._read(self._old_parts[part.name])
 
     def _read(self, part: ModelPart) -> list[torch.Tensor]:
         """Read a part of the installed model. Raises `CheckpointError` if it is damaged."""

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 from care_tools import EXPERTS, flip, mend, verify
-from convert_tools import DENSE, EIGHT, FIRST, HEAD, LAST, reform, stop_at
+from rebuild_tools import DENSE, FIRST, HEAD, LAST, SHARED, reform, stop_at
 from weight_tools import Meter, files_of
 
-from mixchat.base import system
+from mixchat.base import machine, system
+from mixchat.base.errors import CheckpointError, ResourceError
 from mixchat.weights import models
 from mixchat.weights.care.housekeeping import remove, sweep
 from mixchat.weights.format.installed_model import InstalledModel
@@ -104,7 +105,7 @@ class TestKilled:
     """A model of which some files were new could not be used without this command, for good."""
 
     @pytest.mark.parametrize("foreign", [{}, FOREIGN], ids=["alone", "with notes"])
-    def test_a_conversion(self, both, home, exchanges, foreign):
+    def test_a_rounding(self, both, home, exchanges, foreign):
         before, after = both["wide"], both["rounded"]
         step, killed, states = 0, True, set()
         while killed:
@@ -169,9 +170,9 @@ class TestResumed:
                 reform(installed)
         assert files_of(installed) == files_of(both["wide"])
         meter = Meter()
-        reform(installed, EIGHT, meter)
-        assert meter.bar("converting mine").first > 0
-        assert meter.notes[0].startswith("converting takes")
+        reform(installed, meter)
+        assert meter.bar("rounding mine").first > 0
+        assert meter.notes[0].startswith("rounding takes")
         assert files_of(installed) == files_of(both["rounded"])
 
     def test_after_a_full_disk(self, both, installed, monkeypatch):
@@ -194,9 +195,33 @@ class TestResumed:
         mend(installed, tiny_checkpoint)
         assert files_of(installed) == files_of(both["wide"])
         meter = Meter()
-        reform(installed, EIGHT, meter)
-        assert meter.bar("converting mine").first == 0
+        reform(installed, meter)
+        assert meter.bar("rounding mine").first == 0
         assert files_of(installed) == files_of(both["rounded"])
+
+
+def test_only_the_file_that_changes_is_written(installed):
+    before = {path.name: path.stat().st_ino for path in installed.iterdir()}
+    reform(installed)
+    changed = {path.name for path in installed.iterdir() if path.stat().st_ino != before[path.name]}
+    assert {name for name in changed if name.endswith(".safetensors")} == {SHARED}
+
+
+def test_without_room_for_the_new_files_nothing_is_changed(installed, monkeypatch):
+    before = files_of(installed)
+    monkeypatch.setattr(machine, "free_disk", lambda directory: 16_000_000)
+    with pytest.raises(ResourceError, match="not enough disk"):
+        reform(installed)
+    assert files_of(installed) == before
+
+
+def test_a_damaged_tensor_that_would_be_copied_is_found(installed):
+    flip(installed / SHARED, 5000)
+    before = files_of(installed)
+    with pytest.raises(CheckpointError, match="is damaged") as caught:
+        reform(installed)
+    assert "mixchat repair" in (caught.value.hint or "")
+    assert files_of(installed) == before
 
 
 def test_a_file_that_was_linked_and_is_damaged_since_is_not_written_in_place(
@@ -228,8 +253,8 @@ def test_without_links_files_are_copied_and_the_disk_is_counted(
     def refused(*_: object) -> None:
         raise OSError(errno.EPERM, "no links")
 
-    reform(dense, EIGHT, meters[0])
+    reform(dense, meters[0])
     monkeypatch.setattr(os, "link", refused)
-    reform(other, EIGHT, meters[1])
+    reform(other, meters[1])
     assert files_of(other) == files_of(dense)
     assert meters[0].notes[0].split(" of ")[0] != meters[1].notes[0].split(" of ")[0]

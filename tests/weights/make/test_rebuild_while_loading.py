@@ -1,18 +1,28 @@
-"""A model that is converted while it is loaded is loaded as it was, or not at all.
+"""A model that is made anew while it is loaded is loaded as it was, or not at all.
 
-The manifest was read, then the files were opened: those that a conversion had replaced in between
+The manifest was read, then the files were opened: those that a rebuild had replaced in between
 were read as what they no longer were, and the text was nonsense.
 """
 
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from convert_tools import FIRST, LAST, reform
+from rebuild_tools import DENSE, FIRST, LAST, reform
 
 from mixchat.base.errors import CheckpointError
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.make import rebuild
+
+
+@pytest.fixture
+def dense(tiny_checkpoint: Path, install: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model with attention and head in 16 bits that a test may change."""
+    made = install(tiny_checkpoint, **DENSE)
+    return Path(shutil.copytree(made, tmp_path / "models" / "mine"))
 
 
 class TestLoadingBeside:
