@@ -115,7 +115,6 @@ class LoadOptions:
     speculation: bool = True  # verify several tokens in one pass if text is repeated
     device: str | None = None  # torch's name, or several with commas between them
     cache_policy: str = DEFAULT_POLICY  # a key of `experts.cache.POLICIES`
-    trace: Path | None = None  # a file that gets the routing
     workers: tuple[str, ...] = ()  # their addresses, HOST[:PORT]
     key_file: Path | None = None  # of the workers' key
 

@@ -12,7 +12,7 @@ import typer
 from mixchat.base.errors import CheckpointError, ModelNotFoundError, UsageError
 from mixchat.base.quantities import format_count, format_size
 from mixchat.base.settings import models_dir
-from mixchat.chat.printing import draw, one_line, say, show, show_lines
+from mixchat.chat.printing import one_line, say, show, show_lines
 from mixchat.cli.flags.arguments import checked, stdin_is_terminal
 from mixchat.cli.flags.load_flags import INSTALLED, JSON, model_argument
 from mixchat.cli.flags.settings import option, value_source
@@ -181,9 +181,9 @@ def stats(context: typer.Context, model: str = _LAST_MODEL, as_json: bool = JSON
     if as_json:
         show(json.dumps(report.to_dict()))
     else:
-        from mixchat.chat.draw.heatmap import drawn
+        from mixchat.chat.draw.expert_table import expert_table
 
-        draw(drawn(report, sys.stdout))
+        show(expert_table(report))
 
 
 def _show_foreign(paths: list[Path]) -> None:

@@ -39,7 +39,7 @@ def run(context: typer.Context, flags: RunFlags) -> None:
     has several answers then, the last one counts.
 
     After --resume or with --prompt-cache, a --seed gives the same answer again only with
-    --exact-prompts. --trace and --prompt-cache replace an existing FILE only if mixchat wrote it.
+    --exact-prompts. --prompt-cache replaces an existing FILE only if mixchat wrote it.
     """
     run_flags.check_run_flags(context, flags)
     reporter = TerminalReporter(flags.quiet)
@@ -48,10 +48,6 @@ def run(context: typer.Context, flags: RunFlags) -> None:
     if flags.jsonl is not None:
         # Exact prompts make a line's answer the same whichever lines are answered with it.
         load = replace(load, exact_prompts=True, parallel=flags.parallel)
-    if load.trace is not None:
-        from mixchat.experts.trace import trace_file
-
-        trace_file(load.trace).check()
     models: LocalModels | ServerModels
     if flags.server:
         models = ServerModels(flags.server, reporter)

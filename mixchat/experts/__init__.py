@@ -20,6 +20,6 @@ memory.
 - residents.py: chooses the experts that a GPU holds, by their uses
 - placement.py: how many experts fit in each memory
 - memory.py: follows how much memory is free
-- trace.py: records the routing, and the inputs of experts
+- recording_runner.py: records the routing, and the inputs of experts
 - workers/: experts on other machines, and both ends of the connection
 """

@@ -6,7 +6,6 @@ Hit rates in decoding, in percent, for a cache that holds 25, 50 and 75% of the 
 | trace                          | layered (default) | lru              | best possible    |
 | ------------------------------ | ----------------- | ---------------- | ---------------- |
 | repeats as in Mixtral's paper  | 30.3, 53.3, 76.2  | 30.3, 46.4, 73.8 | 56.6, 78.7, 92.1 |
-| a demo's story                 | 50.2, 77.2, 94.1  | 50.1, 74.8, 93.6 | 70.1, 90.2, 98.1 |
 """
 
 from __future__ import annotations

@@ -58,7 +58,6 @@ _LOAD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "speculation": (_is(bool), "True or False"),
     "device": (_is(str), 'a text such as "cpu" or "cuda:0"'),
     "cache_policy": (_is_word(*POLICIES), alternatives([*POLICIES])),
-    "trace": (_is(str | Path), "the path of a file"),
     "workers": (lambda value: _is_list(value) and all(map(_is(str), value)), "a list of texts"),
     "key_file": (_is(str | Path), "the path of a file"),
 }
@@ -66,7 +65,6 @@ _LOAD_READERS: dict[str, Callable[[Any], Any]] = {
     "expert_memory": MemoryBudget.parse,
     "device_memory": MemoryBudget.parse_list,
     "workers": tuple,
-    "trace": Path,
     "key_file": Path,
 }
 

@@ -90,8 +90,6 @@ class LocalModels:
         from mixchat.weights.format.installed_model import InstalledModel
         from mixchat.weights.models import find_installed
 
-        if self._load.trace is not None:
-            raise UsageError("the model cannot change: --trace records the routing of one model")
         directory = find_or_build(name, self._reporter)
         if directory == find_installed(current):
             raise UsageError(f"this chat already has the model {name}")

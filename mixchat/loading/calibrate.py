@@ -25,7 +25,7 @@ from mixchat.base.options import ExpertSize, LoadOptions, SamplingOptions
 from mixchat.base.progress import Note, Progress
 from mixchat.base.quantities import format_least, format_size, format_time
 from mixchat.engine.generate import Engine
-from mixchat.experts.trace import RecordingRunner
+from mixchat.experts.recording_runner import RecordingRunner
 from mixchat.loading.loader import load_engine
 from mixchat.loading.sensitivity import measure_sensitivities
 from mixchat.planning.fitting import expected_mix, expert_budget

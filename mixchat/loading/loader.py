@@ -31,7 +31,6 @@ from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import in_proportion
-from mixchat.experts.trace import RecordingRunner, TraceWriter
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.loading.devices import devices_for, usable_devices
@@ -93,10 +92,6 @@ def build_engine(
         experts = build_experts(installed, share, devices, options.cache_policy, note)
         layers, each = range(config.num_moe_layers), range(config.num_local_experts)
         runner = wrap(experts)
-        if options.trace is not None:
-            repo = installed.manifest.source.repo
-            shape = len(layers), len(each), config.num_experts_per_tok
-            runner = RecordingRunner(runner, TraceWriter(options.trace, repo, *shape).record)
         # Workers compute many rows otherwise than one. A record has only the text's tokens.
         alone = not workers and runner is experts
         speculates = options.speculation and alone and passes_are_exact(blueprint, device)

@@ -21,8 +21,8 @@ from mixchat.engine.generate import Engine
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.layer_rows import LayerRows
+from mixchat.experts.recording_runner import RecordingRunner
 from mixchat.experts.store import new_block
-from mixchat.experts.trace import RecordingRunner
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.expert import Expert
 from mixchat.weights.format.installed_model import InstalledModel

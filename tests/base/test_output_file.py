@@ -73,7 +73,7 @@ def test_a_device_that_is_not_there_is_wrong_use(tmp_path, monkeypatch):
 
     monkeypatch.setattr(OutputFile, "_descriptor", refuse)
     with pytest.raises(UsageError, match="cannot be written"):
-        OutputFile("--trace", tmp_path / "x").open()
+        OutputFile("--prompt-cache", tmp_path / "x").open()
 
 
 def test_a_directory_is_refused(tmp_path):

@@ -1,17 +1,15 @@
 """Hit rates of expert caches by size and policy: a routing trace replayed, without a model.
 
-    python tests/benchmarks/cache_policies.py [TRACE]     (a file that `mixchat run --trace` wrote)
+    python tests/benchmarks/cache_policies.py
 
-Without a trace it makes a synthetic one, with the repetitions that the Mixtral paper measured. The
-policies are those of mixchat, `lfu` (least frequently used), and Belady's, which knows the future:
-no policy can do better. They bring each missing expert in. `gpu` is what a GPU holds, which brings
-one expert a token at most. Hit rates are those of decode, with the experts that a token brings in.
+The trace is synthetic, with the repetitions that the Mixtral paper measured. The policies are those
+of mixchat, `lfu` (least frequently used), and Belady's, which knows the future: no policy can do
+better. They bring each missing expert in. `gpu` is what a GPU holds, which brings one expert a
+token at most. Hit rates are those of decode, with the experts that a token brings in.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
@@ -144,20 +142,8 @@ def replay_on_gpu(trace: Trace, slots: int) -> tuple[Counts, int]:
     return counts, exchanges
 
 
-def read_trace(path: Path) -> Trace:
-    """Return the trace in a file; ignore a last line that was cut short."""
-    header, *lines = path.read_text().splitlines(keepends=True)
-    about = json.loads(header)
-    counts = (about[name] for name in ("layers", "experts", "experts_per_token"))
-    forwards = [json.loads(line) for line in lines if line.endswith("\n")]
-    return Trace(about["model"], *counts, forwards=forwards)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare the policies of expert caches.")
-    parser.add_argument("trace", type=Path, nargs="?")
-    path = parser.parse_args().trace
-    trace = synthetic_trace(tokens=TOKENS) if path is None else read_trace(path)
+    trace = synthetic_trace(tokens=TOKENS)
     tokens = sum(trace.tokens(forward) == 1 for forward in trace.forwards) or 1
     print(f"{trace.model}: {trace.layers} layers of {trace.experts} experts, {tokens} tokens")
     print("capacity", *(f"{name:>14}" for name in [*NAMES, "gpu"]), "(and experts a token)")

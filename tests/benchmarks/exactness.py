@@ -42,7 +42,7 @@ from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import SequenceTokens
-from mixchat.experts.trace import RecordingRunner
+from mixchat.experts.recording_runner import RecordingRunner
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source

@@ -1,16 +1,14 @@
 """The policies that only the benchmark has, against naive ones and against trying everything."""
 
-from contextlib import closing
 from itertools import permutations
 
-from cache_policies import LFU, NAMES, read_trace, replay, replay_on_gpu
+from cache_policies import LFU, NAMES, replay, replay_on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing_simulation import Counts, Trace
 from routing_traces import A, B, C, keys, trace, traces, used
 
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.trace import TraceWriter
 
 
 def test_lfu_decides_between_equals_by_the_last_use():
@@ -130,13 +128,3 @@ def test_a_prompts_favourites_are_on_a_gpu_before_the_first_token():
     prompt = [[2, 3] * 100, [2, 3] * 100]
     assert replay_on_gpu(trace(*[prompt] * 8, [[2, 3], [2, 3]]), 4)[1] == 1
     assert replay_on_gpu(trace(prompt, [[2, 3], [2, 3]]), 4)[1] == 0
-
-
-def test_a_trace_that_was_recorded_is_read(tmp_path):
-    path, forward = tmp_path / "a.trace", [[0, 1], [2, 3]]
-    with closing(TraceWriter(path, "tiny", layers=2, experts=4, experts_per_token=2)) as writer:
-        for layer, selected in enumerate(forward):
-            writer.add(layer, selected)
-    with open(path, "a") as file:
-        file.write("[[0, 1], [2")
-    assert read_trace(path) == Trace("tiny", 2, 4, 2, [forward])

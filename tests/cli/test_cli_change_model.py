@@ -153,7 +153,6 @@ def test_where_neither_can_be_loaded_the_error_names_both(start, loads):
         ("", LOAD, "there is no model ''"),
         ("first", LOAD, "this chat already has the model first"),
         ("damaged", LOAD, "experts-001.safetensors"),
-        ("second", LoadOptions(device="cpu", trace="trace"), "--trace records the routing of one"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_closed(start, loads, home, name, load, error):

@@ -69,7 +69,7 @@ def test_bash_completes_commands_flags_models_and_values(bash):
     assert bash("rm", "") == ["mine", "someone--tune"]
     assert bash("run", "-s", "'Be brief'", "--model", "d") == ["demo"]
     assert bash("run", "--cache-policy", "l") == ["layered", "lru"]
-    assert bash("run", "--trace", "/etc/h") == []  # bash itself then completes files
+    assert bash("run", "--prompt-cache", "/etc/h") == []  # bash itself then completes files
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_the_model_is_that_of_the_file(mixchat, config_file, command):
         ('verbose = "yes"', "verbose has to be true or false, not 'yes'"),
         ('stop = "END"', r'stop has to be a list of texts, such as \["END"\]'),
         ('worker = ["a b"]', r"worker: cannot read 'a b' as HOST\[:PORT\]"),
-        ('trace = "x"', "trace is a flag of one run, not a setting"),
+        ('jsonl = "x"', "jsonl is a flag of one run, not a setting"),
         ("help = true", "there is no setting 'help'"),
         ("model = demo", r"not TOML: Invalid value \(at line 1, column 9\)"),
         (b"\xff", "not UTF-8: the byte 0xff in line 1"),
@@ -189,7 +189,7 @@ def test_every_setting_has_a_variable_of_its_name():
     for key, parameter in settings().items():
         assert f"--{key}" in parameter.opts
         assert parameter.envvar == "MIXCHAT_" + key.upper().replace("-", "_")
-    assert not {"trace", "prompt-cache", "help"} & settings().keys()
+    assert not {"jsonl", "prompt-cache", "help"} & settings().keys()
     assert len({parameter.envvar for parameter in settings().values()}) == len(settings())
 
 

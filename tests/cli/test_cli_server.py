@@ -95,7 +95,6 @@ def test_flags_of_sampling_are_sent_and_nothing_else(ask):
         ["--worker", "10.0.0.1", "--key-file", "k"],
         ["--kv-bits", "8", "--exact-prompts", "--keep-cache"],
         ["--prompt-cache", "c"],
-        ["--trace", "t"],
     ],
 )
 def test_flags_of_loading_are_refused_by_name_before_anything_is_asked(ask, flags):

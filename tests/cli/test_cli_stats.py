@@ -51,13 +51,11 @@ def test_a_name_cannot_lead_out_of_the_directory(home, name):
         report_path(name)
 
 
-def test_stats_draws_the_last_run(mixchat, kept, monkeypatch):
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
+def test_stats_shows_the_last_run(mixchat, kept):
     done = mixchat("stats", "demo")
     assert (done.returncode, done.stderr) == (0, b"")
     shown = done.stdout.decode().splitlines()
-    assert shown[1].split() == ["0", "100●", "-·", "75%"]
+    assert shown[1].split() == ["0", "4", "75%", "1", "0", "1", "0", "(100%)"]
     assert "2 tokens" in shown[-3]
 
 

@@ -14,7 +14,7 @@ from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.decoder import Decoder
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import SequenceTokens
-from mixchat.experts.trace import RecordingRunner
+from mixchat.experts.recording_runner import RecordingRunner
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.kernels.cpu.program import Program
 from mixchat.loading.loader import load_engine

@@ -22,7 +22,7 @@ from mixchat.engine.model import LAST, Transformer
 from mixchat.engine.passes import SequenceTokens
 from mixchat.engine.speculation import Proposals
 from mixchat.experts.holder import ExpertRunner
-from mixchat.experts.trace import RecordingRunner
+from mixchat.experts.recording_runner import RecordingRunner
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.loading.loader import load_engine
 

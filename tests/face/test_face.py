@@ -248,7 +248,6 @@ def test_calls_of_tools_in_a_conversation_are_in_its_prompt(model):
         {"workers": "192.168.1.5"},
         {"expert_memory": 8e9},
         {"exact_prompts": "yes"},
-        {"trace": 5},
         {"host_memory": "8GB"},
         {"memory": "8GB"},
     ],

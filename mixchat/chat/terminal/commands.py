@@ -17,7 +17,7 @@ from mixchat.base.quantities import format_count
 from mixchat.base.sanitize import sanitize
 from mixchat.chat import parameters
 from mixchat.chat.plain_text import read_text_file
-from mixchat.chat.printing import draw, one_line, show
+from mixchat.chat.printing import one_line, show
 from mixchat.chat.saved.chat_text import chat_table, code_blocks, to_json, to_markdown
 from mixchat.chat.terminal.completion import (
     CommandCompletion,
@@ -358,11 +358,11 @@ def _tokens(chat: ActiveChat, argument: str) -> None:
 
 @_command("", "use of the experts", "show which experts were used, and where they are")
 def _experts(chat: ActiveChat, argument: str) -> None:
-    from mixchat.chat.draw.heatmap import drawn
+    from mixchat.chat.draw.expert_table import expert_table
     from mixchat.engine.report import report_of
 
     report = report_of(chat.session.engine, chat.saver.model)
-    draw(drawn(report, chat.screen.out), chat.screen.out)
+    chat.screen.say(expert_table(report))
 
 
 @_command("", "Markdown off or on", "show answers as plain text, or as Markdown again")

@@ -49,13 +49,13 @@ _LONGEST_SHOWN = 60  # characters of a question
 # Parameters of `run` for a chat or one answer, not for a file of prompts.
 _NOT_FOR_LINES = (
     *("prompt", "file", "resume", "save", "keep_cache", "overflow", "think", "raw", "vi"),
-    *("as_json", "extract", "stream", "prompt_cache", "trace", "verbose", "schema", "grammar"),
+    *("as_json", "extract", "stream", "prompt_cache", "verbose", "schema", "grammar"),
 )
 _FOR_LINES = ("resume_from", "keep_failed", "parallel")
 # Parameters for loading a model, which a server has done.
 _FOR_LOADING = (
     *(field.name for field in fields(LoadFlags)),
-    *("ctx_size", "keep_cache", "exact_prompts", "cache_policy", "prompt_cache", "trace"),
+    *("ctx_size", "keep_cache", "exact_prompts", "cache_policy", "prompt_cache"),
 )
 # The options of sampling, which are parameters of `run`, too.
 _SAMPLED = tuple(number.field for number in numbers.SAMPLING.values())
@@ -183,9 +183,6 @@ class RunFlags(LoadFlags):
     )
     quiet: bool = setting(
         "-q --quiet/--no-quiet", "Print no notes on standard error, only errors.", OUTPUT
-    )
-    trace: Path | None = option(
-        "--trace FILE", "Write the experts of each token to FILE, as JSON Lines.", OUTPUT
     )
     verbose: bool = setting(
         "--verbose/--no-verbose", "Print speeds and expert cache figures after each answer.", OUTPUT
