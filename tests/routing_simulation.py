@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from mixchat.experts.cache import POLICIES, ExpertCache, ExpertKey, Passes, Policy
+from mixchat.experts.cache import ExpertCache, ExpertKey, LayeredLRU, Passes, Policy
 
 # The chance that two tokens in a row share an expert, in three of 32 layers, by table 5 of the
 # Mixtral paper (arXiv 2401.04088). By chance it is 13/28.
 _SHARING = ((0, 0.48), (15, 0.645), (31, 0.50))
+
+
+class LRU:
+    """Least recently used first: after uses of A B C A the order is B C A."""
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[ExpertKey, None] = OrderedDict()
+
+    def use(self, key: ExpertKey) -> None:
+        self._order[key] = None
+        self._order.move_to_end(key)
+
+    def forget(self, key: ExpertKey) -> None:
+        self._order.pop(key, None)
+
+    def victims(self) -> Iterator[ExpertKey]:
+        return iter(self._order)
+
+
+POLICIES: dict[str, Callable[[Passes], Policy]] = {
+    "layered": LayeredLRU,  # which mixchat has
+    "lru": lambda passes: LRU(),
+}
 
 
 @dataclass(frozen=True)

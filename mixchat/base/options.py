@@ -15,7 +15,6 @@ from mixchat.base.quantities import MemoryBudget, parse_size
 CacheBits = Literal[8, 16]
 Overflow = Literal["stop", "drop-oldest"]
 Think = Literal["show", "hide", "on", "off"]
-DEFAULT_POLICY = "layered"  # of `experts.cache.POLICIES`
 
 _MOST_BITS = 16  # of a weight
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
@@ -114,7 +113,6 @@ class LoadOptions:
     parallel: int = 1  # conversations at once, each with a KV cache of this context
     speculation: bool = True  # verify several tokens in one pass if text is repeated
     device: str | None = None  # torch's name, or several with commas between them
-    cache_policy: str = DEFAULT_POLICY  # a key of `experts.cache.POLICIES`
     workers: tuple[str, ...] = ()  # their addresses, HOST[:PORT]
     key_file: Path | None = None  # of the workers' key
 

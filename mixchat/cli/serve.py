@@ -119,7 +119,6 @@ class ServeFlags(LoadFlags):
     )
     parallel: int = load_flags.parallel(4)
     ctx_size: int | None = load_flags.CONTEXT_SIZE
-    cache_policy: str = load_flags.CACHE_POLICY
 
 
 def serve(context: typer.Context, flags: ServeFlags) -> None:
@@ -170,7 +169,6 @@ class WorkerFlags(HolderFlags):
         default="127.0.0.1",
     )
     new_key: bool = option("--new-key", "Write a new key into the key file, and end.")
-    cache_policy: str = load_flags.CACHE_POLICY
 
 
 def worker(context: typer.Context, flags: WorkerFlags) -> None:

@@ -34,14 +34,14 @@ class ExpertCache:
     def __init__(
         self,
         slots: int,
-        policy: Policy | None = None,
+        policy: Policy,
         size_of: Callable[[int], int] = lambda number: 0,
     ) -> None:
         assert slots > 0
         self.slots = self.limit = slots
         self.changes = 0  # of the experts in it
         self._size_of = size_of
-        self._policy = LRU() if policy is None else policy
+        self._policy = policy
         self._slots: dict[ExpertKey, int] = {}
         self._free: dict[int, set[int]] = {}  # by their size
         for slot in range(slots):
@@ -137,28 +137,11 @@ class Policy(Protocol):
         """Return all experts in the order of eviction."""
 
 
-class LRU:
-    """Least recently used first: after uses of A B C A the order is B C A."""
-
-    def __init__(self) -> None:
-        self._order: OrderedDict[ExpertKey, None] = OrderedDict()
-
-    def use(self, key: ExpertKey) -> None:
-        self._order[key] = None
-        self._order.move_to_end(key)
-
-    def forget(self, key: ExpertKey) -> None:
-        self._order.pop(key, None)
-
-    def victims(self) -> Iterator[ExpertKey]:
-        return iter(self._order)
-
-
 class LayeredLRU:
     """Least recently used first, counted in passes of an expert's own layer.
 
-    Among equals, the one whose layer comes last is evicted first. LRU evicts experts of the next
-    layer just before they may be needed.
+    Among equals, the one whose layer comes last is evicted first. Plain LRU evicts experts of the
+    next layer just before they may be needed.
     """
 
     def __init__(self, passes: Passes) -> None:
@@ -201,12 +184,6 @@ class Passes:
     def until(self, layer: int) -> int:
         """Return how many other layers come before the model is in this one again."""
         return (layer - self._at - 1) % len(self._counts)
-
-
-POLICIES: dict[str, Callable[[Passes], Policy]] = {
-    "layered": LayeredLRU,
-    "lru": lambda passes: LRU(),
-}
 
 
 @dataclass

@@ -11,7 +11,6 @@ from typing import Any, cast, get_args
 from mixchat.base.errors import PromptError, UsageError, alternatives, short_repr
 from mixchat.base.options import CacheBits, LoadOptions, Overflow, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.experts.cache import POLICIES
 from mixchat.face.numbers import BIAS, LENGTHS, PENALTIES, SAMPLING, TOP_LOGPROBS
 from mixchat.face.request import Request, ToolOffer
 from mixchat.text.messages import Message, Role
@@ -57,7 +56,6 @@ _LOAD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "parallel": (_is_count, "1 or more"),
     "speculation": (_is(bool), "True or False"),
     "device": (_is(str), 'a text such as "cpu" or "cuda:0"'),
-    "cache_policy": (_is_word(*POLICIES), alternatives([*POLICIES])),
     "workers": (lambda value: _is_list(value) and all(map(_is(str), value)), "a list of texts"),
     "key_file": (_is(str | Path), "the path of a file"),
 }

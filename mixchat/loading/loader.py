@@ -89,7 +89,7 @@ def build_engine(
         share = divide_experts(installed, fit.placement, workers)
         # Before the kernels' steps are made, since they are made for a count of threads.
         choose_threads(blueprint)
-        experts = build_experts(installed, share, devices, options.cache_policy, note)
+        experts = build_experts(installed, share, devices, note)
         layers, each = range(config.num_moe_layers), range(config.num_local_experts)
         runner = wrap(experts)
         # Workers compute many rows otherwise than one. A record has only the text's tokens.

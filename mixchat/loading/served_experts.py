@@ -126,7 +126,6 @@ class ServedExperts:
             self._installed,
             Share(self.placement, frozenset(self._held)),
             self._devices,
-            self._options.cache_policy,
             self._note,
             predicts=False,
         )

@@ -13,7 +13,7 @@ from mixchat.base.errors import ResourceError
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Note
 from mixchat.engine.report import report_path_by_key, saved_uses
-from mixchat.experts.cache import POLICIES, ExpertCache, ExpertKey, ExpertStats, Passes
+from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, LayeredLRU, Passes
 from mixchat.experts.compute import HostCompute
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.fetcher import Fetcher
@@ -38,7 +38,6 @@ def build_experts(
     installed: InstalledModel,
     share: Share,
     devices: Sequence[torch.device],
-    policy: str,
     note: Note,
     *,
     predicts: bool = True,
@@ -49,8 +48,8 @@ def build_experts(
     """
     placement = share.placement
     if not placement.layers:
-        return _in_ram(installed, share, placement, policy, predicts=predicts)
-    host = _in_ram(installed, share, placement.in_ram(), policy, predicts=predicts)
+        return _in_ram(installed, share, placement, predicts=predicts)
+    host = _in_ram(installed, share, placement.in_ram(), predicts=predicts)
     own_layers = moe_layers(installed.config, placement)
     uses = saved_uses(report_path_by_key(installed.directory.name))
     gpus = []
@@ -86,7 +85,7 @@ def moe_layers(config: ModelConfig, placement: Placement) -> list[range]:
 
 
 def _in_ram(
-    installed: InstalledModel, share: Share, placement: Placement, policy: str, *, predicts: bool
+    installed: InstalledModel, share: Share, placement: Placement, *, predicts: bool
 ) -> Dispatcher:
     """Return the holder of experts in RAM, which the CPU computes."""
     stats, passes = ExpertStats(), Passes(installed.config.num_moe_layers)
@@ -102,7 +101,7 @@ def _in_ram(
     if share.here is None:
         sizes = slot_sizes(blueprint).for_slots(placement.slots, placement.experts)
     store = ExpertStore(read, blueprint.expert_of, sizes.of, stats)
-    cache = ExpertCache(placement.slots, POLICIES[policy](passes), sizes.of)
+    cache = ExpertCache(placement.slots, LayeredLRU(passes), sizes.of)
     fetcher = Fetcher(cache, store, placement, passes, stats, _watch(installed, placement))
     forms = [id(blueprint.expert_of(layer)) for layer in range(installed.config.num_moe_layers)]
     return Dispatcher(

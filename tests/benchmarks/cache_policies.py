@@ -2,10 +2,11 @@
 
     python tests/benchmarks/cache_policies.py
 
-The trace is synthetic, with the repetitions that the Mixtral paper measured. The policies are those
-of mixchat, `lfu` (least frequently used), and Belady's, which knows the future: no policy can do
-better. They bring each missing expert in. `gpu` is what a GPU holds, which brings one expert a
-token at most. Hit rates are those of decode, with the experts that a token brings in.
+The trace is synthetic, with the repetitions that the Mixtral paper measured. The policies are
+mixchat's (`layered`), `lru` over all layers, `lfu` (least frequently used), and Belady's, which
+knows the future: no policy can do better. They bring each missing expert in. `gpu` is what a GPU
+holds, which brings one expert a token at most. Hit rates are those of decode, with the experts that
+a token brings in.
 """
 
 from __future__ import annotations
@@ -18,9 +19,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
-from routing_simulation import Counts, Replay, Trace, Visit, replay_visits, synthetic_trace, visits
+from routing_simulation import (
+    POLICIES,
+    Counts,
+    Replay,
+    Trace,
+    Visit,
+    replay_visits,
+    synthetic_trace,
+    visits,
+)
 
-from mixchat.experts.cache import POLICIES, ExpertKey, Passes, Policy
+from mixchat.experts.cache import ExpertKey, Passes, Policy
 from mixchat.experts.residents import Residents
 
 NAMES = [*POLICIES, "lfu", "belady"]

@@ -68,7 +68,7 @@ def test_bash_completes_commands_flags_models_and_values(bash):
     assert set(bash("plan", "")) == {*KNOWN, "demo", "mine", "someone--tune"}
     assert bash("rm", "") == ["mine", "someone--tune"]
     assert bash("run", "-s", "'Be brief'", "--model", "d") == ["demo"]
-    assert bash("run", "--cache-policy", "l") == ["layered", "lru"]
+    assert bash("run", "--think", "o") == ["on", "off"]
     assert bash("run", "--prompt-cache", "/etc/h") == []  # bash itself then completes files
 
 

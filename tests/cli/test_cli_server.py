@@ -91,7 +91,7 @@ def test_flags_of_sampling_are_sent_and_nothing_else(ask):
     "flags",
     [
         ["--ctx-size", "100", "--device", "cpu"],
-        ["--host-memory", "1GB", "--device-memory", "1GB", "--cache-policy", "lru"],
+        ["--host-memory", "1GB", "--device-memory", "1GB"],
         ["--worker", "10.0.0.1", "--key-file", "k"],
         ["--kv-bits", "8", "--exact-prompts", "--keep-cache"],
         ["--prompt-cache", "c"],

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import torch
+from routing_simulation import LRU
 from source_tools import disk
 
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
@@ -33,7 +34,7 @@ def runner(
         lambda slot: blueprint.expert.stride,
         stats,
     )
-    fetcher = Fetcher(ExpertCache(slots), store, Placement(slots, 0, 8), Passes(2), stats)
+    fetcher = Fetcher(ExpertCache(slots, LRU()), store, Placement(slots, 0, 8), Passes(2), stats)
     return Dispatcher(
         HostCompute(fetcher, 4),
         stats,

@@ -5,25 +5,17 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from routing_simulation import LRU, POLICIES
 from routing_traces import A, B, C, D
 
-from mixchat.experts.cache import (
-    LRU,
-    POLICIES,
-    ExpertCache,
-    ExpertKey,
-    ExpertStats,
-    LayeredLRU,
-    Passes,
-    Policy,
-)
+from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, LayeredLRU, Passes
 
 keys = st.builds(ExpertKey, st.integers(0, 3), st.integers(0, 3))
 policies = pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
 
 
-def filled(*experts: ExpertKey, policy: Policy | None = None) -> ExpertCache:
-    cache = ExpertCache(len(experts), policy)
+def filled(*experts: ExpertKey) -> ExpertCache:
+    cache = ExpertCache(len(experts), LRU())
     for key in experts:
         cache.admit(key)
     return cache
@@ -32,7 +24,7 @@ def filled(*experts: ExpertKey, policy: Policy | None = None) -> ExpertCache:
 @given(st.integers(1, 6), st.lists(st.tuples(keys, st.integers(0, 9)), max_size=80))
 def test_it_does_what_a_naive_list_does(slots, uses):
     """The naive model: a list of keys, most recent last, cut to the size of the cache."""
-    cache, recent, where = ExpertCache(slots), [], {}
+    cache, recent, where = ExpertCache(slots, LRU()), [], {}
     for key, luck in uses:
         slot = cache.lookup(key)
         assert (slot is not None) == (key in recent)
@@ -113,7 +105,7 @@ def test_an_expert_only_takes_a_slot_of_its_size(make, events):
 
 
 def test_of_free_slots_a_preferred_one_is_taken():
-    cache = ExpertCache(4)
+    cache = ExpertCache(4, LRU())
     assert cache.admit(A, preferred={2, 3}) == 2
     assert cache.admit(B, preferred={2}) == 0
     assert cache.admit(C, preferred={3}) == 3

@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from queue_doubles import PATIENCE
+from routing_simulation import LRU
 from source_tools import EXPERTS, KEYS, A, B, digest, disk
 
 from mixchat.base.errors import CheckpointError
@@ -39,7 +40,7 @@ class Slots:
 
     def __init__(self, installed: InstalledModel, slots: int, *, direct: bool = False) -> None:
         layout: Any = Bytes(installed.blueprint.expert.stride)
-        self.cache, self.stats = ExpertCache(slots), ExpertStats()
+        self.cache, self.stats = ExpertCache(slots, LRU()), ExpertStats()
         self.store = ExpertStore(
             disk(installed, direct=direct), lambda _: layout, lambda _: layout.stride, self.stats
         )

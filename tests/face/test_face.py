@@ -239,8 +239,6 @@ def test_calls_of_tools_in_a_conversation_are_in_its_prompt(model):
         {"parallel": "2"},
         {"context_size": 1.5},
         {"kv_bits": 4},
-        {"cache_policy": "newest"},
-        {"cache_policy": np.array(["lru", "layered"])},
         {"workers": np.array(5)},
         {"least_context": np.array([1, 2])},
         {"device": 0},

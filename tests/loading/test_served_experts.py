@@ -1,6 +1,5 @@
 """The experts that a worker serves compute the bits that an engine's do."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from mixchat.base import machine
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts import memory
-from mixchat.experts.cache import POLICIES, ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.workers.messages import Hello
 from mixchat.loading.loader import load_engine
@@ -64,10 +63,9 @@ def load_all(served: ServedExperts, keys: list[ExpertKey]) -> int:
     return loads
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_experts_of_the_last_chat_make_room_for_those_of_the_next_one(tiny_model, policy):
+def test_experts_of_the_last_chat_make_room_for_those_of_the_next_one(tiny_model):
     """Those that had just been loaded were evicted instead, again and again, without an end."""
-    served, hello = served_on_cpu(tiny_model, replace(CPU, cache_policy=policy))
+    served, hello = served_on_cpu(tiny_model, CPU)
     x = torch.zeros(1, 64, dtype=torch.bfloat16)
     served.begin(hello)
     assert load_all(served, [ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(0, 2), ExpertKey(1, 0)])

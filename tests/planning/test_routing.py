@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from routing_simulation import Trace, replay, sharing, synthetic_trace
 
-from mixchat.base.options import DEFAULT_POLICY
 from mixchat.planning.routing import expected_hit_rate
 
 TOKENS = 4000
@@ -77,7 +76,7 @@ def test_with_slots_for_the_last_token_lru_hits_what_two_tokens_share(synthetic)
 @pytest.mark.parametrize("slots", [20, 100, 200])
 def test_an_expected_hit_rate_is_that_of_a_simulated_cache(synthetic, slots):
     short = Trace("synthetic", 32, 8, 2, synthetic.forwards[:1000])
-    rate = replay(short, slots, DEFAULT_POLICY).decode.hit_rate
+    rate = replay(short, slots, "layered").decode.hit_rate
     assert expected_hit_rate(config(32, 8, 2), slots) == pytest.approx(rate, abs=0.015)
 
 

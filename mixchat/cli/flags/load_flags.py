@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +13,6 @@ import typer
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import (
-    DEFAULT_POLICY,
     CacheBits,
     DenseBits,
     ExpertSize,
@@ -23,11 +21,9 @@ from mixchat.base.options import (
     device_names,
 )
 from mixchat.base.quantities import MemoryBudget
-from mixchat.chat.parameters import checked_word
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.settings import AGAIN, MEMORY, MODEL, PREFIX, common, option, setting
 from mixchat.cli.flags.shell_completion import models_here, one_of, runnable_models
-from mixchat.experts.cache import POLICIES
 from mixchat.face.numbers import LENGTHS, SAMPLING
 
 # Each number's flag and limits, by its name in Python.
@@ -95,14 +91,6 @@ EXACT_PROMPTS = setting(
     "--exact-prompts/--no-exact-prompts",
     "Process prompts more slowly, so that a resumed or cached chat gets the same answers.",
     MEMORY,
-)
-CACHE_POLICY = setting(
-    "--cache-policy NAME",
-    "Keep the most recently used experts of each layer (layered) or of all layers (lru).",
-    MEMORY,
-    DEFAULT_POLICY,
-    check=partial(checked_word, tuple(POLICIES), "--cache-policy"),
-    autocompletion=one_of(*POLICIES),
 )
 KV_BITS = setting(
     "--kv-bits N",

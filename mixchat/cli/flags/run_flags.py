@@ -55,7 +55,7 @@ _FOR_LINES = ("resume_from", "keep_failed", "parallel")
 # Parameters for loading a model, which a server has done.
 _FOR_LOADING = (
     *(field.name for field in fields(LoadFlags)),
-    *("ctx_size", "keep_cache", "exact_prompts", "cache_policy", "prompt_cache"),
+    *("ctx_size", "keep_cache", "exact_prompts", "prompt_cache"),
 )
 # The options of sampling, which are parameters of `run`, too.
 _SAMPLED = tuple(number.field for number in numbers.SAMPLING.values())
@@ -190,7 +190,6 @@ class RunFlags(LoadFlags):
     ctx_size: int | None = load_flags.CONTEXT_SIZE
     parallel: int = load_flags.parallel(4)
     exact_prompts: bool = load_flags.EXACT_PROMPTS
-    cache_policy: str = load_flags.CACHE_POLICY
     prompt_cache: Path | None = option(
         "--prompt-cache FILE",
         "Save the KV cache in FILE, so that the next run processes only what is new.",
