@@ -28,7 +28,7 @@ _ADDRESS = re.compile(
 
 
 class DenseBits(NamedTuple):
-    """The bits of a weight of attention and of head, 16, 8, 6, 5 or 4, or None."""
+    """The bits of a weight of attention and of head, 16, 8, 6 or 4, or None."""
 
     attention: int | None = None
     head: int | None = None

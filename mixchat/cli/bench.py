@@ -44,9 +44,9 @@ class BenchFlags(load_flags.LoadFlags):
         show_default="4",
         autocompletion=one_of(*load_flags.EXPERT_BITS),
     )
-    dense_bits: Literal["16", "8", "6", "5", "4"] | None = option(
+    dense_bits: Literal["16", "8", "6", "4"] | None = option(
         "--dense-bits BITS",
-        "Bits of a weight of attention and head with --synthetic (16, 8, 6, 5, 4).",
+        "Bits of a weight of attention and head with --synthetic (16, 8, 6, 4).",
         MEASURING,
         show_default=load_flags.DEFAULT_DENSE_BITS,
     )

@@ -142,7 +142,7 @@ def calibrate(context: typer.Context, flags: RecalibrateFlags) -> None:
     """Re-quantize a model's experts with GPTQ on sample text.
 
     The model loses less quality afterwards, and keeps its size and speed. --expert-bits gives the
-    experts other bits. Attention and head in 6 or 5 bits are calibrated, too.
+    experts other bits. Attention and head in 6 bits are calibrated, too.
 
     The model reads a text, or writes one itself, while the inputs of its experts are recorded. Then
     each expert is read from the checkpoint again, and rounded for the least error with these

@@ -8,7 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from mixchat.base.errors import PromptError, UsageError, alternatives, short_repr
+from mixchat.base.errors import PromptError, UsageError, short_repr
 from mixchat.base.options import CacheBits, LoadOptions, Overflow, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.face.numbers import BIAS, LENGTHS, PENALTIES, SAMPLING, TOP_LOGPROBS

@@ -18,15 +18,13 @@ from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import QuantType
 
 # The part of a memory's bandwidth at which a kernel reads each type, if arithmetic does not hold it
-# up. Assumed until a card measures it. Codes of 5 and 6 bits lie in two planes.
+# up. Assumed until a card measures it. Codes of 6 bits lie in two planes.
 EFFICIENCY: dict[QuantType, float] = {
     "none": 0.80,
     "int8": 0.80,
     "nf4": 0.80,
-    "fp4": 0.80,
     "mxfp4": 0.80,
     "int6": 0.75,
-    "int5": 0.75,
     "trellis3": 0.75,
     "trellis2": 0.75,
 }
@@ -37,10 +35,8 @@ INSTRUCTIONS: dict[QuantType, float] = {
     "none": 3.7,
     "int8": 3.3,
     "nf4": 4.4,
-    "fp4": 4.4,
     "mxfp4": 4.7,
     "int6": 6.6,
-    "int5": 6.2,
     "trellis3": 12.3,
     "trellis2": 8.7,
 }

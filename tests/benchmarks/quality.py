@@ -9,7 +9,7 @@ some of mixchat's forms. --llama and --ik name libggml of llama.cpp (libggml-bas
 llama-cpp-python's folder lib) and of ik_llama.cpp, whose functions round weights (`peer_types.py`).
 Without a TEXT the five of `quality_texts.py` are read. --checkpoint takes another Mixtral of one
 file than the demo, such as the one of `part_experts.py`. Each needs another WORK. --dense prints
-another table: attention and head in 16, 8, 6, 5 and 4 bits, with experts in 4 bits, and in 16 bits.
+another table: attention and head in 16, 8, 6 and 4 bits, with experts in 4 bits, and in 16 bits.
 
 The model is the demo's dense one as a mixture of one expert, padded and rescaled
 (`padded_model.py`), so that all forms fit its shape and none meets the levels of its file. All

@@ -44,7 +44,7 @@ EXPERT_BITS = {  # which a calibration makes of 4 bits
     "2.3 bits": "2.3",
     "2 bits": "2",
 }
-DENSE_BITS = {"nf4": (16, 8, 6, 5, 4), "none": (8, 6, 5)}  # by the type of the experts
+DENSE_BITS = {"nf4": (16, 8, 6, 4), "none": (8, 6)}  # by the type of the experts
 
 
 @dataclass

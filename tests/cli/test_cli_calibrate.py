@@ -171,7 +171,7 @@ def test_attention_and_head_of_a_calibrated_model_can_be_rebuilt(run, install, b
 @pytest.fixture
 def in_few_bits(install):
     """Attention and head have a type that is calibrated with the experts."""
-    return install("--dense-bits", "attention=6,head=5")
+    return install("--dense-bits", "attention=6,head=6")
 
 
 def test_attention_and_head_in_few_bits_are_calibrated_with_the_experts(run, in_few_bits, text):

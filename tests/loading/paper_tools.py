@@ -85,10 +85,9 @@ KINDS: dict[str, Quantization] = {
     "fp16": Quantization("none", dtype=torch.float16),
     "16 bits": Quantization("none"),
     "nf4": Quantization("nf4", attention="int8", head="int8"),
-    "fp4": Quantization("fp4"),
     "mxfp4": Quantization("mxfp4", attention="int8", head="int8"),
     "trellis3": Quantization("trellis3", attention="int6", head="int8"),
-    "trellis2": Quantization("trellis2", attention="int5", head="int6"),
+    "trellis2": Quantization("trellis2", attention="int6", head="int8"),
     "a mix": Quantization("nf4", attention="int8", head="int8"),
 }
 TINY = {

@@ -27,7 +27,6 @@ from mixchat.experts.workers.messages import Hello
 from mixchat.experts.workers.server import Server
 from mixchat.loading.served_experts import ServedExperts, load_served_experts
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.matrix import nf4
 
 KEY = bytes(range(32))
 PATIENCE = 60  # seconds, after which a test fails instead of hanging
@@ -151,7 +150,6 @@ def _serve(directory: str, slots: int, fault: Fault | None, at: str) -> None:
 
 def main() -> None:
     """Fork a worker for each line: its model, slots, fault and address."""
-    nf4.bitsandbytes()  # imported once, because each worker would take more than a second for it
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     for line in sys.stdin:

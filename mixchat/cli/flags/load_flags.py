@@ -100,7 +100,7 @@ KV_BITS = setting(
     autocompletion=one_of("8", "16"),
     show_default="16",
 )
-DENSE_BITS = ("16", "8", "6", "5", "4")  # of attention and output head
+DENSE_BITS = ("16", "8", "6", "4")  # of attention and output head
 DEFAULT_DENSE_BITS = "8; 6 in models of small experts on a CPU"
 EXPERT_BITS = ("16", "4", "3", "2")  # of whole types
 JSON = option("--json", "Print JSON, for programs.")
@@ -270,5 +270,5 @@ def parse_expert_bits(text: str | None, context_size: int | None = None) -> Expe
 
 def _dense_bits(text: str) -> int:
     if text.strip() not in DENSE_BITS:
-        raise UsageError(f"--dense-bits has to be 16, 8, 6, 5 or 4, not {text!r}")
+        raise UsageError(f"--dense-bits has to be 16, 8, 6 or 4, not {text!r}")
     return int(text)

@@ -1,9 +1,9 @@
-"""Turns codes of 5 and 6 bits into numbers and multiplies them, with each kind of instructions.
+"""Turns codes of 6 bits into numbers and multiplies them, with each kind of instructions.
 
 The numbers are evenly spaced, so a code less `offset` is its level, and no table is read. In memory
 a line is 32 words, one for each of half a band's rows in a pair of columns. A word of a low line
-holds the low four bits of four codes. A word of a high line holds the other bits of 16 codes of 5
-bits, or of 8 codes of 6 bits. So codes become words without any instruction that moves them.
+holds the low four bits of four codes. A word of a high line holds the other bits of 8 codes. So
+codes become words without any instruction that moves them.
 """
 
 from __future__ import annotations
@@ -141,15 +141,10 @@ class WordsByBytes(InBytes):
         return [low + (high << 8) for low, high in zip(sums[:count], sums[count:], strict=True)]
 
 
-def _planes(bits: int, columns: int) -> UnitSet:
-    half = 2 ** (bits - 1)
-    members = {"bits": bits, "columns": columns, "level_of_one": half, "offset": half}
-    return UnitSet(
-        bits,
-        on_each(_InWords, **members),
-        on_each(InBytes, **members),
-        {"avx512": on("avx512", WordsByBytes, **members)},
-    )
-
-
-FIVE_BITS, SIX_BITS = _planes(5, columns=16), _planes(6, columns=8)
+_MEMBERS = {"bits": 6, "columns": 8, "level_of_one": 32, "offset": 32}
+SIX_BITS = UnitSet(
+    6,
+    on_each(_InWords, **_MEMBERS),
+    on_each(InBytes, **_MEMBERS),
+    {"avx512": on("avx512", WordsByBytes, **_MEMBERS)},
+)

@@ -6,8 +6,8 @@ of 32 bits. "Words" have 16 bits. The sum over a block of 64 columns never overf
 
     4 bits, words:        8191 * 4095 * 64 = 2,146,697,280 < 2^31   (x has 13 bits and a sign)
     4 bits, bytes:         127 *  255 * 64 =     2,072,640          (x has 7 bits and a sign)
-    5 and 6 bits, words: 32767 *   63 * 64 =   132,116,544          (x has 15 bits and a sign)
-    5 and 6 bits, bytes:   127 *   63 * 64 =       512,064          (x has 7 bits and a sign)
+    6 bits, words:       32767 *   63 * 64 =   132,116,544          (x has 15 bits and a sign)
+    6 bits, bytes:         127 *   63 * 64 =       512,064          (x has 7 bits and a sign)
     8 bits, words:       32767 *  127 * 64 =   266,330,176          (x has 15 bits and a sign)
     trellis, bytes:        127 *  127 * 64 =     1,032,256          (x has 7 bits and a sign)
 

@@ -46,11 +46,10 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    "nf4": Tile(32, 64, 16, 2, 4, 4),  # and FP4, which has other levels
+    "nf4": Tile(32, 64, 16, 2, 4, 4),
     "mxfp4": Tile(32, 32, 8, 2, 4, 4),
     "int8": Tile(32, 64, 32, 4, 4, 8),
     "int6": Tile(32, 64, 32, 4, 4, 6),
-    "int5": Tile(32, 64, 16, 4, 8, 5),
     "trellis2": Tile(64, 64, 64, 4, 2, 2),
     "trellis3": Tile(64, 64, 64, 4, 2, 3),
     # Dense rows of 16 or 32 bits have no order of their own. Bands and blocks are what suits.
@@ -96,9 +95,9 @@ def load(codes, row, block, place, C: tl.constexpr, TYPE: tl.constexpr):
         # 16 columns lie together, and a place has four of them.
         words += group // 4 * (32 * BITS)
         return _load_trellis(words, group % 4, part, TYPE)
-    elif TYPE == "int5" or TYPE == "int6":
+    elif TYPE == "int6":
         # Lines of a group of columns follow each other. The last one has the high bits.
-        LINES: tl.constexpr = 5 if TYPE == "int5" else 3
+        LINES: tl.constexpr = 3
         return _load_lines(words + group * (LINES * 16) + part * 4, LINES, 16)
     else:
         # Places side by side have lines side by side, so that a load reads them without a gap.
@@ -176,7 +175,7 @@ def numbers(codes, pair: tl.constexpr, levels, TYPE: tl.constexpr):
         even = _trellis_numbers(levels, codes[0], codes[2], pair, 0, TYPE)
         odd = _trellis_numbers(levels, codes[1], codes[2], pair, 1, TYPE)
         return even, odd
-    elif TYPE == "int5" or TYPE == "int6":
+    elif TYPE == "int6":
         return _plane_numbers(codes, pair, TYPE)
     elif TYPE == "int8":
         word = codes[pair]
@@ -211,9 +210,9 @@ def _plane_numbers(codes, pair: tl.constexpr, TYPE: tl.constexpr):
     EXTRA: tl.constexpr = tile("bits", TYPE) - 4
     # The lowest bit of a code in bf16, if the code is the first bits of the mantissa.
     FIRST: tl.constexpr = 7 - tile("bits", TYPE)
-    # 64 or 32 as bf16, to which the code is added. The code itself is 32 or 16 too large.
-    FLOAT: tl.constexpr = 0x42804280 if TYPE == "int6" else 0x42004200
-    OFFSET: tl.constexpr = 96.0 if TYPE == "int6" else 48.0
+    # 64 as bf16, to which the code is added. The code itself is 32 too large.
+    FLOAT: tl.constexpr = 0x42804280
+    OFFSET: tl.constexpr = 96.0
     low, high = codes[pair // 2], codes[len(codes) - 1]
     result = ()
     for half in tl.static_range(2):
@@ -276,7 +275,7 @@ def scales(absmax, row, block, place, C: tl.constexpr, TYPE: tl.constexpr):
         words += first // 2 + part * COUNT
         low, high = _words(words, COUNT), _words(words + 8, COUNT)
         scale = fp32(join4(low << 16, high << 16, low & _UPPER, high & _UPPER))
-        if TYPE == "int5" or TYPE == "int6":
+        if TYPE == "int6":
             scale *= 2 / (1 << tile("bits", TYPE))
         return scale
 

@@ -44,10 +44,8 @@ class Form(NamedTuple):
 
     @property
     def kernel_type(self) -> str:
-        """Return the name that kernels know. Only the levels of FP4 are others than NF4's."""
-        if self.quant_type == "none" and self.wide:
-            return "none32"
-        return "nf4" if self.quant_type == "fp4" else self.quant_type
+        """Return the name that kernels know."""
+        return "none32" if self.quant_type == "none" and self.wide else self.quant_type
 
     @property
     def is_supported(self) -> bool:

@@ -45,7 +45,7 @@ class Quantization:
     """The types of the matrices. `dtype` is the type of all other tensors.
 
     The experts are of `quant_type`, but w2 is of type `down` if that is given. Attention and head
-    are "int8", "int6", "int5", "none" (dense, in `dtype`), or in 4 bits. A layer's other dense
+    are "int8", "int6", "none" (dense, in `dtype`), or in 4 bits. A layer's other dense
     parts have the type of attention. `scales` says how scales in 4 bits are chosen. If the
     scales of experts are calibrated, attention and head have searched scales, or calibrated scales
     if their type allows it.

@@ -35,7 +35,7 @@ MANIFEST_COPY = "mixchat.copy.json"
 MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
 FORMAT = 7
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
-_EXPERT_TYPES = ("nf4", "fp4", "mxfp4", "trellis2", "trellis3", "none")
+_EXPERT_TYPES = ("nf4", "mxfp4", "trellis2", "trellis3", "none")
 _QUANTIZATION: dict[str, tuple[object, ...]] = {
     "quant_type": _EXPERT_TYPES,
     "down": (None, *_EXPERT_TYPES),
@@ -257,10 +257,10 @@ def _digest(document: dict[str, Any]) -> str:
 
 
 def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
-    four_bits = {"none": (), "fp4": ("fp4",)}.get(quantization["quant_type"], ("nf4",))
+    four_bits = () if quantization["quant_type"] == "none" else ("nf4",)
     depending: dict[str, tuple[object, ...]] = {
         "blocksize": (32,) if quantization["quant_type"] == "mxfp4" else (64,),
-        **dict.fromkeys(_DENSE_PARTS, ("none", "int8", "int6", "int5", *four_bits)),
+        **dict.fromkeys(_DENSE_PARTS, ("none", "int8", "int6", *four_bits)),
     }
     for key, allowed in (_QUANTIZATION | depending).items():
         value = quantization.get(key)

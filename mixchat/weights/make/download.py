@@ -176,7 +176,7 @@ def _made_as(request: DownloadRequest, made: dict[str, Any]) -> bool:
     options = request.options
 
     def fits(part: str, bits: int | None) -> bool:
-        return bits is None or made[part] == type_of_bits(bits, made["quant_type"])
+        return bits is None or made[part] == type_of_bits(bits)
 
     same_experts = TYPES[options.quant_type].bits == TYPES[made["quant_type"]].bits
     same_experts = same_experts or request.any_experts

@@ -33,7 +33,7 @@ _SMALL_DENSE_BYTES, _LARGE_DENSE_PART = 10**8, 0.5
 class QuantizeOptions:
     """The options of quantization. `quant_type` is the experts' type.
 
-    attention, head: the bits of their weights, 16, 8, 6, 5 or 4. None is `default_dense_bits`, or
+    attention, head: the bits of their weights, 16, 8, 6 or 4. None is `default_dense_bits`, or
     16 if the experts are not quantized.
     """
 
@@ -77,7 +77,7 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
             return given_4bit
         if bits is None:
             bits = 16 if options.quant_type == "none" else default_dense_bits(index.config)
-        return type_of_bits(bits, quant_type)
+        return type_of_bits(bits)
 
     # The type that holds all weights exactly, or bf16 for mixed ones.
     dtype = torch.bfloat16

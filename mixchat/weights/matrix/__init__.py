@@ -6,9 +6,9 @@ In a trellis, a code of 2 or 3 bits, a number depends on the bits of several row
 - quant_type.py: the bases of quantization types, and the dense one
 - trellis.py: a trellis as a quantization type, its scales and its order
 - trellis_search.py: the numbers of a trellis, and the best sequence for given ones (Viterbi)
-- nf4.py: 4-bit codes, whose levels are bitsandbytes' NF4 and FP4
+- nf4.py: 4-bit codes, whose levels are bitsandbytes' NF4
 - mxfp4.py: 4-bit codes as published models have them
-- int6.py: 5-bit and 6-bit codes
+- int6.py: 6-bit codes
 - int8.py: 8-bit codes
 - encode.py: from a matrix to codes of levels, fast, or the best of three ways for its inputs
 - gptq.py: rounding for the least error of products with given inputs

@@ -17,15 +17,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from mixchat.base.errors import CheckpointError
-from mixchat.weights.matrix.nf4 import FOUR_BIT, FourBit, Quantized4bit, round_absmax
+from mixchat.weights.matrix.nf4 import NF4, Quantized4bit, round_absmax
 from mixchat.weights.matrix.quant_type import BLOCKSIZE
 
-_STATES = {name: f"quant_state.bitsandbytes__{name}" for name in FOUR_BIT}
+StoredType = Literal["nf4", "fp4"]
+_LEVELS: dict[StoredType, torch.Tensor] = {
+    "nf4": NF4.levels,
+    # Three bits of a float and a sign.
+    "fp4": torch.tensor([sign * level for sign in (1, -1) for level in (
+        0.0, 0.0052083334885537624, 0.6666666865348816, 1.0,
+        0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
+    )]),
+}  # fmt: skip
+_STATES = {name: f"quant_state.bitsandbytes__{name}" for name in _LEVELS}
 _NESTED = ("nested_absmax", "nested_quant_map")
 _COMPONENTS = ("absmax", "quant_map", *_NESTED, *_STATES.values())
 _MAX_STATE = 4096  # bytes of JSON
@@ -49,7 +58,7 @@ def is_quantized(name: str, available: Collection[str]) -> bool:
     return len(component_names(name, available)) > 1
 
 
-def quant_type(name: str, available: Collection[str]) -> FourBit | None:
+def quant_type(name: str, available: Collection[str]) -> StoredType | None:
     """Return the type of a matrix, from the names alone, or None if it is dense.
 
     Raises `CheckpointError` unless it is NF4 or FP4.
@@ -79,11 +88,11 @@ def read_matrix(
     named = quant_type(name, available)
     if named is None:
         raise CheckpointError(f"{name}: not quantized by bitsandbytes")
-    matrix, quantization = _Components(name, read, available), FOUR_BIT[named]
+    matrix, levels = _Components(name, read, available), _LEVELS[named]
     state = _read_state(matrix, named, [rows, columns])
-    levels = matrix.numbers("quant_map", torch.float32, 16)
+    stored_levels = matrix.numbers("quant_map", torch.float32, 16)
     # Not bit by bit, because devices round the table differently.
-    if not torch.allclose(levels, quantization.levels, rtol=0, atol=1e-6):
+    if not torch.allclose(stored_levels, levels, rtol=0, atol=1e-6):
         raise CheckpointError(f"{name}.quant_map: not the table of {named}")
     codes, size = matrix.read(name), (rows * columns + 1) // 2
     if codes.dtype not in _STORAGE:
@@ -93,7 +102,7 @@ def read_matrix(
             f"{name}: {codes.dtype} {list(codes.shape)}, should be {size} bytes in one column"
         )
     absmax = _read_absmax(matrix, state, rows * columns)
-    return Quantized4bit(quantization, rows, columns, codes.reshape(-1).view(torch.uint8), absmax)
+    return Quantized4bit(NF4, rows, columns, codes.reshape(-1).view(torch.uint8), absmax, levels)
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ class _Components:
         return tensor
 
 
-def _read_state(matrix: _Components, named: FourBit, shape: list[int]) -> dict[str, Any]:
+def _read_state(matrix: _Components, named: StoredType, shape: list[int]) -> dict[str, Any]:
     """Return the JSON object that describes a matrix, with right values."""
     name = f"{matrix.name}.{_STATES[named]}"
     raw = _parse(name, matrix.read(name))

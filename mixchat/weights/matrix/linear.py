@@ -22,10 +22,10 @@ from mixchat.kernels.cpu.quantized_matmul import (
     quantized_matmul_steps,
 )
 from mixchat.kernels.cpu.units import MANY
-from mixchat.weights.matrix.int6 import INT5, INT6
+from mixchat.weights.matrix.int6 import INT6
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.mxfp4 import MXFP4
-from mixchat.weights.matrix.nf4 import FP4, NF4, Quantized4bit
+from mixchat.weights.matrix.nf4 import NF4, Quantized4bit
 from mixchat.weights.matrix.quant_type import (
     DENSE,
     BlockCodes,
@@ -41,9 +41,7 @@ TYPES: dict[QuantType, QuantizationType] = {
     "trellis2": TRELLIS2,
     "trellis3": TRELLIS3,
     "nf4": NF4,
-    "fp4": FP4,
     "mxfp4": MXFP4,
-    "int5": INT5,
     "int6": INT6,
     "int8": INT8,
     "none": DENSE,
@@ -51,13 +49,8 @@ TYPES: dict[QuantType, QuantizationType] = {
 Scales = Literal["absmax", "search", "calibrated", "given"]
 
 
-def type_of_bits(bits: int, preferred: QuantType = "nf4") -> QuantType:
-    """Return the type with weights of `bits` bits, `preferred` if it has them.
-
-    A type that is only for experts is never preferred.
-    """
-    if TYPES[preferred].bits == bits and TYPES[preferred].for_dense_parts:
-        return preferred
+def type_of_bits(bits: int) -> QuantType:
+    """Return the type of new matrices with weights of `bits` bits."""
     return next(name for name, quantization in TYPES.items() if quantization.bits == bits)
 
 

@@ -1,8 +1,7 @@
 """4-bit codes with one scale (`absmax`) for each block of 64 weights.
 
-A code is an index into a table of 16 levels from -1 to 1, NF4's (QLoRA, arXiv:2305.14314) or FP4's
-(three bits of a float and a sign). FP4 occurs only in checkpoints that were quantized elsewhere. A
-weight is its level times the scale of its block.
+A code is an index into NF4's table of 16 levels from -1 to 1 (QLoRA, arXiv:2305.14314). A weight is
+its level times the scale of its block.
 
 Rows are taken 32 at a time. For a pair of columns (2j, 2j+1) the 64 codes row0[2j], row0[2j+1],
 row1[2j], ... are one line of 32 bytes, the first 32 codes in the low nibbles.
@@ -15,11 +14,7 @@ in the high nibble, and `absmax` goes row after row.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import logging
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,10 +23,8 @@ from torch.nn import functional
 from mixchat.kernels.cpu.four_bit_units import FOUR_BITS
 from mixchat.kernels.cpu.units import BAND
 from mixchat.weights.matrix.encode import Grid, each_in_threads, encode
-from mixchat.weights.matrix.quant_type import BLOCKSIZE, BlockCodes, Encoded, Inputs, on_device
+from mixchat.weights.matrix.quant_type import BlockCodes, Encoded, Inputs, on_device
 
-FourBit = Literal["nf4", "fp4"]
-_CHUNK = 2**23  # weights, for which quantize_4bit's temporary tensors take 150 MB
 _DENSE_PIECE = 2**18  # weights, whose temporary tensors fit in the caches
 
 
@@ -64,15 +57,17 @@ class Quantized4bit:
     codes: torch.Tensor  # uint8
     # One a block. In place of bf16 it can be fp32, as bitsandbytes computes with it.
     absmax: torch.Tensor
+    levels: torch.Tensor | None = None  # of the codes, if they are others than the type's
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix [rows, columns] as `dtype` (bf16, fp16, fp32)."""
         quantization, weight = self.quantization, torch.empty(self.rows * self.columns, dtype=dtype)
         block = quantization.blocksize
+        levels = quantization.levels if self.levels is None else self.levels
 
         def decode(codes: torch.Tensor, absmax: torch.Tensor, piece: torch.Tensor) -> None:
             nibbles = torch.stack((codes >> 4, codes & 0xF), dim=-1).view(-1)
-            numbers = quantization.levels[nibbles.int()]
+            numbers = levels[nibbles.int()]
             # A block may begin within a row, and the last one may be short.
             blocks = functional.pad(numbers, (0, len(absmax) * block - len(numbers)))
             weights = blocks.view(-1, block) * quantization.scales(absmax).unsqueeze(-1)
@@ -96,16 +91,9 @@ class Quantized4bit:
         return replace(self, rows=len(rows), codes=codes, absmax=absmax)
 
 
-class FourBitCodes(NibbleCodes):
-    """Codes of a type that bitsandbytes has. `levels` are in its order of the codes."""
-
-    units = FOUR_BITS
-    name: FourBit
-
-
 # fmt: off
-class _NF4Codes(FourBitCodes):
-    name, mixable = "nf4", True
+class _NF4Codes(NibbleCodes):
+    units, name, mixable = FOUR_BITS, "nf4", True
     levels = torch.tensor([
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
         -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -123,39 +111,7 @@ class _NF4Codes(FourBitCodes):
         return encode(self._grid, weight, two_a_byte, search=search, inputs=inputs)
 
 
-# fmt: off
-class _FP4Codes(FourBitCodes):
-    name = "fp4"
-    levels = torch.tensor([
-        0.0, 0.0052083334885537624, 0.6666666865348816, 1.0,
-        0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
-        0.0, -0.0052083334885537624, -0.6666666865348816, -1.0,
-        -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
-    ])
-    # fmt: on
-
-    def codes(
-        self, weight: torch.Tensor, *, search: bool = False, inputs: Inputs | None = None
-    ) -> Encoded:
-        flat = weight.to(torch.bfloat16).reshape(-1)
-        pieces = [
-            bitsandbytes().functional.quantize_4bit(piece, blocksize=BLOCKSIZE, quant_type="fp4")
-            for piece in torch.split(flat, _CHUNK)
-        ]
-        codes = torch.cat([piece.view(-1) for piece, _ in pieces])
-        return codes, round_absmax(torch.cat([state.absmax for _, state in pieces]))
-
-
-NF4, FP4 = _NF4Codes(), _FP4Codes()
-FOUR_BIT: dict[FourBit, FourBitCodes] = {"nf4": NF4, "fp4": FP4}
-
-
-@functools.cache
-def bitsandbytes() -> Any:
-    """Import bitsandbytes late, because that takes two seconds."""
-    # It warns that the optional package `kernels` is not installed.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    return importlib.import_module("bitsandbytes")
+NF4 = _NF4Codes()
 
 
 def two_a_byte(codes: torch.Tensor) -> torch.Tensor:

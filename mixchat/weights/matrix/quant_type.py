@@ -22,7 +22,7 @@ BLOCKSIZE = BLOCK  # weights that share a scale, in all types but MXFP4
 _REORDERED = 2**21  # weights whose codes are reordered at once
 _PIECE = 2**18  # weights, whose temporary tensors fit in the caches
 
-QuantType = Literal["nf4", "fp4", "mxfp4", "int5", "int6", "int8", "trellis2", "trellis3", "none"]
+QuantType = Literal["nf4", "mxfp4", "int6", "int8", "trellis2", "trellis3", "none"]
 Shape = tuple[int, int]  # R, C
 Encoded = tuple[torch.Tensor, torch.Tensor]  # codes and absmax
 RecordRows = Callable[[torch.Tensor], object]

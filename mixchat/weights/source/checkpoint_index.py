@@ -116,12 +116,12 @@ class CheckpointIndex:
         return bnb_format.component_names(matrix, self._weight_map)
 
     def quant_type(self, matrix: str) -> QuantType | None:
-        """Return the type to which a matrix is quantized, or None."""
+        """Return the type whose codes a matrix has. None for other types, which are decoded."""
         if mxfp4_format.is_quantized(matrix, self._weight_map):
             return "mxfp4"
         if spec := self._in_blocks(matrix):
             return "mxfp4" if spec.ggml_type == "MXFP4" else None
-        return bnb_format.quant_type(matrix, self._weight_map)
+        return "nf4" if bnb_format.quant_type(matrix, self._weight_map) == "nf4" else None
 
     @property
     def experts_quant_type(self) -> QuantType | None:
@@ -153,7 +153,7 @@ class CheckpointIndex:
             tensor = gguf_format.dense(spec, read(matrix))
         elif fp8_format.is_quantized(matrix, self._weight_map):
             tensor = fp8_format.read_matrix(matrix, read)
-        elif self.quant_type(matrix) is None:
+        elif self.quant_type(matrix) is None and not self._is_decoded(matrix):
             tensor = read(matrix)
         else:
             tensor = self.read_4bit(matrix, read).dense(torch.bfloat16)
@@ -193,8 +193,10 @@ class CheckpointIndex:
 
     def _is_decoded(self, tensor: str) -> bool:
         """Return whether a tensor is decoded to bf16 when it is read."""
+        if self._gguf:
+            return self._in_blocks(tensor) is not None
         in_fp8 = fp8_format.is_quantized(tensor, self._weight_map)
-        return in_fp8 or self._in_blocks(tensor) is not None
+        return in_fp8 or bnb_format.quant_type(tensor, self._weight_map) == "fp4"
 
     def _shape(self, tensor: str) -> tuple[int, ...]:
         stack, number = split_part(tensor)
@@ -249,7 +251,7 @@ class CheckpointIndex:
             self._check_type(scales, _FLOATS, "scales are floats")
             if len(shape) != 2 or self._spec(numbers).dtype != fp8_format.FP8:
                 raise CheckpointError(f"{self._place(name)}: {name} is no matrix in FP8")
-        elif self._gguf or self.quant_type(name) is None:
+        elif self._gguf or bnb_format.quant_type(name, self._weight_map) is None:
             self._check_shape(name, shape)
             self._check_type(name, _FLOATS, "only bf16, fp16 and fp32 weights can be quantized")
         elif len(shape) != 2:

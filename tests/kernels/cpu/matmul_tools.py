@@ -8,16 +8,16 @@ import torch
 
 from mixchat.kernels.cpu import quantized_matmul as kernel
 from mixchat.kernels.cpu.quantized_matmul import QuantizedMatrix
-from mixchat.weights.matrix.int6 import INT5, INT6
+from mixchat.weights.matrix.int6 import INT6
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.mxfp4 import MXFP4
-from mixchat.weights.matrix.nf4 import FP4, NF4
+from mixchat.weights.matrix.nf4 import NF4
 from mixchat.weights.matrix.quant_type import BlockCodes
 from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3
 
-EVEN = (INT8, INT6, INT5)  # levels, with x in 15 bits and a sign if not in bytes
+EVEN = (INT8, INT6)  # levels, with x in 15 bits and a sign if not in bytes
 IN_BYTES = (TRELLIS2, TRELLIS3)  # for any count of tokens
-TYPES = {kind.name: kind for kind in (NF4, FP4, MXFP4, *EVEN, *IN_BYTES)}
+TYPES = {kind.name: kind for kind in (NF4, MXFP4, *EVEN, *IN_BYTES)}
 each_type = pytest.mark.parametrize("kind", TYPES.values(), ids=list(TYPES))
 
 

@@ -34,13 +34,13 @@ from mixchat.kernels.cpu.gated_norm import GatedNorm
 from mixchat.kernels.cpu.pages import PAGE, Bits, CacheShape
 from mixchat.kernels.cpu.quantized_matmul import QuantizedMatrix
 from mixchat.kernels.cpu.units import MANY
-from mixchat.weights.matrix.int6 import INT5, INT6
+from mixchat.weights.matrix.int6 import INT6
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.nf4 import NF4
 from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3
 
-TYPES = {kind.name: kind for kind in (INT8, INT6, INT5, NF4, MXFP4, TRELLIS2, TRELLIS3)}
+TYPES = {kind.name: kind for kind in (INT8, INT6, NF4, MXFP4, TRELLIS2, TRELLIS3)}
 MODULES = (kernel, attention, convolution, delta_net, dense, pages, program, router, rows)
 MODULES += (gated_norm, trellis_encode)
 under_qemu = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from mixchat.kernels.cpu.emit import Function, i64
 from mixchat.kernels.cpu.four_bit_units import FOUR_BITS, MXFP4_UNITS
 from mixchat.kernels.cpu.object_cache import _MOST_FILES, ObjectCache
 from mixchat.kernels.cpu.pages import CacheShape
-from mixchat.kernels.cpu.plane_units import FIVE_BITS, SIX_BITS
+from mixchat.kernels.cpu.plane_units import SIX_BITS
 from mixchat.kernels.cpu.trellis_units import TRELLIS_2, TRELLIS_3
 from mixchat.kernels.cpu.units import EIGHT_BITS
 
@@ -86,7 +86,7 @@ def test_what_was_compiled_before_is_not_written_again(place):
 
 def test_units_have_names_of_their_own():
     """They are parts of the keys of machine code."""
-    sets = (FOUR_BITS, MXFP4_UNITS, FIVE_BITS, SIX_BITS, EIGHT_BITS, TRELLIS_2, TRELLIS_3)
+    sets = (FOUR_BITS, MXFP4_UNITS, SIX_BITS, EIGHT_BITS, TRELLIS_2, TRELLIS_3)
     units = {unit for each in sets for unit in (*each.words.values(), *each.bytes.values())}
     assert len({repr(unit) for unit in units}) == len(units)
     assert not [unit for unit in units if " at 0x" in repr(unit)]

@@ -32,10 +32,10 @@ from mixchat.kernels.cpu.plane_units import InBytes, WordsByBytes
 from mixchat.kernels.cpu.quantized_matmul import QuantizedMatrix
 from mixchat.kernels.cpu.trellis_units import Trellis
 from mixchat.kernels.cpu.units import MANY, Unit, UnitSet
-from mixchat.weights.matrix.int6 import INT5, INT6
+from mixchat.weights.matrix.int6 import INT6
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.mxfp4 import MXFP4
-from mixchat.weights.matrix.nf4 import FP4, NF4
+from mixchat.weights.matrix.nf4 import NF4
 from mixchat.weights.matrix.quant_type import BlockCodes, QuantType
 from mixchat.weights.matrix.trellis import TRELLIS3
 
@@ -202,13 +202,10 @@ def test_a_token_alone_has_the_result_that_it_has_among_others(
 
 
 @x86_alone
-@pytest.mark.parametrize("kind", [INT5, INT6], ids=["int5", "int6"])
-def test_a_lone_token_has_the_bits_of_words(
-    kind: BlockCodes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    matrix, x = Matrix(160, 192, kind), random(3, 192, seed=1)
+def test_a_lone_token_has_the_bits_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, x = Matrix(160, 192, INT6), random(3, 192, seed=1)
     x[0, 5], x[1, 64:128] = 50, 0
-    words, unit = matrix(x), kind.units.alone["avx512"]
+    words, unit = matrix(x), INT6.units.alone["avx512"]
     if instruction_set() != "avx512" or not all(map(has_feature, unit.needs)):
         unit = emulated(unit)
     monkeypatch.setattr(UnitSet, "unit_for", lambda *_: unit)
@@ -268,7 +265,7 @@ def test_neon_gives_the_bits_of_x86(
 
 
 @x86_alone
-@pytest.mark.parametrize("kind", [NF4, FP4, MXFP4], ids=["nf4", "fp4", "mxfp4"])
+@pytest.mark.parametrize("kind", [NF4, MXFP4], ids=["nf4", "mxfp4"])
 def test_any_count_of_tokens_at_once_gives_the_same_bits(
     kind: BlockCodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,11 +322,9 @@ def test_many_tokens_are_multiplied_as_bytes_if_the_cpu_can(
 @each_type
 def test_the_largest_possible_sum_does_not_overflow(unit: str, kind: BlockCodes) -> None:
     extremes: dict[str, list[tuple[int, float]]] = {
-        "fp4": [(0x33, 1)],
         "mxfp4": [(0x77, 6 / 4)],  # 6 times 2^-9
         "int8": [(127, 1), (-127, -1)],
         "int6": [(0xFF, 31 / 32), (0, -1)],
-        "int5": [(0xFF, 15 / 16), (0, -1)],
         "trellis2": [(0, -63 / 64)],
         "trellis3": [(0, -63 / 64)],
     }

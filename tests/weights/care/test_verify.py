@@ -120,7 +120,7 @@ class TestManifest:
         [
             lambda data: b"",
             lambda data: data[:-20],
-            lambda data: data.replace(b'"nf4"', b'"fp4"'),
+            lambda data: data.replace(b'"nf4"', b'"nf3"'),
             lambda data: data.replace(b"  ", b" "),
         ],
     )

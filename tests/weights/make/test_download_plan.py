@@ -35,7 +35,7 @@ MB = 1_000_000
 MXFP4 = "gpt_oss in mxfp4"
 FORMS: list[dict[str, Any]] = [
     {},
-    *({"attention": bits, "head": bits} for bits in (16, 6, 5)),
+    *({"attention": bits, "head": bits} for bits in (16, 6)),
     {"attention": 4, "head": 4},
     *({"quant_type": kind} for kind in ("trellis3", "trellis2", "none")),
     {"quant_type": "none", "attention": 8},

@@ -9,12 +9,12 @@ import torch
 
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format import manifest
-from mixchat.weights.matrix import encode, int8, linear, mxfp4, nf4, quant_type, trellis
-from mixchat.weights.matrix.int6 import INT5, INT6
+from mixchat.weights.matrix import encode, int8, linear, mxfp4, quant_type, trellis
+from mixchat.weights.matrix.int6 import INT6
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.linear import TYPES, LinearSpec, as_packed, type_of_bits
 from mixchat.weights.matrix.mxfp4 import MXFP4
-from mixchat.weights.matrix.nf4 import FP4, NF4
+from mixchat.weights.matrix.nf4 import NF4
 from mixchat.weights.matrix.quant_type import BlockCodes, Linear
 from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3, TrellisCodes
 
@@ -75,20 +75,15 @@ def numbers_of_int8(codes: torch.Tensor) -> list[float]:
     return [code / 127 for code in codes.tolist()]
 
 
-def even_numbers(bits: int) -> Callable[[torch.Tensor], list[float]]:
+def numbers_of_int6(codes: torch.Tensor) -> list[float]:
     """The docstring of `int6.py`, block by block."""
-
-    def numbers(codes: torch.Tensor) -> list[float]:
-        found, half = [], 2 ** (bits - 1)
-        for block in codes.view(-1, 8 * bits).tolist():
-            low = [code for byte in block[:32] for code in (byte % 16, byte // 16)]
-            above = int.from_bytes(bytes(block[32:]), "little")
-            for place, code in enumerate(low):
-                high = above >> (bits - 4) * place & 2 ** (bits - 4) - 1
-                found.append((code + 16 * high - half) / half)
-        return found
-
-    return numbers
+    found = []
+    for block in codes.view(-1, 48).tolist():
+        low = [code for byte in block[:32] for code in (byte % 16, byte // 16)]
+        above = int.from_bytes(bytes(block[32:]), "little")
+        for place, code in enumerate(low):
+            found.append((code + 16 * (above >> 2 * place & 3) - 32) / 32)
+    return found
 
 
 def in_two_halves(levels: torch.Tensor) -> Callable[[torch.Tensor], list[float]]:
@@ -101,10 +96,8 @@ def in_two_halves(levels: torch.Tensor) -> Callable[[torch.Tensor], list[float]]
 
 KINDS = [
     Kind(INT8, numbers_of_int8, 2e-4, 2e-4),
-    Kind(INT6, even_numbers(6), 2e-4, 1.2e-2),
-    Kind(INT5, even_numbers(5), 2e-4, 1.2e-2),
+    Kind(INT6, numbers_of_int6, 2e-4, 1.2e-2),
     Kind(NF4, in_two_halves(NF4.levels), 4e-4, 1.2e-2),
-    Kind(FP4, in_two_halves(FP4.levels), 4e-4, 1.2e-2),
     Kind(MXFP4, in_two_halves(MXFP4.levels), 4e-4, 1.2e-2),
     Kind(TRELLIS2, numbers_of_trellis, 1.2e-2, 1.2e-2),
     Kind(TRELLIS3, numbers_of_trellis, 1.2e-2, 1.2e-2),
@@ -149,7 +142,6 @@ def test_pieces_leave_no_seam(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(quant_type, "_REORDERED", 2 * 32 * 192)
     for module in (quant_type, int8, mxfp4, encode, trellis):
         monkeypatch.setattr(module, "_PIECE", 128)
-    monkeypatch.setattr(nf4, "_CHUNK", 128)
     assert all(map(torch.equal, form.encode(weight), whole))
     assert torch.equal(form.dequantized(whole), matrix)
 
@@ -305,7 +297,5 @@ def test_each_type_is_known_by_its_name_and_to_manifests() -> None:
 
 
 def test_a_type_is_found_by_its_bits() -> None:
-    names = {16: "none", 8: "int8", 6: "int6", 5: "int5", 4: "nf4", 3: "trellis3", 2: "trellis2"}
+    names = {16: "none", 8: "int8", 6: "int6", 4: "nf4", 3: "trellis3", 2: "trellis2"}
     assert {bits: type_of_bits(bits) for bits in names} == names
-    found = {kind: type_of_bits(4, kind) for kind in ("trellis3", "fp4", "mxfp4", "none")}
-    assert found == {"trellis3": "nf4", "fp4": "fp4", "mxfp4": "nf4", "none": "nf4"}

@@ -1,4 +1,4 @@
-"""NF4 and FP4 against bitsandbytes."""
+"""NF4 against bitsandbytes."""
 
 from dataclasses import replace
 
@@ -8,9 +8,7 @@ import torch
 
 from mixchat.weights.matrix import nf4
 from mixchat.weights.matrix.linear import LinearSpec
-from mixchat.weights.matrix.nf4 import FOUR_BIT, FP4, NF4, FourBit, Quantized4bit, round_absmax
-
-each_type = pytest.mark.parametrize("kind", [NF4, FP4], ids=["nf4", "fp4"])
+from mixchat.weights.matrix.nf4 import NF4, Quantized4bit, round_absmax
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -18,23 +16,21 @@ def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
 
 
-def dequantized(weight: torch.Tensor, kind: str = "nf4") -> torch.Tensor:
+def dequantized(weight: torch.Tensor) -> torch.Tensor:
     """The oracle: bitsandbytes there and back, in fp32; as one row, which it always reads right."""
-    codes, state = bnb.quantize_4bit(weight.view(1, -1), blocksize=64, quant_type=kind)
+    codes, state = bnb.quantize_4bit(weight.view(1, -1), blocksize=64, quant_type="nf4")
     state.dtype = torch.float32
     return bnb.dequantize_4bit(codes, state).view(weight.shape)
 
 
-@each_type
-def test_the_levels_are_those_of_bitsandbytes(kind):
-    assert torch.equal(kind.levels, bnb.get_4bit_type(kind.name, device="cpu"))
+def test_the_levels_are_those_of_bitsandbytes():
+    assert torch.equal(NF4.levels, bnb.get_4bit_type("nf4", device="cpu"))
 
 
-@each_type
-def test_codes_and_scales_are_those_of_bitsandbytes(kind):
+def test_codes_and_scales_are_those_of_bitsandbytes():
     weight = random_weight(96, 128)
-    expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=kind.name)
-    codes, absmax = kind.codes(weight)
+    expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    codes, absmax = NF4.codes(weight)
     assert torch.equal(codes, expected.view(-1))
     # Exactly, not nearly: the largest of 64 bf16 numbers is a bf16 number.
     assert torch.equal(absmax.float(), state.absmax)
@@ -62,21 +58,19 @@ def test_a_code_lies_where_the_docstring_says():
     assert packed[5 * 32 + 6] == 0x0F
 
 
-@each_type
 @pytest.mark.parametrize("columns", [128, 96, 66])
-def test_a_matrix_of_bitsandbytes_is_dequantized_as_there(kind, columns, monkeypatch):
+def test_a_matrix_of_bitsandbytes_is_dequantized_as_there(columns, monkeypatch):
     weight = random_weight(40, columns)
     monkeypatch.setattr(nf4, "_DENSE_PIECE", 256)
-    expected = dequantized(weight, kind.name)
-    assert torch.equal(part(weight, kind.name).dense(torch.float32), expected)
-    assert torch.equal(part(weight, kind.name).dense(torch.bfloat16), expected.bfloat16())
+    expected = dequantized(weight)
+    assert torch.equal(part(weight).dense(torch.float32), expected)
+    assert torch.equal(part(weight).dense(torch.bfloat16), expected.bfloat16())
 
 
-@each_type
-def test_dequantizing_is_that_of_bitsandbytes(kind):
+def test_dequantizing_is_that_of_bitsandbytes():
     weight = random_weight(40, 128)
-    linear = replace(spec(40, kind=kind.name), dtype=torch.float32)
-    expected = dequantized(weight, kind.name)
+    linear = replace(spec(40), dtype=torch.float32)
+    expected = dequantized(weight)
     assert torch.equal(linear.dequantized(linear.encode(weight)), expected)
 
 
@@ -87,36 +81,34 @@ def test_rounding_a_scale_changes_it_by_one_part_in_256_at_most():
     assert torch.equal(round_absmax(scales.bfloat16().float()), scales.bfloat16())
 
 
-def spec(rows: int = 64, columns: int = 128, kind: FourBit = "nf4") -> LinearSpec:
-    return LinearSpec("w", rows, columns, kind, torch.bfloat16)
+def spec(rows: int = 64, columns: int = 128) -> LinearSpec:
+    return LinearSpec("w", rows, columns, "nf4", torch.bfloat16)
 
 
-def part(weight: torch.Tensor, kind: FourBit = "nf4", *, nested: bool = False) -> Quantized4bit:
+def part(weight: torch.Tensor, *, nested: bool = False) -> Quantized4bit:
     """A matrix as bitsandbytes has quantized it."""
-    codes, state = bnb.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+    codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
     absmax = state.absmax
     if nested:
         absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
-    return Quantized4bit(FOUR_BIT[kind], *weight.shape, codes.view(-1), absmax)
+    return Quantized4bit(NF4, *weight.shape, codes.view(-1), absmax)
 
 
-@each_type
 @pytest.mark.parametrize("heights", [[32, 48, 16], [24, 7, 9]])
-def test_taking_over_matrices_gives_what_encoding_the_whole_gives(kind, heights):
+def test_taking_over_matrices_gives_what_encoding_the_whole_gives(heights):
     weight = random_weight(sum(heights), 128)
-    linear = spec(len(weight), kind=kind.name)
-    parts = [part(rows, kind.name) for rows in weight.split(heights)]
+    linear = spec(len(weight))
+    parts = [part(rows) for rows in weight.split(heights)]
     taken = linear.stack_quantized(parts)
     assert [tensor.dtype for tensor in taken] == [torch.bfloat16, torch.uint8]
     for one, other in zip(taken, linear.encode(weight), strict=True):
         assert torch.equal(one, other)
 
 
-@each_type
-def test_a_nested_absmax_is_taken_over_to_bf16_rounding(kind):
+def test_a_nested_absmax_is_taken_over_to_bf16_rounding():
     weight = random_weight(64, 128)
-    one = part(weight, kind.name, nested=True)
-    linear = replace(spec(kind=kind.name), dtype=torch.float32)
+    one = part(weight, nested=True)
+    linear = replace(spec(), dtype=torch.float32)
     absmax, codes = linear.stack_quantized([one])
     plain = linear.encode(weight)
     assert torch.equal(codes, plain[1])
