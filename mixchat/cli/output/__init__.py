@@ -6,5 +6,5 @@
 - plan_report.py, plan_text.py: a plan
 - bench_report.py: the result of mixchat bench
 - messages.py: errors and notes on standard error
-- progress.py, bars.py: bars on a terminal of any width, lines elsewhere
+- progress.py: Rich's bars on a terminal, lines elsewhere
 """

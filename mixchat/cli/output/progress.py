@@ -89,9 +89,7 @@ class Bars:
 
     def task(self, name: str, total: int, done: int = 0) -> Task:
         if self._bars is None:
-            from mixchat.cli.output.bars import FittingBars
-
-            self._bars = FittingBars(_console(self._stream))
+            self._bars = _rich_progress(self._stream)
             self._bars.start()
         return _Bar(self._bars, self._bars.add_task(one_line(name), total=total, completed=done))
 
@@ -196,6 +194,29 @@ class _Line:
         came = format_size(self._done - self._first)
         took = now - self._began
         return f"{self._name}: {came} in {'less than 1 s' if took < 1 else format_time(took)}"
+
+
+def _rich_progress(stream: TextIO) -> RichProgress:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.table import Column
+
+    name = Column(no_wrap=True, overflow="ellipsis", max_width=24)  # the row fits in 80 columns
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=name),
+        BarColumn(bar_width=16),
+        DownloadColumn(table_column=Column(no_wrap=True)),
+        TransferSpeedColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        console=_console(stream),
+        speed_estimate_period=20,
+    )
 
 
 def _console(stream: TextIO) -> Console:
