@@ -7,7 +7,6 @@ of the experts, with the moves of experts a token (tests/benchmarks/cache_polici
 | trace                         | residents        | moves         | lru              | moves      |
 | ----------------------------- | ---------------- | ------------- | ---------------- | ---------- |
 | repeats as in Mixtral's paper | 25.0, 49.9, 74.9 | .10, .13, .11 | 30.3, 46.4, 73.8 | 45, 34, 17 |
-| a demo's story                | 50.3, 79.1, 95.1 | .13, .15, .10 | 48.8, 74.4, 93.9 | 31, 15, 4  |
 
 A lead of two uses instead took .1 to .8 moves for the same rates. With half-lives of 64 to 512
 tokens the rates differ by 1% at most.

@@ -10,7 +10,7 @@
 - expectation.py: how fast it decodes and reads prompts
 - gpu_cost.py: the seconds of a token and of a prompt on GPUs
 - routing.py: hit rates from a router's choices
-- cards.py: the published figures of common GPUs
+- cards.py: finds a GPU's name in cards.json, which has published figures
 - machine_speeds.py, gpu_speeds.py: the speeds of a machine and of a GPU
 - measuring.py: measures this machine, and remembers the figures in machine.json
 - compute_speed.py, disk_speed.py, gpu_measuring.py, bandwidth.py: the single measurements
