@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -19,8 +18,7 @@ from mixchat.cli.chats import chats
 from mixchat.cli.config import config
 from mixchat.cli.download import calibrate, download
 from mixchat.cli.flags.run_flags import RunCommand
-from mixchat.cli.flags.settings import HeadedCommand, apply_config, explained, option, with_flags
-from mixchat.cli.flags.shell_completion import COMPLETE_VARIABLE, complete, install_completion
+from mixchat.cli.flags.settings import apply_config, explained, option, with_flags
 from mixchat.cli.models import gc, list_models, repair, rm, show_model, stats, verify
 from mixchat.cli.output.messages import print_error
 from mixchat.cli.plan import plan
@@ -29,18 +27,16 @@ from mixchat.cli.serve import serve, worker
 
 _INTERRUPTED = 130
 _CLOSED_PIPE = 141
+_COMPLETING = "_MIXCHAT_COMPLETE"  # which Typer's scripts for shells set
 # More than a model has layers. A terminal's library can use no descriptor above it.
 _OPEN_FILES = 1024
-_MAX_COLUMNS = 120  # of --help
 
 
 app = typer.Typer(
     name="mixchat",
-    add_completion=False,  # see flags/shell_completion.py
     help="Chat with a mixture-of-experts model that is larger than your machine's memory.",
-    # Rich would add a third to the time of --help, and reads brackets as markup.
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _MAX_COLUMNS},
+    rich_markup_mode=None,  # Rich's tables leave texts a third of 80 columns
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog="To begin, 'mixchat run -m demo' tries a small model, and 'mixchat plan' shows which "
     "models fit here.",
 )
@@ -67,7 +63,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "chats": chats,
 }
 for _name, _function in _COMMANDS.items():
-    app.command(_name, cls=HeadedCommand)(_function)
+    app.command(_name)(_function)
 
 
 def _print_version(wanted: bool) -> None:
@@ -77,16 +73,10 @@ def _print_version(wanted: bool) -> None:
 
 
 _VERSION = option("-V --version", "Print the version.", callback=_print_version, is_eager=True)
-_INSTALL = option(
-    "--install-completion",
-    "Complete commands, flags and models in this shell (bash, zsh or fish).",
-    callback=install_completion,
-    is_eager=True,
-)
 
 
 @app.callback(invoke_without_command=True)
-def _mixchat(context: typer.Context, version: bool = _VERSION, completing: bool = _INSTALL) -> None:
+def _mixchat(context: typer.Context, version: bool = _VERSION) -> None:
     if context.invoked_subcommand is None:
         printing.show(context.get_help())
         return
@@ -143,10 +133,10 @@ def _exit_code(arguments: Sequence[str]) -> int:
 
 
 def _invoke(arguments: Sequence[str]) -> int:
+    if _COMPLETING in os.environ:
+        app(prog_name="mixchat")  # ends the process
     # `app()` would give a closed pipe exit code 1, and print errors its own way.
-    command = _command()
-    if instruction := os.environ.get(COMPLETE_VARIABLE):
-        return complete(command, instruction)
+    command = typer.main.get_command(app)
     try:
         with command.make_context("mixchat", list(arguments)) as context:
             command.invoke(context)
@@ -155,22 +145,6 @@ def _invoke(arguments: Sequence[str]) -> int:
     except typer.BadParameter as error:
         raise explained(error) from None
     return 0
-
-
-def _command() -> Any:
-    """Return the whole command line.
-
-    With None as the default of --help, Typer would import pydantic, which takes long.
-    """
-    command: Any = typer.main.get_command(app)
-    context = command.context_class(command, **command.context_settings)
-    command.get_help_option(context).default = False
-    for each in command.commands.values():
-        for parameter in each.params:
-            if parameter.param_type_name == "argument":
-                # PROMPT is enough without <list[str]>.
-                parameter.display_type_rich = lambda ctx: ""
-    return command
 
 
 def _abandon_output() -> None:

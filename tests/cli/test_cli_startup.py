@@ -18,7 +18,6 @@ HEAVY = {
     "numpy",
     "prompt_toolkit",
     "psutil",
-    "pydantic",
     "rich",
     "sentencepiece",
     "starlette",
@@ -42,13 +41,6 @@ def test_help_imports_nothing_heavy(arguments, environment):
     code, output, loaded = loaded_by(environment, *arguments)
     assert (code, bool(output)) == (0, True)
     assert not HEAVY & loaded
-
-
-def test_help_names_no_types_of_python(mixchat):
-    """It said `PROMPT <list[str]>`."""
-    said = mixchat("run", "--help").stdout.decode()
-    assert "<str>" not in said
-    assert "<list" not in said
 
 
 @pytest.mark.parametrize(

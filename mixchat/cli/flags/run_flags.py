@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import typer
+from typer.core import TyperCommand
 
 from mixchat.base.context import Context
 from mixchat.base.errors import UsageError
@@ -28,7 +29,6 @@ from mixchat.cli.flags.settings import (
     OUTPUT,
     PROMPT,
     SAMPLING,
-    HeadedCommand,
     chosen,
     is_given,
     option,
@@ -218,7 +218,7 @@ class RunFlags(LoadFlags):
     vi: bool = setting("--vi/--no-vi", "Use vi's keys at the prompt.", CHAT)
 
 
-class RunCommand(HeadedCommand):
+class RunCommand(TyperCommand):
     """Accepts `--resume` without a value, and notes a `--`, which makes all words the PROMPT."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

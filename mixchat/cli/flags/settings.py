@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, Signature
 from typing import Any, Literal, get_type_hints
 
 import typer
-from typer.core import TyperCommand
 
-from mixchat.base.errors import UsageError, alternatives
+from mixchat.base.errors import UsageError
 from mixchat.base.settings import config_file, read_config
-from mixchat.chat.printing import show
 
 PREFIX = "MIXCHAT_"
 AGAIN = "may be given again"  # of a flag with several values
@@ -23,85 +21,18 @@ _COMMAND = "run"  # has nearly every setting as a flag
 _MORE_SETTINGS = {"serve": ("alias",)}  # that `run` has no flags for
 _LARGEST_NUMBER = 10**30  # Python refuses to write numbers of thousands of digits
 
-# The headings of flags in --help.
+# What flags are about, in the order of --help.
 MODEL, PROMPT, SAMPLING, OUTPUT = "Model", "Prompt and input", "Sampling", "Output"
 MEMORY, CHAT = "Memory and speed", "Chat"
 SERVER, MACHINE, MEASURING = "Server", "Another machine", "Measuring"
-_HEADINGS = (
-    "Arguments",
-    *(MODEL, PROMPT, SERVER, MACHINE, MEASURING, SAMPLING, OUTPUT, MEMORY, CHAT),
-    "Options",
-)
-
-_HELP_ALL_NAME = "help_all"
-_MAX_HELP_LINES = 30  # a screen; `run --help` had 125, in which nobody found -m
-# The names in Python of the flags that a brief help shows, of all commands.
-_MOST_USED = (
-    *("model", "name", "expert_bits", "calibrate", "dry_run"),
-    *("ram", "gpu", "synthetic", "shape", "windows", "calibrate_text", "listen", "new_key"),
-    *("host", "port", "api_key", "swap", "sleep_after"),
-    *("file", "system", "resume", "temperature", "max_tokens", "as_json", "extract"),
-    *("ctx_size", _HELP_ALL_NAME),
-)
+_ORDER = (MODEL, PROMPT, SERVER, MACHINE, MEASURING, SAMPLING, OUTPUT, MEMORY, CHAT, None)
 
 ValueSource = Literal["flag", "variable", "file", "default"]
-# By pydantic's names of errors.
-_KINDS = {
-    "int_parsing": "a whole number",
-    "float_parsing": "a number",
-    "bool_parsing": "true or false",
-}
-_LIMITS = {"greater_than_equal": ("at least", "ge"), "less_than_equal": ("at most", "le")}
 _SOURCES: dict[str, ValueSource] = {
     "COMMANDLINE": "flag",
     "ENVIRONMENT": "variable",
     "DEFAULT_MAP": "file",
 }
-
-
-class HeadedCommand(TyperCommand):
-    """Shows flags under headings, without Rich, whose import takes long.
-
-    If the help of a command with --help-all has more than a screen of lines, --help shows its first
-    paragraph and the most used flags.
-    """
-
-    def get_help(self, ctx: Any) -> str:
-        whole = self.whole_help(ctx)
-        shown = {each.name: each for each in self.get_params(ctx) if each.get_help_record(ctx)}
-        if _HELP_ALL_NAME not in shown or whole.count("\n") < _MAX_HELP_LINES:
-            return whole
-        arguments = [each for each in shown.values() if each.param_type_name == "argument"]
-        most_used = [shown[name] for name in _MOST_USED if name in shown]
-        options = [each for each in most_used if each not in arguments]
-        formatter = ctx.make_formatter()
-        self.format_usage(ctx, formatter)
-        formatter.write_paragraph()
-        with formatter.indentation():
-            formatter.write_text(str(self.help).partition("\n\n")[0])
-        for heading, parameters in (("Arguments", arguments), ("Most used options", options)):
-            if parameters:
-                with formatter.section(heading):
-                    formatter.write_dl([each.get_help_record(ctx) for each in parameters])
-        count = len(shown) - len(arguments) - len(options)
-        formatter.write_paragraph()
-        formatter.write_text(f"'{ctx.command_path} --help-all' explains these and {count} more.")
-        return str(formatter.getvalue()).rstrip("\n")
-
-    def whole_help(self, ctx: Any) -> str:
-        """Return the help with all flags."""
-        return str(super().get_help(ctx))
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        rows: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            if (row := parameter.get_help_record(ctx)) is not None:
-                is_argument = parameter.param_type_name == "argument"
-                panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None)
-                rows.setdefault(panel or "Options", []).append(row)
-        for heading in sorted(rows, key=_HEADINGS.index):
-            with formatter.section(heading):
-                formatter.write_dl(rows[heading])
 
 
 def option(
@@ -139,44 +70,28 @@ def setting(
     return option(usage, help, heading, default, **common(variable, check), **more)
 
 
-def _show_whole_help(context: typer.Context, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
-        show(context.command.whole_help(context))  # type: ignore[attr-defined]
-        raise typer.Exit
-
-
-_HELP_ALL = option(
-    "--help-all",
-    "Show all flags, and explain the command.",
-    callback=_show_whole_help,
-    is_eager=True,
-    expose_value=False,
-)
-
-
 def with_flags(command: Callable[[typer.Context, Any], None]) -> Callable[..., None]:
-    """Return a command with a parameter for each field of the dataclass that `command` takes.
-
-    --help-all is added, because only such commands have more flags than fit on a screen.
-    """
+    """Return a command with a parameter for each field of the dataclass that `command` takes."""
     flags = get_type_hints(command)["flags"]
     types = get_type_hints(flags)
 
     @wraps(command)
     def run(context: typer.Context, **values: Any) -> None:
-        del values[_HELP_ALL_NAME]  # it has been answered
         command(context, flags(**values))
 
     parameters = [
         Parameter(
             each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=types[each.name]
         )
-        for each in fields(flags)
+        for each in sorted(fields(flags), key=_place_in_help)
     ]
-    help_all = Parameter(_HELP_ALL_NAME, Parameter.KEYWORD_ONLY, default=_HELP_ALL, annotation=bool)
     first = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    run.__signature__ = Signature([first, *parameters, help_all])  # type: ignore[attr-defined]
+    run.__signature__ = Signature([first, *parameters])  # type: ignore[attr-defined]
     return run
+
+
+def _place_in_help(field: Field[Any]) -> int:
+    return _ORDER.index(getattr(field.default, "rich_help_panel", None))
 
 
 def settings_of(command: Any) -> dict[str, Any]:
@@ -283,16 +198,13 @@ def takes_number(parameter: Any) -> bool:
 
 
 def explained(error: typer.BadParameter) -> Exception:
-    """Return the error with the value, what is allowed, and its source."""
+    """Return the error with the variable or file that gave the value, if no flag did."""
     context: Any = error.ctx
     parameter: Any = error.param
-    message = error.message
-    if (details := getattr(error.__cause__, "errors", None)) is not None:
-        message = f"{_shown(parameter)} has to be {_allowed(details()[0])}"
-    elif context is None or value_source(context, parameter.name) in ("flag", "default"):
+    if context is None or value_source(context, parameter.name) in ("flag", "default"):
         return error
-    hint = f"'{context.command_path} --help-all' explains it."
-    return _named(context, parameter, message, hint)
+    hint = f"'{context.command_path} --help' explains it."
+    return _named(context, parameter, error.message, hint)
 
 
 def _as_word(where: str, parameter: Any, value: Any) -> Any:
@@ -325,20 +237,6 @@ def _as_text(where: str, value: str | int | float) -> str:
 def _shown(parameter: Any) -> str:
     long = next((opt for opt in parameter.opts if opt.startswith("--")), None)
     return str(long or parameter.metavar)
-
-
-def _allowed(detail: Mapping[str, Any]) -> str:
-    """Return `a number, not 'hot'` for pydantic's description of an error."""
-    error_type, context = detail["type"], detail.get("ctx", {})
-    _, listed, choices = detail["msg"].rstrip(".").partition(" is not one of ")
-    if listed:
-        allowed = alternatives(choices.replace("'", "").split(", "))
-    elif error_type in _LIMITS:
-        word, limit = _LIMITS[error_type]
-        allowed = f"{word} {context[limit]}"
-    else:
-        allowed = _KINDS.get(error_type, detail["msg"])
-    return f"{allowed}, not {detail['input']!r}"
 
 
 def common(variable: str, check: Callable[[Any], object] | None) -> dict[str, Any]:

@@ -1,78 +1,12 @@
-"""Completes commands, flags, and the names of models and chats in a shell."""
+"""Completes the names of models and chats, and other values of flags, in a shell."""
 
 from __future__ import annotations
 
-import io
-import os
 import re
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
-from importlib import import_module
-from typing import Any
 
-import typer
-
-from mixchat.base.errors import MixchatError, UsageError
-from mixchat.chat.printing import say, show_piece
-
-COMPLETE_VARIABLE = "_MIXCHAT_COMPLETE"  # set by the scripts of --install-completion
-_PROGRAM = "mixchat"
 # Other characters have a meaning in some shell.
-_HARMLESS = re.compile(r"[\w.,+@%/-]+( [\w.,+@%/-]+)*")
-_SHELLS = ("bash", "zsh", "fish")
-# Zsh runs the file at the first Tab. Typer's only defines a function then.
-_ZSH_ENDING = """
-if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
-  _mixchat_completion "$@"
-fi"""
-
-
-def complete(group: Any, instruction: str) -> int:
-    """Print the completions of the command line that the shell gives."""
-    completion = _typer_completion()
-    completion.completion_init()
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        code: int = completion.shell_complete(group, {}, _PROGRAM, COMPLETE_VARIABLE, instruction)
-    text = printed.getvalue()
-    if instruction == "complete_bash":
-        # Bash does not escape spaces. It must not in a word that starts with a quote.
-        words, position = os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"])
-        if not "".join(words[position : position + 1]).startswith(("'", '"')):
-            text = text.replace(" ", "\\ ")
-    show_piece(text)
-    return code
-
-
-def install_completion(wanted: bool) -> None:
-    """Install completion for the running shell. Raises `UsageError`."""
-    if not wanted:
-        return
-    completion = _typer_completion()
-    shellingham: Any = import_module("shellingham")  # Typer needs it, too
-    try:
-        shell = str(shellingham.detect_shell()[0])
-    except shellingham.ShellDetectionFailure:
-        shell = ""
-    if shell not in _SHELLS:
-        raise UsageError(
-            f"cannot complete in {shell or 'this shell'}: only in {', '.join(_SHELLS)}",
-            hint=f"Type the command in one of these shells: {_PROGRAM} --install-completion",
-        )
-    names = {"prog_name": _PROGRAM, "complete_var": COMPLETE_VARIABLE}
-    _, path = completion.install(shell=shell, **names)
-    script = str(completion.get_completion_script(shell=shell, **names))
-    script += _ZSH_ENDING if shell == "zsh" else ""
-    path.write_text(script + "\n", encoding="utf-8")
-    done = f"wrote {path}; shells that start from now on complete mixchat's commands"
-    say(done, stream=sys.stdout)
-    raise typer.Exit
-
-
-def _typer_completion() -> Any:
-    """Import Typer's completion here, for its options would import pydantic at each start."""
-    return import_module("typer.completion")
+_HARMLESS = re.compile(r"[\w.,+@%/-]+")
 
 
 def one_of(*words: str) -> Callable[[str], list[str]]:
