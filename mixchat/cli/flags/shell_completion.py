@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from mixchat.base.errors import MixchatError
+
 # Other characters have a meaning in some shell.
 _HARMLESS = re.compile(r"[\w.,+@%/-]+")
 
