@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from anyio import CapacityLimiter
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -24,7 +22,6 @@ from mixchat.base.context import Context
 from mixchat.base.errors import MixchatError
 from mixchat.base.progress import Note
 from mixchat.face.model import Model
-from mixchat.face.request import QueueFullError
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion, token_ids
 from mixchat.serving.requests.errors import (
@@ -39,7 +36,14 @@ from mixchat.serving.requests.shared import APIRequest, check_model
 from mixchat.serving.web import anthropic, ollama
 from mixchat.serving.web.access import IGNORED, Access, error_response, guarded
 from mixchat.serving.web.answers import AnswerStream, PendingAnswers, WholeAnswer, while_connected
-from mixchat.serving.web.bodies import Body, MemoryBudget, Turns, body_budget, with_share
+from mixchat.serving.web.bodies import (
+    Body,
+    MemoryBudget,
+    WorkTurns,
+    body_budget,
+    in_thread,
+    with_share,
+)
 from mixchat.serving.web.openai_responses import ResponsesResponses, read_responses
 from mixchat.serving.web.page import page_routes
 from mixchat.serving.web.responses import (
@@ -52,19 +56,15 @@ from mixchat.serving.web.responses import (
 from mixchat.serving.web.served_models import ServedModels
 
 _MAX_BODY_EXTRA = 1_000_000  # bytes of a body besides its prompt
-_MAX_FORM_CHECKS = 2  # at once, each with up to a core and 1 GB
-_MAX_WAITING_CHECKS = 16
 _MAX_IGNORED = 20  # fields that a response names
 _MAX_NOTED = 100  # names
 _PER_TOKEN = 40  # bytes of a prompt's token
-# The fields with schemas or grammars, which are checked in processes.
-_FORM_FIELDS = ("response_format", "grammar", "tools", "format", "text", "output_config")
-_SHORT = (str, int, float)  # kinds of values
 _CHAT_PATH = "/v1/chat/completions"
 _EMBEDDING_PATHS = ("/v1/embeddings", "/api/embed", "/api/embeddings")
 _CLIENT_LEFT = 499  # nginx's status, which nobody gets
 
-Endpoint = Callable[["AppState", Request], Awaitable[ASGIApp]]
+Endpoint = Callable[["AppState", Request], Coroutine[Any, Any, ASGIApp]]
+BodyEndpoint = Callable[["AppState", Request, Body], Coroutine[Any, Any, ASGIApp]]
 ModelEndpoint = Callable[["AppState", Request, Model, Body], Awaitable[ASGIApp]]
 _Fields = TypeVar("_Fields", bound=RequestObject)
 Read = Callable[[JSON, Model, bool, ExitStack], APIRequest]
@@ -97,8 +97,7 @@ class AppState:
 
     def __post_init__(self) -> None:
         self._noted = set[str]()
-        self.form_checks = CapacityLimiter(_MAX_FORM_CHECKS)
-        self.turns = Turns()  # of large bodies
+        self.turns = WorkTurns()
 
     def note_ignored(self, names: Sequence[str]) -> None:
         for name in names:
@@ -120,27 +119,38 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
     def failed(request: Request, error: Exception) -> Response:
         return error_response(state.explain(error), request.url.path)
 
-    def route(method: str, path: str, endpoint: Endpoint) -> Route:
-        return Route(path, partial(endpoint, state), methods=[method])
+    # Whatever a route does ends when its client leaves.
+    def get(path: str, endpoint: Endpoint) -> Route:
+        async def answer(request: Request) -> ASGIApp:
+            return await while_connected(request.receive, endpoint(state, request))
 
-    def model_route(path: str, endpoint: ModelEndpoint) -> Route:
-        return route("POST", path, partial(_with_model, endpoint=endpoint))
+        return Route(path, answer, methods=["GET"])
+
+    def post(path: str, endpoint: BodyEndpoint) -> Route:
+        async def answer(request: Request) -> ASGIApp:
+            body = await _body(state, request)
+            return await while_connected(request.receive, endpoint(state, request, body))
+
+        return Route(path, answer, methods=["POST"])
+
+    def model_post(path: str, endpoint: ModelEndpoint) -> Route:
+        return post(path, partial(_with_model, endpoint=endpoint))
 
     app = Starlette(
         routes=[
-            *(model_route(path, partial(_answer, api=api)) for path, api in _APIS.items()),
-            model_route(f"{anthropic.PATH}/count_tokens", _count_tokens),
-            model_route("/tokenize", _tokenize),
-            model_route("/detokenize", _detokenize),
-            route("GET", "/api/tags", _ollama_models),
-            route("GET", "/api/ps", _ollama_loaded),
-            route("POST", "/api/show", _ollama_model),
-            route("GET", "/api/version", _ollama_version),
-            route("POST", "/api/pull", _ollama_pull),
-            route("GET", "/v1/models", _models),
-            route("GET", "/v1/models/{name:path}", _model),
-            route("GET", "/health", _health),
-            route("GET", "/metrics", _metrics),
+            *(model_post(path, partial(_answer, api=api)) for path, api in _APIS.items()),
+            model_post(f"{anthropic.PATH}/count_tokens", _count_tokens),
+            model_post("/tokenize", _tokenize),
+            model_post("/detokenize", _detokenize),
+            get("/api/tags", _ollama_models),
+            get("/api/ps", _ollama_loaded),
+            post("/api/show", _ollama_model),
+            get("/api/version", _ollama_version),
+            post("/api/pull", _ollama_pull),
+            get("/v1/models", _models),
+            get("/v1/models/{name:path}", _model),
+            get("/health", _health),
+            get("/metrics", _metrics),
             *(page_routes() if page else ()),
         ],
         exception_handlers={
@@ -155,34 +165,19 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
     return _with_headers(guarded(with_share(app, state.budget), access))
 
 
-async def _with_model(state: AppState, request: Request, *, endpoint: ModelEndpoint) -> ASGIApp:
-    """Read the body, and return what calls `endpoint` when the request has its model."""
-    path, body = request.url.path, await _body(state, request)
-
-    def outline(fields: JSON) -> tuple[JSON, bool, bool]:
-        """Return the short fields, whether nothing is asked, and whether there is a form."""
-        names = ("model", "name", "keep_alive")
-        short = {name: fields[name] for name in names if isinstance(fields.get(name), _SHORT)}
-        has_form = any(fields.get(name) for name in _FORM_FIELDS)
-        return short, ollama.asks_nothing(path, fields), has_form
-
-    # A request that waits for a model holds the bytes alone, and nothing that was parsed.
-    fields, asks_nothing, body.has_form = await while_connected(request.receive, body.read(outline))
-    if asks_nothing:
+async def _with_model(
+    state: AppState, request: Request, body: Body, *, endpoint: ModelEndpoint
+) -> ASGIApp:
+    """Call `endpoint` when the request has its model, which it uses until all is computed."""
+    path, fields = request.url.path, await body.parse()
+    if ollama.asks_nothing(path, fields):
         return await _load_or_unload(state, path, fields)
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        with ExitStack() as using:
-            taking = state.models.take(fields.get("model"), using)
-            model = await while_connected(receive, taking)
-            response = await endpoint(state, request, model, body)
-            if isinstance(response, AnswerStream):
-                response.answers.when_computed(using.close)
-            else:
-                using.close()
-            await response(scope, receive, send)
-
-    return answer
+    with ExitStack() as using:
+        model = await state.models.take(fields.get("model"), using)
+        response = await endpoint(state, request, model, body)
+        if isinstance(response, AnswerStream):
+            response.answers.when_computed(using.pop_all().close)
+        return response
 
 
 async def _answer(
@@ -196,20 +191,20 @@ async def _answer(
     read, builder = api
     share = request.state.share
     asked = await _read(state, request, model, body, read)
-    body.drop()
     # Tools and forms are parts of the body that live as long as the answer.
-    tokens = sum(len(prompt.ids) for prompt in asked.prompts)
-    share.grow(tokens * _PER_TOKEN + (body.weight if body.has_form else 0))
+    if not body.has_form:
+        body.drop()
+    share.grow(sum(len(prompt.ids) for prompt in asked.prompts) * _PER_TOKEN)
     responses = builder(asked, model)
     answers = PendingAnswers(model, asked, share)
-    await run_in_threadpool(answers.submit)
-    if asked.stream:
-        return AnswerStream(answers, responses, state.explain)
-    try:
-        whole = await while_connected(request.receive, answers.collect())
-        data = await run_in_threadpool(lambda: to_json(responses.whole(whole)))
-    finally:
-        answers.end()
+    with ExitStack() as at_end:
+        at_end.callback(answers.end)
+        await in_thread(answers.submit)
+        if asked.stream:
+            at_end.pop_all()
+            return AnswerStream(answers, responses, state.explain)
+        whole = await answers.collect()
+        data = await in_thread(lambda: to_json(responses.whole(whole)))
     return WholeAnswer(data, share)
 
 
@@ -221,20 +216,9 @@ async def _count_tokens(state: AppState, request: Request, model: Model, body: B
 async def _read(
     state: AppState, request: Request, model: Model, body: Body, read: Read
 ) -> APIRequest:
-    """Parse a body and make its prompts, unless the client leaves. Note what has no effect."""
-    limiter = state.form_checks if body.has_form else None
-    if limiter is not None and limiter.statistics().tasks_waiting >= _MAX_WAITING_CHECKS:
-        message = f"{_MAX_WAITING_CHECKS} requests wait for their schemas to be checked"
-        raise QueueFullError(message)
-
-    async def parsed() -> APIRequest:
-        async with limiter or nullcontext():
-            with ExitStack() as at_end:
-                return await body.read(
-                    lambda fields: read(fields, model, state.strict, at_end), at_end
-                )
-
-    asked = await while_connected(request.receive, parsed())
+    """Check a body's fields and make its prompts. Note what has no effect."""
+    with ExitStack() as at_end:
+        asked = await body.read(lambda fields: read(fields, model, state.strict, at_end), at_end)
     # A client chose the names, so they are short ASCII.
     request.state.ignored = list(map(plain, asked.ignored[:_MAX_IGNORED]))
     state.note_ignored(request.state.ignored)
@@ -252,18 +236,16 @@ async def _ollama_loaded(state: AppState, request: Request) -> Response:
     return _json(ollama.loaded_list(facts, context, state.models.idle_s))
 
 
-async def _ollama_model(state: AppState, request: Request) -> Response:
-    body = await _object(state, request)
-    contexts = await state.models.contexts()
-    name = ollama.named(body, contexts)
+async def _ollama_model(state: AppState, request: Request, body: Body) -> Response:
+    fields, contexts = await body.parse(), await state.models.contexts()
+    name = ollama.named(fields, contexts)
     facts = (await state.models.facts([name]))[name]
     return _json(ollama.describe(name, contexts[name], facts, thinks=state.models.thinks(name)))
 
 
-async def _ollama_pull(state: AppState, request: Request) -> Response:
+async def _ollama_pull(state: AppState, request: Request, body: Body) -> Response:
     """Answer that a model is here. Agents pull a model that is listed as NAME:latest."""
-    body = await _object(state, request)
-    ollama.named(body, await state.models.contexts())
+    ollama.named(await body.parse(), await state.models.contexts())
     line = to_json({"status": "success"}) + b"\n"  # Codex waits for the line's end
     return Response(line, media_type=ollama.OllamaResponses.content_type)
 
@@ -315,6 +297,12 @@ def _read_for(model: Model, fields: type[_Fields], body: JSON) -> _Fields:
     return validated(fields, body)
 
 
+async def _converted(request: Request, body: Body, convert: Callable[[JSON], bytes]) -> Response:
+    data = await body.read(convert)
+    body.drop()
+    return WholeAnswer(data, request.state.share)
+
+
 class _Text(RequestObject):
     ignored = ("model",)
     content: str
@@ -322,11 +310,13 @@ class _Text(RequestObject):
 
 
 async def _tokenize(state: AppState, request: Request, model: Model, body: Body) -> Response:
-    text = await body.read(partial(_read_for, model, _Text))
-    model.context.check_text(text.content, "content")  # others wait for the tokenizer
-    tokenizer = model.tokenizer
-    bos = [] if tokenizer.bos_id is None or not text.add_special else [tokenizer.bos_id]
-    return _json({"tokens": bos + await run_in_threadpool(tokenizer.encode, text.content)})
+    def encoded(fields: JSON) -> bytes:
+        text, tokenizer = _read_for(model, _Text, fields), model.tokenizer
+        model.context.check_text(text.content, "content")
+        bos = [] if tokenizer.bos_id is None or not text.add_special else [tokenizer.bos_id]
+        return to_json({"tokens": bos + tokenizer.encode(text.content)})
+
+    return await _converted(request, body, encoded)
 
 
 class _Tokens(RequestObject):
@@ -335,20 +325,15 @@ class _Tokens(RequestObject):
 
 
 async def _detokenize(state: AppState, request: Request, model: Model, body: Body) -> Response:
-    items = (await body.read(partial(_read_for, model, _Tokens))).tokens
-    limit, tokenizer = model.context.largest, model.tokenizer
-    if len(items) > limit:
-        raise field_error("tokens", f"has {len(items)} items; at most {limit} are taken")
-    ids = token_ids(items, tokenizer.vocab_size, "tokens")
-    return _json({"content": await run_in_threadpool(tokenizer.decode, ids)})
+    def decoded(fields: JSON) -> bytes:
+        items = _read_for(model, _Tokens, fields).tokens
+        limit, tokenizer = model.context.largest, model.tokenizer
+        if len(items) > limit:
+            raise field_error("tokens", f"has {len(items)} items; at most {limit} are taken")
+        ids = token_ids(items, tokenizer.vocab_size, "tokens")
+        return to_json({"content": tokenizer.decode(ids)})
 
-
-async def _object(state: AppState, request: Request) -> JSON:
-    body = await _body(state, request)
-    # The parsed fields are held until the response is sent.
-    fields = await while_connected(request.receive, body.read(lambda fields: fields))
-    request.state.share.grow(body.weight)
-    return fields
+    return await _converted(request, body, decoded)
 
 
 async def _body(state: AppState, request: Request) -> Body:

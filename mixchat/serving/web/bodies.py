@@ -1,6 +1,8 @@
-"""The memory of requests: their bodies, what is parsed of them, and answers that wait to be taken.
+"""The memory of requests, and the turns of all work on their texts.
 
-All share one budget, so that clients cannot take the memory that the model's plan leaves free.
+Bodies, what is parsed of them, and answers that wait to be taken share one budget, so that clients
+cannot take the memory that the model's plan leaves free. Parsing, making prompts and counting
+tokens go through `Body`, few at a time. None of it begins for a client that has left.
 """
 
 from __future__ import annotations
@@ -8,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import heapq
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from typing import Any, TypeVar
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
+from typing import TypeVar
 
 from anyio import to_thread
 from starlette.requests import ClientDisconnect
@@ -20,16 +23,21 @@ from mixchat.base.machine import free_memory
 from mixchat.base.quantities import format_size
 from mixchat.face.request import QueueFullError
 from mixchat.serving.requests.errors import RequestError
-from mixchat.serving.requests.fields import read_object
+from mixchat.serving.requests.fields import JSON, read_object
 
 _T = TypeVar("_T")
 _FREE_PART = 4  # of the free memory, one part is for requests
 _MIN_BUDGET, _MAX_BUDGET = 64_000_000, 512_000_000  # bytes
-_SMALL_SHARE = 65_536  # bytes; only such a small share gets some of the budget's last quarter
+_SMALL_SHARE = 400_000  # bytes; only such a small share gets some of the budget's last quarter
 # An upper bound of the bytes that a body takes while it is parsed and checked. A text is held as
 # bytes, as text and as parts of it. An object, with its fields' model, takes 500 bytes.
 _PER_BYTE, _PER_OBJECT, _PER_ITEM = 6, 500, 70
-_LIGHT = 1_000_000  # bytes; a lighter body is parsed at once
+_LIGHT = 1_000_000  # bytes; a lighter body waits for no heavy one
+_LIGHT_AT_ONCE = 2  # each takes up to 0.2 s
+_FORM_CHECKS = 2  # at once, each with up to a core and 1 GB
+_WAITING_CHECKS = 16
+# The fields with schemas or grammars, which are checked in processes.
+_FORM_FIELDS = ("response_format", "grammar", "tools", "format", "text", "output_config")
 _PATIENCE_PER_BYTE = 2e-7  # seconds; a body of 50 MB lets those pass that come 10 s later
 
 
@@ -104,100 +112,138 @@ def with_share(app: ASGIApp, budget: MemoryBudget) -> ASGIApp:
 
 
 class Turns:
-    """Lets one of many run at a time. A light one passes heavy ones, which have more patience."""
+    """Lets `most` of many run at a time, the first of them the one that is due first."""
 
-    def __init__(self) -> None:
-        self._is_taken, self._count = False, 0
-        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+    def __init__(self, most: int = 1) -> None:
+        self._free, self._count = most, 0
+        self.waiting: list[tuple[float, int, asyncio.Future[None]]] = []
 
     @asynccontextmanager
-    async def turn(self, weight: int) -> AsyncIterator[None]:
-        if self._is_taken:
-            loop = asyncio.get_running_loop()
-            turn, due = loop.create_future(), loop.time() + weight * _PATIENCE_PER_BYTE
-            self._count += 1
-            heapq.heappush(self._waiting, (due, self._count, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if not turn.cancelled():  # it came just before
-                    self._pass_on()
-                raise
-        self._is_taken = True
+    async def turn(self, due: float) -> AsyncIterator[None]:
+        if self._free:
+            self._free -= 1
+        else:
+            await self._wait(due)
         try:
             yield
         finally:
             self._pass_on()
 
+    async def _wait(self, due: float) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        self._count += 1
+        waiting = due, self._count, turn
+        heapq.heappush(self.waiting, waiting)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it came just before
+                self._pass_on()
+            elif waiting in self.waiting:
+                self.waiting.remove(waiting)
+                heapq.heapify(self.waiting)
+            raise
+
     def _pass_on(self) -> None:
-        while self._waiting:
-            *_, turn = heapq.heappop(self._waiting)
+        while self.waiting:
+            *_, turn = heapq.heappop(self.waiting)
             if not turn.done():
                 turn.set_result(None)
                 return
-        self._is_taken = False
+        self._free += 1
+
+
+class WorkTurns:
+    """The turns of all work on the texts of requests."""
+
+    def __init__(self) -> None:
+        self._heavy, self._light = Turns(), Turns(_LIGHT_AT_ONCE)
+        self._forms = Turns(_FORM_CHECKS)
+
+    @asynccontextmanager
+    async def turn(self, weight: int, due: float, *, has_form: bool = False) -> AsyncIterator[None]:
+        """Wait for a turn. A form's check takes seconds, so nothing light waits for one.
+
+        Raises `QueueFullError` if too many forms wait.
+        """
+        is_heavy = weight > _LIGHT
+        if has_form and len(self._forms.waiting) >= _WAITING_CHECKS:
+            message = f"{_WAITING_CHECKS} requests wait for their schemas to be checked"
+            raise QueueFullError(message)
+        async with AsyncExitStack() as turns:
+            if has_form:
+                await turns.enter_async_context(self._forms.turn(due))
+            if is_heavy or not has_form:
+                lane = self._heavy if is_heavy else self._light
+                await turns.enter_async_context(lane.turn(due))
+            yield
 
 
 class Body:
-    """The bytes of a request's body. What is parsed of them lives only while it is read."""
+    """A request's body: its bytes, then its parsed fields, until it is dropped."""
 
     def __init__(
-        self, data: bytes, share: Share, turns: Turns, model_name: Callable[[str], str] = str
+        self, data: bytes, share: Share, turns: WorkTurns, model_name: Callable[[str], str] = str
     ) -> None:
         """Take the bytes, which the share holds already. `model_name` resolves aliases.
 
         Raises `RequestError` if they are too many values for the budget.
         """
-        self._data, self._share, self._turns = data, share, turns
-        self._model_name = model_name
+        self._data, self._fields = data, JSON()
+        self._share, self._turns, self._model_name = share, turns, model_name
         self.has_form = False  # with schemas or a grammar
         objects, items = data.count(b"{") + data.count(b"["), data.count(b",")
         self.weight = len(data) * _PER_BYTE + objects * _PER_OBJECT + items * _PER_ITEM
+        # A light body passes heavy ones. One that was parsed passes those that were not yet.
+        self._due = time.monotonic() + self.weight * _PATIENCE_PER_BYTE
         if len(data) + self.weight > share.budget.most:
             message = "the body has more values than this server has memory for"
             raise RequestError(message, status=413, code="request_too_large")
 
-    async def read(
-        self, read: Callable[[dict[str, Any]], _T], at_end: ExitStack | None = None
-    ) -> _T:
-        """Return what `read` makes of the parsed body, in a thread, as a large one takes seconds.
+    async def parse(self) -> JSON:
+        """Return the fields, which are parsed once, and forget the bytes.
 
-        If nobody waits any longer, `read` does not begin, and `at_end` is closed, which may end it.
         Raises `RequestError` for a body that is no JSON object, and `QueueFullError`.
         """
-        is_over = threading.Event()
-        at_end = at_end or ExitStack()
-        at_end.callback(is_over.set)
-
-        def work() -> _T:
-            parsed = {} if is_over.is_set() else read_object(self._data)
-            if is_over.is_set():
-                raise ClientDisconnect
-            if isinstance(parsed.get("model"), str):
-                parsed["model"] = self._model_name(parsed["model"])
-            return read(parsed)
-
-        if self.weight <= _LIGHT:
-            return await in_thread(work, at_end)
-        async with self._turns.turn(self.weight):
+        async with self._turns.turn(self.weight, self._due):
             self._share.grow(self.weight)
-            try:
-                return await in_thread(work, at_end)
-            finally:
-                self._share.shrink(self.weight)
-
-    def drop(self) -> None:
-        """Forget the bytes."""
+            self._fields = await in_thread(lambda: read_object(self._data))
         self._share.shrink(len(self._data))
         self._data = b""
+        if isinstance(name := self._fields.get("model"), str):
+            self._fields["model"] = self._model_name(name)
+        self.has_form = any(self._fields.get(name) for name in _FORM_FIELDS)
+        return self._fields
+
+    async def read(self, read: Callable[[JSON], _T], at_end: ExitStack | None = None) -> _T:
+        """Return what `read` makes of the fields, in a thread, as a large body takes seconds.
+
+        If nobody waits any longer, `read` does not begin, and `at_end` is closed, which may end it.
+        """
+        fields = self._fields
+        async with self._turns.turn(self.weight, self._due, has_form=self.has_form):
+            return await in_thread(lambda: read(fields), at_end)
+
+    def drop(self) -> None:
+        """Forget the fields."""
+        self._share.shrink(self.weight)
+        self._fields = {}
 
 
-async def in_thread(work: Callable[[], _T], at_end: ExitStack) -> _T:
+async def in_thread(work: Callable[[], _T], at_end: ExitStack | None = None) -> _T:
     """Return the result of work in a thread, and wait for its end even if this is cancelled.
 
-    `at_end` is closed then, which may end it.
+    Then work that waits for a thread does not begin, and `at_end` is closed, which may end it.
     """
-    running = asyncio.ensure_future(to_thread.run_sync(work))
+    at_end, is_over = at_end or ExitStack(), threading.Event()
+    at_end.callback(is_over.set)
+
+    def begun() -> _T:
+        if is_over.is_set():
+            raise ClientDisconnect
+        return work()
+
+    running = asyncio.ensure_future(to_thread.run_sync(begun))
     try:
         return await asyncio.shield(running)
     finally:

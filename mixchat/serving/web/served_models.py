@@ -22,6 +22,7 @@ from mixchat.base.context import Context
 from mixchat.face.model import Model, ModelStats
 from mixchat.face.request import QueueFullError, ShuttingDownError
 from mixchat.serving.requests.shared import LATEST
+from mixchat.serving.web.bodies import in_thread
 
 _TURN_S = 5.0  # in which requests for the loaded model pass those for another one
 _IDLE_S = 0.25  # without a request, until the model is changed before that time
@@ -123,12 +124,10 @@ class ServedModels:
 
     async def facts(self, names: Iterable[str]) -> dict[str, ModelFacts | None]:
         """Return what is known of models, by the names that requests may use."""
-        return await to_thread.run_sync(
-            lambda: {name: self._facts(self.resolve(name)) for name in names}
-        )
+        return await in_thread(lambda: {name: self._facts(self.resolve(name)) for name in names})
 
     async def _known(self) -> dict[str, Context]:
-        others = await to_thread.run_sync(self._others)
+        others = await in_thread(self._others)
         return {self.name: self.context} | self._first | dict(others)
 
     @asynccontextmanager

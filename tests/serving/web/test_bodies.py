@@ -3,10 +3,12 @@
 import asyncio
 import json
 import threading
+import time
 from contextlib import ExitStack, suppress
 
 import pytest
 from raw_http import exchange, read_response, request
+from scripted_model import scripted_model
 
 from mixchat.base.errors import ResourceError
 from mixchat.face.events import End, Piece, TokenLogprob
@@ -16,17 +18,29 @@ from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web import bodies
 from mixchat.serving.web.answers import PING_S, PendingAnswers, WholeAnswer
-from mixchat.serving.web.bodies import Body, MemoryBudget, Turns
+from mixchat.serving.web.bodies import Body, MemoryBudget, WorkTurns
+from mixchat.serving.web.served_models import ServedModels
 
 CHAT = "/v1/chat/completions"
 HI = {"messages": [{"role": "user", "content": "say:well"}]}
-LIMIT = 10_000_000
+LIMIT, HEAVY = 10_000_000, 5_000_000  # bytes
+CROWD = 40  # connections
 HELD = b'{"a":[' + b"0," * 10_000 + b"0]}"
 
 
 def body_of(data, share, turns=None):
     share.grow(len(data))
-    return Body(data, share, turns or Turns())
+    return Body(data, share, turns or WorkTurns())
+
+
+async def read_body(body, read, at_end=None):
+    await body.parse()
+    return await body.read(read, at_end)
+
+
+def wait_until(holds):
+    while not holds():
+        time.sleep(0.01)
 
 
 def test_the_budget_of_a_machine_is_a_part_of_its_free_memory(monkeypatch):
@@ -40,10 +54,10 @@ def test_all_requests_share_one_budget_of_which_small_ones_get_the_last_quarter(
     with budget.share() as large, budget.share() as other, budget.share() as small:
         large.grow(budget.most)
         with pytest.raises(QueueFullError):
-            other.grow(100_000)
+            other.grow(500_000)
         small.grow(50_000)
-        large.shrink(200_000)
-        other.grow(100_000)
+        large.shrink(600_000)
+        other.grow(500_000)
     with budget.share() as later:
         later.grow(budget.most)
 
@@ -73,7 +87,7 @@ def test_large_bodies_are_parsed_one_at_a_time_the_lightest_first(monkeypatch, p
     monkeypatch.setattr(bodies, "_PATIENCE_PER_BYTE", patience)
 
     async def main():
-        budget, turns, order, running = MemoryBudget(LIMIT), Turns(), [], []
+        budget, turns, order, running = MemoryBudget(LIMIT), WorkTurns(), [], []
         may_end = threading.Event()
 
         def read(given):
@@ -88,7 +102,7 @@ def test_large_bodies_are_parsed_one_at_a_time_the_lightest_first(monkeypatch, p
             for fields in (9, 5, 2, 7):
                 data = json.dumps({str(n): [] for n in range(fields)}).encode()
                 body = body_of(data, share, turns)
-                tasks.append(asyncio.ensure_future(body.read(read)))
+                tasks.append(asyncio.ensure_future(read_body(body, read)))
                 await asyncio.sleep(0.02)
             may_end.set()
             await asyncio.gather(*tasks)
@@ -97,12 +111,12 @@ def test_large_bodies_are_parsed_one_at_a_time_the_lightest_first(monkeypatch, p
     asyncio.run(main())
 
 
-def test_a_small_body_waits_for_no_large_one():
+def test_a_small_body_waits_for_no_large_one_and_for_no_form():
     async def main():
-        budget, turns = MemoryBudget(LIMIT), Turns()
+        budget, turns = MemoryBudget(LIMIT), WorkTurns()
         with budget.share() as share:
-            async with turns.turn(0):
-                assert await body_of(b'{"a": 1}', share, turns).read(len) == 1
+            async with turns.turn(HEAVY, 0.0), turns.turn(0, 0.0, has_form=True):
+                assert await read_body(body_of(b'{"a": 1}', share, turns), len) == 1
 
     asyncio.run(main())
 
@@ -114,11 +128,11 @@ def test_the_body_of_a_client_that_left_is_never_parsed(monkeypatch):
     monkeypatch.setattr(bodies, "read_object", lambda data: parsed.append(data) or {})
 
     async def main():
-        budget, turns = MemoryBudget(LIMIT), Turns()
+        budget, turns = MemoryBudget(LIMIT), WorkTurns()
         with budget.share() as share:
-            async with turns.turn(0):
+            async with turns.turn(HEAVY, 0.0):
                 left, stays = (
-                    asyncio.ensure_future(body_of(data, share, turns).read(len))
+                    asyncio.ensure_future(read_body(body_of(data, share, turns), len))
                     for data in (b"left", b"stays")
                 )
                 await asyncio.sleep(0.02)
@@ -130,37 +144,114 @@ def test_the_body_of_a_client_that_left_is_never_parsed(monkeypatch):
     asyncio.run(main())
 
 
+def test_a_turn_that_ends_as_others_leave_goes_to_one_who_stays():
+    """Two clients left in the moment in which a turn ended. Nobody got a turn after that."""
+
+    async def main():
+        turns, may_end, had_turns = WorkTurns(), asyncio.Event(), []
+
+        async def take(name):
+            async with turns.turn(HEAVY, 0.0):
+                had_turns.append(name)
+                await may_end.wait()
+
+        first, *left, last = (
+            asyncio.ensure_future(take(name)) for name in ("first", "left", "left", "last")
+        )
+        await asyncio.sleep(0.02)
+        may_end.set()
+        await asyncio.sleep(0)  # the first one is about to end
+        for task in left:
+            task.cancel()
+        await asyncio.gather(first, last)
+        assert had_turns == ["first", "last"]
+
+    asyncio.run(main())
+
+
 def test_who_leaves_while_a_body_is_parsed_ends_it_and_lets_the_next_one_begin_then(monkeypatch):
     """Others began while the threads of clients that had left still ran: 40 at once."""
     monkeypatch.setattr(bodies, "_LIGHT", 0)
     began, may_end, ended = threading.Event(), threading.Event(), []
 
-    def parse(data):
-        if data == b"left":
-            began.set()
-            assert may_end.wait(60)
-            ended.append(data)
-        return {}
-
-    monkeypatch.setattr(bodies, "read_object", parse)
+    def read(fields):
+        began.set()
+        assert may_end.wait(60)
+        ended.append("left")
 
     async def main():
-        budget, turns = MemoryBudget(LIMIT), Turns()
+        budget, turns = MemoryBudget(LIMIT), WorkTurns()
         with budget.share() as share, ExitStack() as at_end:
             at_end.callback(may_end.set)
-            left = body_of(b"left", share, turns)
-            leaving = asyncio.ensure_future(left.read(lambda given: ended.append("read"), at_end))
+            left = body_of(b"{}", share, turns)
+            leaving = asyncio.ensure_future(read_body(left, read, at_end))
             await asyncio.to_thread(began.wait, 60)
-            staying = body_of(b"stays", share, turns)
-            reading = asyncio.ensure_future(staying.read(lambda given: tuple(ended)))
+            staying = body_of(b"{}", share, turns)
+            reading = asyncio.ensure_future(read_body(staying, lambda fields: tuple(ended)))
             await asyncio.sleep(0.02)
             leaving.cancel()
-            assert await reading == (b"left",)
+            assert await reading == ("left",)
             with suppress(asyncio.CancelledError):
                 await leaving
-        assert ended == [b"left"]
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "method"),
+    [
+        ("/tokenize", {"content": "x"}, "encode"),
+        ("/tokenize", {"content": "x" * 200_000}, "encode"),
+        ("/detokenize", {"tokens": [97]}, "decode"),
+        ("/v1/messages/count_tokens", HI, "encode"),
+        ("/v1/completions", {"prompt": "x" * 1_000}, "encode"),
+    ],
+)
+def test_no_text_of_a_client_that_left_is_turned_into_tokens_or_back(serve, path, body, method):
+    """200 clients sent 1 MB each and left. A chat of 3 tokens then took 87 s.
+
+    Each text was encoded, 40 at a time, beside the turns in which bodies were parsed.
+    """
+    served, begun, may_end = serve(context_size=8_000), [], threading.Event()
+    owner = served.model.template if "messages" in body else served.model.tokenizer
+    once = getattr(owner, method)
+
+    def slow(*arguments):
+        begun.append(None)
+        assert may_end.wait(60)
+        return once(*arguments)
+
+    setattr(owner, method, slow)
+    with ExitStack() as connected:
+        for _ in range(CROWD):
+            connected.enter_context(served.connect()).sendall(request(path, body))
+        wait_until(lambda: begun)
+        wait_until(lambda: served.budget.held >= CROWD * len(json.dumps(body)))
+    wait_until(lambda: served.server.connections == 0)
+    may_end.set()
+    assert exchange(served, request(path, body)).status == 200
+    assert len(begun) <= 3  # two at a time, and the last one
+
+
+def test_a_list_of_models_is_made_for_no_client_that_left(serve):
+    begun, may_end = [], threading.Event()
+
+    def others():
+        begun.append(None)
+        assert may_end.wait(60)
+        return {}
+
+    model = scripted_model()
+    served = serve(models=ServedModels(model, lambda name: model, others=others))
+    with ExitStack() as connected:
+        for _ in range(2 * CROWD):
+            connected.enter_context(served.connect()).sendall(request("/v1/models"))
+        wait_until(lambda: len(begun) >= CROWD)  # as many as there are threads
+        wait_until(lambda: served.server.connections == 2 * CROWD)
+    wait_until(lambda: served.server.connections == 0)
+    may_end.set()
+    assert exchange(served, request("/v1/models")).status == 200
+    assert len(begun) <= CROWD + 1
 
 
 def test_a_body_of_more_values_than_there_is_memory_for_is_refused(serve):
