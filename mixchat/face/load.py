@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +100,17 @@ def open_model(
         model = Model(name, build, own_text, close=close, **model_options)
         opened.pop_all()  # the engine reads the files
         return model
+
+
+def check_model(directory: Path, options: LoadOptions) -> None:
+    """Raise `MixchatError` if an installed model cannot be loaded, whatever memory is free."""
+    from mixchat.base.context import Context
+    from mixchat.text.checkpoint_text import CheckpointText
+    from mixchat.weights.format.installed_model import InstalledModel
+
+    with closing(CheckpointText(directory)) as text, InstalledModel(directory) as installed:
+        Context.of(installed.config, options.context_size)
+        text.template()
 
 
 def find_or_build(name: str, reporter: Reporter) -> Path:

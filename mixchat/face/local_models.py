@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from typing import TYPE_CHECKING, Any, cast
 
 from mixchat.base.context import Context
@@ -11,7 +10,7 @@ from mixchat.base.errors import MixchatError, UsageError
 from mixchat.base.model_config import MAX_DEFAULT_TOKENS
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
-from mixchat.face.load import find_or_build, open_model
+from mixchat.face.load import check_model, find_or_build, open_model
 from mixchat.face.reading_time import Predictor
 
 if TYPE_CHECKING:
@@ -86,17 +85,10 @@ class LocalModels:
 
     def check(self, name: str, current: str) -> None:
         """Raise `MixchatError` if a chat cannot change. The demo is built for it."""
-        from mixchat.text.checkpoint_text import CheckpointText
-        from mixchat.weights.format.installed_model import InstalledModel
         from mixchat.weights.models import find_installed
 
         directory = find_or_build(name, self._reporter)
         if directory == find_installed(current):
             raise UsageError(f"this chat already has the model {name}")
-        with (
-            closing(CheckpointText(directory)) as text,
-            self._reporter.status(f"checking {name}"),
-            InstalledModel(directory) as installed,
-        ):
-            Context.of(installed.config, self._load.context_size)
-            text.tokenizer()
+        with self._reporter.status(f"checking {name}"):
+            check_model(directory, self._load)

@@ -12,7 +12,7 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
 from mixchat.chat.printing import say
 from mixchat.engine.environment import prepare_environment
-from mixchat.face.load import find_or_build, open_model
+from mixchat.face.load import check_model, find_or_build, open_model
 
 if TYPE_CHECKING:
     from mixchat.face.model import Model
@@ -101,6 +101,7 @@ def _served_models(
     return ServedModels(
         first,
         open_served,
+        check=lambda name: check_model(find_or_build(name, reporter), load),
         others=other_models,
         aliases=options.aliases,
         facts=installed.facts,

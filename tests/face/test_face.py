@@ -3,6 +3,8 @@
 import doctest
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,12 +18,15 @@ from tiny_tokenizer import write_tokenizer
 
 import mixchat
 from mixchat.base.errors import (
+    CheckpointError,
     MixchatError,
     ModelNotFoundError,
     PromptError,
     UsageError,
     short_repr,
 )
+from mixchat.base.options import LoadOptions
+from mixchat.face.load import check_model
 from mixchat.text.tool_call import ToolCall
 
 QUESTION = [{"role": "user", "content": "hell"}]
@@ -290,3 +295,13 @@ def test_the_example_runs(directory, monkeypatch, capsys):
     for step in example.examples:
         exec(compile(step.source, "example", "exec"), example.globs)
     assert capsys.readouterr().out.split()[-2] in ("length", "stop", "context")
+
+
+@pytest.mark.parametrize("damaged", ["config.json", "tokenizer.json", "experts-000.safetensors"])
+def test_a_damaged_model_is_found_without_being_loaded(installed, tmp_path, damaged):
+    directory = Path(shutil.copytree(installed, tmp_path / "model"))
+    check_model(directory, LoadOptions())
+    file = directory / damaged
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=re.escape(str(directory))):
+        check_model(directory, LoadOptions())

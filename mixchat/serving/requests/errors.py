@@ -18,9 +18,11 @@ from mixchat.face.request import QueueFullError, ShuttingDownError
 _INVALID = "invalid_request_error"
 # OpenAI's and Anthropic's packages read Retry-After, and ask again by themselves.
 _RETRY_S = 2
+_UNUSABLE = "the model cannot be used: the server's own messages say why"
 _MAX_PATH = 80  # characters
 _MAX_VALUE = 60  # characters
-# Status, type and code. The first class that fits counts.
+# Status, type and code. The first class that fits counts. Messages of all other classes are for the
+# person who runs the server alone, since they name directories, files and workers.
 _ERRORS = (
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (ShuttingDownError, 503, "server_error", "shutting_down"),
@@ -57,16 +59,14 @@ def as_request_error(error: Exception) -> RequestError:
     """Return an error with the status and code that clients know."""
     if isinstance(error, RequestError):
         return error
-    if not isinstance(error, MixchatError):
-        # Only the person who runs the server gets the exact fault.
-        return RequestError("internal error", status=500, error_type="server_error")
-    message = f"{error}. {error.hint}" if error.hint else str(error)
     for error_class, status, error_type, code in _ERRORS:
         if isinstance(error, error_class):
+            message = f"{error}. {error.hint}" if error.hint else str(error)
             headers = {"Retry-After": str(_RETRY_S)} if status == 429 else None
             return RequestError(
                 message, status=status, error_type=error_type, code=code, headers=headers
             )
+    message = _UNUSABLE if isinstance(error, MixchatError) else "internal error"
     return RequestError(message, status=500, error_type="server_error")
 
 

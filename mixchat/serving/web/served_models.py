@@ -19,6 +19,7 @@ from typing import cast
 from anyio import to_thread
 
 from mixchat.base.context import Context
+from mixchat.base.errors import CheckpointError, UsageError
 from mixchat.face.model import Model, ModelStats
 from mixchat.face.request import QueueFullError, ShuttingDownError
 from mixchat.serving.requests.shared import LATEST
@@ -61,7 +62,8 @@ class ModelFacts:
 class ServedModels:
     """The loaded model, and what loads it again or another one.
 
-    `load` raises `MixchatError`. `others` has further models that it can load, by name. `aliases`
+    `load` raises `MixchatError`, and so does `check`, which is asked about a model before the
+    loaded one is unloaded for it. `others` has further models that it can load, by name. `aliases`
     are more names of models. `facts` returns what is known of a model. It may read the disk, as
     `others` may. `queue` requests may wait for a model. After `sleep_after` seconds without a
     request, the model is unloaded. Only `close` and `stats` may be called outside of the event
@@ -73,6 +75,7 @@ class ServedModels:
         first: Model,
         load: Callable[[str], Model],
         *,
+        check: Callable[[str], object] = lambda name: None,
         others: Callable[[], Mapping[str, Context]] = dict,
         aliases: Mapping[str, str] = MappingProxyType({}),
         facts: Callable[[str], ModelFacts | None] = lambda name: None,
@@ -82,7 +85,8 @@ class ServedModels:
         self.name, self.context = first.name, first.context
         self._first = {self.name: self.context}
         self._model = cast("Model | None", first)
-        self._load, self._others, self._sleep_after = load, others, sleep_after
+        self._load, self._check = load, check
+        self._others, self._sleep_after = others, sleep_after
         self._aliases, self._facts = aliases, facts
         self._queue = max(queue, 1)  # one lets the model be loaded
         self._waiting: list[_Waiting] = []
@@ -279,8 +283,13 @@ class ServedModels:
     def _replace(self, name: str) -> None:
         if self._closing:
             raise ShuttingDownError("the server is shutting down")
-        self._unload()
-        model = self._load(name)
+        try:
+            if self._model is not None:
+                self._check(name)
+            self._unload()
+            model = self._load(name)
+        except UsageError as error:  # about the server's options, and not about the request
+            raise CheckpointError(str(error), hint=error.hint) from None
         with self._lock:
             if not self._closing:
                 self._model = model

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from mixchat.base import errors
 from mixchat.base.errors import (
     CheckpointError,
     MixchatError,
@@ -331,6 +332,18 @@ def test_an_error_has_the_status_that_clients_know_it_by(error, status, code):
     told = explained.body["error"]
     assert set(told) == {"message", "type", "param", "code"}
     assert told["code"] == code
+
+
+CLASSES = [value for value in vars(errors).values() if isinstance(value, type)]
+ERRORS = [value for value in CLASSES if issubclass(value, MixchatError)]
+
+
+@pytest.mark.parametrize("error_class", ERRORS)
+def test_only_errors_about_a_request_or_memory_are_told_in_their_own_words(error_class):
+    """Clients were told the directories of damaged models."""
+    told = str(as_request_error(error_class("/home/me/models/a: damaged", hint="In /home/me.")))
+    about_request = (PromptError, UsageError, ResourceError)
+    assert ("/home/me" in told) == issubclass(error_class, about_request)
 
 
 def test_the_hint_follows_the_message():

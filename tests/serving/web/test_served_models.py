@@ -14,7 +14,7 @@ from raw_http import exchange, read_response, request
 from scripted_model import scripted_model
 
 from mixchat.base.context import Context
-from mixchat.base.errors import ResourceError
+from mixchat.base.errors import CheckpointError, ResourceError, UsageError
 from mixchat.base.options import LoadOptions
 from mixchat.face.request import QueueFullError, ShuttingDownError
 from mixchat.serving import serve as serve_module
@@ -22,6 +22,7 @@ from mixchat.serving.web import bodies, served_models
 from mixchat.serving.web.served_models import ModelFacts, ServedModels
 
 CHAT = "/v1/chat/completions"
+HI = {"messages": [{"role": "user", "content": "say:well"}]}
 SIZES = {"a": 4000, "b": 40_000}  # tokens of the contexts
 
 
@@ -203,6 +204,37 @@ def test_a_model_that_fails_to_load_fails_all_who_wait_for_it_at_once(shelf):
         assert [type(error) for error in failed] == [ResourceError] * 3
         async with models.use() as model:  # nobody else notices
             assert (model.name, shelf.open) == ("a", ["a"])
+
+    asyncio.run(main())
+
+
+def test_a_damaged_model_leaves_the_loaded_one_where_it_is(serve, shelf):
+    """It was unloaded first, so any client could have it unloaded again and again."""
+
+    def check(name):
+        raise CheckpointError(f"/home/me/{name}: the file is missing")
+
+    models = models_of(shelf, check=check)
+    served = serve(models=models)
+    for _ in range(2):
+        refused = exchange(served, request(CHAT, {**HI, "model": "b"}))
+        assert refused.status == 500
+        assert "/home/me" not in refused.error["message"]
+    assert exchange(served, request(CHAT, {**HI, "model": "a"})).status == 200
+    assert (shelf.open, shelf.loads) == (["a"], ["a"])
+    assert str(served.reports[0]) == "/home/me/b: the file is missing"
+    models.close()
+
+
+def test_an_option_that_a_model_cannot_use_is_no_fault_of_the_client(shelf):
+    """A path in the server's configuration was told to a client, as the fault of its request."""
+
+    async def main():
+        models = models_of(shelf)
+        shelf.errors.append(UsageError("/home/me/key: there is no key"))
+        with pytest.raises(CheckpointError, match="there is no key"):
+            async with models.use("b"):
+                pass
 
     asyncio.run(main())
 
