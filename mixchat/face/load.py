@@ -94,6 +94,7 @@ def open_model(
                     caches.save(engine)
             finally:
                 engine.close()
+                files.close()  # whoever keeps a closed model keeps none of its files
 
         sampling = with_numbers(SamplingOptions(), advised_sampling(directory))
         own_text = ModelText(tokenizer, template, sampling, advised_length(directory))

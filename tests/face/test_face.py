@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from tiny_tokenizer import write_tokenizer
@@ -305,3 +306,16 @@ def test_a_damaged_model_is_found_without_being_loaded(installed, tmp_path, dama
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=re.escape(str(directory))):
         check_model(directory, LoadOptions())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
+def test_a_closed_model_has_no_file_open_although_somebody_keeps_it(load, installed):
+    """An unloaded model kept 61 files, so a server with few files could not load it again."""
+
+    def open_files():
+        return [file.path for file in psutil.Process().open_files() if installed.name in file.path]
+
+    model = load()
+    assert open_files()
+    model.close()
+    assert open_files() == []

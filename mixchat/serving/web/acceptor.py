@@ -13,7 +13,7 @@ from collections.abc import Callable, Sized
 from mixchat.base import system
 
 _OPEN_FILES = 8192  # the usual limit is 1,024
-_HELD_BACK = 256  # files of the process itself: another model, sandboxes for forms
+_HELD_BACK = 256  # files of the process itself: another model is checked, sandboxes for forms
 _LEAST = 8  # connections
 _AT_ONCE = 64  # connections that are accepted before others get their turn
 _FULL_S = 0.05  # between two looks for room
@@ -79,4 +79,4 @@ def most_connections() -> int:
     files = system.open_files_left()
     if files is None:
         return _OPEN_FILES
-    return max(_LEAST, files - min(_HELD_BACK, files // 4))
+    return max(_LEAST, files - min(_HELD_BACK, files * 2 // 3))

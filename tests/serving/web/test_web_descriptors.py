@@ -107,7 +107,7 @@ def test_connections_that_wait_too_long_are_closed_although_no_other_comes(serve
 
 
 @pytest.mark.parametrize(
-    ("left", "most"), [(None, 8192), (1000, 750), (8000, 7744), (40, 30), (3, 8)]
+    ("left", "most"), [(None, 8192), (1000, 744), (8000, 7744), (40, 14), (3, 8)]
 )
 def test_the_limit_leaves_files_for_the_server_itself(monkeypatch, left, most):
     monkeypatch.setattr(acceptor.system, "allow_open_files", lambda count: None)
