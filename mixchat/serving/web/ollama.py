@@ -7,6 +7,7 @@
 | no messages, an empty prompt   | loads the model, or unloads it if keep_alive is 0       |
 | format                         | "json" or a schema, with objects closed as in Ollama    |
 | options                        | numbers as in a chat of OpenAI; num_predict is a length |
+| options.seed                   | -1 for a seed drawn by chance                           |
 | think                          | as far as the model's template knows it                 |
 | stream                         | true if it is not given                                 |
 | images, suffix                 | refused                                                 |
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import time
 from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
@@ -73,12 +75,18 @@ class _Message(RequestObject):
     tool_call_id: str = ""
 
 
+def _drawn(seed: Any) -> Any:
+    """Return a seed drawn by chance for -1, which is Ollama's default."""
+    return secrets.randbelow(2**32) if type(seed) is int and seed == -1 else seed
+
+
 class _Options(shared.SamplingFields):
     stop: shared.Stops = Field([])
     # Ollama's -1 and -2 are as many as fit.
     num_predict: Annotated[
         shared.Length, BeforeValidator(lambda n: 0 if type(n) is int and n < 0 else n)
     ] = None
+    seed: Annotated[shared.Seed, BeforeValidator(_drawn)] = None
 
 
 class _Fields(RequestObject):

@@ -239,6 +239,21 @@ def test_an_error_in_the_midst_of_an_answer_reaches_the_client(client, stream):
         client.ask(question("ab{fail}"), stream=stream)
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+def test_ollamas_seed_of_minus_one_is_drawn_by_chance(served, path):
+    """Clients that send Ollama's default were refused."""
+    asked = {"messages": question("{seed}"), "prompt": "say:{seed}", "stream": False}
+    seeds = set()
+    for seed in (-1, -1, 7):
+        answer = exchange(served, request(path, {**asked, "options": {"seed": seed}})).json
+        seeds.add(answer.get("response") or answer["message"]["content"])
+    assert len(seeds) == 3
+    assert "7" in seeds
+    assert "-1" not in seeds
+    refused = exchange(served, request(path, {**asked, "options": {"seed": -2}}))
+    assert refused.status == 400
+
+
 def test_an_instruction_after_a_question_belongs_to_it(served):
     messages = [*question("no"), {"role": "system", "content": "say:yes"}]
     body = {"max_tokens": 9, "messages": messages, "system": "S"}
