@@ -50,13 +50,15 @@ def show_model(model: str = INSTALLED, as_json: bool = JSON) -> None:
 
     name = checked(model, "the model's name")
     is_demo = models.resolve(name).demo
-    if is_demo and not as_json:
-        show_lines(models.DEMO_ABOUT.strip() + "\n\n")
+    directory: Path | None = None
     try:
         directory = models.installed_directory(name)
     except ModelNotFoundError:
         if as_json or not is_demo:
             raise
+    if is_demo and not as_json:
+        show_lines(models.DEMO_ABOUT.strip() + "\n\n")
+    if directory is None:
         build = "It is not built yet: 'mixchat download demo' or 'mixchat run -m demo' builds it."
         say(build, stream=sys.stdout)
         return

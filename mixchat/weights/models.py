@@ -17,7 +17,7 @@ from mixchat.base.settings import models_dir
 from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import Source, check_files, is_installed, read_manifest
-from mixchat.weights.format.own_files import entries_of, own_bytes
+from mixchat.weights.format.own_files import own_bytes
 from mixchat.weights.format.workspace import is_model_directory, key_of, workspace
 from mixchat.weights.known_models import ALIASES, known_model
 
@@ -268,7 +268,10 @@ def describe(directory: Path) -> ModelEntry:
 
 
 def _directories() -> list[Path]:
-    keys = {key_of(entry.name) for entry in entries_of(models_dir())}
+    names: list[str] = []
+    with suppress(FileNotFoundError, NotADirectoryError):  # one that cannot be read is not empty
+        names = os.listdir(models_dir())
+    keys = set(map(key_of, names))
     return [models_dir() / key for key in sorted(keys) if _is_here(key)]
 
 

@@ -7,11 +7,13 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from pathlib import Path
 
 from mixchat.base import system
 from mixchat.base.errors import MixchatError, ResourceError, UsageError
 from mixchat.base.files import DISK_FULL
 from mixchat.base.machine import memory_left_by_ulimit
+from mixchat.base.settings import data_dir
 from mixchat.chat.printing import ERROR, say, show
 
 _OFF = ("", "0", "false", "no", "off")  # values of a variable
@@ -71,6 +73,9 @@ def _as_ours(error: Exception) -> MixchatError | None:
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
         full = error.errno in DISK_FULL
+        if isinstance(error, PermissionError) and _is_own_file(error.filename):
+            hint = "Set MIXCHAT_HOME to a directory that you can read and write."
+            return UsageError(f"{name}{error.strerror}", hint=hint)
         return (ResourceError if full else MixchatError)(f"{name}{error.strerror}")
     # Typer's own errors have this method, but no public class.
     if format_message := getattr(error, "format_message", None):
@@ -80,6 +85,10 @@ def _as_ours(error: Exception) -> MixchatError | None:
             format_message(), hint=f"'{command} --help' shows the arguments and flags."
         )
     return None
+
+
+def _is_own_file(name: object) -> bool:
+    return isinstance(name, str) and Path(name).is_relative_to(data_dir())
 
 
 def _is_of_gpu(error: BaseException) -> bool:
