@@ -117,12 +117,15 @@ def checked_call(id: str, name: str, arguments: str, path: str) -> ToolCall:
     A client sends back what was cut off, with a result that says so. OpenAI takes any text there.
     """
     try:
-        with suppress(ValueError, RecursionError):
-            arguments = whole_arguments(arguments)
         read_object(arguments.encode(), "the text")
+        return ToolCall(id, name, arguments)
     except RequestError as error:
-        raise field_error(path, f"has to be a JSON object: {error}", "invalid_value") from None
-    return ToolCall(id, name, arguments)
+        fault = field_error(path, f"has to be a JSON object: {error}", "invalid_value")
+    with suppress(RequestError, ValueError, RecursionError):
+        whole = whole_arguments(arguments)
+        read_object(whole.encode())
+        return ToolCall(id, name, whole)
+    raise fault
 
 
 def check_results(messages: Sequence[Message], paths: Sequence[str]) -> None:
