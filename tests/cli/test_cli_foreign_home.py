@@ -15,7 +15,7 @@ WITHOUT_RIGHTS = (
 COMMANDS = (
     *("list", "gc", "chats", "chats x", "config", "stats", "run -m demo Hi", "bench demo"),
     *(f"{name} demo" for name in ("show", "verify", "repair", "rm --yes", "plan", "download")),
-    *("convert demo --dense-bits 8", "calibrate demo", "serve -m demo --port 0"),
+    *("calibrate demo", "serve -m demo --port 0"),
 )
 READABLE = ("list", "chats", "run -m demo Hi", "show demo", "rm --yes demo")
 
