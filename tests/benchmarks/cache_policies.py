@@ -11,6 +11,7 @@ a token brings in.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
@@ -153,6 +154,7 @@ def replay_on_gpu(trace: Trace, slots: int) -> tuple[Counts, int]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="Compare the policies of expert caches.").parse_args()
     trace = synthetic_trace(tokens=TOKENS)
     tokens = sum(trace.tokens(forward) == 1 for forward in trace.forwards) or 1
     print(f"{trace.model}: {trace.layers} layers of {trace.experts} experts, {tokens} tokens")
