@@ -17,6 +17,7 @@
 - held_files.py: files of the system that can be read without a free descriptor
 - cgroups.py: the limits of memory and CPU time that control groups set
 - interrupts.py: the moment at which Ctrl-C, SIGTERM and SIGHUP take effect
+- http.py: HTTP connections whose answers are limited in bytes and seconds
 - progress.py: the progress of long work, and work in a background thread
 - sanitize.py: removes control characters before the terminal gets a text
 """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 
 from mixchat.base.errors import ServerError
+from mixchat.base.http import Limits
 
 _HEAD_BYTES = 2**20  # before an answer begins
 _BODY_BYTES = 2**24  # without a piece of text
@@ -25,39 +26,32 @@ _END_S = 2.0  # after the last piece of an answer
 _OWN_TOKENS = 2**16  # of a prompt that a server adds to the request
 
 
-class Patience:
-    """The time and the bytes that are left. `sent` is the request's size, None if it has no body.
+class Patience(Limits):
+    """The limits of an answer. `sent` is the request's size, None if it has no body.
 
-    `check` and `take` raise `ServerError` when nothing is left.
+    `seconds` and `take` raise `ServerError` when nothing is left.
     """
 
     def __init__(self, sent: int | None = None) -> None:
+        super().__init__(_HEAD_BYTES, _SMALL_S if sent is None else _ANSWER_S + _BYTE_S * sent)
         self._started, self._sent = time.monotonic(), sent or 0
-        self._deadline = self._started + (_SMALL_S if sent is None else _ANSWER_S + _BYTE_S * sent)
-        self._bytes = _HEAD_BYTES
         self._read = 0  # tokens of the prompt
         self._may_extend = True
 
-    def seconds(self) -> float:
-        """Return the seconds that are left."""
-        if (remaining := self._deadline - time.monotonic()) <= 0:
-            raise ServerError("the server takes too long")
-        return remaining
+    def too_slow(self) -> ServerError:
+        return ServerError("the server takes too long")
 
-    def take(self, count: int) -> None:
-        """Count bytes that came."""
-        self._bytes -= count
-        if self._bytes < 0:
-            raise ServerError("the server sends without an end what is no answer")
+    def too_much(self) -> ServerError:
+        return ServerError("the server sends without an end what is no answer")
 
     def begin(self) -> None:
         """Allow more bytes, since the answer begins."""
-        self._bytes = _BODY_BYTES
+        self.bytes_left = _BODY_BYTES
 
     def take_text(self, characters: int) -> None:
         """Allow more, since a piece of text came."""
         more = _PIECE_BYTES + _CHARACTER_BYTES * characters
-        self._bytes = min(self._bytes + more, _BODY_BYTES)
+        self.bytes_left = min(self.bytes_left + more, _BODY_BYTES)
         self._extend(_TOKEN_S)
 
     def read(self, tokens: int) -> None:
@@ -71,7 +65,7 @@ class Patience:
         if self._may_extend and not self._read:
             now = time.monotonic()
             latest = min(now + _ANSWER_S, self._started + _QUEUE_S)
-            self._deadline = max(self._deadline, latest)
+            self.deadline = max(self.deadline, latest)
 
     def end_soon(self) -> None:
         """Allow 2 s from here on, since the answer has ended."""
@@ -82,10 +76,10 @@ class Patience:
         self._end_within(_REASON_S)
 
     def _end_within(self, seconds: float) -> None:
-        self._deadline = min(self._deadline, time.monotonic() + seconds)
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
         self._may_extend = False
 
     def _extend(self, seconds: float) -> None:
         if self._may_extend:
-            latest = max(time.monotonic() + _ANSWER_S, self._deadline)
-            self._deadline = min(self._deadline + seconds, latest)
+            latest = max(time.monotonic() + _ANSWER_S, self.deadline)
+            self.deadline = min(self.deadline + seconds, latest)

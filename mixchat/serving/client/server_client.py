@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import httpcore2
 
 from mixchat.base.errors import MixchatError, ServerError, UsageError, short_message
+from mixchat.base.http import FAULTS, LimitedNetwork, header
 from mixchat.serving.client.patience import Patience
 from mixchat.serving.client.server_json import (
     BusyError,
@@ -23,19 +23,12 @@ from mixchat.serving.client.server_json import (
 from mixchat.serving.client.server_url import ServerURL
 
 _CONNECT_TIMEOUT_S = 10.0
-_READ_S = 0.2  # of each attempt to read
 _WRITE_S = 300.0  # until the server takes some bytes
-_WRITE_BYTES = 2**16
 _MAX_REASON = 2**20  # bytes of an error
 _START_HINT = "Start it with 'mixchat serve', or check the URL."
 # A large prompt takes hours of silence. This notices a machine that was switched off meanwhile.
 _KEEPALIVE: list[httpcore2.SOCKET_OPTION] = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-_FAULTS = (
-    httpcore2.NetworkError,
-    httpcore2.ProtocolError,
-    httpcore2.TimeoutException,
-    ValueError,  # a host's name of a wrong form
-)
+_FAULTS = (*FAULTS, ValueError)  # a host's name of a wrong form is a ValueError
 
 
 class ServerClient:
@@ -85,8 +78,7 @@ class ServerClient:
         patience = Patience(None if body is None else len(body))
         connection = httpcore2.HTTPConnection(
             target.origin,
-            ssl.create_default_context() if url.scheme == "https" else None,
-            network_backend=_PatientNetwork(patience),
+            network_backend=LimitedNetwork(lambda: patience),
             socket_options=_KEEPALIVE,
         )
         timeouts = {"timeout": {"connect": _CONNECT_TIMEOUT_S, "write": _WRITE_S}}
@@ -162,10 +154,7 @@ class HTTPReply:
         self.content_type = content_type.strip().lower()
 
     def header(self, name: str) -> str | None:
-        for key, value in self._response.headers:
-            if key.lower() == name.lower().encode():
-                return value.decode("latin-1")
-        return None
+        return header(self._response, name)
 
     def body(self) -> bytes:
         return b"".join(self.pieces("broke off"))
@@ -187,46 +176,6 @@ class HTTPReply:
             yield from self._response.iter_stream()
         except _FAULTS as error:
             raise _fault(self._url, fault, error) from None
-
-
-class _PatientNetwork(httpcore2.SyncBackend):
-    """Connections that wait as long as `patience` allows, but let Ctrl-C in."""
-
-    def __init__(self, patience: Patience) -> None:
-        super().__init__()
-        self._patience = patience
-
-    def connect_tcp(self, *args: Any, **options: Any) -> _PatientStream:
-        return _PatientStream(super().connect_tcp(*args, **options), self._patience)
-
-
-class _PatientStream(httpcore2.NetworkStream):
-    """A connection that reads in short attempts. A signal may have to wait for one to end."""
-
-    def __init__(self, stream: httpcore2.NetworkStream, patience: Patience) -> None:
-        self._stream, self._patience = stream, patience
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        while True:
-            seconds = min(self._patience.seconds(), _READ_S)
-            with suppress(httpcore2.ReadTimeout):
-                data = self._stream.read(max_bytes, seconds)
-                self._patience.take(len(data))
-                return data
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        for start in range(0, len(buffer), _WRITE_BYTES):
-            self._patience.seconds()
-            self._stream.write(buffer[start : start + _WRITE_BYTES], timeout)
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def start_tls(self, *args: Any, **options: Any) -> _PatientStream:
-        return _PatientStream(self._stream.start_tls(*args, **options), self._patience)
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
 
 
 def _fault(url: ServerURL, fault: str, error: Exception) -> ServerError:

@@ -11,7 +11,8 @@ from mixchat.base.errors import (
     ServerError,
     UsageError,
 )
-from mixchat.serving.client import server_client, server_models
+from mixchat.base.http import LimitedStream
+from mixchat.serving.client import server_models
 from mixchat.serving.client.patience import Patience
 from mixchat.serving.client.server_client import ServerClient
 from mixchat.serving.client.server_json import BusyError, ListedModel, RefusedError
@@ -46,7 +47,7 @@ class Silent(httpcore2.NetworkStream):
 
 def test_silence_is_waited_out_in_short_reads():
     """A Ctrl-C that came just before a read blocked was not handled before the server spoke."""
-    assert server_client._PatientStream(Silent(), Patience()).read(1) == b"a"
+    assert LimitedStream(Silent(), Patience).read(1) == b"a"
 
 
 def test_models_are_those_of_the_server():

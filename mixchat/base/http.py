@@ -1,0 +1,105 @@
+"""HTTP connections whose answers are limited in bytes and seconds while they are read.
+
+A server may send informational answers (1xx), empty compressed blocks, or a byte now and then,
+without an end. The HTTP library waits for all of them, so each read is counted here.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import httpcore2
+
+from mixchat.base.errors import MixchatError
+
+_READ_S = 0.2  # of each attempt to read, so that Ctrl-C is handled soon
+_WRITE_BYTES = 2**16
+# The errors of a connection, and of what comes over it.
+FAULTS = (
+    httpcore2.NetworkError,
+    httpcore2.ProtocolError,
+    httpcore2.ProxyError,
+    httpcore2.TimeoutException,
+    httpcore2.UnsupportedProtocol,
+)
+
+
+class Limits(ABC):
+    """The bytes and the seconds that an answer may still take."""
+
+    def __init__(self, size: int, seconds: float) -> None:
+        self.bytes_left = size
+        self.deadline = time.monotonic() + seconds
+
+    def seconds(self) -> float:
+        """Return the seconds that are left. Raises `too_slow` if there are none."""
+        if (remaining := self.deadline - time.monotonic()) <= 0:
+            raise self.too_slow()
+        return remaining
+
+    def take(self, count: int, waited: float = 0.0) -> None:
+        """Count bytes that came after a wait in seconds. Raises `too_much` beyond the limit."""
+        self.bytes_left -= count
+        if self.bytes_left < 0:
+            raise self.too_much()
+
+    @abstractmethod
+    def too_much(self) -> MixchatError: ...
+
+    @abstractmethod
+    def too_slow(self) -> MixchatError: ...
+
+
+def header(response: httpcore2.Response, name: str) -> str | None:
+    """Return the first header of this name, None if there is none."""
+    for key, value in response.headers:
+        if key.lower() == name.lower().encode():
+            return value.decode("latin-1")
+    return None
+
+
+class LimitedNetwork(httpcore2.SyncBackend):
+    """Connections whose reads are limited by what `limits` returns at each of them."""
+
+    def __init__(self, limits: Callable[[], Limits]) -> None:
+        super().__init__()
+        self._limits = limits
+
+    def connect_tcp(self, *args: Any, **options: Any) -> LimitedStream:
+        return LimitedStream(super().connect_tcp(*args, **options), self._limits)
+
+
+class LimitedStream(httpcore2.NetworkStream):
+    """A connection that reads in short attempts. A signal may have to wait for one to end."""
+
+    def __init__(self, stream: httpcore2.NetworkStream, limits: Callable[[], Limits]) -> None:
+        self._stream, self._limits = stream, limits
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        limits, started = self._limits(), time.monotonic()
+        while True:
+            try:
+                data = self._stream.read(max_bytes, min(limits.seconds(), _READ_S))
+            except httpcore2.ReadTimeout:
+                if timeout is not None and time.monotonic() - started >= timeout:
+                    raise
+            else:
+                limits.take(len(data), time.monotonic() - started)
+                return data
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        for start in range(0, len(buffer), _WRITE_BYTES):
+            self._limits().seconds()
+            self._stream.write(buffer[start : start + _WRITE_BYTES], timeout)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(self, *args: Any, **options: Any) -> LimitedStream:
+        return LimitedStream(self._stream.start_tls(*args, **options), self._limits)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
