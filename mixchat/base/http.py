@@ -25,6 +25,13 @@ FAULTS = (
     httpcore2.TimeoutException,
     httpcore2.UnsupportedProtocol,
 )
+# Those of an answer that began. After others none has begun.
+BROKEN = (
+    httpcore2.ReadError,
+    httpcore2.ReadTimeout,
+    httpcore2.RemoteProtocolError,
+    httpcore2.WriteError,
+)
 
 
 class Limits(ABC):

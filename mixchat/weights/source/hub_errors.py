@@ -1,13 +1,11 @@
-"""Turns the hub's failures into errors of one line, and silences huggingface_hub."""
+"""Turns the hub's failures into errors of one line."""
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from mixchat.base.errors import HubError, MixchatError, ModelNotFoundError, UsageError
@@ -38,70 +36,49 @@ def endpoint() -> str:
     return url
 
 
+@dataclass
+class Refusal(Exception):
+    """A status of the hub that is no success, and the headers that explain it."""
+
+    status: int
+    code: str
+    reason: str
+    retry_after: str
+
+
 @contextmanager
 def plain_errors(repo_id: str, home: str = "MIXCHAT_HOME") -> Iterator[None]:
-    """Turn what huggingface_hub raises inside into one of our errors, and silence it.
+    """Turn failures of requests and files into one of our errors.
 
     `home` is the variable that names the directory written to.
     """
-    # By stacklevel, some of its warnings name our modules as their source.
-    for module in ("huggingface_hub", r"mixchat\.weights"):
-        warnings.filterwarnings("ignore", module=module)
-    from huggingface_hub import errors
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+    from mixchat.base.http import FAULTS
 
-    disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    # The base of refusals and of failed connections is httpx's in 1.x and httpx2's in 2.x.
-    http_error: type[Exception] = vars(errors)["HTTPError"]
     try:
         yield
-    except (http_error, errors.OfflineModeIsEnabled, OSError) as error:
+    except (Refusal, *FAULTS, OSError) as error:
         raise _translate(error, repo_id, home) from error
 
 
 def is_transient(error: Exception) -> bool:
     """Return whether the same request may succeed later."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if isinstance(error, HfHubHTTPError):
-        return _status(error) in (408, 429) or _status(error) >= 500
+    if isinstance(error, Refusal):
+        return error.status in (408, 429) or error.status >= 500
     return True
 
 
 def _translate(error: BaseException, repo_id: str, home: str) -> MixchatError:
-    """Return our error. The narrow classes come first."""
-    from huggingface_hub import errors
+    from mixchat.base.http import BROKEN
 
     host = urlsplit(endpoint()).netloc.rpartition("@")[2]
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return HubError(
-            "the hub is switched off by HF_HUB_OFFLINE",
-            hint="Unset it, or name a directory that holds the checkpoint.",
-        )
-    if isinstance(error, errors.GatedRepoError):
-        return HubError(
-            f"{repo_id} is open only to people who accepted its conditions",
-            hint=f"Accept them on {endpoint()}/{repo_id}, then {_LOGIN}",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return ModelNotFoundError(
-            f"there is no model {repo_id} on {host}",
-            hint=f"Check the spelling. If it is private, {_LOGIN}",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return ModelNotFoundError(f"{repo_id} has no such revision on {host}")
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return HubError(f"{host} lists a file of {repo_id} that it does not have")
-    if isinstance(error, errors.HfHubHTTPError):
-        return _refused(_status(error), repo_id, host)
+    if isinstance(error, Refusal):
+        return _refused(error, repo_id, host)
     if isinstance(error, OSError):
         if (known := local_error(error, f"fetching {repo_id}", home)) is not None:
             return known
         reason = error.strerror or "the data is incomplete"
         return HubError(f"fetching {repo_id} failed: {reason}", hint="Run the same command again.")
-    # By name, because the client library differs between releases.
-    if type(error).__name__ in ("ReadError", "ReadTimeout", "RemoteProtocolError", "WriteError"):
+    if isinstance(error, BROKEN):
         return HubError(
             f"the connection to the hub at {host} broke",
             hint="Run the same command again; it continues where it stopped.",
@@ -112,7 +89,24 @@ def _translate(error: BaseException, repo_id: str, home: str) -> MixchatError:
     )
 
 
-def _refused(status: int, repo_id: str, host: str) -> MixchatError:
+def _refused(refusal: Refusal, repo_id: str, host: str) -> MixchatError:
+    status = refusal.status
+    if refusal.code == "GatedRepo":
+        return HubError(
+            f"{repo_id} is open only to people who accepted its conditions",
+            hint=f"Accept them on {endpoint()}/{repo_id}, then {_LOGIN}",
+        )
+    if refusal.code == "RevisionNotFound":
+        return ModelNotFoundError(f"{repo_id} has no such revision on {host}")
+    if refusal.code == "EntryNotFound":
+        return HubError(f"{host} lists a file of {repo_id} that it does not have")
+    # Without a token, the hub answers 401 for repos that do not exist, too.
+    is_unknown = status == 401 and "Invalid credentials" not in refusal.reason
+    if refusal.code == "RepoNotFound" or is_unknown:
+        return ModelNotFoundError(
+            f"there is no model {repo_id} on {host}",
+            hint=f"Check the spelling. If it is private, {_LOGIN}",
+        )
     if status == 401:
         return HubError(
             f"{host} refuses {repo_id} without a valid token (401)", hint=f"To log in, {_LOGIN}"
@@ -132,7 +126,3 @@ def _refused(status: int, repo_id: str, host: str) -> MixchatError:
             hint="Run the same command again later; it continues where it stopped.",
         )
     return HubError(f"{host} refuses the request for {repo_id} ({status})")
-
-
-def _status(error: Any) -> int:
-    return int(error.response.status_code)

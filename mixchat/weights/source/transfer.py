@@ -15,10 +15,11 @@ from typing import Any
 
 from mixchat.base.errors import HubError
 from mixchat.base.files import open_regular, rename_durably
+from mixchat.base.http import FAULTS
 from mixchat.base.progress import Task
 from mixchat.weights.format.workspace import PART_SUFFIX
 from mixchat.weights.source.checkpoint import Stopped
-from mixchat.weights.source.hub_errors import is_transient
+from mixchat.weights.source.hub_errors import Refusal, is_transient
 from mixchat.weights.source.hub_request import RemoteBytes, WrongAnswer, retry_after
 
 _CHUNK_BYTES = 1 << 20
@@ -39,7 +40,7 @@ def fetch_file(url: str, path: Path, size: int, sha256: str, task: Task, stop: E
     """Fetch `url` to `path`, resuming after the bytes of an earlier attempt.
 
     Advances `task` by the bytes that come. Raises `HubError` if they have another SHA-256,
-    `Stopped` once `stop` is set, and what huggingface_hub raises.
+    `Stopped` once `stop` is set, and the `FAULTS` of a connection.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = part_path(path)
@@ -70,9 +71,9 @@ def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None =
     got, remote = bytearray(), RemoteBytes(url, of)
 
     def attempt() -> None:
-        with remote.stream(start + len(got), start + size - 1) as (response, first):
+        with remote.stream(start + len(got), start + size - 1) as (reply, first):
             skip = start + len(got) - first  # if the hub sends the file from its beginning
-            for chunk in response.iter_bytes():
+            for chunk in reply.pieces():
                 if stop.is_set():
                     raise Stopped
                 fresh = chunk[skip : skip + size - len(got)]
@@ -87,8 +88,8 @@ def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None =
 
 def fetch_and_discard(url: str, task: Task, stop: Event) -> None:
     """Fetch `url` and discard the bytes, until `stop` is set."""
-    with RemoteBytes(url, None).stream(0, None) as (response, _):
-        for chunk in response.iter_bytes():
+    with RemoteBytes(url, None).stream(0, None) as (reply, _):
+        for chunk in reply.pieces():
             task.advance(len(chunk))
             if stop.is_set():
                 return
@@ -126,12 +127,12 @@ class _Download:
         return False
 
     def _attempt(self) -> None:
-        with self._remote.stream(self._done, None) as (response, first):
+        with self._remote.stream(self._done, None) as (reply, first):
             # If the whole file comes, what is there stays until the answer has passed it.
             known = self._done - first  # bytes of the answer that are there already
             with open(self._part, "ab", buffering=0) as file:
                 # A chunk of a fixed size would be lost if the connection broke.
-                for chunk in response.iter_bytes():
+                for chunk in reply.pieces():
                     known, chunk = max(0, known - len(chunk)), chunk[known:]
                     if self._done + len(chunk) > self._size:
                         self._restart()
@@ -168,9 +169,6 @@ def _retry(
     Few bytes, and bytes that are fetched a second time, do not count, because that could repeat for
     ever.
     """
-    from huggingface_hub import errors
-
-    http_error: type[Exception] = vars(errors)["HTTPError"]
     waits, most = iter(_WAITS_S), done()
     progress = min(_PROGRESS_BYTES, size // _PROGRESS_PARTS)
     while done() < size:
@@ -179,7 +177,7 @@ def _retry(
             attempt()
         except WrongAnswer as error:
             failure = error
-        except http_error as error:
+        except (Refusal, *FAULTS) as error:
             if not is_transient(error):
                 raise
             failure = error

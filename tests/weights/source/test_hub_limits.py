@@ -161,13 +161,6 @@ def test_a_few_bytes_of_each_attempt_do_not_count_as_progress(hub, tmp_path):
     assert part_path(tmp_path / NAME).stat().st_size < 100
 
 
-def test_other_requests_of_the_same_thread_have_no_limits(hub):
-    from huggingface_hub import get_session
-
-    assert read_range(url(hub), 0, 10, Event()) == DATA[:10]
-    assert get_session().get(url(hub), follow_redirects=True).content == DATA
-
-
 def test_each_thread_has_limits_of_its_own(hub, monkeypatch):
     """One connection's reads counted for all."""
     monkeypatch.setattr(hub_request, "_SPARE_BYTES", 0)
