@@ -40,17 +40,11 @@ def exclusive_lock(target: Path, *, on_wait: Callable[[], object] | None = None)
 
 
 @contextmanager
-def lock_file(
-    path: Path,
-    *,
-    timeout: float = 0,
-    cancelled: Callable[[], bool] | None = None,
-    remove: bool = False,
-) -> Iterator[None]:
+def lock_file(path: Path, *, timeout: float = 0, remove: bool = False) -> Iterator[None]:
     """Hold the lock of the lock file `path`, which is created, and removed with `remove`.
 
-    Raises `Busy` after `timeout` seconds, or once `cancelled` returns True, and `OSError`. A file
-    system without locks excludes nobody.
+    Raises `Busy` after `timeout` seconds, and `OSError`. A file system without locks excludes
+    nobody.
     """
     from filelock import FileLock, Timeout
 
@@ -60,7 +54,7 @@ def lock_file(
     lock = FileLock(path, mode=0o664, fallback_to_soft=False)
     # With a timeout, because a suspended process holds its lock for as long as it is suspended.
     try:
-        lock.acquire(timeout=timeout, poll_interval=_POLL_S, cancel_check=cancelled)
+        lock.acquire(timeout=timeout, poll_interval=_POLL_S)
     except Timeout:
         raise Busy from None
     except OSError as error:

@@ -172,13 +172,6 @@ def test_a_process_does_not_wait_longer_than_its_timeout(target, holder):
         pass
 
 
-def test_a_wait_ends_once_it_is_cancelled(target, holder):
-    calls = iter([False, False, True])
-    path = lock_file_of(target)
-    with pytest.raises(Busy), lock_file(path, timeout=60, cancelled=lambda: next(calls)):
-        pass
-
-
 def test_an_open_file_has_one_holder_until_it_is_closed(tmp_path):
     with open(tmp_path / "f", "wb") as first, open(tmp_path / "f", "rb") as second:
         assert lock_open_file(first.fileno())

@@ -27,6 +27,14 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
 
 
+def snapshot_dir(repo: str, commit: str) -> Path:
+    """Return the directory with a commit's files in Hugging Face's cache."""
+    from huggingface_hub import constants
+
+    name = "models--" + repo.replace("/", "--")
+    return Path(constants.HF_HUB_CACHE) / name / "snapshots" / commit
+
+
 def shard(checkpoint: Path, target: Path, place: Place | int) -> Path:
     """A copy of a checkpoint of one file, cut up: `place` gives a tensor's shard.
 

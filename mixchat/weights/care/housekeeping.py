@@ -17,7 +17,6 @@ from mixchat.base.settings import models_dir
 from mixchat.weights.format.manifest import is_installed
 from mixchat.weights.format.own_files import entries_of, foreign_files, own_files, remove_path
 from mixchat.weights.format.workspace import (
-    PART_SUFFIX,
     clear,
     is_model_directory,
     is_resumable,
@@ -26,7 +25,6 @@ from mixchat.weights.format.workspace import (
     settle,
     workspace,
 )
-from mixchat.weights.source import hub
 
 
 @dataclass(frozen=True)
@@ -86,14 +84,6 @@ def sweep(*, unfinished: bool = False) -> Iterator[Leftover]:
                 yield from _swept(target, unfinished)
     for path in foreign:
         yield Leftover(path, 0, "foreign")
-    # Other tools use the files that --keep-source puts into huggingface_hub's cache.
-    for path in sorted(hub.cache_dir().glob(f"models--*/blobs/*{PART_SUFFIX}")):
-        blob = path.name.removesuffix(PART_SUFFIX)
-        with suppress(Busy), hub.blob_lock(path.parents[1].name, blob, timeout=1):
-            size = disk_usage(path)
-            if unfinished:
-                path.unlink()
-            yield Leftover(path, size, "removed" if unfinished else "resumable")
 
 
 def _swept(target: Path, unfinished: bool) -> Iterator[Leftover]:

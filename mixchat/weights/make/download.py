@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from mixchat.base.settings import data_dir
 from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import check_files, is_installed, read_manifest
 from mixchat.weights.format.own_files import files_in_the_way, foreign_files
-from mixchat.weights.format.workspace import SOURCE_DIR, settle, workspace
+from mixchat.weights.format.workspace import settle, workspace
 from mixchat.weights.make.download_plan import DownloadPlan, estimate_time, make_plan
 from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
@@ -87,8 +86,6 @@ def _install(
     with _open_build(request, progress, check=request.check) as build:
         plan = make_plan(build)
         if plan.fits:
-            if build.checkpoint.cache is not None:  # shards are fetched to the cache now
-                shutil.rmtree(build.place / SOURCE_DIR, ignore_errors=True)
             build.discard_other_work(progress)
             plan = estimate_time(plan, build, keep=True)
         announce(plan)

@@ -6,6 +6,7 @@
 - checkpoint_index.py: the files and tensors of a Hugging Face checkpoint
 - gguf_checkpoint.py: a checkpoint in GGUF, here or on the hub
 - gguf_file.py, gguf_text.py: the header of a GGUF file, and the tokenizer in it
+- remote_file.py: a file of a commit on the hub, and its path in huggingface_hub's cache
 - hub.py, hub_errors.py: looks up a checkpoint on the hub, and explains its errors
 - hub_request.py: bytes from the hub, and how slow and how long an answer may be
 - transfer.py: files from the hub, resumed after an interruption

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Event
 from typing import Any
 from urllib.parse import quote
 
 from mixchat.base.errors import CheckpointError, HubError
 from mixchat.base.files import MAX_SIZE, json_object, read_bytes
-from mixchat.base.lock import lock_file
 from mixchat.base.progress import in_background
 from mixchat.base.safetensors import Header, header_length
 from mixchat.weights.families.read_config import read_config
@@ -32,54 +28,16 @@ from mixchat.weights.source.gguf_checkpoint import SUFFIX, choose_files, read_gg
 from mixchat.weights.source.gguf_file import MAGIC, read_header
 from mixchat.weights.source.hub_errors import endpoint, plain_errors
 from mixchat.weights.source.hub_request import read_json
+from mixchat.weights.source.remote_file import RemoteFile
 from mixchat.weights.source.transfer import read_range
 
 _SHARD_BYTES_MAX = 50_000_000_000  # larger files are not served over plain HTTP
 _FIRST_READ_BYTES = 1 << 16  # a shard's header has some thousand
 _REQUESTS_AT_ONCE = 8
-COMMIT = _SHA1 = re.compile(r"[0-9a-f]{40}")
-_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
+_SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PLAIN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}"
 _GGUF_PATH = re.compile(rf"{_PLAIN}/{_PLAIN}\.gguf")
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a commit on the hub."""
-
-    repo_id: str
-    commit: str
-    path: str
-    size: int  # bytes
-    sha256: str | None  # of a large file (LFS)
-    git_sha1: str | None  # git's hash of a small one
-
-    @property
-    def name(self) -> str:
-        """Return its name without the folder."""
-        return self.path.rpartition("/")[2]
-
-    @property
-    def where(self) -> str:
-        return f"{self.repo_id}: {self.path}"
-
-    @property
-    def url(self) -> str:
-        from huggingface_hub import hf_hub_url
-
-        return hf_hub_url(self.repo_id, self.path, revision=self.commit, endpoint=endpoint())
-
-    @property
-    def blob(self) -> Path:
-        """Return its path in huggingface_hub's cache, by its hash if it has one."""
-        name = self.sha256 or self.git_sha1
-        return repo_dir(self.repo_id) / "blobs" / name if name else self.pointer
-
-    @property
-    def pointer(self) -> Path:
-        """Return the path of the link to the blob in that cache."""
-        return snapshot_dir(self.repo_id, self.commit) / self.path
 
 
 @dataclass(frozen=True)
@@ -134,7 +92,8 @@ def fetch_small(file: RemoteFile) -> bytes:
     _check_small(file)
     # huggingface_hub checks only sizes. A file of its cache is used if its hash is right.
     with suppress(CheckpointError):
-        if _has_listed_bytes(data := read_bytes(file.pointer), file):
+        path = file.cached()
+        if path and _has_listed_bytes(data := read_bytes(path), file):
             return data
     data = bytes(read_range(file.url, 0, file.size, Event(), of=file.size))
     if not _has_listed_bytes(data, file):
@@ -142,46 +101,6 @@ def fetch_small(file: RemoteFile) -> bytes:
             f"{file.where} is not the file that the hub lists", hint="Run the same command again."
         )
     return data
-
-
-def cache_dir() -> Path:
-    """Return huggingface_hub's cache."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
-
-
-def snapshot_dir(repo_id: str, commit: str) -> Path:
-    """Return the directory of that cache with the files of one commit."""
-    return repo_dir(repo_id) / "snapshots" / commit
-
-
-def repo_dir(repo_id: str) -> Path:
-    """Return the directory of that cache with all of a repo."""
-    return cache_dir() / ("models--" + repo_id.replace("/", "--"))
-
-
-def write_ref(repo_id: str, revision: str | None, commit: str) -> None:
-    """Record the commit of a branch or tag in the cache, so that it can be found offline."""
-    from huggingface_hub import constants
-
-    name = revision or constants.DEFAULT_REVISION
-    if name != commit and _REVISION.fullmatch(name) and ".." not in name:
-        ref = repo_dir(repo_id) / "refs" / name
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(commit)
-
-
-def blob_lock(
-    repo: str,
-    sha256: str,
-    *,
-    timeout: float = math.inf,
-    cancelled: Callable[[], bool] | None = None,
-) -> AbstractContextManager[None]:
-    """Return `lock_file` of a blob in the cache, which huggingface_hub respects, too."""
-    path = cache_dir() / ".locks" / repo / f"{sha256}.lock"
-    return lock_file(path, timeout=timeout, cancelled=cancelled)
 
 
 def _has_listed_bytes(data: bytes, file: RemoteFile) -> bool:
@@ -276,7 +195,7 @@ def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteF
                 raise ValueError(path)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         commit = ""
-    if not COMMIT.fullmatch(commit):
+    if not _SHA1.fullmatch(commit):
         raise HubError(
             f"the hub's answer for {repo_id} is not valid",
             hint="Is HF_ENDPOINT the address of a hub? Does the network ask for a login first?",

@@ -1,8 +1,7 @@
-"""A checkpoint on the hub, fetched shard by shard to the model's directory or to the cache."""
+"""A checkpoint on the hub, fetched shard by shard."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,7 +12,7 @@ import torch
 
 from mixchat.base.errors import HubError
 from mixchat.base.files import write_file
-from mixchat.base.lock import Busy
+from mixchat.base.machine import same_disk
 from mixchat.base.progress import Task
 from mixchat.base.safetensors import Header
 from mixchat.weights.format.manifest import Source
@@ -21,8 +20,9 @@ from mixchat.weights.format.workspace import SOURCE_DIR
 from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint import Checkpoint, ShardReader, Stopped, remove_files
 from mixchat.weights.source.gguf_checkpoint import write_made
-from mixchat.weights.source.hub import HubListing, RemoteFile
+from mixchat.weights.source.hub import HubListing
 from mixchat.weights.source.hub_errors import plain_errors
+from mixchat.weights.source.remote_file import RemoteFile, cache_dir
 from mixchat.weights.source.transfer import (
     fetch_and_discard,
     fetch_file,
@@ -39,8 +39,8 @@ class HubCheckpoint(Checkpoint):
     """The files of one commit.
 
     A shard is fetched to `source/` in the workspace `place` and removed when it is released. With
-    `keep_source` all are fetched to huggingface_hub's cache and stay. A file in this cache is used
-    if its hash is right.
+    `keep_source` it moves to huggingface_hub's cache and stays. A file in this cache is used if its
+    hash is right.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class HubCheckpoint(Checkpoint):
     ) -> None:
         self.source, self.index = source, remote.index
         self.size, self.fingerprint = remote.index.size, remote.commit
-        self.cache = hub.cache_dir() if keep_source else None
+        self.cache = cache_dir() if keep_source else None
         self._remote, self._directory = remote, place / SOURCE_DIR
 
     def companions(self) -> Path:
@@ -58,16 +58,15 @@ class HubCheckpoint(Checkpoint):
                 write_made(self._directory, metadata_files)
             return self._directory
         with plain_errors(self._remote.repo_id, "HF_HOME" if self.cache else "MIXCHAT_HOME"):
+            directory = self._directory
             for file in self._remote.small:
                 read[file.path] = read.get(file.path) or hub.fetch_small(file)
-                path = self._path(file)
+                path = self._directory / file.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, read[file.path])
                 if self.cache:
-                    self._linked(file, path)
-        if self.cache:
-            return hub.snapshot_dir(self._remote.repo_id, self._remote.commit)
-        return self._directory
+                    directory = file.keep(path, self.source.revision).parent
+        return directory
 
     def close(self) -> None:
         small = [file.path for file in self._remote.small]
@@ -75,51 +74,40 @@ class HubCheckpoint(Checkpoint):
 
     def missing(self, shard: str) -> int:
         file = self._remote.shards[shard]
-        path = _cached(file) or self._path(file)
-        if path.exists():
+        path = self._directory / file.name
+        if file.cached() or path.exists():
             return 0
         partial = part_path(path)
         return max(0, file.size - partial.stat().st_size) if partial.exists() else file.size
 
     def temporary(self, shard: str) -> int:
         file = self._remote.shards[shard]
-        return 0 if self.cache or _cached(file) else file.size
+        stays = self.cache and same_disk(self.cache, self._directory)
+        return 0 if stays or file.cached() else file.size
 
     def fetch(self, shard: str, task: Task, stop: Event) -> Path:
         file = self._remote.shards[shard]
-        cached, size, sha256 = _cached(file), file.size, str(file.sha256)
-        in_cache = self.cache is not None or file.blob.exists()
-        with plain_errors(self._remote.repo_id, "HF_HOME" if in_cache else "MIXCHAT_HOME"):
+        cached, size, sha256 = file.cached(), file.size, str(file.sha256)
+        with plain_errors(self._remote.repo_id, "HF_HOME" if self.cache else "MIXCHAT_HOME"):
             # What is good in the cache stays, whatever the hub lists.
             if cached and is_intact(cached, size, sha256, stop):
-                return self._linked(file, cached) if self.cache else cached
-            if not in_cache:
-                path = self._path(file)
-                if not path.exists():
-                    fetch_file(file.url, path, size, sha256, task, stop)
-                elif not is_intact(path, size, sha256, stop):
-                    path.unlink()
-                    raise wrong_bytes(file.path)
-                return path
-            repo = hub.repo_dir(file.repo_id).name
-            try:
-                with hub.blob_lock(repo, sha256, cancelled=stop.is_set):
-                    if not file.blob.exists() or not is_intact(file.blob, size, sha256, stop):
-                        fetch_file(file.url, file.blob, size, sha256, task, stop)
-            except Busy:
-                raise Stopped from None
-            return self._linked(file, file.blob)
+                return file.keep(cached, self.source.revision) if self.cache else cached
+            path = self._directory / file.name
+            if not path.exists():
+                fetch_file(file.url, path, size, sha256, task, stop)
+            elif not is_intact(path, size, sha256, stop):
+                path.unlink()
+                raise wrong_bytes(file.path)
+            return file.keep(path, self.source.revision) if self.cache else path
 
     def release(self, shard: str) -> None:
-        if not self.cache:
-            path = self._directory / shard
-            path.unlink(missing_ok=True)
-            part_path(path).unlink(missing_ok=True)
+        path = self._directory / shard
+        path.unlink(missing_ok=True)
+        part_path(path).unlink(missing_ok=True)
 
     def open(self, shard: str) -> ShardReader:
         file = self._remote.shards[shard]
-        cached = _cached(file)
-        if cached:
+        if cached := file.cached():
             return self.index.open(shard, cached)
         return _RemoteShard(file, self.index.header(shard))
 
@@ -142,40 +130,6 @@ class HubCheckpoint(Checkpoint):
         finally:
             timer.cancel()
         return came.bytes / (time.monotonic() - start) if came.bytes > 0 else None
-
-    def _path(self, file: RemoteFile) -> Path:
-        return file.blob if self.cache else self._directory / file.name
-
-    def _linked(self, file: RemoteFile, path: Path) -> Path:
-        """Link snapshots/<commit>/<name> to blobs/<hash>, and return the file's path."""
-        pointer = file.pointer
-        if not pointer.exists():
-            pointer.parent.mkdir(parents=True, exist_ok=True)
-            pointer.unlink(missing_ok=True)
-            try:
-                pointer.symlink_to(os.path.relpath(path, pointer.parent))
-            except FileExistsError:
-                pass  # another download has made it
-            except OSError:  # exFAT has no links. Then huggingface_hub has the file itself there.
-                os.replace(path, pointer)
-                path = pointer
-        hub.write_ref(self._remote.repo_id, self.source.revision, self._remote.commit)
-        return pointer if pointer.samefile(path) else path
-
-
-def _cached(file: RemoteFile) -> Path | None:
-    """Return the file in huggingface_hub's cache, if it is there.
-
-    In a cache without links it is known by its size.
-    """
-    blob = file.blob
-    for path in (file.pointer, blob):
-        if path.is_file():
-            real = path.resolve()
-            nameless = real.parent.name != "blobs" and real.stat().st_size == file.size
-            if nameless or real == blob.resolve():
-                return path
-    return None
 
 
 class _Count:

@@ -19,6 +19,7 @@ from mixchat.weights.source.checkpoint_index import INDEX, read_weight_map
 from mixchat.weights.source.demo import DemoCheckpoint
 from mixchat.weights.source.gguf_checkpoint import SUFFIX, GgufCheckpoint, choose_files, local_files
 from mixchat.weights.source.hub_checkpoint import HubCheckpoint
+from mixchat.weights.source.remote_file import cached_snapshot
 
 
 @contextmanager
@@ -83,15 +84,9 @@ def _offline_snapshot(source: Source) -> Path | None:
 
     if not constants.HF_HUB_OFFLINE:
         return None
-    repo = hub.repo_dir(source.repo.partition(":")[0])
-    revision = source.commit or source.revision or constants.DEFAULT_REVISION
-    # refs/ has the commit of each branch and tag that was looked up. A commit has no such file.
-    try:
-        commit = read_bytes(repo / "refs" / revision).decode().strip()
-    except (CheckpointError, ValueError):
-        commit = revision
-    snapshot = repo / "snapshots" / commit
-    if hub.COMMIT.fullmatch(commit) and (_is_complete(snapshot) or any(_all_gguf(snapshot))):
+    repo = source.repo.partition(":")[0]
+    snapshot = cached_snapshot(repo, source.commit or source.revision)
+    if snapshot and (_is_complete(snapshot) or any(_all_gguf(snapshot))):
         return snapshot
     raise HubError(
         f"{source.repo} is not complete in Hugging Face's cache, and HF_HUB_OFFLINE is set",

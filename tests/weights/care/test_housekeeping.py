@@ -13,7 +13,6 @@ from mixchat.weights import models
 from mixchat.weights.care.housekeeping import Leftover, remove, sweep
 from mixchat.weights.format.journal import JOURNAL_FILE
 from mixchat.weights.format.workspace import workspace
-from mixchat.weights.source import hub
 
 # A workspace, and a file that was being written when its process was killed.
 WORK = {
@@ -172,23 +171,6 @@ class TestLeftovers:
         assert found() == {workspace(finished).name: "removed"}
         assert not workspace(finished).is_symlink()
         assert (precious / "file").read_text() == "precious"
-
-    def test_parts_in_the_hubs_cache_can_be_gone_on_with(self, cache):
-        blobs = hub.repo_dir("org/name") / "blobs"
-        write(blobs, {"abc.mixchat.part": b"x" * 5_000, "abc": b"a blob", "d.incomplete": b"hf's"})
-        (leftover,) = sweep()
-        assert (leftover.path, leftover.state) == (blobs / "abc.mixchat.part", "resumable")
-        list(sweep(unfinished=True))
-        assert sorted(path.name for path in blobs.iterdir()) == ["abc", "d.incomplete"]
-
-    def test_a_part_that_is_being_fetched_stays(self, cache):
-        sha256 = "ab" * 32
-        blobs = hub.repo_dir("org/name") / "blobs"
-        write(blobs, {f"{sha256}.mixchat.part": b"x"})
-        with hub.blob_lock(blobs.parent.name, sha256, timeout=1):
-            assert list(sweep(unfinished=True)) == []
-        (leftover,) = sweep(unfinished=True)
-        assert leftover.state == "removed"
 
     def test_what_another_process_has_started_meanwhile_stays(self, unfinished):
         """Found and removed were once two steps; a download that began between them was lost."""

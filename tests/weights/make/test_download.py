@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_hub import COMMIT, REPO
 from safetensors.torch import load_file, save_file
-from weight_tools import NF4, Meter, files_of, get, left_in, shard_names
+from weight_tools import NF4, Meter, files_of, get, left_in, shard_names, snapshot_dir
 
 from mixchat.base import machine
 from mixchat.base.errors import CheckpointError, HubError, ResourceError, UsageError
@@ -21,7 +21,7 @@ from mixchat.weights.make.download import DownloadRequest, download, plan_downlo
 from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.parts import ModelPart
 from mixchat.weights.models import resolve
-from mixchat.weights.source import demo, hub
+from mixchat.weights.source import demo
 
 SHARDS = shard_names(2)
 
@@ -78,7 +78,7 @@ class TestHub:
     def test_keep_source_leaves_the_shards_in_the_cache(self, fake, made):
         path = get(REPO, keep_source=True)
         assert files_of(path) == files_of(made)
-        snapshot = hub.snapshot_dir(REPO, COMMIT)
+        snapshot = snapshot_dir(REPO, COMMIT)
         for shard in SHARDS:
             assert (snapshot / shard).read_bytes() == fake.files[shard]
 
@@ -88,7 +88,7 @@ class TestHub:
         path = get(REPO, key="two")
         assert not [r for r in fake.requests if r.path[1:] in SHARDS and not header(r)]
         assert files_of(path) == files_of(made)
-        assert (hub.snapshot_dir(REPO, COMMIT) / SHARDS[0]).exists()
+        assert (snapshot_dir(REPO, COMMIT) / SHARDS[0]).exists()
 
     def test_without_the_hub_a_snapshot_in_the_cache_will_do(self, fake, made, monkeypatch):
         from huggingface_hub import constants
@@ -101,7 +101,7 @@ class TestHub:
             assert read_manifest(path).source.commit == COMMIT
         assert files_of(get(REPO, key="two")) == files_of(made)
         assert not fake.requests
-        assert (hub.snapshot_dir(REPO, COMMIT) / SHARDS[0]).exists()
+        assert (snapshot_dir(REPO, COMMIT) / SHARDS[0]).exists()
 
     def test_without_the_hub_and_without_a_snapshot_it_says_so(self, fake, monkeypatch):
         from huggingface_hub import constants
@@ -109,8 +109,8 @@ class TestHub:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
             get(REPO)
-        hub.snapshot_dir(REPO, COMMIT).mkdir(parents=True)
-        (hub.snapshot_dir(REPO, COMMIT) / "config.json").write_text("{}")
+        snapshot_dir(REPO, COMMIT).mkdir(parents=True)
+        (snapshot_dir(REPO, COMMIT) / "config.json").write_text("{}")
         with pytest.raises(HubError, match="not complete"):
             get(REPO, revision=COMMIT)
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 from fake_hub import COMMIT, LIES, REPO, FakeHub
-from weight_tools import files_of, shard_names
+from weight_tools import files_of, shard_names, snapshot_dir
 
 from mixchat.base.errors import CheckpointError, HubError, ModelNotFoundError
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 from mixchat.weights.source.checkpoint_index import INDEX
+from mixchat.weights.source.remote_file import RemoteFile
 
 SHARDS = shard_names(2)
 PICKLE = b"pickle" * 1_000
@@ -208,15 +209,15 @@ def _rehashed(answer: dict[str, Any], sha256: str) -> dict[str, Any]:
 
 
 class TestSmallFiles:
-    def small(self, fake: FakeHub, name: str) -> hub.RemoteFile:
+    def small(self, fake: FakeHub, name: str) -> RemoteFile:
         described = fake.describe(name)
         sha256 = described.get("lfs", {}).get("sha256")
         git = None if sha256 else described["blobId"]
-        return hub.RemoteFile(REPO, COMMIT, name, described["size"], sha256, git)
+        return RemoteFile(REPO, COMMIT, name, described["size"], sha256, git)
 
     def cached(self, cache: Path, name: str, data: bytes) -> Path:
         """Put a file into the cache, as another tool does."""
-        path = hub.snapshot_dir(REPO, COMMIT) / name
+        path = snapshot_dir(REPO, COMMIT) / name
         path.parent.mkdir(parents=True)
         path.write_bytes(data)
         return path

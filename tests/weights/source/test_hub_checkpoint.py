@@ -1,9 +1,11 @@
 """Shards on the hub: where they go, what is used of the cache, and what is left at the end."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from weight_tools import Bar, shard_names
 from mixchat.base.errors import HubError
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub, hub_checkpoint
-from mixchat.weights.source.checkpoint import CheckpointReader, Stopped
+from mixchat.weights.source.checkpoint import CheckpointReader
 from mixchat.weights.source.hub_checkpoint import HubCheckpoint
 from mixchat.weights.source.transfer import part_path
 
@@ -128,7 +130,7 @@ class TestRate:
 
 
 class TestKeepSource:
-    def test_leaves_a_cache_that_the_hubs_own_client_reads(self, fake, target):
+    def test_leaves_a_cache_that_the_hubs_own_client_reads(self, fake, target, cache):
         from huggingface_hub import hf_hub_download, scan_cache_dir
 
         checkpoint = origin_for(target, keep_source=True)
@@ -140,9 +142,10 @@ class TestKeepSource:
             checkpoint.release(shard)
             assert path.read_bytes() == fake.files[shard]
             assert checkpoint.temporary(shard) == 0
-        report = scan_cache_dir(hub.cache_dir())
+        report = scan_cache_dir(cache)
         assert not report.warnings
         assert report.size_on_disk == sum(map(len, fake.files.values()))
+        checkpoint.close()
         assert not target.exists()
 
     def test_a_blob_that_another_revision_brought_is_used(self, fake, target):
@@ -154,51 +157,28 @@ class TestKeepSource:
         assert path.read_bytes() == fake.files[SHARDS[0]]
         assert asked(fake) == []
 
-    def test_resumes_a_part_in_the_cache(self, fake, target, cache):
-        place = blob(cache, fake)
-        place.parent.mkdir(parents=True)
-        part_path(place).write_bytes(fake.files[SHARDS[0]][:90_000])
-        bring(origin_for(target, keep_source=True))
+    def test_resumes_a_part_that_another_process_left(self, fake, target, cache):
+        (target / "source").mkdir(parents=True)
+        part_path(target / "source" / SHARDS[0]).write_bytes(fake.files[SHARDS[0]][:90_000])
+        path = bring(origin_for(target, keep_source=True))
+        assert path.resolve() == blob(cache, fake)
         assert asked(fake) == ["bytes=90000-"]
 
-    def test_waits_for_another_program_that_fetches_the_same_file(self, fake, target, cache):
-        from huggingface_hub.utils import WeakFileLock
+    def test_a_disk_of_its_own_for_the_cache_is_filled_by_copies(self, fake, target, monkeypatch):
+        checkpoint, rename = origin_for(target, keep_source=True), os.rename
 
-        lock = cache / ".locks" / "models--org--tiny-mixtral" / f"{blob(cache, fake).name}.lock"
-        lock.parent.mkdir(parents=True)
-        checkpoint = origin_for(target, keep_source=True)
-        fake.requests.clear()
-        worker = Thread(target=bring, args=(checkpoint,), daemon=True)
-        with WeakFileLock(lock):
-            worker.start()
-            worker.join(0.2)
-            assert worker.is_alive()
-            assert asked(fake) == []
-            blob(cache, fake).parent.mkdir(parents=True, exist_ok=True)
-            blob(cache, fake).write_bytes(fake.files[SHARDS[0]])
-        worker.join(60)
-        assert not worker.is_alive()
-        assert asked(fake) == []
+        def on_one_disk(source: Path, goal: Path) -> None:
+            if "source" in str(source):
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            rename(source, goal)
 
-    def test_does_not_wait_for_ever_once_stop_is_set(self, fake, target, cache):
-        from huggingface_hub.utils import WeakFileLock
-
-        lock = cache / ".locks" / "models--org--tiny-mixtral" / f"{blob(cache, fake).name}.lock"
-        lock.parent.mkdir(parents=True)
-        stop, ended = Event(), []
-        checkpoint = origin_for(target, keep_source=True)
-
-        def fetch() -> None:
-            with pytest.raises(Stopped):
-                checkpoint.fetch(SHARDS[0], Bar(), stop)
-            ended.append(True)
-
-        with WeakFileLock(lock):
-            worker = Thread(target=fetch, daemon=True)
-            worker.start()
-            stop.set()
-            worker.join(60)
-        assert ended
+        monkeypatch.setattr(os, "rename", on_one_disk)
+        monkeypatch.setattr(hub_checkpoint, "same_disk", lambda *_: False)
+        assert checkpoint.temporary(SHARDS[0]) == len(fake.files[SHARDS[0]])
+        path = bring(checkpoint)
+        assert path.read_bytes() == fake.files[SHARDS[0]]
+        assert [file.name for file in path.resolve().parent.iterdir()] == [path.resolve().name]
+        assert not list((target / "source").iterdir())
 
 
 class TestCache:
@@ -219,12 +199,16 @@ class TestCache:
     @pytest.mark.parametrize(
         "damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-1]]
     )
-    def test_what_is_damaged_there_is_found_and_fetched_again(self, fake, target, cached, damage):
+    @pytest.mark.parametrize("keep_source", [False, True])
+    def test_what_is_damaged_there_is_found_and_fetched_again(
+        self, fake, target, cached, damage, keep_source
+    ):
         good = fake.files[SHARDS[0]]
-        cached.resolve().write_bytes(damage(good))
-        assert bring(origin_for(target)).read_bytes() == good
+        bad = damage(good)
+        cached.resolve().write_bytes(bad)
+        assert bring(origin_for(target, keep_source=keep_source)).read_bytes() == good
         assert cached.is_symlink()
-        assert cached.read_bytes() == good
+        assert cached.read_bytes() == (good if keep_source else bad)
 
     @pytest.mark.parametrize(
         ("lie", "keep_source"), [({"sha256": "0" * 64}, False), ({"size": 7}, True)]
