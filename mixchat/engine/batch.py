@@ -277,7 +277,7 @@ class Batch:
             for reader in reading:
                 common = shared_beginning(reader.ids, prompt)
                 if reader.prefix and common >= shared + _MIN_SHARED_TO_WAIT:
-                    reader.prefix.cache.add_places({common})
+                    reader.prefix.cache.add_place(common)
                     return False
             if shared >= _MIN_SHARED_TO_COPY:
                 targets = [sequence for sequence in self._free if sequence is not best]
@@ -294,7 +294,10 @@ class Batch:
         answer.stats.reused_tokens = reused
         answer.stats.repeated_tokens = shared_beginning(prefix.ids, prompt) - reused
         prefix.cut(reused)
-        prefix.cache.begin({reused, parted, len(prompt) - _ANSWER_START_TOKENS, len(prompt)})
+        # Messages end with a stop token in most templates.
+        ends = [n + 1 for n, token in enumerate(prompt) if token in answer.request.stop_ids]
+        before_answer = len(prompt) - _ANSWER_START_TOKENS
+        prefix.cache.begin((before_answer, len(prompt)), (reused, parted, *ends))
         self._free.remove(prefix)
         answer.prefix = prefix
         answer.request.on_prefill(0, answer.tokens_to_read)

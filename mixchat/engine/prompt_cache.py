@@ -19,7 +19,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import torch
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import open_private_file, write_all, write_error
 from mixchat.base.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
+from mixchat.engine.caches.checkpoints import TURN_ENDS
 from mixchat.engine.caches.layer_cache import Extent
 from mixchat.engine.caches.sequence_cache import SequenceCache
 from mixchat.engine.generate import Engine
@@ -38,9 +38,8 @@ from mixchat.weights.format.manifest import Manifest
 _FORMAT = 3
 _DESCRIPTION, _IDS, _DIGEST = "mixchat_prompt_cache", "ids", "sha256"
 _MAX_DESCRIPTION_BYTES = 4096
-# In a file, which has the state of each. A turn makes three, so that /undo and /regen compute
-# nothing again after a resume.
-_MAX_CHECKPOINTS = 3
+# In a file, which has the state of each.
+_MAX_CHECKPOINTS = TURN_ENDS
 
 
 def identity_of(manifest: Manifest) -> str:
@@ -125,7 +124,7 @@ def _specs(cache: SequenceCache, extent: Extent, description: int) -> list[Tenso
 
 def _write(path: Path, cache: SequenceCache, ids: Sequence[int], engine: Engine) -> Extent:
     """Write the file. Return the extent of its content."""
-    extent = replace(cache.extent, checkpoints=cache.extent.checkpoints[-_MAX_CHECKPOINTS:])
+    extent = cache.extent_to_save(_MAX_CHECKPOINTS)
     fields = {
         "format": _FORMAT,
         "model": engine.identity,

@@ -97,7 +97,9 @@ def build_engine(
         speculates = options.speculation and alone and passes_are_exact(blueprint, device)
         on = devices_of_layers(config, fit.placement, devices)
         model = _build_model(installed, runner, context, on)
-        caches = new_caches(config, context, dtype, on, options.kv_bits, options.parallel)
+        caches = new_caches(
+            config, context, dtype, on, options.kv_bits, options.parallel, fit.checkpoints
+        )
         if isinstance(runner, GpuExperts):
             # Triton is imported only if a GPU computes.
             from mixchat.engine.gpu_decoder import new_gpu_decoder

@@ -18,6 +18,7 @@ from mixchat.engine.caches.state_cache import StateCache
 from mixchat.engine.passes import CachedPrefix
 
 CAPACITY = 64
+SPACING = 4
 DEVICES = [CPU, torch.device(paper_gpu.KIND, 0)]
 
 
@@ -25,6 +26,12 @@ DEVICES = [CPU, torch.device(paper_gpu.KIND, 0)]
 def paper() -> Iterator[None]:
     with paper_gpu.in_place_of_cuda():
         yield
+
+
+@pytest.fixture(autouse=True)
+def close_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many checkpoints fit into 64 tokens as into a large context."""
+    monkeypatch.setattr(sequence_cache, "spacing_of", lambda capacity: SPACING)
 
 
 def new(layers: int = 2, checkpoints: int = 8, device: torch.device = CPU) -> SequenceCache:
@@ -63,7 +70,7 @@ class Text(CachedPrefix):
         """Return how many tokens were computed."""
         reused = self.shared_with(ids)
         self.cut(reused)
-        self.cache.begin({*places, reused, len(ids)})
+        self.cache.begin((len(ids) - 1, len(ids)), (*places, reused))
         sizes = iter(sizes)
         while self.cache.length < len(ids):
             chunk = ids[self.cache.length :][: next(sizes, 7)]
@@ -116,49 +123,55 @@ def test_any_sequence_of_prompts_has_the_states_of_a_new_cache(device, prompts):
         other.add([7, 8])
 
 
-def test_a_text_that_parts_anywhere_is_computed_from_at_most_n_tokens_before():
-    """With 8 checkpoints and a capacity of 64, N is 16."""
-    text, ids = Text(new()), [number % 5 for number in range(60)]
+def test_a_text_that_parts_anywhere_computes_a_part_of_it_again():
+    """With 16 checkpoints, half of what followed the change, as `kept_checkpoints` promises."""
+    ids = [number % 5 for number in range(60)]
     for length in range(60, 2, -1):
+        text = Text(new(checkpoints=16))
         text.prompt(ids, [])
-        assert text.prompt([*ids[:length], 9], []) <= 16 + 1
+        assert text.prompt([*ids[:length], 9], []) <= (60 + SPACING) // 2 + 1
 
 
-def test_the_latest_places_stay_and_crowded_ones_go_first():
-    cache = new()
-    for length in (3, 5, 6, 20, 22, 40, 41, 43):
-        cache.begin({length})
-        tokens = length - cache.length
-        add(cache, [1] * tokens)
-        cache.advance(tokens)
-    # Beside the multiples of 16. The last one is the present state.
-    assert cache.extent.checkpoints == (16, 22, 32, 40, 41)
+def test_a_pass_holds_no_more_states_than_stay():
+    """A prompt may have the ends of many turns, and a state of each would not fit into memory."""
+    text, written = Text(new(layers=1, checkpoints=4)), 0
+    layer, ids = text.cache.layers[0], [1] * 60
+    assert isinstance(layer, StateCache)
+    text.cache.begin((44, 60), range(60))
+    for _ in layer.segments(len(ids)):
+        written += 1
+    assert written == 4
 
 
-def test_undo_and_regenerate_compute_nothing_anew():
-    """A turn is a prompt and an answer. The cache goes back to where each of them began."""
-    text, turn = Text(new()), [1, 2, 3, 4, 5]
-    text.prompt(turn, [])
-    answer = [6, 7, 8]
-    add(text.cache, answer)
-    text.cache.advance(3)
-    text.add(answer)
-    second = [*turn, *answer, 1, 1]
-    assert text.prompt(second, []) == 2
-    assert text.prompt([*second, 9], []) == 1  # as after /regen: the prompt was a place
-    assert text.prompt([*turn, *answer, 2], []) == 1  # as after /undo
+@pytest.mark.parametrize("checkpoints", [4, 8])
+@pytest.mark.parametrize("back_to", [8, 10])
+def test_undo_and_regenerate_compute_nothing_anew(checkpoints, back_to):
+    """A turn is a prompt and an answer. The cache goes back to where either of them began.
+
+    With 4 checkpoints, the newest two alone stayed, and an undo computed the whole last turn.
+    """
+    text, turns = Text(new(checkpoints=checkpoints)), [([1] * 5, [6] * 3), ([1] * 2, [0] * 30)]
+    ids: list[int] = []
+    for question, answer in turns:
+        ids += question
+        assert text.prompt(ids, []) == len(question)
+        add(text.cache, answer)
+        text.cache.advance(len(answer))
+        text.add(answer)
+        ids += answer
+    assert text.prompt([*ids[:back_to], 9], []) == 1
 
 
 def test_a_place_can_be_added_while_a_prompt_is_computed():
     """Another prompt waits for the beginning that it shares with this one."""
     cache = new()
-    cache.begin({30})
+    cache.begin((30,))
     add(cache, [1] * 10)
     cache.advance(10)
-    cache.add_places({21})
+    cache.add_place(21)
     add(cache, [1] * 20)
     cache.advance(20)
-    assert cache.extent.checkpoints == (16, 21)
+    assert 21 in cache.extent.checkpoints
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
@@ -166,7 +179,7 @@ def test_content_comes_back_with_its_checkpoints(device):
     text, ids = Text(new(device=device)), [number % 7 for number in range(20)]
     text.prompt(ids, [], places=(5, 9))
     extent, restored = text.cache.extent, new(device=device)
-    assert extent == Extent(20, 0, (5, 9, 16))
+    assert extent == Extent(20, 0, (4, 5, 8, 9, 12, 16, 19))
     for layer, target in zip(text.cache.layers, restored.layers, strict=True):
         target.restore(layer.content(extent), extent, 16)
     restored.set_extent(extent.until(16))
@@ -180,8 +193,10 @@ def test_checkpoints_are_counted_by_their_bytes(monkeypatch, count, expected):
     """Of 60 MB each, 512 MB hold eight. Four sequences share them, and have four at least."""
     shapes = {"state": (15, 10**6)}
     monkeypatch.setattr(sequence_cache, "state_shapes", lambda config, n: {} if n else shapes)
-    half = cache_bytes(PLAIN, 100, torch.bfloat16, count=count) // count - 60_000_000 * (
-        2 + expected
-    )
+    sizes = [
+        cache_bytes(PLAIN, 100, torch.bfloat16, count=count, checkpoints=more) // count
+        for more in (None, expected, 32)
+    ]
+    assert sizes[0] == sizes[1] == sizes[2] - (32 - expected) * 60_000_000
     monkeypatch.undo()
-    assert half == cache_bytes(PLAIN, 100, torch.bfloat16) // 2
+    assert sizes[0] - (2 + expected) * 60_000_000 == cache_bytes(PLAIN, 100, torch.bfloat16) // 2

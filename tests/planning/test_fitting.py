@@ -130,3 +130,37 @@ def test_a_gpu_too_small_for_16_bits_holds_8():
     assert fit.blueprint == EIGHT_BITS
     with pytest.raises(UsageError, match="too small"):
         fit_model(Blueprint(MODEL, Quantization()), fit.free, options)
+
+
+STATES = Blueprint(read_config(KNOWN["qwen3.6"].config), Quantization())
+
+
+@pytest.mark.parametrize(
+    ("free", "parallel", "checkpoints"),
+    [(64, 1, 64), (25, 1, 32), (24, 1, 16), (20, 1, 8), (64, 4, 16), (28, 4, 4)],
+)
+def test_checkpoints_are_as_many_as_cost_no_expert_its_place(free, parallel, checkpoints):
+    """They had 512 MB however much memory was free, so a long text had one in 8,192 tokens."""
+    options = LoadOptions(context_size=32768, parallel=parallel)
+    fit = fit_model(STATES, FreeMemory(free * GB), options)
+    assert fit.checkpoints == checkpoints
+    usual = fit_model(STATES, FreeMemory(20 * GB), options)
+    more = fit.checkpoints - usual.checkpoints
+    assert fit.demand.context - usual.demand.context == more * parallel * 65_863_680
+    if more:
+        left = fit.free.host - fit.demand.shared - fit.demand.whole - fit.demand.context
+        assert left >= reserve_of(fit.free.host)
+
+
+def test_a_gpu_and_budgets_have_checkpoints_by_their_room():
+    def checkpoints(host, device=None, **options):
+        memory = FreeMemory(host * GB, device and device * GB)
+        return fit_model(STATES, memory, LoadOptions(context_size=32768, **options)).checkpoints
+
+    budget = MemoryBudget(size=8 * GB)
+    assert [checkpoints(64, device) for device in (20, 24, 48)] == [8, 16, 64]
+    assert [checkpoints(host, host_memory=budget) for host in (14, 16, 18)] == [8, 32, 64]
+
+
+def test_a_model_without_states_has_no_checkpoints():
+    assert fitted(MODEL).checkpoints == 0

@@ -103,6 +103,7 @@ class PlanReport(Report):
             "speeds": asdict(measurement.typical),
             "fit": {
                 "context": fit.context,
+                "checkpoints": fit.checkpoints,
                 "parallel": fit.options.parallel,
                 "largest_context": fit.largest_context,
                 "demand": asdict(fit.demand),

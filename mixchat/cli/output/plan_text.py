@@ -153,6 +153,8 @@ def _model(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     each = f" for each of {parallel} answers at once" if parallel > 1 else ""
     chosen = "" if plan.fit.options.context_size else ", chosen by the free memory"
     size, tokens = format_size(demand.context), f"{plan.fit.context:,} tokens"
+    if plan.fit.checkpoints:
+        tokens += f" with {plan.fit.checkpoints} checkpoints of states"
     yield "context", f"{size} for {tokens}{each}{chosen}"
     when = "installed" if outline.installed else "once it is downloaded"
     yield "disk", f"{format_size(outline.blueprint.weights_size)}, {when}"

@@ -6,13 +6,14 @@ T = new tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
-from itertools import pairwise
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
 from mixchat.base import gpu
 from mixchat.base.model_config import ModelConfig
+from mixchat.engine.caches.checkpoints import checkpoint_counts, kept_checkpoints, spacing_of
 from mixchat.engine.caches.kv_cache import room_of, token_bytes
 from mixchat.engine.caches.layer_cache import Extent, LayerCache
 from mixchat.engine.caches.paged_cache import PagedKVCache
@@ -22,10 +23,6 @@ from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.kernels.cpu.delta_net import DeltaNetShape
 from mixchat.kernels.cpu.pages import Bits, CacheShape
 from mixchat.kernels.gpu.splits import token_scratch
-
-# The bytes of all checkpoints together. A state of Qwen3.6 takes 63 MB, so it has 8 of them.
-_CHECKPOINT_BYTES = 2**29
-_MIN_CHECKPOINTS, _MAX_CHECKPOINTS = 4, 64  # of a sequence
 
 
 class TokenContext(Protocol):
@@ -52,10 +49,8 @@ class SequenceCache:
 
     It is a `TokenContext` for passes over this sequence alone.
 
-    Layers with a state can be cut to their checkpoints alone. Of at most M checkpoints, half are at
-    multiples of N = capacity / (M / 2) tokens, and the others at the latest places of `begin`. So a
-    text that differs anywhere is computed again from at most N tokens before the difference. With 8
-    checkpoints and 8,192 tokens, N is 2,048.
+    Layers with a state can be cut to their checkpoints alone, at most `checkpoints` of them.
+    `kept_checkpoints` says which stay.
     """
 
     def __init__(
@@ -64,8 +59,7 @@ class SequenceCache:
         self.config, self.capacity, self.layers = config, capacity, layers
         self.programs: dict[Hashable, Any] = {}
         self.needs_checkpoints = any(layer.needs_checkpoints for layer in layers)
-        self._places = max(checkpoints // 2, 1)
-        self._spacing = -(-capacity // self._places)
+        self._max_checkpoints, self._spacing = checkpoints, spacing_of(capacity)
         self.clear()
 
     def clear(self) -> None:
@@ -73,6 +67,8 @@ class SequenceCache:
             layer.clear()
         self.length = 0
         self._checkpoints: list[int] = []
+        self._turns: set[int] = set()  # the checkpoints at ends of turns
+        self._latest: set[int] = set()  # those of the last turn
         self._lengths: list[int] = []  # of checkpoints that passes make as they reach them
 
     @property
@@ -88,6 +84,12 @@ class SequenceCache:
     def extent(self) -> Extent:
         first = max(layer.first for layer in self.layers)
         return Extent(self.length, first, tuple(self._checkpoints)).until(self.length)
+
+    def extent_to_save(self, checkpoints: int) -> Extent:
+        """Return the extent with at most so many checkpoints, those that help most."""
+        extent = self.extent
+        kept = self._thinned(extent.checkpoints, self.length, checkpoints)
+        return replace(extent, checkpoints=tuple(kept))
 
     def is_like(self, cache: SequenceCache) -> bool:
         mine, theirs = (self.config, self.capacity), (cache.config, cache.capacity)
@@ -105,39 +107,58 @@ class SequenceCache:
                 length = layer.usable(length, extent)
         return length
 
-    def begin(self, places: Collection[int]) -> None:
-        """Let passes make checkpoints at multiples of N and at `places`."""
-        self._lengths = [*range(self._spacing, self.capacity, self._spacing)]
-        self.add_places(places)
+    def begin(self, ends: Collection[int], places: Collection[int] = ()) -> None:
+        """Choose the checkpoints that passes make as they reach them.
 
-    def add_places(self, places: Collection[int]) -> None:
-        """Let passes make checkpoints at these lengths, too. The present length may be among them.
+        ends: of the question, which the next turn and /regen go back to. The last one is the
+        prompt's. places: others, up to there, at which a later text may part from this one. The
+        turn begins at the last of them before its question ends, and /undo goes back there.
 
-        A later text may part from the sequence there.
+        All are chosen now, because a pass of a long prompt would hold the states of all places.
         """
         if not self.needs_checkpoints:
             return
-        least = max(self.length, 1)
-        self._lengths = sorted({n for n in (*self._lengths, *places) if n >= least})
+        regular = range(self._spacing, self.capacity, self._spacing)
+        end, least = max(ends), max(self.length, 1)
+        self._turns |= {*ends, *places}
+        start = max((n for n in self._turns if n < min(ends)), default=0)
+        self._latest = {start, *ends}
+        possible = {n for n in (*ends, *places, *regular) if least <= n <= end}
+        kept = self._thinned({*self._checkpoints, *possible}, end, self._max_checkpoints)
+        self._forget_all_but(kept)
+        self._make(possible.intersection(kept) | {n for n in regular if n > end})
+
+    def add_place(self, place: int) -> None:
+        """Let passes make a checkpoint at this length, too."""
+        if self.needs_checkpoints:
+            self._turns.add(place)
+            self._make({n for n in (*self._lengths, place) if n >= self.length})
+
+    def _make(self, lengths: Collection[int]) -> None:
+        """Make checkpoints at these lengths. The present one may be among them."""
+        self._lengths = sorted(lengths)
         for layer in self.layers:
             layer.checkpoint_at(self._lengths)
         self._note_checkpoints(self.length)
 
     def _note_checkpoints(self, start: int) -> None:
-        """Note the checkpoints from `start` to the present length, and forget some of the others.
-
-        Those go that are closest to the one before, and none of the latest ones.
-        """
+        """Note checkpoints from `start` to the present length, and forget those that help least."""
         new = {n for n in self._lengths if start <= n <= self.length}
-        if not new:  # as after most decoded tokens
-            return
-        self._checkpoints = kept = sorted({*self._checkpoints, *new})
-        while len(others := [n for n in kept if n % self._spacing]) > self._places:
-            gaps = {n: n - before for before, n in pairwise([0, *kept])}
-            oldest = min(others[: len(others) - self._places + 1], key=gaps.__getitem__)
-            kept.remove(oldest)
+        if new:  # not after most decoded tokens
+            self._checkpoints = sorted({*self._checkpoints, *new})
+            limit = self._max_checkpoints
+            self._forget_all_but(self._thinned(self._checkpoints, self.length, limit))
+
+    def _thinned(self, checkpoints: Collection[int], length: int, limit: int) -> list[int]:
+        return kept_checkpoints(
+            checkpoints, length, limit, self._spacing, latest=self._latest, turns=self._turns
+        )
+
+    def _forget_all_but(self, kept: Collection[int]) -> None:
+        for length in set(self._checkpoints).difference(kept):
+            self._checkpoints.remove(length)
             for layer in self.layers:
-                layer.forget(oldest)
+                layer.forget(length)
 
     def positions(self, tokens: int) -> slice:
         return slice(self.length, self.length + tokens)
@@ -163,11 +184,13 @@ class SequenceCache:
         for layer in self.layers:
             layer.cut(length)
         self._checkpoints = [n for n in self._checkpoints if n <= length]
+        self._turns &= {*self._checkpoints}
         self.length, self._lengths = length, []
 
     def set_extent(self, extent: Extent) -> None:
         """Note what the layers hold, after each was filled."""
         self.length, self._checkpoints = extent.tokens, [*extent.checkpoints]
+        self._turns, self._latest = {*extent.checkpoints}, set()
 
     def copy_from(self, cache: SequenceCache, length: int) -> None:
         """Hold the first tokens of another cache of the same form."""
@@ -185,13 +208,16 @@ def new_caches(
     on: Sequence[torch.device],
     bits: Bits | None = None,
     count: int = 1,
+    checkpoints: int | None = None,
 ) -> list[SequenceCache]:
     """Return caches for `count` sequences, of the fastest kinds for layers on these devices.
 
-    bits: of keys and values, None for the bits of `dtype`.
+    bits: of keys and values, None for the bits of `dtype`. checkpoints: of states, for each
+    sequence, None for the usual ones.
     """
     caches = [_layers(config, capacity, dtype, on, bits) for _ in range(count)]
-    checkpoints = _max_checkpoints(config, count)
+    if checkpoints is None:
+        checkpoints, *_ = checkpoint_counts(bytes_of_states(config), count)
     return [SequenceCache(config, capacity, layers, checkpoints) for layers in caches]
 
 
@@ -259,12 +285,15 @@ def cache_bytes(
     dtype: torch.dtype,
     bits: Bits | None = None,
     count: int = 1,
+    checkpoints: int | None = None,
 ) -> int:
-    """Return the bytes that the full caches of `count` sequences take."""
+    """Return the bytes that the full caches of `count` sequences take. Options as `new_caches`."""
     rooms = _kv_bytes(config, bits or bits_of(dtype), lambda window: room_of(capacity, window))
+    state = bytes_of_states(config)
+    if checkpoints is None:
+        checkpoints, *_ = checkpoint_counts(state, count)
     # A pass reads a state and writes another one.
-    states = _bytes_of_states(config) * (2 + _max_checkpoints(config, count))
-    return count * (rooms + states)
+    return count * (rooms + state * (2 + checkpoints))
 
 
 def scratch_bytes(config: ModelConfig) -> int:
@@ -280,7 +309,7 @@ def bytes_seen(
 ) -> int:
     """Return the bytes that a token after `tokens` earlier ones reads, or writes to states."""
     seen = _kv_bytes(config, bits or bits_of(dtype), lambda window: min(tokens, window or tokens))
-    return seen + 2 * _bytes_of_states(config)
+    return seen + 2 * bytes_of_states(config)
 
 
 def _kv_bytes(config: ModelConfig, bits: Bits, tokens_of: Callable[[int | None], int]) -> int:
@@ -293,18 +322,10 @@ def _kv_bytes(config: ModelConfig, bits: Bits, tokens_of: Callable[[int | None],
     )
 
 
-def _bytes_of_states(config: ModelConfig) -> int:
+def bytes_of_states(config: ModelConfig) -> int:
+    """Return the bytes of a checkpoint, 0 for a model without states."""
     layers = range(config.num_hidden_layers)
     return sum(state_bytes(state_shapes(config, layer)) for layer in layers)
-
-
-def _max_checkpoints(config: ModelConfig, count: int) -> int:
-    """Return how many checkpoints each of `count` sequences may have."""
-    state = _bytes_of_states(config)
-    if not state:
-        return 0
-    fitting = _CHECKPOINT_BYTES // count // state
-    return min(max(fitting, _MIN_CHECKPOINTS), _MAX_CHECKPOINTS)
 
 
 def bits_of(dtype: torch.dtype) -> Bits:
