@@ -64,19 +64,25 @@ def install() -> None:
         signal.signal(number, _handle)
 
 
+def are_installed() -> bool:
+    """Return whether the process is mixchat's own, and not a program that uses it."""
+    return any(signal.getsignal(number) is _handle for number in _SIGNALS)
+
+
 @contextmanager
 def starting() -> Iterator[None]:
-    """Let a signal end the process at once in this block, which opens nothing."""
-    if not _is_main():
-        yield
-        return
-    previous = {number: signal.getsignal(number) for number in _handled()}
-    use_defaults()
+    """Let a signal end the process at once in this block, which opens nothing.
+
+    Only our own handlers are replaced. Those of a program that uses mixchat stay.
+    """
+    own = [number for number in _SIGNALS if signal.getsignal(number) is _handle and _is_main()]
+    for number in own:
+        signal.signal(number, signal.SIG_DFL)
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number in own:
+            signal.signal(number, _handle)
 
 
 @contextmanager
