@@ -40,6 +40,9 @@ class Constraint(Protocol):
     def accept(self, token: int) -> None:
         """Take the next token of the answer."""
 
+    def close(self) -> None:
+        """Give back what it needs, such as a process. No other method is called after that."""
+
 
 class Sampler:
     """Draws an answer's tokens. With a seed the same logits give the same tokens on every device.

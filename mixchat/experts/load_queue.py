@@ -118,6 +118,8 @@ class LoadQueue:
         """Queue a load. Raises `ResourceError` if no thread can carry it out."""
         with self._changed:
             assert self._limit, "it is closed"
+            if _program_is_over():
+                raise _end_of_program()
             self._call_thread()
             load.job = job
             self._put(load)
@@ -134,6 +136,8 @@ class LoadQueue:
         """End threads as soon as nothing is in flight. No load begins after that."""
         with self._changed:
             self._limit = 0
+            # They may refer to the queue's owner, which would be garbage in a circle.
+            self._inside, self._count_moved = nullcontext, lambda seconds, size: None
             self._changed.notify_all()
 
     def _put(self, load: ExpertLoad) -> None:
@@ -166,13 +170,17 @@ class LoadQueue:
                 while (taken := self._take()) is not None:
                     self._carry_out(*taken)
         except BaseException as error:
-            # All loads end, so that nobody waits. A later one gets a new thread.
+            # A later load gets a new thread.
             with self._changed:
                 self._threads.discard(threading.current_thread())
-                for *_, load in self._waiting:
-                    if not load.ended:
-                        load.end(error)
-                self._waiting.clear()
+                self._end_waiting(error)
+
+    def _end_waiting(self, error: BaseException) -> None:
+        """End all loads that are not in flight, so that nobody waits for them."""
+        for *_, load in self._waiting:
+            if not load.ended:
+                load.end(error)
+        self._waiting.clear()
 
     def _take(self) -> tuple[ExpertLoad, Job, Piece] | None:
         """Return the most urgent piece, and its load. Return None if the thread is to end."""
@@ -193,6 +201,8 @@ class LoadQueue:
                 self._idle -= 1
                 if not was_called and not self._waiting:
                     break
+            else:
+                self._end_waiting(_end_of_program())
             self._threads.discard(threading.current_thread())
             return None
 
@@ -284,6 +294,10 @@ class LoadQueue:
 
 class _QueueThread(threading.Thread):
     """A thread of a queue, for which alone a program does not go on."""
+
+
+def _end_of_program() -> ResourceError:
+    return ResourceError("cannot read experts, because the program is at its end")
 
 
 def _program_is_over() -> bool:

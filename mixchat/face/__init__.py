@@ -1,7 +1,8 @@
 """The face: a loaded model, requests to it, and the events of its answers. All front ends use it.
 
 - load.py: loads an installed model
-- model.py: the model, whose thread computes several answers at once
+- model.py: the model, and its answers as a program reads them
+- model_thread.py: its thread, which computes several answers at once
 - request.py: a request, and the interface of a model here or on a server
 - checks.py: checks the values that a Python program gives
 - numbers.py: the numbers of a request by their names, and their limits

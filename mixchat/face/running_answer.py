@@ -47,7 +47,8 @@ class RunningAnswer:
         context_size: int,
     ) -> None:
         self._request, self._prompt, self.sink = request, prompt, sink
-        self._batch_request, self._parser = replace(batch_request, on_prefill=self._read), parser
+        self._batch_request, self._parser = batch_request, parser
+        self._stats = GenerationStats(len(prompt.ids))
         self._state = AnswerState(
             Detokenizer(tokenizer.token_bytes, prompt.ids if prompt.continues else ()),
             parser,
@@ -69,9 +70,7 @@ class RunningAnswer:
     @property
     def stats(self) -> GenerationStats:
         """Return the counts and seconds so far."""
-        if self.answer is None:
-            return GenerationStats(len(self._prompt.ids))
-        return replace(self.answer.stats)
+        return replace(self._stats)
 
     def message(self) -> Message | None:
         """Return the message to remember so far, None if nothing was shown."""
@@ -81,12 +80,12 @@ class RunningAnswer:
     def cancel(self) -> None:
         """End the answer soon. `report` tells when."""
         self.is_cancelled = True
-        if self.answer is not None:
-            self.answer.cancel()
+        if (answer := self.answer) is not None:
+            answer.cancel()
 
     @property
     def has_constraint(self) -> bool:
-        """Return whether a constraint waits for its answer to begin."""
+        """Return whether the constraint's process runs."""
         return self._constraint is not None
 
     def is_ready(self, wake: Callable[[], object], *, may_prepare: bool) -> bool:
@@ -109,8 +108,10 @@ class RunningAnswer:
         """Let a batch compute the answer with the model's experts. Raises as `Batch.add` does."""
         if self._error is not None:
             raise self._error
-        constraint, self._constraint, self._experts = self._constraint, None, experts.stats
-        self.answer = batch.add(replace(self._batch_request, constraint=constraint))
+        self._experts = experts.stats
+        request = replace(self._batch_request, constraint=self._constraint, on_prefill=self._read)
+        self.answer = batch.add(request)
+        self._stats = self.answer.stats
         if self.is_cancelled:  # meanwhile
             self.answer.cancel()
         if dropped := self._prompt.left_out:
@@ -137,7 +138,6 @@ class RunningAnswer:
 
     def end(self, reason: Reason, experts: ExpertHolder | None = None) -> End:
         """Return the last event."""
-        self._constraint = None  # whose process ends with it
         stats = self.stats
         if experts is not None and self._experts is not None:
             stats.experts = experts.stats.since(self._experts)
@@ -149,6 +149,16 @@ class RunningAnswer:
             self.message(),
             self._is_thinking,
         )
+
+    def close(self) -> None:
+        """Give back what only a running answer needs. `stats` and `message` stay.
+
+        As garbage, which this object and the batch's would be, sixty answers kept ten processes.
+        """
+        self.answer = None
+        constraint, self._constraint = self._constraint, None
+        if constraint is not None:
+            constraint.close()
 
     def counts(self) -> tuple[int, int, int]:
         """Return the computed, cached and generated tokens."""

@@ -102,6 +102,7 @@ class Sandbox:
         self._command, self._opening = (program, argument), opening
         self._lock = threading.Lock()
         self._child: _Child | None = _Child(self._command, opening)
+        _sandboxes.add(self)
 
     def opened(self) -> Sequence[Any]:
         """Return the values of the opening calls. Raises `CheckpointError`."""
@@ -136,6 +137,15 @@ class Sandbox:
         if child is not None:
             child.end()
 
+    def forget(self) -> None:
+        """Leave the child to the process that this one was forked from, and start another one.
+
+        Both would read each other's replies.
+        """
+        self._lock, child, self._child = threading.Lock(), self._child, None
+        if child is not None:
+            child.leave()
+
     def _opened(self) -> _Child:
         if self._child is None:
             self._child = _Child(self._command, self._opening)
@@ -143,6 +153,17 @@ class Sandbox:
         for call in self._opening[len(child.values) :]:
             child.values.append(_value(child.reply(call, call.allowed()), call.subject))
         return child
+
+
+_sandboxes = weakref.WeakSet[Sandbox]()
+
+
+def _forget_all() -> None:
+    for sandbox in _sandboxes:
+        sandbox.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
 
 
 class _Child:
@@ -171,6 +192,11 @@ class _Child:
                 self._send(frame, allowed)
 
         in_background(send_opening)
+
+    def leave(self) -> None:
+        """Close this process's end, and do not end the child."""
+        self.end.detach()
+        self._channel.close()
 
     def kill(self) -> None:
         """Kill the process. The calls that wait for it fail."""

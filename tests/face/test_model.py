@@ -5,8 +5,9 @@ import math
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.base.options import SamplingOptions
+from mixchat.engine.generate import Engine
 from mixchat.engine.passes import ForwardPasses
 from mixchat.face.events import End, Failed, Piece, Reading
 from mixchat.face.model import Model, ModelText
@@ -78,6 +80,25 @@ class Waiter:
         return "".join(piece.text for piece in self.pieces), ends[0]
 
 
+@contextmanager
+def held(model: Model) -> Iterator[None]:
+    """Keep the model's thread from beginning or ending anything in this block."""
+    is_held, may_continue = threading.Event(), threading.Event()
+
+    def hold(engine: Engine) -> None:
+        is_held.set()
+        assert may_continue.wait(WAIT_S)
+
+    thread = threading.Thread(target=model.do, args=[hold])
+    thread.start()
+    assert is_held.wait(WAIT_S)
+    try:
+        yield
+    finally:
+        may_continue.set()
+        thread.join()
+
+
 def test_forty_answers_at_once_of_which_a_third_is_cancelled_are_answered_as_alone(load):
     one = load(parallel=1)
     alone = [Waiter(one, asked(n)).result() for n in range(40)]
@@ -128,7 +149,7 @@ def test_an_idle_model_takes_as_many_answers_at_once_as_it_says(load):
     """It took as many only if the first of them had begun before the last one came."""
     model = load(parallel=2, waiting=3)
     assert model.capacity == 5
-    with model._changed:  # none begins meanwhile
+    with held(model):  # none begins meanwhile
         waiters = [Waiter(model, asked(n)) for n in range(5)]
         with pytest.raises(QueueFullError):
             Waiter(model, asked(5))
@@ -138,7 +159,7 @@ def test_an_idle_model_takes_as_many_answers_at_once_as_it_says(load):
 def test_a_queue_has_a_bound_and_what_is_refused_harms_nobody(load):
     model = load(parallel=1, waiting=2)
     waiters, refused = [], 0
-    with model._changed:  # none ends meanwhile
+    with held(model):  # none ends meanwhile
         for n in range(9):
             try:
                 waiters.append(Waiter(model, asked(n)))
@@ -151,7 +172,7 @@ def test_a_queue_has_a_bound_and_what_is_refused_harms_nobody(load):
 def test_answers_that_do_not_all_find_room_leave_the_room_to_others(load):
     """Those that had found room held it until the thread of the model had cancelled them."""
     model = load(parallel=1, waiting=2)
-    with model._changed:  # none begins meanwhile
+    with held(model):  # none begins meanwhile
         with pytest.raises(QueueFullError):
             model.submit(*[(asked(n), model.prompt(asked(n)), print) for n in range(4)])
         waiters = [Waiter(model, asked(n)) for n in range(3)]
@@ -160,7 +181,7 @@ def test_answers_that_do_not_all_find_room_leave_the_room_to_others(load):
 
 def test_one_that_is_cancelled_while_it_waits_is_told_so(load):
     model = load(parallel=1)
-    with model._changed:  # the first one does not end meanwhile
+    with held(model):  # the first one does not end meanwhile
         first = Waiter(model, asked(0, max_tokens=80, sampling={"logit_bias": ENDLESS}))
         second = Waiter(model, asked(1))
         second.cancel()
@@ -181,6 +202,9 @@ class Anything:
         return torch.ones(262, dtype=torch.bool)
 
     def accept(self, token: int) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 

@@ -18,7 +18,8 @@ from mixchat.text.tokenizer import TokenTexts
 from mixchat.text.tool_call import CallDelta, joined_calls
 
 if TYPE_CHECKING:
-    from mixchat.face.model import Model, ModelStats
+    from mixchat.face.model import Model
+    from mixchat.face.model_thread import ModelStats
 
 _MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
 _FINISH = {

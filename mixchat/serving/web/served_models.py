@@ -20,7 +20,8 @@ from anyio import to_thread
 
 from mixchat.base.context import Context
 from mixchat.base.errors import CheckpointError, UsageError
-from mixchat.face.model import Model, ModelStats
+from mixchat.face.model import Model
+from mixchat.face.model_thread import ModelStats
 from mixchat.face.request import QueueFullError, ShuttingDownError
 from mixchat.serving.requests.shared import LATEST
 from mixchat.serving.web.bodies import in_thread

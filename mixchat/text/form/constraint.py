@@ -5,6 +5,7 @@ V = vocab_size of the tokenizer.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from base64 import b64decode
 from collections import deque
@@ -35,6 +36,7 @@ _LOAD_CPU_S = 10.0  # for a vocabulary, of which one of 256,000 tokens takes 1 s
 _STEP_CPU_S = 0.5  # for a token, of which ordinary ones take a hundredth at most
 _SUBJECT = "the form of the answer"
 _MAX_OPENING = 32  # tokens
+_IDLE_S = 60.0  # until a sandbox ends that waits for another answer
 
 
 class ConstraintCompiler:
@@ -52,6 +54,8 @@ class ConstraintCompiler:
 
         Raises `UsageError` if no token can end an answer.
         """
+        self._idle = deque[Sandbox](maxlen=1)  # the sandbox of an answer that has ended
+        self._timer = threading.Timer(_IDLE_S, self._idle.clear)  # until `keep`, it does not run
         tokens = tokenizer.token_bytes
         stops = sorted(i for i in stop_ids if i < len(tokens.within))
         if not stops:
@@ -62,7 +66,9 @@ class ConstraintCompiler:
         self._load = SandboxCall(
             "the vocabulary", "load", (all_bytes, stops), _LOAD_CPU_S, MAX_CALL
         )
-        self.idle = deque[Sandbox](maxlen=1)  # the sandbox of an answer that has ended
+
+    def __del__(self) -> None:
+        self._timer.cancel()
 
     def compile(self, constraint: OutputConstraint) -> StartConstraint:
         """Return what starts the constraint of each answer of this form."""
@@ -70,10 +76,22 @@ class ConstraintCompiler:
 
     def sandbox(self) -> Sandbox:
         """Return a sandbox that has all tokens, or soon will."""
+        self._timer.cancel()
         try:
-            return self.idle.pop()
+            return self._idle.pop()
         except IndexError:
             return Sandbox(PROGRAM, [self._load])
+
+    def keep(self, sandbox: Sandbox) -> None:
+        """Keep a sandbox for the next answer, for a minute. The one that was kept before ends."""
+        self._timer.cancel()
+        self._idle.append(sandbox)
+        self._timer = threading.Timer(_IDLE_S, self._idle.clear)
+        self._timer.daemon = True
+        try:
+            self._timer.start()
+        except RuntimeError:  # the limit of threads is reached
+            self._idle.clear()
 
 
 class TokenConstraint:
@@ -82,9 +100,9 @@ class TokenConstraint:
     The answer begins with the tokens `beginning`. If it is `continued`, it continues the text of a
     prompt, and its first word keeps its space. The grammar is compiled in the background.
 
-    `compiled` has the mask of the first token. The sandbox ends with the constraint, unless the
-    next answer can use it. Every method raises `UsageError` if the grammar is too complex, and
-    `PromptError` if the tokens before do not fit it.
+    `compiled` has the mask of the first token. `close` ends the sandbox, unless the next answer can
+    use it. The other methods raise `UsageError` if the grammar is too complex, and `PromptError` if
+    the tokens before do not fit it.
     """
 
     def __init__(
@@ -101,7 +119,7 @@ class TokenConstraint:
         call = SandboxCall(_SUBJECT, "start", arguments, compiler.seconds, MAX_CALL)
         self._sandbox = compiler.sandbox()
         self.compiled: Future[str] = in_background(asked, self._sandbox, call)
-        weakref.finalize(self, _give_back, compiler, self._sandbox, self.compiled)
+        self.close = weakref.finalize(self, _give_back, compiler, self._sandbox, self.compiled)
 
     def allowed(self) -> torch.Tensor:
         """Return the tokens that may come next, bool [V].
@@ -142,7 +160,7 @@ StartConstraint: TypeAlias = Callable[..., TokenConstraint]
 def _give_back(compiler: ConstraintCompiler, sandbox: Sandbox, first_mask: Future[str]) -> None:
     """Keep the sandbox for the next answer, unless it computes something that nobody wants."""
     if first_mask.done() and first_mask.exception() is None:
-        compiler.idle.append(sandbox)
+        compiler.keep(sandbox)
     else:
         sandbox.interrupt()
 
@@ -183,6 +201,9 @@ class CallConstraint:
             self._form.accept(token)
         else:
             self._last.append(token)
+
+    def close(self) -> None:
+        self._form.close()
 
     @property
     def _counts(self) -> bool:
