@@ -19,7 +19,7 @@ from mixchat.face.events import End, Event, Failed, LeftOut, Piece, Reading
 from mixchat.face.forms import FormCompiler
 from mixchat.face.model_thread import ModelStats, ModelThread
 from mixchat.face.prompt import Prompt, PromptMaker
-from mixchat.face.request import Request, request_of, shown_message
+from mixchat.face.request import Request, ShuttingDownError, request_of, shown_message
 from mixchat.face.running_answer import RunningAnswer, Sink
 from mixchat.text.form.output_constraint import PATIENT_S
 from mixchat.text.messages import Message

@@ -9,7 +9,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from mixchat.base.safetensors import split_part
 from mixchat.weights.families.read_config import read_config, slices
 
 
@@ -45,6 +44,9 @@ class KnownModel:
     @cached_property
     def fetched_bytes(self) -> int:
         """Return the bytes that a download fetches."""
+        # It imports torch, which completion in a shell does not wait for.
+        from mixchat.base.safetensors import split_part
+
         sizes: dict[str, float] = {}
         for name, sources in slices(read_config(self.config)).items():
             in_4_bits = self.experts_quant_type and ".experts." in name and name.endswith(".weight")

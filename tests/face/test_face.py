@@ -128,10 +128,10 @@ def test_several_threads_ask_at_once_and_get_what_one_gets_alone(model):
         ({"overflow": np.array(["stop", "drop-oldest"])}, "overflow"),
         ({"sampling": np.array([1, 2])}, "sampling"),
         ({"sampling": {"heat": 1}}, "no option 'heat' of sampling"),
-        ({"form": {"type": object()}}, "the schema is not JSON"),
+        ({"form": {"type": object}}, "the schema is not JSON"),
         ({"form": {"maximum": math.nan}}, "the schema is not JSON"),
         ({"form": np.array([1, 2])}, "the schema is not JSON"),
-        ({"tools": [{"function": {"name": "f", "parameters": {"a": object()}}}]}, "not JSON"),
+        ({"tools": [{"function": {"name": "f", "parameters": {"a": object}}}]}, "not JSON"),
         ({"presence_penalty": math.inf}, "presence_penalty"),
         ({"frequency_penalty": math.nan}, "frequency_penalty"),
         ({"logit_bias": {1: math.inf}}, "logit_bias"),
@@ -315,7 +315,8 @@ def test_a_closed_model_has_no_file_open_although_somebody_keeps_it(load, instal
     def open_files():
         return [file.path for file in psutil.Process().open_files() if installed.name in file.path]
 
+    before = open_files()
     model = load()
-    assert open_files()
+    assert len(open_files()) > len(before)
     model.close()
-    assert open_files() == []
+    assert len(open_files()) <= len(before)
