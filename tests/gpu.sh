@@ -5,4 +5,4 @@
 #
 # PYTHON names the Python with mixchat and its tests' packages, LLAMA_PYTHON one with llama-cpp-python
 # built for the GPU, and gguf.
-exec "${PYTHON:-python}" "$(dirname "$0")/gpu_steps.py" "$@"
+exec "${PYTHON:-python}" "$(dirname "$0")/tools/gpu_steps.py" "$@"

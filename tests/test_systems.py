@@ -21,7 +21,7 @@ from tiny_tokenizer import write_tokenizer
 import mixchat
 
 PACKAGE = Path(mixchat.__file__).parent
-DOUBLE = Path(__file__).with_name("other_system.py")
+DOUBLE = Path(__file__).parent / "tools" / "other_system.py"
 HANGS = 300  # seconds after which a test fails
 ANSWER = ["run", "-m", "mine", "--temp", "0", "-n", "8", "--device", "cpu"]
 

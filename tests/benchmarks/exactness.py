@@ -13,8 +13,8 @@ company, and after a text that begins alike.
 
 With a PYTHON that has llama-cpp-python, the third table has the largest errors of a model in GGUF,
 in fp32, for a prompt of 60 tokens: llama.cpp's and mixchat's, beside transformers with the original
-checkpoint. `tests/gguf_files.py` writes the file, so llama.cpp proves that it is one as others
-write it. llama.cpp has a table of 16 bits for the GELU of Gemma 4.
+checkpoint. `tests/tools/gguf_files.py` writes the file, so llama.cpp proves that it is one as
+others write it. llama.cpp has a table of 16 bits for the GELU of Gemma 4.
 """
 
 import itertools

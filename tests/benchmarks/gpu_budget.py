@@ -2,8 +2,8 @@
 
     python tests/benchmarks/gpu_budget.py [--json]
 
-Launches, kernels and waits are counted on a GPU on paper (tests/paper_gpu.py), with a tiny model of
-each type. `resident` is the share of the experts in VRAM. If all are there, launches (a graph is
+Launches, kernels and waits are counted on a GPU on paper (tests/tools/paper_gpu.py), with a tiny
+model of each type. `resident` is the share of the experts in VRAM. If all are there, launches (a graph is
 one) and waits are those of a token. Otherwise they are those of one more layer, beside the copy of
 what the CPU computed. Kernels are those of one more layer. Bytes are counted in the kernels
 themselves, which Triton's interpreter runs with Mixtral's shapes for the first rows of each matrix:
@@ -27,7 +27,7 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "loading")]
+sys.path[:0] = [str(TESTS / "tools"), str(TESTS / "loading")]
 
 import numpy as np  # noqa: E402
 import paper_gpu  # noqa: E402

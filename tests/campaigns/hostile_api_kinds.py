@@ -4,9 +4,9 @@ import json
 import random
 from typing import Any
 
+from hostile_api_bodies import CALLED, ODD, SCHEMA
 from hostile_request_kinds import Kind, Target, bombs, chain, chat, schemas
 
-from tests.hostile_api_bodies import CALLED, ODD, SCHEMA
 from tests.serving.web.raw_http import Response, request
 
 OLLAMA = ("/api/chat", "/api/generate")

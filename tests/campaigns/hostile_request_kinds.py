@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import rig  # noqa: F401 - it lets the tests' modules be found
+from form_bombs import bomb, late_bomb
+from hostile_api_bodies import APIS, ODD, changed
 
-from tests.form_bombs import bomb, late_bomb
-from tests.hostile_api_bodies import APIS, ODD, changed
 from tests.serving.web.raw_http import Response, read_response, request
 
 HANG = 300.0  # seconds, since a busy machine takes long for hundreds of requests

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+sys.path[:0] = [str(HERE.parent / "tools"), str(HERE.parent.parent)]
 REPO = "org/tiny-mixtral"
 KEY = "org--tiny-mixtral"
 WORKSPACE = f"home/models/.{KEY}.mixchat.unfinished"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mixchat.base.errors
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "chat"))
 from chat_doubles import CharacterTokenizer, PlainTemplate, ScriptedEngine, ScriptedModel
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_tokenizer import write_tokenizer
 
 from mixchat.base.errors import CheckpointError, PromptError, UsageError
 from mixchat.face.events import End, Failed
 from mixchat.serving.answer_file import open_answers, write_answers
 from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.requests.lines import Line
-from tests.tiny_tokenizer import write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_tokenizer import write_tokenizer
 
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import QuietReporter
 from mixchat.face.load import open_model
 from mixchat.face.model import Model
-from tests.tiny_tokenizer import write_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import json
 from contextlib import ExitStack
 
 import pytest
+from hostile_api_bodies import changed
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,6 @@ from mixchat.serving.requests.fields import read_object
 from mixchat.serving.web.anthropic import read_counted, read_messages
 from mixchat.serving.web.ollama import read_generate, read_ollama_chat
 from mixchat.serving.web.openai_responses import read_responses
-from tests.hostile_api_bodies import changed
 from tests.serving.web.scripted_model import scripted_model
 
 MODEL = scripted_model()  # which does not answer here

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CAMPAIGNS = Path(__file__).parent / "campaigns"
+CAMPAIGNS = Path(__file__).parents[1] / "campaigns"
 
 
 def assert_finds_no_fault(command, tmp_path):

@@ -1,6 +1,6 @@
 """mixchat's commands on Linux as if it were macOS, for a process of its own.
 
-    python tests/other_system.py run -m tiny Hi
+    python tests/tools/other_system.py run -m tiny Hi
 
 What macOS lacks is taken away from mixchat. Other packages are imported before and keep it, as
 wheels for macOS would work there.

@@ -1,6 +1,6 @@
 """The steps of tests/gpu.sh: what a real GPU shows in its first half hour.
 
-    python tests/gpu_steps.py [STEP...] [--paper] [--report FILE]
+    python tests/tools/gpu_steps.py [STEP...] [--paper] [--report FILE]
 
 Each step is a process of its own, so that a fault of the GPU harms no later one. It prints its
 figures, and fails with an error. The report has them all; FILE.log has all output. The exit status
@@ -27,7 +27,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-TESTS = Path(__file__).resolve().parent
+TOOLS = Path(__file__).resolve().parent
+TESTS = TOOLS.parent
 ROOT = TESTS.parent
 LEFT_OUT = 77  # a step's exit status if it says why it cannot be done here
 _KEPT_LINES = 12  # of a failure
@@ -396,7 +397,7 @@ def _on(trial: Trial, name: str = "cuda:0") -> list[str]:
 
 
 def _mixchat(trial: Trial, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    program = [str(TESTS / "gpu_steps.py"), "--mixchat"] if trial.paper else ["-m", "mixchat"]
+    program = [str(TOOLS / "gpu_steps.py"), "--mixchat"] if trial.paper else ["-m", "mixchat"]
     command = [sys.executable, *program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}", file=sys.stderr)
@@ -507,7 +508,7 @@ def _carried_out(command: list[str], limit_s: float) -> tuple[str, str, str]:
 
 def _run_step(step: Step, trial: Trial) -> None:
     """Run a step in this process."""
-    sys.path[:0] = [str(TESTS), str(TESTS / "loading"), str(TESTS / "benchmarks")]
+    sys.path[:0] = [str(TOOLS), str(TESTS / "loading"), str(TESTS / "benchmarks")]
     sys.stdout.reconfigure(line_buffering=True)
     with _paper_gpus() if trial.paper else contextlib.nullcontext():
         from mixchat.base import gpu
@@ -529,7 +530,7 @@ def _paper_gpus() -> Any:
 
 def _run_mixchat(arguments: Sequence[str]) -> None:
     """Run mixchat's command line with GPUs on paper."""
-    sys.path[:0] = [str(TESTS)]
+    sys.path[:0] = [str(TOOLS)]
     sys.argv = ["mixchat", *arguments]
     with _paper_gpus():
         from mixchat.cli.app import run
@@ -582,7 +583,7 @@ def main() -> int:
     os.environ["MIXCHAT_HOME"] = str(trial.folder / "home")
     if options.paper:
         os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    own = [sys.executable, str(TESTS / "gpu_steps.py"), "--alone", f"--report={trial.report}"]
+    own = [sys.executable, str(TOOLS / "gpu_steps.py"), "--alone", f"--report={trial.report}"]
     own += [f"--models={options.models}", f"--gigabytes={options.gigabytes}"]
     own += ["--paper"] if options.paper else []
     try:
