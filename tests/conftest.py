@@ -379,11 +379,11 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """
 
     def install(checkpoint: Path, forms: Sequence[Any] = (), **options: Any) -> Path:
+        from mixchat.install.make.from_checkpoint import CheckpointBuild
+        from mixchat.install.make.mix import mixed
+        from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
+        from mixchat.install.source.checkpoint import DirectoryCheckpoint
         from mixchat.weights.format.manifest import Source
-        from mixchat.weights.make.from_checkpoint import CheckpointBuild
-        from mixchat.weights.make.mix import mixed
-        from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-        from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
         target = tmp_path_factory.mktemp("installed") / "model"
         opened = DirectoryCheckpoint(checkpoint, Source("test"))
@@ -406,7 +406,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
-    from mixchat.weights.source import transfer
+    from mixchat.install.source import transfer
 
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
         monkeypatch.delenv(variable, raising=False)

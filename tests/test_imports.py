@@ -30,15 +30,15 @@ ORDER = (
     "text",
     "loading",
     "planning",
+    "install/care",
+    "install/make",
+    "install/source",
+    "install",
     "engine",
     "engine/layers",
     "engine/caches",
     "experts/workers",
     "experts",
-    "weights/care",
-    "weights/make",
-    "weights/source",
-    "weights",
     "weights/format",
     "weights/matrix",
     "weights/families",
@@ -48,7 +48,7 @@ ORDER = (
 )
 
 # Chat and text ask the engine, and know nothing of what lies below it.
-UNKNOWN_TO_CHAT_AND_TEXT = {"loading", "planning", "experts", "weights", "kernels"}
+UNKNOWN_TO_CHAT_AND_TEXT = {"loading", "planning", "install", "experts", "weights", "kernels"}
 
 
 def modules() -> dict[str, Path]:

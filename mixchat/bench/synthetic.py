@@ -23,6 +23,8 @@ from mixchat.base.files import write_file
 from mixchat.base.options import ExpertSize
 from mixchat.base.safetensors import SafetensorsWriter, TensorSpec, tensor_sha256
 from mixchat.base.settings import models_dir
+from mixchat.install.known_models import KNOWN
+from mixchat.install.make.quantize_options import default_blueprint
 from mixchat.planning.fitting import expected_mix
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import EMBEDDING, Blueprint
@@ -33,8 +35,6 @@ from mixchat.weights.format.manifest import (
     WeightsRecord,
     write_manifest,
 )
-from mixchat.weights.known_models import KNOWN
-from mixchat.weights.make.quantize_options import default_blueprint
 from mixchat.weights.matrix.linear import TYPES, type_of_bits
 
 FOUR_BITS = ExpertSize(4.0)

@@ -84,8 +84,8 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
     from mixchat.bench.rounds import Bench, BenchOptions
     from mixchat.bench.synthetic import synthetic_model
     from mixchat.cli.output.bench_report import BenchReport
+    from mixchat.install import models
     from mixchat.planning.torch_threads import choose_threads
-    from mixchat.weights import models
 
     starting = process_seconds()
     options = BenchOptions(flags.depth or (0,), flags.prompt or (512,), flags.tokens, flags.rounds)
@@ -110,7 +110,7 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
 
 def _check(context: typer.Context, flags: BenchFlags) -> None:
     """Raise `UsageError` for flags that do not go together, and for a shape that is not known."""
-    from mixchat.weights.known_models import KNOWN
+    from mixchat.install.known_models import KNOWN
 
     layers, shape = flags.synthetic, flags.shape
     if layers is None:

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from mixchat.base.options import ExpertSize
     from mixchat.base.progress import Progress, Reporter
     from mixchat.cli.output.reports import DownloadReport
+    from mixchat.install.make.download import DownloadRequest
+    from mixchat.install.make.download_plan import DownloadPlan
     from mixchat.loading.calibrate import OnWindow
-    from mixchat.weights.make.download import DownloadRequest
-    from mixchat.weights.make.download_plan import DownloadPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def download(context: typer.Context, flags: DownloadFlags) -> None:
     Decoding is then a tenth faster, and perplexity rises by 1 to 2%. For Mixtral, --dense-bits 16
     takes 1.4 GB more than 8, and 4 takes 0.7 GB less, at some cost in quality.
     """
-    from mixchat.weights import models
+    from mixchat.install import models
 
     text = _text(flags)
     ref = models.resolve(checked(flags.model, "the model's name"), key=flags.name)
@@ -95,10 +95,10 @@ def download(context: typer.Context, flags: DownloadFlags) -> None:
     if flags.expert_bits == "16" and not set(bits) <= {None, 16}:
         raise UsageError("--expert-bits 16 leaves the attention and the head unquantized, too")
     prepare_environment()
+    from mixchat.install.make.download import DownloadRequest
+    from mixchat.install.make.mix import is_for_calibration
+    from mixchat.install.make.quantize_options import QuantizeOptions
     from mixchat.text.checkpoint_text import check_text
-    from mixchat.weights.make.download import DownloadRequest
-    from mixchat.weights.make.mix import is_for_calibration
-    from mixchat.weights.make.quantize_options import QuantizeOptions
     from mixchat.weights.matrix.linear import type_of_bits
 
     remade = wanted if wanted is not None and is_for_calibration(wanted) else None
@@ -157,7 +157,7 @@ def calibrate(context: typer.Context, flags: RecalibrateFlags) -> None:
     holds the model twice meanwhile, and the old one runs until the new one takes its place. A
     damaged expert of a calibrated model cannot be repaired alone.
     """
-    from mixchat.weights import models
+    from mixchat.install import models
 
     text = _text(flags)
     bits = parse_expert_bits(flags.expert_bits, flags.ctx_size)
@@ -238,7 +238,7 @@ def _text(flags: CalibrateFlags) -> str | None:
 def _show_plan(
     request: DownloadRequest, progress: Progress, as_json: bool, remade: ExpertSize | None
 ) -> None:
-    from mixchat.weights.make.download import plan_download
+    from mixchat.install.make.download import plan_download
 
     plan, ref = plan_download(request, progress), request.ref
     if plan is not None:
@@ -263,7 +263,7 @@ def _download(
     request: DownloadRequest, progress: Progress, remade: ExpertSize | None
 ) -> dict[str, Any]:
     """Download the model, and return its plan as JSON."""
-    from mixchat.weights.make.download import download as download_model
+    from mixchat.install.make.download import download as download_model
 
     announced: dict[str, Any] = {}
 

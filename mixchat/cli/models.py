@@ -21,7 +21,7 @@ from mixchat.engine.environment import prepare_environment
 from mixchat.face.kept_caches import remove_server_caches
 
 if TYPE_CHECKING:
-    from mixchat.weights.care.repair import Damage
+    from mixchat.install.care.repair import Damage
 
 _YES = option("--yes -y", "Do not ask for confirmation.")
 _UNFINISHED = option("--unfinished", "Also delete unfinished downloads, calibrations and the like.")
@@ -32,7 +32,7 @@ _SHOWN_DAMAGES = 20
 def list_models(as_json: bool = JSON) -> None:
     """List the models on this machine."""
     from mixchat.cli.output.reports import ModelList
-    from mixchat.weights import models
+    from mixchat.install import models
 
     installed = models.list_models()
     if installed or as_json:
@@ -46,7 +46,7 @@ def list_models(as_json: bool = JSON) -> None:
 
 def show_model(model: str = INSTALLED, as_json: bool = JSON) -> None:
     """Show a model in detail, and whether it can be run."""
-    from mixchat.weights import models
+    from mixchat.install import models
 
     name = checked(model, "the model's name")
     is_demo = models.resolve(name).demo
@@ -75,7 +75,7 @@ def show_model(model: str = INSTALLED, as_json: bool = JSON) -> None:
 def rm(model: str = INSTALLED, yes: bool = _YES) -> None:
     """Remove a model from this machine."""
     from mixchat.engine.report import report_path_by_key
-    from mixchat.weights import models
+    from mixchat.install import models
 
     target = models.existing_directory(checked(model, "the model's name"))
     size = 0 if target.is_symlink() else models.describe(target).size
@@ -88,8 +88,8 @@ def rm(model: str = INSTALLED, yes: bool = _YES) -> None:
         question = f"Remove {target.name} ({format_size(size)}) from {target}?"
         typer.confirm(one_line(question), abort=True, err=True)
     prepare_environment()
-    from mixchat.weights.care import housekeeping
-    from mixchat.weights.make.download import local_errors
+    from mixchat.install.care import housekeeping
+    from mixchat.install.make.download import local_errors
 
     with local_errors():
         foreign = housekeeping.remove(target)
@@ -101,11 +101,11 @@ def rm(model: str = INSTALLED, yes: bool = _YES) -> None:
 
 def verify(model: str = INSTALLED) -> None:
     """Check every byte of a model against its SHA-256 checksums."""
-    from mixchat.weights import models
+    from mixchat.install import models
 
     directory = models.installed_directory(checked(model, "the model's name"))
     prepare_environment()
-    from mixchat.weights.care.repair import verify as verify_model
+    from mixchat.install.care.repair import verify as verify_model
     from mixchat.weights.format.manifest import repair_hint
 
     with show_progress() as progress, resumable(progress, "the same command starts again"):
@@ -121,16 +121,16 @@ def verify(model: str = INSTALLED) -> None:
 
 def repair(model: str = INSTALLED) -> None:
     """Fetch and rewrite only the damaged parts of a model."""
-    from mixchat.weights import models
+    from mixchat.install import models
 
     directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
     prepare_environment()
-    from mixchat.weights.care.housekeeping import not_in_use
-    from mixchat.weights.care.repair import repair as repair_model
-    from mixchat.weights.care.repair import verify
+    from mixchat.install.care.housekeeping import not_in_use
+    from mixchat.install.care.repair import repair as repair_model
+    from mixchat.install.care.repair import verify
+    from mixchat.install.make.download import local_errors
+    from mixchat.install.source.open_checkpoint import open_checkpoint
     from mixchat.weights.format.manifest import MANIFESTS, read_either_manifest, restore_manifests
-    from mixchat.weights.make.download import local_errors
-    from mixchat.weights.source.open_checkpoint import open_checkpoint
 
     with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
         source = read_either_manifest(directory).source
@@ -148,8 +148,8 @@ def gc(unfinished: bool = _UNFINISHED) -> None:
     """Remove the leftovers of interrupted commands."""
     prepare_environment()
     from mixchat.chat.saved.chat_store import ChatStore
-    from mixchat.weights.care import housekeeping
-    from mixchat.weights.make.download import local_errors
+    from mixchat.install.care import housekeeping
+    from mixchat.install.make.download import local_errors
 
     freed = 0
     with local_errors():
@@ -170,7 +170,8 @@ def gc(unfinished: bool = _UNFINISHED) -> None:
 
 def stats(context: typer.Context, model: str = _LAST_MODEL, as_json: bool = JSON) -> None:
     """Show each expert's use and place in the last run."""
-    from mixchat.engine.report import load_report, newest_report_path, report_path
+    from mixchat.engine.report import load_report, newest_report_path
+    from mixchat.face.local_models import report_path
 
     is_named = value_source(context, "model") != "default"
     path = (None if is_named else newest_report_path()) or report_path(model)

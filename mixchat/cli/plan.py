@@ -79,16 +79,16 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
     }
     if figures["gpus"] and flags.device is not None:
         raise UsageError("--gpu tells about a GPU of another machine, --device names one of this")
-    from mixchat.weights import models
+    from mixchat.install import models
 
     ref = models.resolve(flags.model)  # refuses a wrong name before torch loads
     prepare_environment()
     from mixchat.cli.output.plan_report import PlanReport
+    from mixchat.install.make.mix import is_for_calibration
+    from mixchat.install.make.outline import known_blueprints, outline
     from mixchat.loading.plan import in_mix
     from mixchat.loading.plan import plan as plan_machine
     from mixchat.planning.hardware import ToldMachine
-    from mixchat.weights.make.mix import is_for_calibration
-    from mixchat.weights.make.outline import known_blueprints, outline
 
     starting = process_seconds()
     reporter = TerminalReporter()

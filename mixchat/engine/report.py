@@ -96,13 +96,6 @@ def slots_in_words(slots: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {PLACES[tier]} slots" for tier, count in slots.items())
 
 
-def report_path(name: str) -> Path:
-    """Return the path for a model's name. Raises as `resolve` does."""
-    from mixchat.weights.models import resolve
-
-    return report_path_by_key(resolve(name).key)
-
-
 def newest_report_path() -> Path | None:
     """Return the path of the last report, None without one."""
     paths = (data_dir() / "stats").glob("*.json")

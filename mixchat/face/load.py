@@ -116,7 +116,7 @@ def check_model(directory: Path, options: LoadOptions) -> None:
 
 def find_or_build(name: str, reporter: Reporter) -> Path:
     """Return the directory of an installed model. A missing demo is built first."""
-    from mixchat.weights import models
+    from mixchat.install import models
 
     try:
         return models.installed_directory(name)
@@ -124,8 +124,8 @@ def find_or_build(name: str, reporter: Reporter) -> Path:
         if not (ref := models.resolve(name)).demo:
             raise
     prepare_environment()
-    from mixchat.weights.make.download import DownloadRequest, download
-    from mixchat.weights.make.quantize_options import QuantizeOptions
+    from mixchat.install.make.download import DownloadRequest, download
+    from mixchat.install.make.quantize_options import QuantizeOptions
 
     with reporter.progress() as progress:
         return download(DownloadRequest(ref, QuantizeOptions()), progress)

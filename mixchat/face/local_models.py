@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mixchat.base.context import Context
@@ -31,7 +32,7 @@ class LocalModels:
 
     def choose(self, name: str | None, resumed: str | None, *, from_server: bool) -> str:
         """Return a model. The usual one continues a server's chat whose model is unknown here."""
-        from mixchat.weights.models import is_model
+        from mixchat.install.models import is_model
 
         if name is not None:
             return name
@@ -44,8 +45,8 @@ class LocalModels:
 
         Raises `UsageError` for a size that the model cannot do.
         """
+        from mixchat.install.models import installed_directory
         from mixchat.weights.families.read_config import read_config_file
-        from mixchat.weights.models import installed_directory
 
         try:
             config = read_config_file(installed_directory(name) / "config.json")
@@ -72,23 +73,31 @@ class LocalModels:
         )
 
     def predictor(self, model: ChatModel, name: str) -> Predictor:
+        from mixchat.install.models import installed_directory
         from mixchat.loading.loader import speed_predictor
-        from mixchat.weights.models import installed_directory
 
         engine = cast("Model", model).engine
         return speed_predictor(installed_directory(name), self._load.device, engine)
 
     def others(self, current: str) -> list[str]:
-        from mixchat.weights.models import other_models
+        from mixchat.install.models import other_models
 
         return list(other_models(current))
 
     def check(self, name: str, current: str) -> None:
         """Raise `MixchatError` if a chat cannot change. The demo is built for it."""
-        from mixchat.weights.models import find_installed
+        from mixchat.install.models import find_installed
 
         directory = find_or_build(name, self._reporter)
         if directory == find_installed(current):
             raise UsageError(f"this chat already has the model {name}")
         with self._reporter.status(f"checking {name}"):
             check_model(directory, self._load)
+
+
+def report_path(name: str) -> Path:
+    """Return the path of the report for a model's name. Raises as `resolve` does."""
+    from mixchat.engine.report import report_path_by_key
+    from mixchat.install.models import resolve
+
+    return report_path_by_key(resolve(name).key)

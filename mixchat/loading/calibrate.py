@@ -26,15 +26,8 @@ from mixchat.base.progress import Note, Progress
 from mixchat.base.quantities import format_least, format_size, format_time
 from mixchat.engine.generate import Engine
 from mixchat.experts.recording_runner import RecordingRunner
-from mixchat.loading.loader import load_engine
-from mixchat.loading.sensitivity import measure_sensitivities
-from mixchat.planning.fitting import expected_mix, expert_budget
-from mixchat.weights.care.housekeeping import not_in_use
-from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.installed_model import installed_blueprint
-from mixchat.weights.format.manifest import check_files, read_manifest
-from mixchat.weights.format.workspace import INPUTS_DIR, workspace
-from mixchat.weights.make.calibrator import (
+from mixchat.install.care.housekeeping import not_in_use
+from mixchat.install.make.calibrator import (
     FOLD,
     HELD_OUT_MAX,
     Calibrator,
@@ -47,9 +40,9 @@ from mixchat.weights.make.calibrator import (
     inputs_size,
     is_calibrated,
 )
-from mixchat.weights.make.download import local_errors
-from mixchat.weights.make.download_plan import DownloadPlan
-from mixchat.weights.make.mix import (
+from mixchat.install.make.download import local_errors
+from mixchat.install.make.download_plan import DownloadPlan
+from mixchat.install.make.mix import (
     bits_of,
     budget_of,
     choose_mix,
@@ -58,11 +51,18 @@ from mixchat.weights.make.mix import (
     summary,
     usual_type,
 )
-from mixchat.weights.make.needs import SMALL_FILES_BYTES, Need
-from mixchat.weights.make.rebuild import Rebuild, Remake
+from mixchat.install.make.needs import SMALL_FILES_BYTES, Need
+from mixchat.install.make.rebuild import Rebuild, Remake
+from mixchat.install.source.checkpoint import CheckpointReader
+from mixchat.install.source.open_checkpoint import open_checkpoint
+from mixchat.loading.loader import load_engine
+from mixchat.loading.sensitivity import measure_sensitivities
+from mixchat.planning.fitting import expected_mix, expert_budget
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.installed_model import installed_blueprint
+from mixchat.weights.format.manifest import check_files, read_manifest
+from mixchat.weights.format.workspace import INPUTS_DIR, workspace
 from mixchat.weights.matrix.int6 import ROWS_AT_ONCE
-from mixchat.weights.source.checkpoint import CheckpointReader
-from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 WINDOW = 512  # tokens in one piece
 ROWS_A_COLUMN = 2  # for an expert's widest matrix, since more gain little

@@ -16,6 +16,8 @@ from mixchat.base.options import ExpertSize, LoadOptions
 from mixchat.base.progress import Reporter
 from mixchat.base.quantities import format_age
 from mixchat.experts.memory import CPU
+from mixchat.install.make.outline import Outline
+from mixchat.install.make.quantize_options import DEMO_LOSS
 from mixchat.loading.devices import is_free_to_choose, on_cpu_because, usable_devices
 from mixchat.planning.expectation import expect_fit
 from mixchat.planning.faster_device import fit_on_faster
@@ -27,8 +29,6 @@ from mixchat.planning.plan import MachinePlan, Size, fit_known, plan_model, scal
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.manifest import is_installed
-from mixchat.weights.make.outline import Outline
-from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 
 def plan(

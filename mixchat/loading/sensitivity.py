@@ -23,10 +23,10 @@ from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.recording_runner import RecordingRunner
 from mixchat.experts.store import new_block
+from mixchat.install.make.mix import Sensitivity
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.expert import Expert
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.make.mix import Sensitivity
 from mixchat.weights.matrix.quant_type import Linear
 
 Matrix = Literal["gate_up", "down"]

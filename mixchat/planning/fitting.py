@@ -29,8 +29,8 @@ from mixchat.experts.placement import (
     place_on_gpus,
     reserve_of,
 )
+from mixchat.install.make.mix import budget_of, choose_mix, equal_sensitivities, mixed, usual_type
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.make.mix import budget_of, choose_mix, equal_sensitivities, mixed, usual_type
 
 _MIX_TOLERANCE = 0.02  # of the experts' bytes, since a mix chooses whole layers
 

@@ -8,11 +8,11 @@ from contextlib import suppress
 from mixchat.base.context import Context
 from mixchat.base.errors import MixchatError
 from mixchat.base.model_config import DEFAULT_TOKENS
+from mixchat.install.models import installed_directory, other_models
 from mixchat.serving.web.served_models import ModelFacts
 from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.manifest import MANIFEST_FILE, read_manifest
-from mixchat.weights.models import installed_directory, other_models
 
 
 class InstalledModels:

@@ -9,11 +9,11 @@ from mixchat.base.errors import UsageError
 from mixchat.base.options import ExpertSize, LoadOptions, SamplingOptions
 from mixchat.base.safetensors import SafetensorsFile
 from mixchat.bench import synthetic
+from mixchat.install.known_models import KNOWN
+from mixchat.install.make import quantize_options
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.blueprint import SHARED_FILE
 from mixchat.weights.format.manifest import read_manifest
-from mixchat.weights.known_models import KNOWN
-from mixchat.weights.make import quantize_options
 
 SMALL = {
     "vocab_size": 320,

@@ -3,9 +3,9 @@ from dataclasses import replace
 import torch
 
 from mixchat.bench.rounds import bytes_per_token, operations_per_token
+from mixchat.install.known_models import KNOWN
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.known_models import KNOWN
 
 CONFIG = read_config({**KNOWN["instruct"].config, "num_hidden_layers": 4})
 

@@ -32,12 +32,12 @@ from torch_mixture import read_mixture
 from transformers import LlamaForCausalLM
 
 from mixchat.base.progress import NoProgress
+from mixchat.install.make.calibrator import FOLD
+from mixchat.install.source import demo
 from mixchat.text.choose import load_tokenizer
-from mixchat.weights.make.calibrator import FOLD
 from mixchat.weights.matrix import encode, gptq
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Inputs, QuantType, Way
-from mixchat.weights.source import demo
 
 WINDOW = 256  # tokens
 CALIBRATION_WINDOWS = 60  # 15,360 rows: ten for each of the 1,536 columns of w2

@@ -32,9 +32,9 @@ from mixchat.base.machine import disk_usage
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.quantities import format_size
 from mixchat.base.safetensors import SafetensorsWriter, TensorSpec
+from mixchat.install.known_models import KNOWN
+from mixchat.install.source.checkpoint_index import INDEX, expected_shapes
 from mixchat.weights.families.read_config import read_config
-from mixchat.weights.known_models import KNOWN
-from mixchat.weights.source.checkpoint_index import INDEX, expected_shapes
 
 SHARD = 4_900_000_000  # bytes, about as the real one has them
 NOISE = 200_000_000  # weights; slices of it are the matrices

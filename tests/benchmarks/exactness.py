@@ -43,12 +43,12 @@ from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import SequenceTokens
 from mixchat.experts.recording_runner import RecordingRunner
+from mixchat.install.make.from_checkpoint import CheckpointBuild
+from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.install.source.open_checkpoint import open_checkpoint
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.make.from_checkpoint import CheckpointBuild
-from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 PROMPTS, SEEDS = (1, 7, 300, 1500), 3
 LONGEST = PROMPTS[-1]

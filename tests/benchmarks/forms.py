@@ -24,11 +24,11 @@ import mistral_common
 import torch
 
 from mixchat.engine.sampling import only
+from mixchat.install.models import installed_directory
 from mixchat.text.checkpoint_text import CheckpointText
 from mixchat.text.form.constraint import ConstraintCompiler
 from mixchat.text.form.output_constraint import checked, checked_schema
 from mixchat.text.tokenizer import Tokenizer
-from mixchat.weights.models import installed_directory
 
 MIXTRAL = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
 TEXT = (

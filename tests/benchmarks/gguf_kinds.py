@@ -37,11 +37,11 @@ from quality_texts import write_texts
 from torch.nn import functional
 
 from mixchat.base.progress import NoProgress
+from mixchat.install.make.from_checkpoint import CheckpointBuild
+from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.install.source.open_checkpoint import open_checkpoint
 from mixchat.text.choose import load_tokenizer
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.make.from_checkpoint import CheckpointBuild
-from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 KINDS = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "MXFP4_MOE")
 CHILD = Path(__file__).with_name("gguf_kinds_child.py")

@@ -17,6 +17,7 @@ import torch
 from paper_tools import TINY
 
 from mixchat.base import gpu
+from mixchat.install.known_models import KNOWN
 from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.experts import experts_down, experts_up
 from mixchat.kernels.gpu.kv_store import KVTensors
@@ -25,7 +26,6 @@ from mixchat.planning.bandwidth import MemoryMeter, seconds_of
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.gpu_expert import expert_form
-from mixchat.weights.known_models import KNOWN
 from mixchat.weights.matrix.gpu_linear import build_on_gpu
 from mixchat.weights.matrix.linear import TYPES, LinearSpec
 

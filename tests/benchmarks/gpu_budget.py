@@ -3,12 +3,12 @@
     python tests/benchmarks/gpu_budget.py [--json]
 
 Launches, kernels and waits are counted on a GPU on paper (tests/tools/paper_gpu.py), with a tiny
-model of each type. `resident` is the share of the experts in VRAM. If all are there, launches (a graph is
-one) and waits are those of a token. Otherwise they are those of one more layer, beside the copy of
-what the CPU computed. Kernels are those of one more layer. Bytes are counted in the kernels
-themselves, which Triton's interpreter runs with Mixtral's shapes for the first rows of each matrix:
-what a token reads, as a multiple of the weights that it needs. What several threads of a program
-read counts once.
+model of each type. `resident` is the share of the experts in VRAM. If all are there, launches (a
+graph is one) and waits are those of a token. Otherwise they are those of one more layer, beside
+the copy of what the CPU computed. Kernels are those of one more layer. Bytes are counted in the
+kernels themselves, which Triton's interpreter runs with Mixtral's shapes for the first rows of each
+matrix: what a token reads, as a multiple of the weights that it needs. What several threads of a
+program read counts once.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from triton.runtime import interpreter  # noqa: E402
 from mixchat.base.options import LoadOptions  # noqa: E402
 from mixchat.base.quantities import MemoryBudget  # noqa: E402
 from mixchat.bench.synthetic import write_random  # noqa: E402
+from mixchat.install.known_models import KNOWN  # noqa: E402
 from mixchat.kernels.gpu import launch  # noqa: E402
 from mixchat.kernels.gpu.experts import experts_down, experts_up  # noqa: E402
 from mixchat.kernels.gpu.product import product  # noqa: E402
@@ -46,7 +47,6 @@ from mixchat.planning.fitting import FreeMemory, fit_model  # noqa: E402
 from mixchat.weights.families.read_config import read_config  # noqa: E402
 from mixchat.weights.format.blueprint import Blueprint, Quantization  # noqa: E402
 from mixchat.weights.format.gpu_expert import expert_form  # noqa: E402
-from mixchat.weights.known_models import KNOWN  # noqa: E402
 from mixchat.weights.matrix.gpu_linear import build_on_gpu  # noqa: E402
 from mixchat.weights.matrix.linear import TYPES  # noqa: E402
 from mixchat.weights.matrix.quant_type import QuantType  # noqa: E402

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 
 from mixchat.base.errors import ResourceError
 from mixchat.base.options import ExpertSize, LoadOptions
+from mixchat.install.make.outline import known_blueprints
 from mixchat.planning.cards import Card, find_card
 from mixchat.planning.expectation import gpu_token_cost
 from mixchat.planning.fitting import FreeMemory, expected_mix, fit_model
@@ -26,7 +27,6 @@ from mixchat.planning.gpu_speeds import GPUSpeeds
 from mixchat.planning.machine_speeds import MachineSpeeds
 from mixchat.planning.routing import expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.make.outline import known_blueprints
 
 CARDS = ("RTX 3090", "RTX 4060", "H100")
 MODELS = {"qwen3": "Qwen3-30B-A3B", "gpt-oss": "gpt-oss-20b", "instruct": "Mixtral 8x7B"}

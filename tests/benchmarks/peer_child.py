@@ -31,8 +31,8 @@ from llama_formats import FORMATS, requantize
 
 sys.path.append(str(Path(__file__).parents[2]))
 from mixchat.base.model_config import ModelConfig
+from mixchat.install.known_models import KNOWN
 from mixchat.weights.families.read_config import read_config
-from mixchat.weights.known_models import KNOWN
 
 ARCHITECTURES = {
     "mixtral": "llama",

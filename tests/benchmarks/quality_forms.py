@@ -20,16 +20,16 @@ from transformers import AutoTokenizer
 
 from mixchat.base.options import ExpertSize
 from mixchat.base.progress import NoProgress
+from mixchat.install.make.from_checkpoint import CheckpointBuild
+from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.install.source import demo
+from mixchat.install.source.checkpoint import DirectoryCheckpoint
+from mixchat.install.source.demo import upcycle
 from mixchat.loading.calibrate import Text, calibrate_model
 from mixchat.text.checkpoint_text import CheckpointText
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import Source, is_installed, read_manifest
-from mixchat.weights.make.from_checkpoint import CheckpointBuild
-from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.source import demo
-from mixchat.weights.source.checkpoint import DirectoryCheckpoint
-from mixchat.weights.source.demo import upcycle
 
 HIDDEN = 768  # a multiple of the 256 weights of llama.cpp's blocks
 ONE_EXPERT = {"num_local_experts": 1, "num_experts_per_tok": 1}

@@ -167,7 +167,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def models(given: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
     """Yield the directory of mixchat's model and the file of llama.cpp's."""
     from mixchat.bench.synthetic import synthetic_model
-    from mixchat.weights.models import installed_directory
+    from mixchat.install.models import installed_directory
 
     if given.synthetic is None:
         yield installed_directory(given.model), given.gguf

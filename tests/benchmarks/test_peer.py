@@ -13,7 +13,7 @@ import pytest
 from peer import Peer
 
 from mixchat.base.errors import ResourceError
-from mixchat.weights.known_models import KNOWN, KnownModel
+from mixchat.install.known_models import KNOWN, KnownModel
 
 
 def python_that_runs(directory: Path, program: str) -> str:

@@ -12,10 +12,10 @@ from peer_types import FORMS
 from quality import README_HEAD, Variant, demo_loss, divergence, points, readme_rows
 from quality_forms import HIDDEN, QUANT_TYPES, UNQUANTIZED, rounded_bits
 
+from mixchat.install.make.quantize_options import DEMO_LOSS
+from mixchat.install.source.demo import DEMO_CONFIG
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.make.quantize_options import DEMO_LOSS
-from mixchat.weights.source.demo import DEMO_CONFIG
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

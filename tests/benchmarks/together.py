@@ -29,8 +29,8 @@ prepare_environment()
 
 from mixchat.engine.batch import AnswerRequest  # noqa: E402 - torch reads the environment
 from mixchat.engine.generate import Engine  # noqa: E402
+from mixchat.install.models import installed_directory  # noqa: E402
 from mixchat.loading.loader import load_engine  # noqa: E402
-from mixchat.weights.models import installed_directory  # noqa: E402
 
 _PROMPT = 16  # tokens
 

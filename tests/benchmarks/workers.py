@@ -73,10 +73,10 @@ def measure_expert() -> float:
     prepare_environment()
     import torch
 
+    from mixchat.install.known_models import KNOWN
     from mixchat.planning.compute_speed import Effort, ExpertTimer
     from mixchat.weights.families.read_config import read_config
     from mixchat.weights.format.blueprint import Blueprint, Quantization
-    from mixchat.weights.known_models import KNOWN
 
     blueprint = Blueprint(read_config(KNOWN["instruct"].config), Quantization())
     with torch.inference_mode():

@@ -90,9 +90,9 @@ def _download(
 
     def work() -> int:
         from mixchat.cli.output import progress
-        from mixchat.weights import models
-        from mixchat.weights.make import download
-        from mixchat.weights.make.quantize_options import QuantizeOptions
+        from mixchat.install import models
+        from mixchat.install.make import download
+        from mixchat.install.make.quantize_options import QuantizeOptions
 
         ref = models.resolve(rig.REPO)
         request = download.DownloadRequest(ref, QuantizeOptions(), keep_source=keep)
@@ -159,7 +159,7 @@ def _round(
 
 
 def _find() -> object:
-    from mixchat.weights import models
+    from mixchat.install import models
 
     return models.installed_directory(rig.REPO) and 0
 

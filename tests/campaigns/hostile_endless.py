@@ -167,8 +167,8 @@ def _served(work: Path) -> Iterator[tuple[str, tuple[str, ...], dict[str, str]]]
 
 def _lose_patience() -> None:
     """Let children wait for seconds."""
+    from mixchat.install.source import hub_request, transfer
     from mixchat.serving.client import patience
-    from mixchat.weights.source import hub_request, transfer
 
     patience._SMALL_S = patience._ANSWER_S = patience._QUEUE_S = 5.0
     patience._BYTE_S = 0.0

@@ -103,9 +103,9 @@ def _opened(path: Path, data: bytes, kind: str) -> list[object]:
     """Read all of a file of these bytes, and return what came of it."""
     from mixchat.base.errors import MixchatError
     from mixchat.base.progress import NoProgress
+    from mixchat.install.source.checkpoint import CheckpointReader
+    from mixchat.install.source.open_checkpoint import open_checkpoint
     from mixchat.weights.format.manifest import Source
-    from mixchat.weights.source.checkpoint import CheckpointReader
-    from mixchat.weights.source.open_checkpoint import open_checkpoint
 
     path.write_bytes(data)
     what = "mutation" if kind == "bytes" else "variation"

@@ -158,10 +158,10 @@ def _edited(chance: random.Random, name: str, data: bytes) -> bytes:
 
 
 def _open_source(copy: Path, chance: random.Random, name: str) -> str:
+    from mixchat.install.make.from_checkpoint import CheckpointBuild
+    from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
+    from mixchat.install.source.checkpoint import CheckpointReader, DirectoryCheckpoint
     from mixchat.weights.format.manifest import Source
-    from mixchat.weights.make.from_checkpoint import CheckpointBuild
-    from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-    from mixchat.weights.source.checkpoint import CheckpointReader, DirectoryCheckpoint
 
     checkpoint = DirectoryCheckpoint(copy, Source(str(copy)))
     blueprint = make_blueprint(checkpoint.index, QuantizeOptions())
@@ -170,7 +170,7 @@ def _open_source(copy: Path, chance: random.Random, name: str) -> str:
         shutil.rmtree(target, ignore_errors=True)
         CheckpointBuild(checkpoint, target, blueprint).run()
         return "built"
-    from mixchat.weights.source.checkpoint_index import expected_shapes
+    from mixchat.install.source.checkpoint_index import expected_shapes
 
     with CheckpointReader(checkpoint) as readers:
         for tensor in expected_shapes(checkpoint.index.config):
@@ -182,9 +182,9 @@ def _open_installed(copy: Path, chance: random.Random, name: str) -> str:
     import torch
 
     from mixchat.base.progress import NoProgress
+    from mixchat.install import models
+    from mixchat.install.care.repair import verify
     from mixchat.text.checkpoint_text import check_text
-    from mixchat.weights import models
-    from mixchat.weights.care.repair import verify
     from mixchat.weights.format.installed_model import InstalledModel
 
     models.describe(copy)

@@ -77,7 +77,7 @@ def _lose_patience() -> None:
 
     from huggingface_hub.utils import _http
 
-    from mixchat.weights.source import hub_request, transfer
+    from mixchat.install.source import hub_request, transfer
 
     transfer._WAITS_S = (0.0,) * 5  # type: ignore[assignment]
     hub_request._WAIT_S_MAX = 0.05

@@ -153,10 +153,10 @@ def make_model(work: Path) -> Path:
     """A random model in fp32, so that rounding decides nowhere."""
     import torch
 
+    from mixchat.install.make.from_checkpoint import CheckpointBuild
+    from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
+    from mixchat.install.source.checkpoint import DirectoryCheckpoint
     from mixchat.weights.format.manifest import Source
-    from mixchat.weights.make.from_checkpoint import CheckpointBuild
-    from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-    from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
     checkpoint = rig.make_checkpoint(work / "checkpoint", dtype=torch.float32, **rig.TINY)
     opened = DirectoryCheckpoint(checkpoint, Source("test"))

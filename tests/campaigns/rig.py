@@ -72,13 +72,6 @@ def warm_up() -> None:
 
     import gguf  # noqa: F401
 
-    import mixchat.cli.app
-    import mixchat.cli.output.progress
-    import mixchat.text.choose
-    import mixchat.weights.care.housekeeping
-    import mixchat.weights.care.repair
-    import mixchat.weights.make.download  # noqa: F401
-
 
 def make_checkpoint(
     directory: Path, seed: int = 0, shard: int = 2_500_000, dtype: Any = None, **shape: int
@@ -88,8 +81,8 @@ def make_checkpoint(
     import torch
     from safetensors.torch import save_file
 
+    from mixchat.install.source.checkpoint_index import expected_shapes
     from mixchat.weights.families.read_config import read_config
-    from mixchat.weights.source.checkpoint_index import expected_shapes
 
     directory.mkdir(parents=True)
     config = CONFIG | shape

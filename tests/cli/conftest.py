@@ -95,7 +95,7 @@ def calls(monkeypatch):
             task.advance(1000)
         return request.ref.directory
 
-    monkeypatch.setattr("mixchat.weights.make.download.download", download)
+    monkeypatch.setattr("mixchat.install.make.download.download", download)
     return made
 
 
@@ -146,8 +146,8 @@ def run(mixchat, monkeypatch):
 @pytest.fixture
 def cut_off(run, monkeypatch):
     """Runs a command line with Ctrl-C at the moment when it writes to a file."""
-    from mixchat.weights.make import build
-    from mixchat.weights.make.unfinished import ModelWriter
+    from mixchat.install.make import build
+    from mixchat.install.make.unfinished import ModelWriter
 
     write = ModelWriter.write
 

@@ -10,11 +10,11 @@ import pytest
 from tiny_tokenizer import write_tokenizer
 
 from mixchat.base.safetensors import SafetensorsFile, tensor_bytes, tensor_sha256
+from mixchat.install.make.calibrator import inputs_size
 from mixchat.loading import calibrate as calibrate_module
 from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.manifest import read_manifest
 from mixchat.weights.format.workspace import INPUTS_DIR, workspace
-from mixchat.weights.make.calibrator import inputs_size
 
 EXPERTS = ("experts-000.safetensors", "experts-001.safetensors")
 MODEL = ("mixchat.json", *EXPERTS)

@@ -12,8 +12,8 @@ from command_line import PRINT_MODULES
 
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.chat.saved.saved_chat import SavedChat
+from mixchat.install.known_models import KNOWN
 from mixchat.text.messages import Message
-from mixchat.weights.known_models import KNOWN
 
 HEAVY = {"torch", "rich", "huggingface_hub", "numpy"}
 BASH = """

@@ -10,7 +10,7 @@ from tiny_tokenizer import write_tokenizer
 
 from mixchat.base import machine
 from mixchat.base.errors import HubError
-from mixchat.weights.make.quantize_options import QuantizeOptions
+from mixchat.install.make.quantize_options import QuantizeOptions
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_an_error_comes_after_its_bar_is_closed(mixchat, monkeypatch):
         progress.task("fetching", 1000)
         raise HubError("no network")
 
-    monkeypatch.setattr("mixchat.weights.make.download.download", download)
+    monkeypatch.setattr("mixchat.install.make.download.download", download)
     done = mixchat("download", "org/name")
     assert done.returncode == 5
     lines = done.stderr.decode().splitlines()
@@ -69,7 +69,7 @@ def test_ctrl_c_says_that_the_same_command_resumes(mixchat, monkeypatch):
     def download(request, progress, *, announce=None):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mixchat.weights.make.download.download", download)
+    monkeypatch.setattr("mixchat.install.make.download.download", download)
     done = mixchat("download", "org/name")
     assert done.returncode == 130
     assert b"the same command resumes" in done.stderr

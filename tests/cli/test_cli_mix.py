@@ -7,10 +7,10 @@ import pytest
 from test_cli_calibrate import MODEL, TEXT, contents, lines_of
 from tiny_tokenizer import write_tokenizer
 
+from mixchat.install.make.mix import bits_of, forms_of
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import read_manifest
 from mixchat.weights.format.workspace import workspace
-from mixchat.weights.make.mix import bits_of, forms_of
 from mixchat.weights.matrix.linear import TYPES
 
 BITS = "3.7"

@@ -7,6 +7,8 @@ import pytest
 from mixchat.base.errors import ModelNotFoundError
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.face.load import find_or_build
+from mixchat.install.models import DEMO_ABOUT
+from mixchat.install.source import demo
 from mixchat.weights.format.manifest import (
     FileRecord,
     Manifest,
@@ -14,8 +16,6 @@ from mixchat.weights.format.manifest import (
     WeightsRecord,
     write_manifest,
 )
-from mixchat.weights.models import DEMO_ABOUT
-from mixchat.weights.source import demo
 
 QUANTIZATION = {
     "quant_type": "nf4",

@@ -11,8 +11,8 @@ from plan_tools import GB, SPEEDS, sections, verdict, verdict_text
 
 from mixchat.base import machine
 from mixchat.base.quantities import format_size
+from mixchat.install.make.outline import known_blueprints
 from mixchat.planning import measuring
-from mixchat.weights.make.outline import known_blueprints
 
 
 def test_mixtral_is_planned_before_it_is_downloaded(planned, measured, environment):

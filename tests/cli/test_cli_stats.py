@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from mixchat.base.errors import CheckpointError, MixchatError
-from mixchat.engine.report import ExpertReport, load_report, report_path, save_report
+from mixchat.engine.report import ExpertReport, load_report, save_report
+from mixchat.face.local_models import report_path
 
 REPORT = ExpertReport(
     model="demo",

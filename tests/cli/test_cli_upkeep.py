@@ -10,12 +10,12 @@ from fake_hub import COMMIT, REPO, FakeHub
 from terminal import Terminal
 
 from mixchat.base.lock import exclusive_lock
+from mixchat.install.make.from_checkpoint import CheckpointBuild
+from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.install.source.checkpoint import DirectoryCheckpoint
 from mixchat.weights.format.journal import JOURNAL_FILE
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.format.workspace import SOURCE_DIR, workspace
-from mixchat.weights.make.from_checkpoint import CheckpointBuild
-from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from cache_tools import in_pages, in_tensors
 
 from mixchat.engine.caches.layer_cache import Extent
 from mixchat.engine.caches.sequence_cache import SequenceCache, cache_bytes
+from mixchat.install.known_models import KNOWN
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.kernels.cpu.pages import Bits
 from mixchat.weights.families.read_config import read_config
-from mixchat.weights.known_models import KNOWN
 
 CONFIG = replace(
     read_config(KNOWN["glm-4.7-flash"].config),

@@ -18,16 +18,16 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from mixchat.base.errors import CheckpointError, UsageError
 from mixchat.base.progress import NoProgress
 from mixchat.base.safetensors import split_part
+from mixchat.install.care.repair import repair, verify
+from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.install.source.checkpoint import DirectoryCheckpoint
+from mixchat.install.source.checkpoint_index import expected_index
 from mixchat.loading.calibrate import Text, calibrate_model
 from mixchat.loading.loader import load_engine
-from mixchat.weights.care.repair import repair, verify
 from mixchat.weights.format.blueprint import experts_file
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.matrix.quant_type import Linear
-from mixchat.weights.source.checkpoint import DirectoryCheckpoint
-from mixchat.weights.source.checkpoint_index import expected_index
 
 FILE = "model.safetensors"
 STACK = "model.layers.1.mlp.experts."

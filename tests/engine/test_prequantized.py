@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from test_tiny_models import CPU, TOKENS, assert_as_near, logits, oracle, prompt
 
 from mixchat.base.errors import UsageError
+from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.install.source.checkpoint import DirectoryCheckpoint
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.matrix.nf4 import NF4
-from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
 # bitsandbytes dequantizes whole blocks a row rightly, and only those.
 WHOLE_BLOCKS = {"intermediate_size": 128}

@@ -8,8 +8,8 @@ from paper_runtime import GB, PaperRuntime
 
 from mixchat.base.options import ExpertSize
 from mixchat.experts.arena import Arena
+from mixchat.install.make.outline import known_blueprints
 from mixchat.planning.fitting import expected_mix
-from mixchat.weights.make.outline import known_blueprints
 
 GPU = torch.device("paper", 0)
 

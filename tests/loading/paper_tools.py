@@ -17,6 +17,7 @@ from mixchat.base.quantities import MemoryBudget
 from mixchat.bench.synthetic import write_random
 from mixchat.engine.generate import Engine
 from mixchat.experts.placement import Demand
+from mixchat.install.make.mix import mixed
 from mixchat.loading.loader import load_engine
 from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.gpu_speeds import GPUSpeeds
@@ -24,7 +25,6 @@ from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.make.mix import mixed
 
 
 class Card:

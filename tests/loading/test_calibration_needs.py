@@ -2,11 +2,11 @@
 
 import pytest
 
+from mixchat.install.known_models import KNOWN
+from mixchat.install.make.calibrator import dense_inputs_size
+from mixchat.install.make.quantize_options import default_blueprint
 from mixchat.loading import calibrate
 from mixchat.weights.families.read_config import read_config
-from mixchat.weights.known_models import KNOWN
-from mixchat.weights.make.calibrator import dense_inputs_size
-from mixchat.weights.make.quantize_options import default_blueprint
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ def test_experts_are_read_past_the_page_cache_unless_it_keeps_a_slow_disks_for_t
     monkeypatch.setattr(tiers.machine, "free_memory", lambda: free * expert_size)
     with InstalledModel(tiny_model) as installed:
         placement, devices = Placement(slots, 0, 8), [torch.device("cpu")]
-        tiers.build_experts(installed, Share(placement), devices, "lru", print)
+        tiers.build_experts(installed, Share(placement), devices, print)
     assert asked == [True] * past
 
 
@@ -185,7 +185,7 @@ def test_experts_are_predicted_unless_the_disk_is_too_slow_for_wrong_predictions
     monkeypatch.setattr(tiers, "saved_measurement", lambda *_: SimpleNamespace(typical=typical))
     with InstalledModel(tiny_model) as installed:
         placement, devices = Placement(4, 0, 8), [torch.device("cpu")]
-        experts = tiers.build_experts(installed, Share(placement), devices, "lru", print)
+        experts = tiers.build_experts(installed, Share(placement), devices, print)
     assert experts._layers_ahead == layers
 
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import torch
 
+from mixchat.install.known_models import KNOWN
 from mixchat.planning.gpu_speeds import GPUSpeeds
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.known_models import KNOWN
 
 CPU = torch.device("cpu")
 GPU = torch.device("cpu:0")  # another device by its name

@@ -11,10 +11,10 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.base.rope_parameters import RopeParameters
 from mixchat.experts.placement import Demand, reserve_of
+from mixchat.install.known_models import KNOWN
 from mixchat.planning.fitting import FreeMemory, MemoryPlan, fit_model
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.known_models import KNOWN
 
 MODEL = read_config(KNOWN["instruct"].config)
 

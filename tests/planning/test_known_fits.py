@@ -6,11 +6,11 @@ import pytest
 from planning_tools import BLUEPRINT, CPU, SPEEDS, measured
 
 from mixchat.base.options import LoadOptions
+from mixchat.install.make.outline import known_blueprints
 from mixchat.planning.expectation import expect
 from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.plan import fit_known, scaled
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.make.outline import known_blueprints
 
 GB = 10**9
 HALF = Blueprint(replace(BLUEPRINT.config, intermediate_size=7168), BLUEPRINT.quantization)

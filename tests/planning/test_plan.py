@@ -15,6 +15,7 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.cli.output.plan_report import PlanReport
 from mixchat.experts.placement import Placement
+from mixchat.install.make.outline import Outline
 from mixchat.loading.loader import load_engine
 from mixchat.planning import fitting, measuring
 from mixchat.planning.expectation import LONG_PROMPT, PROMPT
@@ -24,7 +25,6 @@ from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.planning.measuring import measurement_file
 from mixchat.planning.plan import MachinePlan, plan_model, predict_speed
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.make.outline import Outline
 
 GB = 10**9
 

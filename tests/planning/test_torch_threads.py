@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from mixchat.base import machine
+from mixchat.install.known_models import KNOWN
+from mixchat.install.source.demo import DEMO_CONFIG
 from mixchat.planning import torch_threads
 from mixchat.planning.compute_speed import Effort, thread_seconds
 from mixchat.planning.torch_threads import candidates, choose_threads, known_or_best
@@ -16,8 +18,6 @@ from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.expert import Expert
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.known_models import KNOWN
-from mixchat.weights.source.demo import DEMO_CONFIG
 
 BLUEPRINT = Blueprint(read_config(KNOWN["instruct"].config), Quantization())
 DEMO = Blueprint(read_config(DEMO_CONFIG), Quantization())

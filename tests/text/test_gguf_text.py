@@ -28,11 +28,11 @@ from tokenizers import (
 )
 
 from mixchat.base.errors import CheckpointError
+from mixchat.install.source.gguf_text import _SPLITS, generation_config, text_files
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.messages import Message
 from mixchat.text.spm import _user_defined
 from mixchat.text.tokenizer import Tokenizer as OurTokenizer
-from mixchat.weights.source.gguf_text import _SPLITS, generation_config, text_files
 
 DATA = Path(mistral_common.__file__).parent / "data"
 MISTRAL = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"

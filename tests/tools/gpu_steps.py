@@ -340,9 +340,9 @@ def _bench(trial: Trial, model: Model, name: str, size: str | None, device: str 
 def _model(trial: Trial, shape: str) -> Model:
     """Write a model with as many layers as fit, unless it is there."""
     from mixchat.bench.synthetic import write_synthetic
+    from mixchat.install.known_models import KNOWN
+    from mixchat.install.make.quantize_options import default_blueprint
     from mixchat.weights.families.read_config import read_config
-    from mixchat.weights.known_models import KNOWN
-    from mixchat.weights.make.quantize_options import default_blueprint
 
     known = KNOWN[shape]
     total: int = known.config["num_hidden_layers"]

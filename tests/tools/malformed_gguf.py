@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from mixchat.weights.source.gguf_file import read_header
+from mixchat.install.source.gguf_file import read_header
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of scalars
 _ALIGNMENT = b"general.alignment"

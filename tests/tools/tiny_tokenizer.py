@@ -36,7 +36,7 @@ def metadata() -> dict[str, Any]:
 
 def write_tokenizer(directory: Path) -> Path:
     """Put the files of this tokenizer into a checkpoint's directory."""
-    from mixchat.weights.source.gguf_text import text_files
+    from mixchat.install.source.gguf_text import text_files
 
     for name, data in text_files(metadata(), 128, 262, "tiny").items():
         (directory / name).write_bytes(data)

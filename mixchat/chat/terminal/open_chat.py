@@ -236,7 +236,8 @@ class OpenChat:
 
     def _save_report(self) -> None:
         """Save the figures of `mixchat stats`, if possible. A server has none."""
-        from mixchat.engine.report import report_of, report_path, save_report
+        from mixchat.engine.report import report_of, save_report
+        from mixchat.face.local_models import report_path
 
         engine, model = self.session.model.engine, self.saver.model
         if engine is not None and not engine.is_closed:

@@ -62,7 +62,7 @@ def _check_workers(addresses: list[str]) -> None:
 
 
 def _default_model() -> str:
-    from mixchat.weights.models import default_model
+    from mixchat.install.models import default_model
 
     return default_model()
 

@@ -294,7 +294,7 @@ def _check_first_word(context: typer.Context, words: Sequence[str]) -> None:
 
     It is accepted after a `--`, or if a model, chat or server is named.
     """
-    from mixchat.weights.models import is_model
+    from mixchat.install.models import is_model
 
     # The name was asked of the default model, or ended with an error about that one.
     named = any(is_given(context, name) for name in ("model", "resume", "server"))

@@ -22,15 +22,15 @@ def one_of(*words: str) -> Callable[[str], list[str]]:
 
 def runnable_models(incomplete: str) -> list[str]:
     """Complete to a fixed name or a model on this machine."""
-    from mixchat.weights.known_models import ALIASES
-    from mixchat.weights.models import DEMO, names_here
+    from mixchat.install.known_models import ALIASES
+    from mixchat.install.models import DEMO, names_here
 
     return one_of(*dict.fromkeys([*ALIASES, DEMO, *names_here()]))(incomplete)
 
 
 def models_here(incomplete: str) -> list[str]:
     """Complete to a model on this machine."""
-    from mixchat.weights.models import names_here
+    from mixchat.install.models import names_here
 
     # The known ones are left out: `rm` offered models that nobody had installed.
     return one_of(*names_here())(incomplete)
@@ -38,7 +38,7 @@ def models_here(incomplete: str) -> list[str]:
 
 def known_shapes(incomplete: str) -> list[str]:
     """Complete to a known model, for its shapes."""
-    from mixchat.weights.known_models import KNOWN
+    from mixchat.install.known_models import KNOWN
 
     return one_of(*KNOWN)(incomplete)
 

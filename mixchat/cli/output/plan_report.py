@@ -12,12 +12,12 @@ from mixchat.base.quantities import format_count, format_least, format_size
 from mixchat.cli.output import plan_text
 from mixchat.cli.output.plan_text import gpus_text, section, speed_text
 from mixchat.cli.output.reports import DownloadReport, Report, aligned, disk_as_json
+from mixchat.install.make.outline import Outline
+from mixchat.install.make.quantize_options import DEMO_LOSS
 from mixchat.planning import gpu_speeds
 from mixchat.planning.expectation import LONG_PROMPT, READING, Expectation, FirstToken, TokenCost
 from mixchat.planning.gpu_cost import token_kernels
 from mixchat.planning.plan import MachinePlan
-from mixchat.weights.make.outline import Outline
-from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 _REASON_WIDTH = 66  # columns
 

@@ -17,14 +17,14 @@ from mixchat.base.quantities import (
 )
 from mixchat.cli.output.reports import aligned
 from mixchat.experts.memory import CPU
+from mixchat.install.make.outline import Outline
+from mixchat.install.make.quantize_options import DEMO_LOSS
 from mixchat.planning import gpu_speeds
 from mixchat.planning.expectation import LONG_PROMPT, SpeedRange, TokenCost
 from mixchat.planning.gpu_cost import token_kernels
 from mixchat.planning.machine_speeds import IN_USE
 from mixchat.planning.plan import MachinePlan
 from mixchat.planning.routing import repeats_as_mixtral
-from mixchat.weights.make.outline import Outline
-from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 # The words of a rise of the demo's perplexity that is lower than each limit. It rises by 17% in 4
 # bits and by 42% in 3. The published figures of Mixtral are 2.3% (Q4_0) and 4.5% (Q3_K_M).

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from mixchat.base.model_config import checkpoint_dtype
 from mixchat.base.quantities import format_least, format_size, format_time
 from mixchat.chat.printing import one_line, show, show_lines
-from mixchat.weights.models import describe
+from mixchat.install.models import describe
 
 if TYPE_CHECKING:
     from mixchat.base.model_config import ModelConfig
+    from mixchat.install.make.download_plan import DownloadPlan
+    from mixchat.install.make.needs import Need
+    from mixchat.install.models import ModelEntry
     from mixchat.weights.format.manifest import Manifest
-    from mixchat.weights.make.download_plan import DownloadPlan
-    from mixchat.weights.make.needs import Need
-    from mixchat.weights.models import ModelEntry
 
 
 class Report(ABC):

@@ -18,15 +18,15 @@ from weight_tools import files_of, quantize, shard
 from mixchat.base.errors import CheckpointError
 from mixchat.base.progress import NoProgress
 from mixchat.base.safetensors import Header, SafetensorsFile, TensorSpec
-from mixchat.weights.care.repair import repair
+from mixchat.install.care.repair import repair
+from mixchat.install.make.quantize_options import QuantizeOptions
+from mixchat.install.make.unfinished import Spill
+from mixchat.install.source.checkpoint_index import CheckpointIndex
+from mixchat.install.source.open_checkpoint import open_checkpoint
 from mixchat.weights.families.read_config import FAMILIES, read_config_file
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.make.quantize_options import QuantizeOptions
-from mixchat.weights.make.unfinished import Spill
 from mixchat.weights.matrix.nf4 import NF4
-from mixchat.weights.source.checkpoint_index import CheckpointIndex
-from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 STACKED = "granitemoe", "gpt_oss"
 LAYER, EXPERT = 1, 2

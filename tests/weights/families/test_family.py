@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.rope_parameters import RopeParameters
 from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
+from mixchat.install.make.parts import model_parts
+from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.install.source.checkpoint_index import CheckpointIndex
 from mixchat.weights.families.family import MLP_EXPERTS, Family, Slice, attention, decoder_tensors
 from mixchat.weights.families.read_config import read_config_file
-from mixchat.weights.make.parts import model_parts
-from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
 HEADS, GROUPS, WIDTH, HIDDEN = 3, 1, 4, 6
 CONFIG = ModelConfig(

@@ -10,8 +10,8 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4TextScaledWordEmbed
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
+from mixchat.install.known_models import KNOWN
 from mixchat.weights.families.read_config import FAMILIES, read_config
-from mixchat.weights.known_models import KNOWN
 
 SHARED = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False}
 ALTERNATING = ["sliding_attention", "full_attention"]

@@ -12,11 +12,11 @@ import pytest
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.safetensors import SafetensorsFile
+from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.install.source.checkpoint_index import CheckpointIndex
+from mixchat.install.source.gguf_checkpoint import read_gguf
+from mixchat.install.source.gguf_file import GgufFile, GgufHeader
 from mixchat.weights.families.read_config import FAMILIES, read_config
-from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.source.checkpoint_index import CheckpointIndex
-from mixchat.weights.source.gguf_checkpoint import read_gguf
-from mixchat.weights.source.gguf_file import GgufFile, GgufHeader
 
 NUMBERS = (16_000, 10**6, 2**31 - 1, 10**12)  # the smallest first, which a test survives
 PEAK_BYTES = 50_000_000

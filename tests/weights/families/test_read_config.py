@@ -1,8 +1,8 @@
 import pytest
 
 from mixchat.base.errors import CheckpointError
+from mixchat.install.known_models import KNOWN
 from mixchat.weights.families.read_config import read_config, read_config_file
-from mixchat.weights.known_models import KNOWN
 
 MIXTRAL = {
     "model_type": "mixtral",

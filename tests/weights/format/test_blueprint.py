@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.rope_parameters import RopeParameters
+from mixchat.install.known_models import KNOWN
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.known_models import KNOWN
 from mixchat.weights.matrix.quant_type import QuantType
 
 KINDS: tuple[QuantType, ...] = ("trellis3", "nf4", "none")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from weight_tools import fetching, files_of, quantize, run, shard
 
+from mixchat.install.make.from_checkpoint import CheckpointBuild
+from mixchat.install.make.parts import model_parts
+from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.format.journal import JOURNAL_FILE, Journal
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.format.workspace import workspace
-from mixchat.weights.make.from_checkpoint import CheckpointBuild
-from mixchat.weights.make.parts import model_parts
-from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 
 
 def unfinished(checkpoint: Path, target: Path) -> Path:

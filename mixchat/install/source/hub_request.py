@@ -1,0 +1,302 @@
+"""Requests bytes of a file on the hub, and checks that the answer holds them.
+
+A proxy may send other bytes than requested, and a network may send a page to log in. An answer has
+a slowest pace, and a limit of the bytes around those that it is for.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import functools
+import json
+import math
+import re
+import string
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import httpcore2
+
+from mixchat import __version__
+from mixchat.base.errors import HubError
+from mixchat.base.http import LimitedNetwork, Limits, header
+from mixchat.install.source.hub_errors import Refusal
+
+_TIMEOUT_S = 30.0  # without a byte
+_TIMEOUTS = dict.fromkeys(("connect", "read", "write", "pool"), _TIMEOUT_S)
+_KEEPALIVE_S = 5.0  # of a connection that nothing uses
+_REDIRECTS, _REDIRECTS_MAX = (301, 302, 303, 307, 308), 20
+_DECODED_BYTES = 1 << 20  # of a compressed answer, at once
+_JSON_BYTES_MAX, _JSON_S = 2**24, 300.0
+_WAIT_S_MAX = 300.0  # the hub counts requests over five minutes
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+_RANGE_NOT_SATISFIABLE = 416
+_BUSY = (429, 503)
+
+_HEAD_BYTES = 1 << 20  # before the body, of all redirects together
+_SPARE_BYTES = 1 << 20  # of a body in chunks
+_SPARE_SHARE = 4  # a quarter more, for small chunks
+_UNKNOWN_BYTES = 1 << 36  # of a body whose size nobody knows: 64 GiB
+# A line that is slower is not refused, but asked again, where it stopped.
+_PACE_BYTES, _PACE_S = 1 << 16, 60.0
+Headers = dict[bytes | str, bytes | str]
+_LATER = "Run the same command again later; it continues where it stopped."
+_current = threading.local()  # `limits` are those of the request that the thread waits for
+
+
+class WrongAnswer(HubError):
+    """The answer holds other bytes than requested. Another attempt may succeed."""
+
+
+@dataclass
+class RemoteBytes:
+    """A file on the hub. `size` is None if it is not known.
+
+    `ranges` is False once the hub has sent another part than requested.
+    """
+
+    url: str
+    size: int | None
+    ranges: bool = True
+
+    @contextmanager
+    def stream(self, start: int, end: int | None) -> Iterator[tuple[HubReply, int]]:
+        """Yield the answer and its first byte, which is `start`, or 0 for the whole file.
+
+        Raises `WrongAnswer` for other bytes.
+        """
+        headers: Headers = {}
+        if self.ranges and (start or end is not None):
+            headers["Range"] = f"bytes={start}-{'' if end is None else end}"
+        with _answer(self.url, headers) as (reply, limits):
+            if reply.status == _RANGE_NOT_SATISFIABLE:
+                raise self._wrong_range()
+            reply.raise_for_status()
+            first = self._first_byte(reply, start)
+            if end is not None and reply.status == 206:
+                limits.expect(end + 1 - first)
+            else:
+                limits.expect(self.size)
+            yield reply, first
+
+    def _first_byte(self, reply: HubReply, start: int) -> int:
+        first, whole = 0, reply.header("Content-Length")
+        if reply.status == 206:
+            match = _CONTENT_RANGE.match(reply.header("Content-Range"))
+            first, whole = (int(match[1]), match[2]) if match else (-1, "")
+        elif reply.is_compressed:
+            whole = ""
+        content_type = reply.header("Content-Type").lower()
+        # Some mirrors call every file HTML, but its size shows that it is ours.
+        if content_type.startswith("text/html") and whole != str(self.size):
+            raise self._other_file("a page of HTML")
+        if self.size is not None and whole.isdecimal() and int(whole) != self.size:
+            raise self._other_file(f"{whole} bytes instead of the {self.size} that it lists")
+        # A proxy that begins too early would give the file's bytes twice.
+        if reply.status == 206 and first != start:
+            raise self._wrong_range()
+        return first
+
+    def _wrong_range(self) -> WrongAnswer:
+        self.ranges = False
+        return WrongAnswer(
+            f"the hub sends another part of {self.name} than requested",
+            hint="A proxy may be at fault. Try another network, or run the same command later; "
+            "it continues where it stopped.",
+        )
+
+    def _other_file(self, content: str) -> WrongAnswer:
+        return WrongAnswer(
+            f"the hub sends something else in place of {self.name}: {content}",
+            hint="Does the network ask for a login first? Then log in and run the same command "
+            "again; it continues where it stopped.",
+        )
+
+    @property
+    def name(self) -> str:
+        """Return the file's name, for messages."""
+        return self.url.rsplit("/", 1)[-1]
+
+
+def read_json(url: str) -> Any:
+    """Return the JSON that the hub answers with, of at most 16 MiB.
+
+    Raises `ValueError` or `RecursionError`.
+    """
+    data = bytearray()
+    with _answer(url, {}) as (reply, limits):
+        reply.raise_for_status()
+        limits.expect(_JSON_BYTES_MAX, _JSON_S)
+        for chunk in reply.pieces():
+            data += chunk
+            if len(data) > _JSON_BYTES_MAX:
+                raise ValueError("the answer is too long")
+    return json.loads(data)
+
+
+class HubReply:
+    """The hub's reply to a request."""
+
+    def __init__(self, response: httpcore2.Response) -> None:
+        self._response = response
+        self.status = response.status
+        self._encoding = self.header("Content-Encoding").lower() or "identity"
+
+    def header(self, name: str) -> str:
+        """Return a header, empty if there is none."""
+        return header(self._response, name) or ""
+
+    @property
+    def is_compressed(self) -> bool:
+        return self._encoding != "identity"
+
+    def raise_for_status(self) -> None:
+        """Raise `Refusal` without reading the reason, which may have no end."""
+        if not 200 <= self.status < 300:
+            raise Refusal(
+                self.status,
+                code=self.header("X-Error-Code"),
+                reason=self.header("X-Error-Message"),
+                retry_after=self.header("Retry-After"),
+            )
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the body as it comes. Some proxies compress it, although nobody asked for that."""
+        if not self.is_compressed:
+            yield from self._response.iter_stream()
+            return
+        if self._encoding not in ("gzip", "deflate"):
+            raise WrongAnswer(f"the hub sends an answer in an unknown encoding ({self._encoding})")
+        decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        try:
+            for data in self._response.iter_stream():
+                while data:
+                    yield decoder.decompress(data, _DECODED_BYTES)
+                    data = decoder.unconsumed_tail
+        except zlib.error:
+            raise WrongAnswer("the hub sends an answer that cannot be decompressed") from None
+
+
+@contextmanager
+def _answer(url: str, headers: Headers) -> Iterator[tuple[HubReply, HubLimits]]:
+    """Yield the reply after all redirects, and its limits. The token goes to the hub alone."""
+    _current.limits = limits = HubLimits()
+    sent: Headers = {
+        "User-Agent": f"mixchat/{__version__}",
+        "Accept-Encoding": "identity",
+        **headers,
+        **_authorization(url),
+    }
+    with ExitStack() as opened:
+        for _ in range(_REDIRECTS_MAX):
+            sent["Host"] = urlsplit(url).netloc.rpartition("@")[2]
+            request = _connections(url).stream(
+                "GET", url, headers=sent, extensions={"timeout": _TIMEOUTS}
+            )
+            reply = HubReply(opened.enter_context(request))
+            if reply.status not in _REDIRECTS or not reply.header("Location"):
+                yield reply, limits
+                return
+            for _ in reply.pieces():  # or the connection could not be used again
+                pass
+            opened.close()
+            target = urljoin(url, quote(reply.header("Location"), safe=string.punctuation))
+            if urlsplit(target)[:2] != urlsplit(url)[:2]:
+                sent.pop("Authorization", None)
+            url = target
+    raise WrongAnswer("the hub sends the request elsewhere without an end", hint=_LATER)
+
+
+def _authorization(url: str) -> Headers:
+    """Return the header with the person's token, or with the name and password in the address.
+
+    Raises `HubError` if the hub is switched off.
+    """
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(
+            "the hub is switched off by HF_HUB_OFFLINE",
+            hint="Unset it, or name a directory that holds the checkpoint.",
+        )
+    parts = urlsplit(url)
+    if parts.username:
+        user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        return {"Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"}
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _connections(url: str) -> httpcore2.ConnectionPool:
+    """Return the connections for an address, by the proxy that the environment names for it."""
+    parts, proxies = urlsplit(url), getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
+    return _pool("" if proxy_bypass(parts.netloc.rpartition("@")[2]) else proxy)
+
+
+@functools.cache
+def _pool(proxy: str) -> httpcore2.ConnectionPool:
+    pool = httpcore2.ConnectionPool(
+        proxy=_proxy(proxy) if proxy else None,
+        network_backend=LimitedNetwork(lambda: _current.limits),
+        max_connections=None,
+        keepalive_expiry=_KEEPALIVE_S,
+    )
+    atexit.register(pool.close)
+    return pool
+
+
+def _proxy(address: str) -> httpcore2.Proxy:
+    parts = urlsplit(address if "://" in address else f"http://{address}")
+    auth = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
+    return httpcore2.Proxy(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", auth=auth)
+
+
+def retry_after(failure: Exception | None) -> float:
+    """Return the seconds that a busy server asks to wait, at most 300."""
+    if not isinstance(failure, Refusal) or failure.status not in _BUSY:
+        return 0.0
+    text, seconds = failure.retry_after.strip(), 0.0
+    with suppress(ValueError, TypeError, OverflowError):
+        is_date = not text.isdecimal()
+        seconds = parsedate_to_datetime(text).timestamp() - time.time() if is_date else float(text)
+    return min(max(0.0, seconds), _WAIT_S_MAX)
+
+
+class HubLimits(Limits):
+    """The limits of one request, with all its redirects."""
+
+    def __init__(self) -> None:
+        super().__init__(_HEAD_BYTES, math.inf)
+        self._came, self._waited = 0, 0.0  # in this period of `_PACE_S` seconds
+
+    def expect(self, size: int | None, seconds: float = math.inf) -> None:
+        """Allow a body of `size` bytes, None for any size, within `seconds`."""
+        size = _UNKNOWN_BYTES if size is None else size
+        self.bytes_left = size + size // _SPARE_SHARE + _SPARE_BYTES
+        self.deadline = time.monotonic() + seconds
+
+    def take(self, count: int, waited: float = 0.0) -> None:
+        super().take(count)
+        # Only the time of reading counts. A slow disk or a suspended process is no slow hub.
+        self._waited += waited
+        self._came += count
+        if self._waited >= _PACE_S:
+            if self._came < _PACE_BYTES:
+                raise self.too_slow()
+            self._came, self._waited = 0, 0.0
+
+    def too_much(self) -> WrongAnswer:
+        return WrongAnswer("the hub sends an answer without an end", hint=_LATER)
+
+    def too_slow(self) -> WrongAnswer:
+        return WrongAnswer("the hub sends its answer too slowly", hint=_LATER)

@@ -1,0 +1,177 @@
+"""A hub that sends without an end what is no file, or next to nothing; and slow lines."""
+
+import gzip
+import hashlib
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Event
+
+import pytest
+from fake_hub import FakeHub
+from weight_tools import Bar
+
+from mixchat.base.errors import HubError
+from mixchat.install.source import hub_request
+from mixchat.install.source.transfer import fetch_and_discard, fetch_file, part_path, read_range
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n%s\r\n"
+GZIP = HEAD % b"Content-Encoding: gzip\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+REDIRECT = b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\n\r\n"
+EMPTY_BLOCK = b"\x00\x00\x00\xff\xff"  # of deflate
+NAME = "model.safetensors"
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(autouse=True)
+def patient_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_request, "_PACE_S", 0.3)
+
+
+@contextmanager
+def endless(head: bytes, piece: bytes, pause: float = 0.0) -> Iterator[str]:
+    """The address of a hub that answers with `head`, and then `piece` again and again."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(head)
+            while True:
+                connection.sendall(piece if pause else piece * (65536 // len(piece)))
+                time.sleep(pause)
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield "http://127.0.0.1:{}".format(*listener.getsockname()[1:])
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
+ASKS: dict[str, Callable[[str, Path], object]] = {
+    "listing": lambda url, place: hub_request.read_json(url),
+    "file": lambda url, place: fetch_file(
+        f"{url}/{NAME}", place / NAME, 50_000, "0" * 64, Bar(), Event()
+    ),
+    "range": lambda url, place: read_range(f"{url}/{NAME}", 100, 50_000, Event()),
+    "probe": lambda url, place: fetch_and_discard(f"{url}/{NAME}", Bar(), Event()),
+}
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (b"", CONTINUE),
+        (REDIRECT, b"x"),
+        (GZIP + gzip.compress(b"")[:10], EMPTY_BLOCK),
+        (HEAD % b"Transfer-Encoding: chunked\r\n", b"1;" + b"x" * 60_000 + b"\r\n:\r\n"),
+    ],
+    ids=["informational", "redirect", "gzip of nothing", "chunk extensions"],
+)
+@pytest.mark.parametrize("what", ["listing", "file"])
+def test_what_is_no_file_is_not_read_for_ever(cache, monkeypatch, tmp_path, head, piece, what):
+    """`mixchat download` hung, and the body of a redirect filled the memory."""
+    monkeypatch.setattr(hub_request, "_JSON_BYTES_MAX", 2**20)
+    with endless(head, piece) as url, pytest.raises(HubError, match="without an end"):
+        ASKS[what](url, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [(b"", CONTINUE), (b"HTTP/1.1 200 OK\r\nA: ", b"x"), (HEAD % b"", b" "), (REDIRECT, b"x")],
+    ids=["informational", "head", "body", "redirect"],
+)
+@pytest.mark.parametrize("what", ["listing", "file"])
+def test_a_byte_now_and_then_is_not_waited_for(cache, tmp_path, head, piece, what):
+    with endless(head, piece, 0.05) as url, pytest.raises(HubError, match="too slowly"):
+        ASKS[what](url, tmp_path)
+
+
+def test_a_listing_has_minutes_at_most(cache, monkeypatch):
+    monkeypatch.setattr(hub_request, "_PACE_BYTES", 10)
+    monkeypatch.setattr(hub_request, "_JSON_S", 1.0)
+    slow = endless(HEAD % b"", b" " * 100, 0.05)
+    with slow as url, pytest.raises(HubError, match="too slowly"):
+        hub_request.read_json(url)
+
+
+DATA = random.Random(1).randbytes(100_000)
+SHA256 = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture
+def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with FakeHub({NAME: DATA}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        yield hub
+
+
+def url(hub: FakeHub) -> str:
+    return f"{hub.url}/{hub.repo}/resolve/{hub.commit}/{NAME}"
+
+
+def test_a_slow_but_steady_line_brings_a_file_in_one_request(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_request, "_PACE_BYTES", 1000)
+    hub.delay, hub.step = 0.03, 2000  # for many times the pace's period
+    fetch_file(url(hub), tmp_path / NAME, len(DATA), SHA256, Bar(), Event())
+    assert (tmp_path / NAME).read_bytes() == DATA
+    assert [request.range for request in hub.requests if request.where == "store"] == [None]
+
+
+def test_a_line_that_is_slower_than_the_pace_brings_a_file_in_several_requests(hub, tmp_path):
+    hub.delay, hub.step = 0.03, 2000
+    fetch_file(url(hub), tmp_path / NAME, len(DATA), SHA256, Bar(), Event())
+    assert (tmp_path / NAME).read_bytes() == DATA
+    assert len([request for request in hub.requests if request.where == "store"]) > 1
+
+
+def test_time_in_which_this_process_does_something_else_is_not_the_hubs(hub, tmp_path, monkeypatch):
+    """A disk that is slow, or a process that was suspended, is no slow hub."""
+
+    class Slow(Bar):
+        def advance(self, amount: int) -> None:
+            super().advance(amount)
+            time.sleep(0.15)
+
+    monkeypatch.setattr(hub_request, "_PACE_S", 2.0)
+    hub.step = 5000
+    fetch_file(url(hub), tmp_path / NAME, len(DATA), SHA256, Slow(), Event())
+    assert [request.range for request in hub.requests if request.where == "store"] == [None]
+
+
+def test_a_few_bytes_of_each_attempt_do_not_count_as_progress(hub, tmp_path):
+    """Attempts were counted anew for each byte that came."""
+    hub.fail(f"^/{NAME}", cut_after=10)
+    with pytest.raises(Exception, match=r"peer closed|disconnected|complete"):
+        fetch_file(url(hub), tmp_path / NAME, len(DATA), SHA256, Bar(), Event())
+    assert part_path(tmp_path / NAME).stat().st_size < 100
+
+
+def test_each_thread_has_limits_of_its_own(hub, monkeypatch):
+    """One connection's reads counted for all."""
+    monkeypatch.setattr(hub_request, "_SPARE_BYTES", 0)
+    results = []
+
+    def read() -> None:
+        results.append(read_range(url(hub), 0, 50_000, Event()))
+
+    threads = [threading.Thread(target=read) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [DATA[:50_000]] * 8

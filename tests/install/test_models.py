@@ -1,0 +1,396 @@
+"""Names of models, and the models on this machine."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixchat.base.errors import ModelNotFoundError, UsageError
+from mixchat.base.machine import disk_usage
+from mixchat.install import models
+from mixchat.install.known_models import ALIASES
+from mixchat.weights.format.journal import JOURNAL_FILE
+from mixchat.weights.format.manifest import (
+    FileRecord,
+    Manifest,
+    Source,
+    WeightsRecord,
+    write_manifest,
+)
+from mixchat.weights.format.workspace import MODEL_DIR, workspace
+
+QUANTIZATION = {
+    "quant_type": "nf4",
+    "blocksize": 64,
+    "scales": "absmax",
+    "attention": "none",
+    "head": "none",
+    "dtype": "bfloat16",
+}
+CONFIG = {
+    "model_type": "mixtral",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+}
+# fmt: off
+HOSTILE = [
+    "", " ", "../x", "../../etc/passwd", "/etc/passwd", "a/../b", "a/b/c", "./../x/y", "org/..",
+    "../name", "org/name/../..", "org/na--me", "org/na..me", "org/.name", "org/name.", "org/-name",
+    "-org/name", "org/name.git", "org/name\n", "org/na\0me", "org/\u202ename", "org/name\x1b[31m",
+    "\0", "a\0b", "org\\name", "C:\\models\\x", "org/n\u00e4me", "org/" + "n" * 97,
+    "o" * 97 + "/name", "n" * 100_000, "\ud800", "org/\udc80", "//", "/", "~/x", "con/",
+    "https://hub/org/name", "models--org--name", "org/name:", "org/name:../x", "org/name:a--b",
+    "org/name:Q8_0:x", ":Q8_0", "org:Q8_0", "org/name:Q8_0\n", "/no/such.gguf", "no.gguf",
+]
+# fmt: on
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty data directory, and an empty current directory."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def keep(key: str, *, source: str = "org/name", finished: bool = True) -> Path:
+    directory = models.models_dir() / key
+    if not finished:
+        (workspace(directory) / MODEL_DIR).mkdir(parents=True)
+        (workspace(directory) / MODEL_DIR / "shared.safetensors").write_bytes(b"x" * 1000)
+        (workspace(directory) / JOURNAL_FILE).write_bytes(b"{}\n")
+    else:
+        directory.mkdir(parents=True)
+        (directory / "shared.safetensors").write_bytes(b"x" * 1000)
+        config = json.dumps(CONFIG).encode()
+        (directory / "config.json").write_bytes(config)
+        files = {"config.json": FileRecord(len(config), "0" * 64)}
+        weights = {"shared.safetensors": WeightsRecord(1000, {"x": "0" * 64})}
+        write_manifest(directory, Manifest(Source(source, "c" * 40), QUANTIZATION, files, weights))
+    return directory
+
+
+class TestResolve:
+    def test_an_alias_is_installed_where_its_repo_is(self):
+        for alias, repo in ALIASES.items():
+            ref = models.resolve(alias)
+            assert (ref.repo, ref.key) == (repo, repo.replace("/", "--"))
+
+    def test_a_model_here_precedes_an_alias_that_is_newer(self, home):
+        """Somebody may have installed a model as "8x22b" before that was an alias."""
+        keep("8x22b", finished=False)
+        assert models.resolve("8x22b") == models.ModelRef("8x22b", "8x22b")
+        with pytest.raises(UsageError, match="cannot be a model's name"):
+            models.resolve("org/name", key="8x22b")
+
+    @pytest.mark.parametrize(
+        ("name", "meant"),
+        [
+            ("mixtral:8x22b", "8x22b"),
+            ("mixtral:text", "base"),
+            ("Qwen3-30B-A3B", "qwen3"),
+            ("qwen3.6:35b-a3b", "qwen3.6"),
+            ("Qwen3-Coder-Next-80B", "qwen3-coder-next"),
+            ("GLM4.7-Flash", "glm-4.7-flash"),
+            ("gemma-4:26b", "gemma4"),
+            ("lfm2:24b", "lfm2-24b"),
+            ("LFM2-8B", "lfm2"),
+            ("gpt_oss", "gpt-oss"),
+            ("granite-3.1-3b-a800m-instruct", "granite"),
+        ],
+    )
+    def test_the_names_of_other_programs_are_understood(self, name, meant):
+        with pytest.raises(ModelNotFoundError) as caught:
+            models.resolve(name)
+        assert caught.value.hint == f"Did you mean {meant}?"
+
+    def test_the_demo(self):
+        assert models.resolve("demo") == models.ModelRef("demo", "demo", demo=True)
+
+    @pytest.mark.parametrize(
+        "name", ["org/name", "a/b", "O_r-g1/n.a-m_e", "x" * 96 + "/" + "y" * 96]
+    )
+    def test_a_hub_id(self, name, home):
+        ref = models.resolve(name)
+        assert (ref.repo, ref.path) == (name, None)
+        assert ref.directory.parent == home / "models"
+
+    def test_a_hostile_name_means_nothing(self):
+        before = set(Path.cwd().parent.rglob("*"))
+        for name in HOSTILE:
+            with pytest.raises((ModelNotFoundError, UsageError)) as caught:
+                models.resolve(name)
+            assert str(caught.value).isprintable()
+            assert len(str(caught.value)) < 1000
+            assert caught.value.hint
+        assert set(Path.cwd().parent.rglob("*")) == before
+
+    def test_what_can_be_named_is_in_the_hint(self):
+        with pytest.raises(ModelNotFoundError) as caught:
+            models.resolve("nonsense")
+        assert all(word in caught.value.hint for word in ("instruct", "base", "demo", "ORG/NAME"))
+
+    @given(st.text(max_size=30) | st.text("abc-./_\n\0 é", max_size=12))
+    def test_no_name_leads_out_of_the_data_directory(self, name):
+        try:
+            ref = models.resolve(name)
+        except (ModelNotFoundError, UsageError) as error:
+            shown = str(error)
+        else:
+            shown = ""
+            place = ref.directory
+            assert place.parent == models.models_dir()
+            assert os.path.normpath(place) == str(place)
+        assert shown == "" or shown.isprintable()
+
+    @given(st.from_regex(r"[\w.-]{1,12}/[\w.-]{1,12}", fullmatch=True))
+    def test_a_name_taken_for_a_hub_id_is_one_by_the_hub_s_own_rules(self, name):
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            ref = models.resolve(name)
+        except (ModelNotFoundError, UsageError):
+            return
+        if ref.path is None:  # "./." is a directory
+            assert ref.repo == name
+            validate_repo_id(name)
+
+    def test_a_directory(self):
+        Path("my-model").mkdir()
+        for name in ("my-model", "./my-model", str(Path("my-model").absolute())):
+            ref = models.resolve(name)
+            assert ref.path == Path("my-model").absolute()
+            assert ref.key == "my-model"
+
+    def test_org_and_name_are_the_hub_s_even_if_there_is_such_a_directory(self):
+        Path("org/name").mkdir(parents=True)
+        assert models.resolve("org/name").repo == "org/name"
+        assert models.resolve("./org/name").path == Path("org/name").absolute()
+
+    @pytest.mark.parametrize("name", [".", "../here"])
+    def test_a_directory_by_a_relative_path_is_installed_under_its_own_name(self, name):
+        Path("sub").mkdir()
+        assert models.resolve(name).path == Path.cwd()
+        assert models.resolve(name).key == "here"
+
+    @pytest.mark.parametrize("name", ["./nofile.gguf", "nofile.gguf", "/nowhere/model", "../no"])
+    def test_a_path_of_nothing_is_said_to_be_no_file(self, name):
+        """The hint listed all known models."""
+        with pytest.raises(ModelNotFoundError, match="no file or directory") as caught:
+            models.resolve(name)
+        assert "instruct" not in caught.value.hint
+
+    @pytest.mark.parametrize("name", ["my model", "demo", "org--name"])
+    def test_a_directory_whose_name_cannot_be_a_key_needs_another(self, name):
+        Path(name).mkdir()
+        with pytest.raises(UsageError, match="cannot be a model's name") as caught:
+            models.resolve(f"./{name}")
+        assert shlex.quote(str(Path(name).absolute())) in caught.value.hint
+        assert "--name" in caught.value.hint
+        assert models.resolve(f"./{name}", key="mine").key == "mine"
+
+    @pytest.mark.parametrize("key", ["", "a/b", "a--b", "base", ".x"])
+    def test_a_key_that_cannot_be(self, key):
+        with pytest.raises(UsageError):
+            models.resolve("org/name", key=key)
+
+    def test_a_gguf_file_gives_its_name(self):
+        for name in ("tiny.Q8_0.gguf", "tiny-00001-of-00003.gguf"):
+            Path(name).touch()
+            assert models.resolve(f"./{name}").path == Path(name).absolute()
+        assert models.resolve("./tiny.Q8_0.gguf").key == "tiny.Q8_0"
+        assert models.resolve("tiny-00001-of-00003.gguf").key == "tiny"
+
+    def test_the_keys_that_list_shows_are_names(self):
+        keep("org--name")
+        keep("mine")
+        keep("org--name--Q4_K_M")
+        assert models.resolve("org--name").repo == "org/name"
+        for name in ("org--name--Q4_K_M", "org/name:Q4_K_M"):
+            ref = models.resolve(name)
+            assert (ref.repo, ref.key) == ("org/name:Q4_K_M", "org--name--Q4_K_M")
+        assert models.resolve("mine") == models.ModelRef("mine", "mine")
+
+
+class TestFind:
+    def test_an_installed_model(self):
+        directory = keep("org--name")
+        assert (
+            models.installed_directory("org/name")
+            == models.installed_directory("org--name")
+            == directory
+        )
+
+    def test_one_that_is_not_here(self):
+        with pytest.raises(ModelNotFoundError, match="not on this machine") as caught:
+            models.installed_directory("demo")
+        assert "mixchat download demo" in caught.value.hint
+
+    def test_an_unfinished_one_says_so(self):
+        keep("org--name", finished=False)
+        with pytest.raises(ModelNotFoundError, match="unfinished") as caught:
+            models.installed_directory("org/name")
+        assert "mixchat download org/name" in caught.value.hint
+
+
+class TestLocate:
+    def test_finds_what_is_there_whatever_its_state(self):
+        for key, finished in (("org--name", True), ("half", False)):
+            directory = keep(key, finished=finished)
+            assert models.existing_directory(key) == directory
+        assert models.existing_directory("org/name") == models.models_dir() / "org--name"
+
+    def test_one_that_is_not_here(self):
+        for name in ("org/name", "demo", "instruct"):
+            with pytest.raises(ModelNotFoundError, match="not on this machine"):
+                models.existing_directory(name)
+
+    def test_an_installed_model_elsewhere_only_where_it_is_requested(self):
+        place = keep("elsewhere").rename(Path.cwd() / "moved")
+        assert models.installed_directory("./moved") == place
+        with pytest.raises(ModelNotFoundError):
+            models.installed_directory("./moved", anywhere=False)
+
+    def test_a_directory_is_not_the_model_that_has_its_name(self):
+        """`rm ./half` once meant the installed model `half`."""
+        keep("half")
+        (Path.cwd() / "half").mkdir()
+        with pytest.raises(ModelNotFoundError):
+            models.existing_directory("./half")
+
+    def test_one_of_the_two_manifests_makes_it_an_installed_model(self):
+        """Without `mixchat.json` it was taken for unfinished: `gc` removed what `repair` mends."""
+        directory = keep("good")
+        (directory / "mixchat.json").rename(directory / "mixchat.copy.json")
+        assert models.installed_directory("good") == directory
+        (entry,) = models.list_models()
+        assert entry.problem == "damaged"
+
+    def test_a_link_to_a_directory_is_the_link(self, tmp_path):
+        keep("good")
+        (models.models_dir() / "link").symlink_to(models.models_dir() / "good")
+        assert models.existing_directory("link") == models.models_dir() / "link"
+
+
+class TestList:
+    def test_nothing_yet(self, home):
+        assert models.list_models() == []
+        assert not home.exists()
+
+    def test_the_installed_ones_by_key(self):
+        path = keep("org--name")
+        keep("demo", source="demo")
+        demo, other = models.list_models()
+        assert (demo.key, demo.source) == ("demo", "demo")
+        size = disk_usage(path)
+        assert size > 1000
+        commit, weights = "c" * 40, sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        assert other == models.ModelEntry(
+            "org--name", path, size, "org/name", commit, "nf4", context=128, weights=weights
+        )
+
+    @pytest.mark.parametrize("config", [b"", b'{"model_type": "llama"}'])
+    def test_a_damaged_config_is_a_damaged_model(self, config):
+        (keep("bad") / "config.json").write_bytes(config)
+        assert [model.problem for model in models.list_models()] == ["damaged"]
+
+    def test_a_file_of_another_size_is_a_damaged_model(self):
+        (keep("bad") / "shared.safetensors").write_bytes(b"short")
+        assert [model.problem for model in models.list_models()] == ["damaged"]
+
+    @pytest.mark.parametrize("manifest", [b"", b"{}", b"[" * 100_000])
+    def test_one_damaged_manifest_does_not_hide_the_others(self, manifest):
+        keep("good")
+        (keep("bad") / "mixchat.json").write_bytes(manifest)
+        keep("half", finished=False)
+        installed = {model.key: model.problem for model in models.list_models()}
+        assert installed == {"bad": "damaged", "good": None, "half": "unfinished"}
+
+    def test_what_is_no_model_is_left_out(self):
+        keep("good")
+        (models.models_dir() / "a file").write_text("")
+        (models.models_dir() / ".good.mixchat.lock").write_text("")
+        (models.models_dir() / "a space").mkdir()
+        (models.models_dir() / "dangling").symlink_to("nowhere")
+        assert [model.key for model in models.list_models()] == ["good"]
+
+
+def test_names_of_finished_models_are_the_shortest(home):
+    assert models.installed_names() == []
+    for key in ("mine", "org--tune", "demo", "mistralai--Mixtral-8x7B-Instruct-v0.1"):
+        keep(key)
+    keep("half", finished=False)
+    (models.models_dir() / "a file").write_text("")
+    assert models.installed_names() == ["demo", "mine", "instruct", "org--tune"]
+
+
+class TestDefault:
+    def test_the_only_installed_model_is_the_default(self):
+        """A chat asked for 93 GB, although the demo was installed."""
+        keep("half", finished=False)
+        (models.models_dir() / "notes").mkdir()
+        assert models.default_model() == "instruct"
+        keep("mistralai--Mixtral-8x7B-v0.1")
+        assert models.default_model() == "base"
+        keep("mine")
+        assert models.default_model() == "instruct"
+
+    def test_with_no_model_the_demo_is_offered_first(self):
+        with pytest.raises(ModelNotFoundError) as caught:
+            models.installed_directory("instruct")
+        hint = caught.value.hint or ""
+        assert hint.index("-m demo") < hint.index("mixchat download instruct (93 GB)")
+
+    def test_with_others_those_are_named(self):
+        keep("demo")
+        keep("mine")
+        with pytest.raises(ModelNotFoundError) as caught:
+            models.installed_directory("instruct")
+        assert "demo, mine" in (caught.value.hint or "")
+
+
+class TestToRemove:
+    @pytest.mark.parametrize(
+        ("name", "word"), [("nope", "demo, half"), ("demmo", "Did you mean demo?")]
+    )
+    def test_an_unknown_name_gets_the_models_that_are_here(self, name, word):
+        """Models that nobody had installed were offered for removal."""
+        keep("demo")
+        keep("half", finished=False)
+        with pytest.raises(ModelNotFoundError) as caught:
+            models.existing_directory(name)
+        assert word in (caught.value.hint or "")
+        assert "instruct" not in (caught.value.hint or "")
+
+    def test_a_directory_that_is_no_model_is_not_found(self):
+        (models.models_dir() / "notes").mkdir(parents=True)
+        with pytest.raises(ModelNotFoundError, match="notes"):
+            models.existing_directory("notes")
+
+
+def test_importing_does_no_work():
+    program = (
+        "import sys, json\n"
+        "from mixchat.install import models\n"
+        "from mixchat.weights.format import journal, manifest\n"
+        "from mixchat.install.source import hub_errors\n"
+        "from mixchat.base import lock\n"
+        "heavy = {'torch', 'huggingface_hub', 'gguf', 'tokenizers', 'numpy', 'httpx', 'httpx2'}\n"
+        "print(json.dumps(sorted(heavy & set(sys.modules))))"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout
+    assert json.loads(out) == []
