@@ -80,7 +80,7 @@ class ResourceError(MixchatError):
 
 
 class MissingDependencyError(MixchatError):
-    """An optional package, or a tool such as pip, is missing."""
+    """An optional package, a tool such as pip, or an instruction of the CPU is missing."""
 
     exit_code = 8
 

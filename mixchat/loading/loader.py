@@ -32,7 +32,7 @@ from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import in_proportion
 from mixchat.kernels.cpu import rows
-from mixchat.kernels.cpu.compile import kernels_available
+from mixchat.kernels.cpu.compile import require_kernels
 from mixchat.loading.devices import devices_for, usable_devices
 from mixchat.loading.tiers import build_experts
 from mixchat.loading.workers import connect_workers, divide_experts
@@ -71,11 +71,13 @@ def build_engine(
 
     `note` gets messages for a person. `wrap` puts something between the model and its
     `ExpertRunner`. Raises `CheckpointError` if the model is damaged, `UsageError` if an option
-    cannot be used, `ResourceError` if the model does not fit.
+    cannot be used, `ResourceError` if the model does not fit, `MissingDependencyError` if the CPU
+    is too old.
     """
     start = time.perf_counter()
     with ExitStack() as on_error:
         on_error.callback(installed.close)
+        require_kernels()
         config, blueprint = installed.config, installed.blueprint
         devices = devices_for(blueprint, installed.directory, options, note)
         device = devices[0]
@@ -168,7 +170,7 @@ def speed_predictor(
 
 def chunks_are_exact(blueprint: Blueprint, device: torch.device) -> bool:
     """Return whether prefill gives a token the same bits alone as in a chunk."""
-    if device.type != "cpu" or not kernels_available():
+    if device.type != "cpu":
         return False
     dtype = blueprint.quantization.dtype
     return all(rows.can_compute(dtype, columns) for columns in blueprint.norm_columns) and all(

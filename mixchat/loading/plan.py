@@ -18,6 +18,7 @@ from mixchat.base.quantities import format_age
 from mixchat.experts.memory import CPU
 from mixchat.install.make.outline import Outline
 from mixchat.install.make.quantize_options import DEMO_LOSS
+from mixchat.kernels.cpu.compile import require_kernels
 from mixchat.loading.devices import is_free_to_choose, on_cpu_because, usable_devices
 from mixchat.planning.expectation import expect_fit
 from mixchat.planning.faster_device import fit_on_faster
@@ -48,8 +49,10 @@ def plan(
     come from one measurement. The speeds of the models of `catalog`, by their names, and of experts
     in fewer bits follow from it by arithmetic. `starting` is the seconds until Python and its
     libraries run.
-    Raises `MixchatError` if the model does not fit, or an option cannot be used.
+    Raises `MixchatError` if the model does not fit, an option cannot be used, or the CPU is too
+    old.
     """
+    require_kernels()
     choice, blueprint = usable_devices(options.device), outline.blueprint
     devices, reason = choice.devices, choice.reason
     here, device = devices[0], told.device(devices[0])

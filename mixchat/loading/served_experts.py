@@ -15,6 +15,7 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.experts.memory import within_memory
+from mixchat.kernels.cpu.compile import require_kernels
 from mixchat.loading.devices import usable_devices
 from mixchat.loading.tiers import build_experts
 from mixchat.loading.workers import Share
@@ -136,6 +137,7 @@ def load_served_experts(directory: Path, options: LoadOptions, note: Note) -> Se
     choice = usable_devices(options.device)
     if choice.reason is not None:
         note(choice.reason)
+    require_kernels()
     installed = InstalledModel(directory)
     try:
         choose_threads(installed.blueprint)

@@ -201,12 +201,27 @@ def test_a_model_of_more_layers_than_open_files_names_the_limit(
 ):
     deep = install(write_tokenizer(make_checkpoint(num_hidden_layers=40, vocab_size=262)))
     run = f"{sys.executable} -m mixchat run -m {deep} -n 1 --device cpu Hi </dev/null"
-    slow = environment | {"ATEN_CPU_CAPABILITY": "default"}  # without kernels to compile
     for limit, code in (("-n 32", 7), ("-Sn 32", 0)):  # a soft limit is raised
         command = ["sh", "-c", f"ulimit {limit}; exec {run}"]
-        done = subprocess.run(command, capture_output=True, env=slow, timeout=120)
+        done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
         assert done.returncode == code, done.stderr
         assert (b"ulimit -n" in done.stderr) == bool(code)
+
+
+@pytest.mark.parametrize("command", ["plan", "run -n 1 --device cpu Hi"])
+def test_a_cpu_without_kernels_is_refused_in_one_line(
+    mixchat, make_checkpoint, install, monkeypatch, command
+):
+    """Such a CPU computed with torch, at a small share of the speed."""
+    monkeypatch.setattr("mixchat.kernels.cpu.compile.instruction_set", lambda: None)
+    monkeypatch.setattr("mixchat.kernels.cpu.compile.has_feature", lambda name: False)
+    model = install(write_tokenizer(make_checkpoint(vocab_size=262)))
+    name, *flags = command.split()
+    done = mixchat(name, *flags, *(["-m"] if name == "run" else []), str(model), fake=False)
+    assert done.returncode == 8
+    error, hint = lines_of(done)
+    assert error.startswith("error: this CPU has no ")
+    assert hint.startswith("hint: Use another machine.")
 
 
 @pytest.mark.parametrize("command", ["list", "run -m demo Hi"])

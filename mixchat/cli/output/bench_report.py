@@ -106,7 +106,7 @@ def _parts(prompt: PromptTime) -> str:
 
 def _machine(bench: Bench) -> str:
     threads = format_count(torch.get_num_threads(), "thread")
-    kernels = f"{instruction_set() or 'no'} kernels"
+    kernels = f"{instruction_set()} kernels"
     other_gpus = " and other GPUs" if "other-device" in bench.engine.slots_by_tier else ""
     devices = f"{bench.engine.device}{other_gpus}"
     return f"{machine.cpu_name()}: {threads}, {kernels}, computing on {devices}"

@@ -18,6 +18,7 @@ from mixchat.install.make.from_checkpoint import CheckpointBuild
 from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.install.models import ModelRef
 from mixchat.install.source.open_checkpoint import open_checkpoint
+from mixchat.kernels.cpu.compile import require_kernels
 from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import check_files, is_installed, read_manifest
 from mixchat.weights.format.own_files import files_in_the_way, foreign_files
@@ -56,10 +57,11 @@ def download(
 
     `announce` is called with the plan before any weight is fetched. The next call resumes
     unfinished work. Raises `ResourceError` if disk or memory do not suffice, `UsageError` if
-    another model is installed under the name.
+    another model is installed under the name, `MissingDependencyError` if the CPU is too old.
     """
     if installed := _find_installed(request):
         return installed
+    require_kernels()
     target = request.ref.directory
 
     def wait() -> None:

@@ -14,6 +14,7 @@ import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 
+from mixchat.base.errors import MissingDependencyError
 from mixchat.kernels.cpu.object_cache import ObjectCache
 from mixchat.kernels.cpu.threads import NativeFunction
 
@@ -152,6 +153,23 @@ def compiled_here(write: Callable[Concatenate[Any, int, _P], None]) -> Callable[
 def kernels_available() -> bool:
     """Return whether this CPU can run kernels, which need AVX2 or NEON."""
     return instruction_set() is not None
+
+
+def require_kernels() -> None:
+    """Raise `MissingDependencyError` if this CPU cannot run kernels."""
+    if kernels_available():
+        return
+    needs = CPUS["neon" if _is_arm() else "avx2"].needs
+    missing = [name.upper() for name in needs if not has_feature(name)]
+    if missing:
+        raise MissingDependencyError(
+            f"this CPU has no {' and no '.join(missing)}, which mixchat computes with",
+            hint="Use another machine. 'mixchat run --server URL' chats with a model there.",
+        )
+    raise MissingDependencyError(
+        f"ATEN_CPU_CAPABILITY switches {needs[0].upper()} off, which mixchat computes with",
+        hint="Unset ATEN_CPU_CAPABILITY.",
+    )
 
 
 @functools.cache

@@ -5,7 +5,7 @@ In a trellis, a code of 2 or 3 bits, a number depends on the bits of several row
 - linear.py: y = x W^T, the table of types, and the form in which a matrix is stored
 - quant_type.py: the bases of quantization types, and the dense one
 - trellis.py: a trellis as a quantization type, its scales and its order
-- trellis_search.py: the numbers of a trellis, and the best sequence for given ones (Viterbi)
+- trellis_table.py: the numbers of a trellis
 - nf4.py: 4-bit codes, whose levels are bitsandbytes' NF4
 - mxfp4.py: 4-bit codes as published models have them
 - int6.py: 6-bit codes

@@ -121,8 +121,8 @@ class LinearSpec:
 
     @property
     def has_kernel(self) -> bool:
-        """Return whether this CPU multiplies the matrix with a kernel for codes."""
-        return self.quant_type != "none" and instruction_set() is not None
+        """Return whether CPUs multiply the matrix with a kernel for codes."""
+        return self.quant_type != "none"
 
     @property
     def can_be_exact(self) -> bool:
@@ -142,11 +142,12 @@ class LinearSpec:
 
     def arithmetic(self, device: torch.device, *, exact: bool) -> str:
         """Return a name for how many rows are computed there. If it is equal, so are the bits."""
-        instructions = instruction_set()
         if device.type != "cpu":
             return gpu.name(device)
-        if self.quant_type == "none" or instructions is None:
+        if self.quant_type == "none":
             return torch.backends.cpu.get_cpu_capability()
+        instructions = instruction_set()
+        assert instructions is not None
         unit = self._codes.units.unit_for(instructions, 1 if exact else MANY)
         return "bytes" if unit.x_type.width == 8 else "words"
 

@@ -3,7 +3,7 @@
 The numbers of 64 rows in a column make up a ring. Row j has bit j of a word of 64 bits, and bit j
 of one plane (2 bits) or of two planes (3 bits), words of 64 bits, too. The window of row j is the
 bits j to j + 6 of the first word, and bit 0 follows bit 63. So a number depends on seven rows, and
-the search (`trellis_search.py`) can choose among more sequences than separate codes have.
+the search (`trellis_encode.py`) can choose among more sequences than separate codes have.
 
     subset = (window * FACTOR mod 2^16) >> 12
     index = subset + 16 * bit j of the first plane + 32 * bit j of the second plane
@@ -31,6 +31,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
+from mixchat.kernels.cpu.trellis_encode import encode_trellis
 from mixchat.kernels.cpu.trellis_units import (
     COLUMNS,
     RING,
@@ -48,7 +49,7 @@ from mixchat.weights.matrix.gptq import (
     round_with_fitted_scales,
 )
 from mixchat.weights.matrix.quant_type import BLOCKSIZE, BlockCodes, Encoded, Inputs, QuantType, Way
-from mixchat.weights.matrix.trellis_search import Table, nearest
+from mixchat.weights.matrix.trellis_table import TrellisTable
 
 _PIECE = 2**22  # weights that are rounded in one pass
 _TINY = 1e-38
@@ -61,8 +62,8 @@ _ROW_WORDS = RING // 16  # of a column
 
 # The last numbers were chosen by the error of products on inputs of two of the demo's layers.
 # fmt: off
-TABLE_2 = Table((0, 4, 4, 8, 11, 14, 14, 20, 21, 24, 26, 30, 37, 45, 41, 63), 25.8, 0.0125)
-TABLE_3 = Table((
+TABLE_2 = TrellisTable((0, 4, 4, 8, 11, 14, 14, 20, 21, 24, 26, 30, 37, 45, 41, 63), 25.8, 0.0125)
+TABLE_3 = TrellisTable((
     1, 1, 3, 3, 5, 5, 6, 7, 8, 9, 11, 10, 14, 12, 14, 15,
     17, 18, 19, 20, 23, 24, 26, 25, 29, 30, 35, 33, 41, 41, 50, 63,
 ), 21.6, 0.0035)
@@ -74,7 +75,7 @@ class TrellisCodes(BlockCodes):
 
     scale_dtype, for_dense_parts, mixable = torch.uint8, False, True
 
-    def __init__(self, name: QuantType, units: UnitSet, table: Table) -> None:
+    def __init__(self, name: QuantType, units: UnitSet, table: TrellisTable) -> None:
         self.name, self.bits, self.units = name, units.bits, units
         self.levels, self._table = table.levels, table
         self.needs_calibration = self.bits == 2
@@ -156,7 +157,7 @@ class TrellisCodes(BlockCodes):
         return absmax.view(bands, blocks, 16, _ROW_WORDS).permute(0, 3, 2, 1).flatten(1, 2)
 
 
-def _round_plainly(table: Table, weight: torch.Tensor) -> Encoded:
+def _round_plainly(table: TrellisTable, weight: torch.Tensor) -> Encoded:
     """Return flat codes and scales of weight [R, C], fp32, for the least error of the weights."""
     scales = _scales(table, weight, torch.ones(weight.shape[1]))
     wide = scales_of_bytes(scales).repeat_interleave(BLOCKSIZE, -1)
@@ -166,7 +167,7 @@ def _round_plainly(table: Table, weight: torch.Tensor) -> Encoded:
     return words.view(torch.uint8).view(-1), scales.view(-1)
 
 
-def _round_for_inputs(table: Table, weight: torch.Tensor, inputs: Inputs) -> Encoded:
+def _round_for_inputs(table: TrellisTable, weight: torch.Tensor, inputs: Inputs) -> Encoded:
     """Return flat codes and scales for the least error of products with the inputs."""
     feedback = feedback_of(inputs.fit)
     weight = corrected(weight, feedback, inputs)
@@ -189,7 +190,7 @@ def _round_for_inputs(table: Table, weight: torch.Tensor, inputs: Inputs) -> Enc
 
 
 def _rounded(
-    table: Table, weight: torch.Tensor, scale: torch.Tensor
+    table: TrellisTable, weight: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return words [R / 64, n, W] and values [R, n] of weights [R, n] with these scales."""
     rows, columns = weight.shape
@@ -197,7 +198,7 @@ def _rounded(
     relative = scale.view(-1, RING, columns)
     relative = relative / relative.amax(1, keepdim=True).clamp(min=_TINY)
     x = (weight / scale.where(scale != 0, 1)).view(relative.shape)
-    words, numbers = nearest(table, _in_rings(x), _in_rings(relative.square()))
+    words, numbers = encode_trellis(_in_rings(x), _in_rings(relative.square()), table.levels)
     values = numbers.view(-1, columns, RING).transpose(1, 2).reshape(rows, columns) * scale
     return words.view(-1, columns, table.bits), values
 
@@ -207,7 +208,7 @@ def _in_rings(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).reshape(-1, RING)
 
 
-def _scales(table: Table, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+def _scales(table: TrellisTable, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
     """Return the bytes of the scales [R, C / 64]. `importance` [C] is of squared errors."""
     blocks = weight.view(len(weight), -1, BLOCKSIZE)
     relative = (importance / importance.mean()).view(-1, BLOCKSIZE)

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from mixchat.base.errors import MissingDependencyError
+from mixchat.kernels.cpu import compile as compiling
 from mixchat.kernels.cpu.compile import has_feature, instruction_set, multiplies_bf16
 
 
@@ -63,3 +65,23 @@ def test_which_cpus_multiply_in_bf16(machine, features, capability, fast, monkey
     monkeypatch.setattr("mixchat.kernels.cpu.compile.has_feature", lambda name: name in features)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     assert multiplies_bf16() is fast
+
+
+@pytest.mark.parametrize(
+    ("machine", "features", "message", "hint"),
+    [
+        ("x86_64", {"fma"}, "this CPU has no AVX2, which", "Use another machine"),
+        ("x86_64", set(), "this CPU has no AVX2 and no FMA, which", "--server"),
+        ("aarch64", set(), "this CPU has no NEON, which", "Use another machine"),
+        ("x86_64", {"avx2", "fma"}, "switches AVX2 off", "Unset ATEN_CPU_CAPABILITY"),
+    ],
+)
+def test_a_cpu_without_kernels_is_refused_in_one_line(
+    machine, features, message, hint, monkeypatch
+):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(compiling, "has_feature", lambda name: name in features)
+    monkeypatch.setattr(compiling, "instruction_set", lambda: None)
+    with pytest.raises(MissingDependencyError, match=message) as caught:
+        compiling.require_kernels()
+    assert hint in str(caught.value.hint)

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from mixchat.kernels.cpu.compile import kernels_available
-from mixchat.weights.matrix import trellis_search
 from mixchat.weights.matrix.quant_type import Inputs, Way
 from mixchat.weights.matrix.trellis import (
     TABLE_2,
@@ -15,7 +13,6 @@ from mixchat.weights.matrix.trellis import (
     bytes_of_scales,
     scales_of_bytes,
 )
-from mixchat.weights.matrix.trellis_search import Table
 
 each_table = pytest.mark.parametrize("table", [TABLE_2, TABLE_3], ids=["2", "3"])
 each_type = pytest.mark.parametrize("kind", [TRELLIS2, TRELLIS3], ids=["2", "3"])
@@ -28,51 +25,6 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def there_and_back(kind: TrellisCodes, weight: torch.Tensor) -> torch.Tensor:
     tensors = kind.encode(weight, torch.float32, search=True, inputs=None)
     return kind.dequantize(tensors, (len(weight), weight.shape[1]), torch.float32)
-
-
-def weighted(x: torch.Tensor, numbers: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return ((x - numbers).square() * weight).sum(-1).double()
-
-
-def least_error(table: Table, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The least error of rings [n, 64], out of the best sequences that begin with each window."""
-    numbers = table.by_subset
-    errors = (x.T[:, None, None] - numbers[..., None]).square().amin(1) * weight.T[:, None]
-    best = torch.full((len(x),), torch.inf)
-    for window in range(128):
-        path = trellis_search._path(table, errors, torch.full((len(x),), window))
-        total = errors.gather(1, table.subsets[path].unsqueeze(1)).sum((0, 1))
-        best = torch.minimum(best, total)
-    return best.double()
-
-
-@each_table
-def test_the_search_comes_near_the_best_sequence_of_a_ring(table: Table) -> None:
-    x, weight = random(24, 64) * table.sigma, 0.5 + random(24, 64, seed=1).sigmoid()
-    _, numbers = trellis_search.search(table, x, weight)
-    error, least = weighted(x, numbers, weight), least_error(table, x, weight)
-    assert (error >= least * (1 - 1e-5)).all()
-    assert error.sum() <= 1.02 * least.sum()
-
-
-@each_table
-def test_words_stand_for_the_numbers_that_were_chosen(table: Table) -> None:
-    x = random(40, 64) * table.sigma
-    words, numbers = trellis_search.search(table, x, torch.ones_like(x))
-    eight = words.view(torch.uint8).view(40, table.bits, 8)
-    assert torch.equal(table.numbers(eight), numbers)
-
-
-@each_table
-@pytest.mark.skipif(not kernels_available(), reason="there is no kernel to compare with")
-def test_the_kernel_errs_as_much_as_the_search_without_it(table: Table) -> None:
-    x, weight = random(40, 64) * table.sigma, 0.5 + random(40, 64, seed=1).sigmoid()
-    by_kernel, without = (
-        find(table, x, weight)[1] for find in (trellis_search.nearest, trellis_search.search)
-    )
-    one, other = (weighted(x, numbers, weight) for numbers in (by_kernel, without))
-    # Sums are rounded otherwise, so that either can begin with a worse window.
-    torch.testing.assert_close(one.sum(), other.sum(), rtol=0.005, atol=0)
 
 
 @pytest.mark.parametrize(("kind", "most"), [(TRELLIS2, 0.078), (TRELLIS3, 0.0215)])
