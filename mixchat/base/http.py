@@ -34,7 +34,7 @@ BROKEN = (
 )
 
 
-class Limits(ABC):
+class ReadLimits(ABC):
     """The bytes and the seconds that an answer may still take."""
 
     def __init__(self, size: int, seconds: float) -> None:
@@ -71,7 +71,7 @@ def header(response: httpcore2.Response, name: str) -> str | None:
 class LimitedNetwork(httpcore2.SyncBackend):
     """Connections whose reads are limited by what `limits` returns at each of them."""
 
-    def __init__(self, limits: Callable[[], Limits]) -> None:
+    def __init__(self, limits: Callable[[], ReadLimits]) -> None:
         super().__init__()
         self._limits = limits
 
@@ -82,7 +82,7 @@ class LimitedNetwork(httpcore2.SyncBackend):
 class LimitedStream(httpcore2.NetworkStream):
     """A connection that reads in short attempts. A signal may have to wait for one to end."""
 
-    def __init__(self, stream: httpcore2.NetworkStream, limits: Callable[[], Limits]) -> None:
+    def __init__(self, stream: httpcore2.NetworkStream, limits: Callable[[], ReadLimits]) -> None:
         self._stream, self._limits = stream, limits
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:

@@ -179,13 +179,13 @@ def _calibrate(
     bits: ExpertSize | None,
 ) -> None:
     """Calibrate a model with `text`, or with `windows` of text that it writes."""
-    from mixchat.loading.calibrate import Text, calibrate_model
+    from mixchat.loading.calibrate import CalibrationText, calibrate_model
     from mixchat.text.checkpoint_text import CheckpointText
 
     with closing(CheckpointText(directory)) as files:
         tokenizer = files.tokenizer()
         ids = None if text is None else tokenizer.encode(text)
-        tokens = Text(ids, tokenizer.bos_id, windows)
+        tokens = CalibrationText(ids, tokenizer.bos_id, windows)
     doing = "writing text" if text is None else "reading text"
     with resumable(progress):
         counts = _shown_counts(doing, progress, reporter)

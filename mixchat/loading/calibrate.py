@@ -78,7 +78,7 @@ class OnWindow(Protocol):
     def __call__(self, done: int, total: int, line: str, unit: str = "windows") -> object: ...
 
 
-class Text(NamedTuple):
+class CalibrationText(NamedTuple):
     """The tokens that the model reads, in windows. Without `ids` it writes a text.
 
     `first` begins each window, if the model has such a token. `windows` is None for a number that
@@ -92,7 +92,7 @@ class Text(NamedTuple):
 
 def calibrate_model(
     directory: Path,
-    text: Text,
+    text: CalibrationText,
     progress: Progress,
     counts: AbstractContextManager[OnWindow],
     *,
@@ -204,7 +204,9 @@ def forecast(plan: DownloadPlan, bits: ExpertSize, *, again: bool) -> str:
     return text
 
 
-def _record_inputs(directory: Path, size: int, text: Text, on_window: OnWindow, note: Note) -> None:
+def _record_inputs(
+    directory: Path, size: int, text: CalibrationText, on_window: OnWindow, note: Note
+) -> None:
     """Record the inputs of a model's experts. size: the bytes of the calibrated model."""
     blueprint = installed_blueprint(directory, read_manifest(directory))
     config, dense_rows = blueprint.config, _dense_rows(blueprint, directory)
@@ -258,14 +260,14 @@ def default_windows(config: ModelConfig, directory: Path) -> int:
     return max(FOLD, int(min(math.ceil(tokens / WINDOW), disk, memory)))
 
 
-def _affordable(config: ModelConfig, text: Text, windows: int, seconds: float) -> int:
+def _affordable(config: ModelConfig, text: CalibrationText, windows: int, seconds: float) -> int:
     if text.windows is not None:
         return windows
     each = seconds + _seconds_to_fit(config, 1) - _seconds_to_fit(config, 0)
     return max(FOLD, min(windows, int(_DEFAULT_TEXT_S / each)))
 
 
-def _announcement(config: ModelConfig, text: Text, windows: int, seconds: float) -> str:
+def _announcement(config: ModelConfig, text: CalibrationText, windows: int, seconds: float) -> str:
     experts = config.num_moe_layers * config.num_local_experts
     return (
         f"{'writes' if text.ids is None else 'reads'} {windows} windows of {WINDOW} tokens: about "
@@ -302,7 +304,7 @@ def _operations_a_second() -> float:
     return 2 * _MEASURED_SIZE**3 / min(seconds)
 
 
-def _windows(text: Text, count: int) -> Sequence[Sequence[int]]:
+def _windows(text: CalibrationText, count: int) -> Sequence[Sequence[int]]:
     """Return the tokens of so many windows, or the first token of each if the model writes."""
     start = [] if text.first is None else [text.first]
     if text.ids is None:

@@ -21,7 +21,7 @@ from mixchat.weights.format.blueprint import Blueprint
 
 
 @dataclass(frozen=True)
-class Choice:
+class DeviceChoice:
     """The devices, of which the first computes all but experts.
 
     reason: why not all GPUs compute, as a sentence, or None.
@@ -48,7 +48,7 @@ def devices_for(
         free = FreeMemory.now(choice.devices)
         _, reason = fit_on_faster(blueprint, free, options, measurement)
         if reason is not None:
-            choice = Choice([CPU], on_cpu_because(gpu.name(first), reason))
+            choice = DeviceChoice([CPU], on_cpu_because(gpu.name(first), reason))
     if choice.reason is not None:
         note(choice.reason)
     return choice.devices
@@ -64,7 +64,7 @@ def on_cpu_because(name: str, reason: str) -> str:
     return f"the CPU computes, not {name}: {reason}"
 
 
-def usable_devices(text: str | None) -> Choice:
+def usable_devices(text: str | None) -> DeviceChoice:
     """Return the named devices, else all usable GPUs, else the CPU.
 
     Raises `UsageError` if a named device is missing or too old, and `MissingDependencyError` if
@@ -78,13 +78,13 @@ def usable_devices(text: str | None) -> Choice:
     if len(devices) > 1 and not all(map(gpu.is_gpu, devices)):
         raise UsageError(f"--device {text!r}: only GPUs compute together; use cpu or cuda")
     if not gpu.is_gpu(devices[0]):
-        return Choice(devices)
+        return DeviceChoice(devices)
     old = {device: why for device in devices if (why := too_old(gpu.capability(device)))}
     usable = [device for device in devices if device not in old]
     lacking = toolchain.missing()
     if text is None and (lacking or not usable):
         why = lacking or old[devices[0]]
-        return Choice([CPU], on_cpu_because(gpu.name(devices[0]), why))
+        return DeviceChoice([CPU], on_cpu_because(gpu.name(devices[0]), why))
     if old and (not usable or names != [gpu.KIND]):
         device, why = next(iter(old.items()))
         raise UsageError(
@@ -95,7 +95,7 @@ def usable_devices(text: str | None) -> Choice:
         raise MissingDependencyError(f"--device {text!r}: {lacking}")
     gpu.use(usable[0])  # streams and events belong to the current one
     reasons = [f"{gpu.name(device)} is not used: {why}" for device, why in old.items()]
-    return Choice(usable, "; ".join(reasons) or None)
+    return DeviceChoice(usable, "; ".join(reasons) or None)
 
 
 def _device(name: str) -> torch.device:

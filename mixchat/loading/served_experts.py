@@ -18,7 +18,7 @@ from mixchat.experts.memory import within_memory
 from mixchat.kernels.cpu.compile import require_kernels
 from mixchat.loading.devices import usable_devices
 from mixchat.loading.tiers import build_experts
-from mixchat.loading.workers import Share
+from mixchat.loading.workers import ExpertShare
 from mixchat.planning.fitting import FreeMemory, fit_experts
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.weights.format.installed_model import InstalledModel
@@ -125,7 +125,7 @@ class ServedExperts:
     def _build(self) -> _Experts:
         return build_experts(
             self._installed,
-            Share(self.placement, frozenset(self._held)),
+            ExpertShare(self.placement, frozenset(self._held)),
             self._devices,
             self._note,
             predicts=False,

@@ -23,7 +23,7 @@ from mixchat.experts.placement import MIN_SLOTS, Placement, SlotSizes, reserve_o
 from mixchat.experts.prefetch import LAYERS_AHEAD, NextRouters
 from mixchat.experts.store import ExpertStore
 from mixchat.experts.vram import VramSlots
-from mixchat.loading.workers import Share
+from mixchat.loading.workers import ExpertShare
 from mixchat.planning.fitting import slot_sizes
 from mixchat.planning.measuring import estimate, saved_measurement
 from mixchat.weights.format.installed_model import InstalledModel
@@ -36,7 +36,7 @@ _SLOW_DISK, _SLOWEST_TO_PREDICT = 1e9, 6e8
 
 def build_experts(
     installed: InstalledModel,
-    share: Share,
+    share: ExpertShare,
     devices: Sequence[torch.device],
     note: Note,
     *,
@@ -85,7 +85,7 @@ def moe_layers(config: ModelConfig, placement: Placement) -> list[range]:
 
 
 def _in_ram(
-    installed: InstalledModel, share: Share, placement: Placement, *, predicts: bool
+    installed: InstalledModel, share: ExpertShare, placement: Placement, *, predicts: bool
 ) -> Dispatcher:
     """Return the holder of experts in RAM, which the CPU computes."""
     stats, passes = ExpertStats(), Passes(installed.config.num_moe_layers)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # a chat without workers loads neither zmq nor pydantic
 
 
 @dataclass(frozen=True)
-class Share:
+class ExpertShare:
     """This machine's part of a model's experts, and the workers that have the others."""
 
     placement: Placement
@@ -72,10 +72,10 @@ def connect_workers(
 
 def divide_experts(
     installed: InstalledModel, placement: Placement, workers: Sequence[RemoteWorker]
-) -> Share:
+) -> ExpertShare:
     """Let each worker hold its part. Return this machine's."""
     if not workers:
-        return Share(placement)
+        return ExpertShare(placement)
     config = installed.config
     slots = [placement.held, *(worker.slots for worker in workers)]
     uses = saved_uses(report_path_by_key(installed.directory.name))
@@ -83,4 +83,4 @@ def divide_experts(
     for worker, keys in zip(workers, there, strict=True):
         worker.hold(keys)
     copies = frozenset(here).intersection(chain(*there))
-    return Share(placement.at_most(len(here)), frozenset(here), copies, workers)
+    return ExpertShare(placement.at_most(len(here)), frozenset(here), copies, workers)

@@ -25,7 +25,7 @@ from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprin
 from mixchat.install.source import demo
 from mixchat.install.source.checkpoint import DirectoryCheckpoint
 from mixchat.install.source.demo import upcycle
-from mixchat.loading.calibrate import Text, calibrate_model
+from mixchat.loading.calibrate import CalibrationText, calibrate_model
 from mixchat.text.checkpoint_text import CheckpointText
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
@@ -120,7 +120,10 @@ class Workshop:
                     with closing(CheckpointText(place)) as files:
                         tokenizer = files.tokenizer()
                         ids = None if text is None else tokenizer.encode(text)
-                    tokens, silent = Text(ids, tokenizer.bos_id, windows), nullcontext(_ignore)
+                    tokens, silent = (
+                        CalibrationText(ids, tokenizer.bos_id, windows),
+                        nullcontext(_ignore),
+                    )
                     calibrate_model(place, tokens, NoProgress(), silent, bits=size)
             return place, rounded_bits(blueprint_of(place), rounded)
 

@@ -22,7 +22,7 @@ from mixchat.install.care.repair import repair, verify
 from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.install.source.checkpoint import DirectoryCheckpoint
 from mixchat.install.source.checkpoint_index import expected_index
-from mixchat.loading.calibrate import Text, calibrate_model
+from mixchat.loading.calibrate import CalibrationText, calibrate_model
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.blueprint import experts_file
 from mixchat.weights.format.installed_model import InstalledModel
@@ -191,7 +191,7 @@ def test_other_bits_of_experts_are_refused(published, kind):
 def test_experts_cannot_be_calibrated(published, install):
     model = install(published.quantized)
     with pytest.raises(UsageError, match=r"stay as they are: .* has them in 4 bits \(mxfp4\)"):
-        calibrate_model(model, Text(None, 1), NoProgress(), nullcontext(lambda *_: None))
+        calibrate_model(model, CalibrationText(None, 1), NoProgress(), nullcontext(lambda *_: None))
 
 
 def test_a_damaged_expert_is_mended_from_the_checkpoint(published, install):

@@ -21,7 +21,7 @@ from mixchat.bench.rounds import Bench, BenchOptions
 from mixchat.kernels.gpu import toolchain
 from mixchat.kernels.gpu.toolchain import missing  # the double of GPUs replaces the module's
 from mixchat.loading import devices
-from mixchat.loading.devices import Choice, devices_for, usable_devices
+from mixchat.loading.devices import DeviceChoice, devices_for, usable_devices
 from mixchat.loading.loader import load_engine
 from mixchat.planning.machine_speeds import Measurement
 
@@ -107,7 +107,7 @@ def test_of_two_cards_the_one_that_is_not_too_old_computes(paper, monkeypatch):
         choice = usable_devices(text)
         assert choice.devices == [SECOND]
         assert "not used: compute capability" in (choice.reason or "")
-    assert usable_devices("paper:1") == Choice([SECOND])
+    assert usable_devices("paper:1") == DeviceChoice([SECOND])
     with pytest.raises(UsageError, match=r"6\.1"):
         usable_devices("paper:0,paper:1")
     assert paper.current_device() == 1

@@ -24,7 +24,7 @@ from mixchat.experts.placement import Placement
 from mixchat.loading import tiers
 from mixchat.loading.served_experts import ServedExperts
 from mixchat.loading.tiers import build_experts, moe_layers
-from mixchat.loading.workers import Share
+from mixchat.loading.workers import ExpertShare
 from mixchat.weights.format.installed_model import InstalledModel
 
 EVERYTHING = [ExpertKey(*key) for key in product(range(2), range(4))]
@@ -50,12 +50,12 @@ def build(
     installed: InstalledModel,
     placement: Placement,
     note: Note = lambda text: None,
-    share: Share | None = None,
+    share: ExpertShare | None = None,
 ) -> GpuExperts:
     """Return the experts, once they are where they are to be."""
     devices = GPUS[: len(placement.layers)]
     experts = build_experts(
-        installed, share or Share(placement), devices, "lru", note, predicts=False
+        installed, share or ExpertShare(placement), devices, "lru", note, predicts=False
     )
     assert isinstance(experts, GpuExperts)
     experts.fill([ExpertKey(layer, expert) for layer in range(2) for expert in range(4)])
@@ -77,7 +77,9 @@ def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def is_right(installed: InstalledModel, experts: GpuExperts | ServedExperts, layer: int) -> bool:
     """Return whether some rows get what the CPU alone gives them, within rounding."""
-    alone = build_experts(installed, Share(Placement(8, 0, 8)), [torch.device("cpu")], "lru", print)
+    alone = build_experts(
+        installed, ExpertShare(Placement(8, 0, 8)), [torch.device("cpu")], "lru", print
+    )
     for tokens in (1, 20):
         x, selected = routing(tokens)
         expected = alone.compute(layer, x, selected).outputs
@@ -134,7 +136,7 @@ def test_a_gpu_begins_with_the_experts_that_were_used_most_before(paper, install
 def test_a_gpu_holds_no_expert_that_is_left_to_workers(paper, installed):
     placement = placed((8,), (2,))
     here = frozenset(EVERYTHING[::3])
-    assert on_gpus(build(installed, placement, share=Share(placement, here))) == here
+    assert on_gpus(build(installed, placement, share=ExpertShare(placement, here))) == here
 
 
 @pytest.mark.parametrize("is_measured", [False, True])

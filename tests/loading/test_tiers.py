@@ -17,7 +17,7 @@ from mixchat.engine.report import report_of
 from mixchat.experts.placement import Placement
 from mixchat.loading import tiers
 from mixchat.loading.loader import load_engine
-from mixchat.loading.workers import Share
+from mixchat.loading.workers import ExpertShare
 from mixchat.weights.format.expert import Expert
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -173,7 +173,7 @@ def test_experts_are_read_past_the_page_cache_unless_it_keeps_a_slow_disks_for_t
     monkeypatch.setattr(tiers.machine, "free_memory", lambda: free * expert_size)
     with InstalledModel(tiny_model) as installed:
         placement, devices = Placement(slots, 0, 8), [torch.device("cpu")]
-        tiers.build_experts(installed, Share(placement), devices, print)
+        tiers.build_experts(installed, ExpertShare(placement), devices, print)
     assert asked == [True] * past
 
 
@@ -185,7 +185,7 @@ def test_experts_are_predicted_unless_the_disk_is_too_slow_for_wrong_predictions
     monkeypatch.setattr(tiers, "saved_measurement", lambda *_: SimpleNamespace(typical=typical))
     with InstalledModel(tiny_model) as installed:
         placement, devices = Placement(4, 0, 8), [torch.device("cpu")]
-        experts = tiers.build_experts(installed, Share(placement), devices, print)
+        experts = tiers.build_experts(installed, ExpertShare(placement), devices, print)
     assert experts._layers_ahead == layers
 
 

@@ -128,12 +128,12 @@ class Lines:
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock
         self._lock = threading.RLock()  # `ended` and `moved` print with it
-        self._tasks: list[_Line] = []
+        self._tasks: list[_TaskLine] = []
         self._last_line = clock()
 
     def task(self, name: str, total: int, done: int = 0) -> Task:
         with self._lock:
-            task = _Line(self, name, total, done, self._clock())
+            task = _TaskLine(self, name, total, done, self._clock())
             self._tasks.append(task)
             finished = f", {format_size(done)} of it already done" if done else ""
             self.note(f"{name}: {format_size(total)}{finished}")
@@ -156,14 +156,14 @@ class Lines:
             self._last_line = now
             self.note("; ".join(task.state(now) for task in self._tasks))
 
-    def ended(self, task: _Line) -> None:
+    def ended(self, task: _TaskLine) -> None:
         with self._lock:
             if task in self._tasks:
                 self._tasks.remove(task)
                 self.note(task.outcome(self._clock()))
 
 
-class _Line:
+class _TaskLine:
     """A task's progress. The printed rate is the rate since the line before."""
 
     def __init__(self, lines: Lines, name: str, total: int, done: int, now: float) -> None:

@@ -37,7 +37,7 @@ def endpoint() -> str:
 
 
 @dataclass
-class Refusal(Exception):
+class HubRefusal(Exception):
     """A status of the hub that is no success, and the headers that explain it."""
 
     status: int
@@ -56,13 +56,13 @@ def plain_errors(repo_id: str, home: str = "MIXCHAT_HOME") -> Iterator[None]:
 
     try:
         yield
-    except (Refusal, *FAULTS, OSError) as error:
+    except (HubRefusal, *FAULTS, OSError) as error:
         raise _translate(error, repo_id, home) from error
 
 
 def is_transient(error: Exception) -> bool:
     """Return whether the same request may succeed later."""
-    if isinstance(error, Refusal):
+    if isinstance(error, HubRefusal):
         return error.status in (408, 429) or error.status >= 500
     return True
 
@@ -71,7 +71,7 @@ def _translate(error: BaseException, repo_id: str, home: str) -> MixchatError:
     from mixchat.base.http import BROKEN
 
     host = urlsplit(endpoint()).netloc.rpartition("@")[2]
-    if isinstance(error, Refusal):
+    if isinstance(error, HubRefusal):
         return _refused(error, repo_id, host)
     if isinstance(error, OSError):
         if (known := local_error(error, f"fetching {repo_id}", home)) is not None:
@@ -89,7 +89,7 @@ def _translate(error: BaseException, repo_id: str, home: str) -> MixchatError:
     )
 
 
-def _refused(refusal: Refusal, repo_id: str, host: str) -> MixchatError:
+def _refused(refusal: HubRefusal, repo_id: str, host: str) -> MixchatError:
     status = refusal.status
     if refusal.code == "GatedRepo":
         return HubError(

@@ -28,8 +28,8 @@ import httpcore2
 
 from mixchat import __version__
 from mixchat.base.errors import HubError
-from mixchat.base.http import LimitedNetwork, Limits, header
-from mixchat.install.source.hub_errors import Refusal
+from mixchat.base.http import LimitedNetwork, ReadLimits, header
+from mixchat.install.source.hub_errors import HubRefusal
 
 _TIMEOUT_S = 30.0  # without a byte
 _TIMEOUTS = dict.fromkeys(("connect", "read", "write", "pool"), _TIMEOUT_S)
@@ -160,9 +160,9 @@ class HubReply:
         return self._encoding != "identity"
 
     def raise_for_status(self) -> None:
-        """Raise `Refusal` without reading the reason, which may have no end."""
+        """Raise `HubRefusal` without reading the reason, which may have no end."""
         if not 200 <= self.status < 300:
-            raise Refusal(
+            raise HubRefusal(
                 self.status,
                 code=self.header("X-Error-Code"),
                 reason=self.header("X-Error-Message"),
@@ -263,7 +263,7 @@ def _proxy(address: str) -> httpcore2.Proxy:
 
 def retry_after(failure: Exception | None) -> float:
     """Return the seconds that a busy server asks to wait, at most 300."""
-    if not isinstance(failure, Refusal) or failure.status not in _BUSY:
+    if not isinstance(failure, HubRefusal) or failure.status not in _BUSY:
         return 0.0
     text, seconds = failure.retry_after.strip(), 0.0
     with suppress(ValueError, TypeError, OverflowError):
@@ -272,7 +272,7 @@ def retry_after(failure: Exception | None) -> float:
     return min(max(0.0, seconds), _WAIT_S_MAX)
 
 
-class HubLimits(Limits):
+class HubLimits(ReadLimits):
     """The limits of one request, with all its redirects."""
 
     def __init__(self) -> None:

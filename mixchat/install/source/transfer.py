@@ -18,7 +18,7 @@ from mixchat.base.files import open_regular, rename_durably
 from mixchat.base.http import FAULTS
 from mixchat.base.progress import Task
 from mixchat.install.source.checkpoint import Stopped
-from mixchat.install.source.hub_errors import Refusal, is_transient
+from mixchat.install.source.hub_errors import HubRefusal, is_transient
 from mixchat.install.source.hub_request import RemoteBytes, WrongAnswer, retry_after
 from mixchat.weights.format.workspace import PART_SUFFIX
 
@@ -177,7 +177,7 @@ def _retry(
             attempt()
         except WrongAnswer as error:
             failure = error
-        except (Refusal, *FAULTS) as error:
+        except (HubRefusal, *FAULTS) as error:
             if not is_transient(error):
                 raise
             failure = error

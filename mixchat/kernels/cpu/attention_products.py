@@ -180,7 +180,7 @@ class _InBf16(Products):
         return first | second << 16
 
 
-class _InWords(Products):
+class _WordProducts(Products):
     """8 bits times 16 bits, as `WordUnit` multiplies."""
 
     size = 2
@@ -309,7 +309,7 @@ class _InWords(Products):
 def products_of(function: Function, shape: CacheShape, lanes: int) -> Products:
     """Return the products for the bits of a cache."""
     if shape.bits == 8:
-        return _InWords(function, shape, lanes)
+        return _WordProducts(function, shape, lanes)
     has_bf16 = lanes == 16 and compiling.has_feature("avx512bf16")
     if shape.latent_dim and shape.bits == 16 and has_bf16:
         return _InBf16(function, shape, lanes)

@@ -68,10 +68,10 @@ class GatedNorm:
 
 @compiled_here
 def _compiled(module: ir.Module, lanes: int, bf16: bool, gates_first: bool) -> None:
-    _GatedNorm(module, lanes, bf16, gates_first).write()
+    _GatedNormWriter(module, lanes, bf16, gates_first).write()
 
 
-class _GatedNorm:
+class _GatedNormWriter:
     """The function `gated_norm`. An item of work is a token. It rounds where transformers does."""
 
     def __init__(self, module: ir.Module, lanes: int, bf16: bool, gates_first: bool) -> None:

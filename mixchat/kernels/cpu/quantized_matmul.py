@@ -126,7 +126,7 @@ def grouped_matmul_steps(
         most_rows = max(most, *(counts[number] for number in group))
         round_x, multiply = _steps(source, chosen, matrices[0], unit, len(group), most_rows)
         rounds.append(round_x)
-        parts, row = _Parts(multiply), 0
+        parts, row = _RowProducts(multiply), 0
         for index, number in enumerate(group):
             decoded = index % _DECODING * _decoded_bytes(unit, matrices[0])
             products.append(parts.step(row, matrices[number], outs[number], decoded))
@@ -138,7 +138,7 @@ def grouped_matmul_steps(
     return rounds, [products[at : at + together] for at in range(0, len(products), together)]
 
 
-class _Parts:
+class _RowProducts:
     """Products of some rows of the rounded x, as steps of their own."""
 
     def __init__(self, multiply: Step) -> None:
@@ -192,7 +192,7 @@ def _steps(
 ) -> tuple[Step, Step]:
     """Return a step that rounds rows of x, and one that multiplies them with a matrix.
 
-    The second one is to be divided into `alike` steps with up to `most` rows, by `_Parts`.
+    The second one is to be divided into `alike` steps with up to `most` rows, by `_RowProducts`.
     """
     (rows, columns), units, levels = matrix.shape, matrix.units, matrix.levels
     tokens = flat.shape[0] if x_rows is None else x_rows.shape[0]
@@ -247,7 +247,7 @@ def _compiled(module: Any, lanes: int, unit: type[Unit], bf16: bool, biased: boo
         _write_multiply(module, unit, wide, alone, _DecodedTokens(tiles, decodes))
     else:
         plain = [Tile(module, unit, bf16, biased, 1, width) for width in unit.widths()]
-        _write_multiply(module, unit, wide, plain[-1], _Tokens(plain))
+        _write_multiply(module, unit, wide, plain[-1], _TokenProducts(plain))
 
 
 def _write_round_x(module: Any, unit: type[Unit], bf16: bool, chosen: bool) -> None:
@@ -289,7 +289,7 @@ def _write_round_x(module: Any, unit: type[Unit], bf16: bool, chosen: bool) -> N
     function.finish()
 
 
-class _Tokens:
+class _TokenProducts:
     """Writes the products of a band with some tokens."""
 
     def __init__(self, tiles: Sequence[Tile]) -> None:
@@ -313,7 +313,7 @@ class _Tokens:
             done = done + turns
 
 
-class _DecodedTokens(_Tokens):
+class _DecodedTokens(_TokenProducts):
     """Decodes each half of a band once. Each thread has its own slot for that."""
 
     def __init__(self, tiles: Sequence[Tile], decodes: Sequence[Function]) -> None:
@@ -351,7 +351,7 @@ def _prefetch_start(
 
 
 def _write_multiply(
-    module: Any, unit: type[Unit], wide: Sequence[Tile], alone: Tile, many: _Tokens
+    module: Any, unit: type[Unit], wide: Sequence[Tile], alone: Tile, many: _TokenProducts
 ) -> None:
     """Write `multiply`. An item of work is `_STREAMS` runs of bands and one chunk of tokens.
 

@@ -47,7 +47,7 @@ Scoring = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
-class _Limits:
+class _GroupLimits:
     """Groups of experts, of which some are chosen by the sum of their `best` best experts."""
 
     groups: int
@@ -66,7 +66,7 @@ class _Limits:
         return grouped.masked_fill(hidden[..., None], -torch.inf).view_as(ranks)
 
 
-_NO_LIMITS = _Limits(1, 1, 1)
+_NO_LIMITS = _GroupLimits(1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Router:
         return None if plain and self.groups == 1 else self.scoring
 
     @property
-    def _limits(self) -> _Limits:
-        return _Limits(self.groups, self.chosen_groups, 1 if self.correction is None else 2)
+    def _limits(self) -> _GroupLimits:
+        return _GroupLimits(self.groups, self.chosen_groups, 1 if self.correction is None else 2)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the experts [T, K], int64, best first, and their weights [T, K], fp32.
@@ -184,7 +184,7 @@ def _compiled(
     gate_bf16: bool,
     biased: bool,
     scores: Scoring | None,
-    limits: _Limits,
+    limits: _GroupLimits,
 ) -> None:
     _Score(module, lanes, x_bf16, gate_bf16, biased).write()
     (_Choose(module) if scores is None else _ChooseByScores(module, scores, limits)).write()
@@ -303,7 +303,7 @@ class _Choose:
 class _ChooseByScores(_Choose):
     """A function that turns logits into scores, and chooses experts by them and a correction."""
 
-    def __init__(self, module: ir.Module, scores: Scoring, limits: _Limits) -> None:
+    def __init__(self, module: ir.Module, scores: Scoring, limits: _GroupLimits) -> None:
         super().__init__(module)
         self._scores, self._limits = scores, limits
         self._group_scores = self._function.scratch(limits.groups * 4)

@@ -289,13 +289,26 @@ def _step(
 
 @compiled_here
 def _compiled(module: ir.Module, lanes: int, bf16: bool) -> None:
-    norms, products = (_RMSNorm, _UnroundedRMSNorm), (_Swiglu, _LimitedSwiglu, _Geglu, _Gate)
-    operations = (*norms, *products, _Clamp, _Scale, _Softcap, _Rotate, _WeightedSum, _Add, _Copy)
+    norms, products = (
+        (_RMSNormWriter, _UnroundedRMSNormWriter),
+        (_SwigluWriter, _LimitedSwiglu, _Geglu, _Gate),
+    )
+    operations = (
+        *norms,
+        *products,
+        _Clamp,
+        _Scale,
+        _Softcap,
+        _RotationWriter,
+        _WeightedSum,
+        _Add,
+        _Copy,
+    )
     for operation in operations:
         operation(module, lanes, bf16).write()
 
 
-class _Rows(ABC):
+class _RowWriter(ABC):
     """A function that computes row after row. An item of work is a token."""
 
     name: str
@@ -325,7 +338,7 @@ class _Rows(ABC):
         return self.function.constant(vector(f32, self.lanes), 0.0)
 
 
-class _RMSNorm(_Rows):
+class _RMSNormWriter(_RowWriter):
     name = "rms_norm"
 
     def row(self, token: Value) -> None:
@@ -348,7 +361,7 @@ class _RMSNorm(_Rows):
         return rounded(normed, self._bf16) * self.load(self.args.pointer("weight"), column)
 
 
-class _UnroundedRMSNorm(_RMSNorm):
+class _UnroundedRMSNormWriter(_RMSNormWriter):
     name = "unrounded_rms_norm"  # of which the weights are in fp32
 
     def weighted(self, normed: Value, column: Value) -> Value:
@@ -356,7 +369,7 @@ class _UnroundedRMSNorm(_RMSNorm):
         return normed * as_fp32(weight, column, bf16=False, count=self.lanes)
 
 
-class _Clamp(_Rows):
+class _Clamp(_RowWriter):
     name = "clamp"
 
     def row(self, token: Value) -> None:
@@ -368,7 +381,7 @@ class _Clamp(_Rows):
             self.store(self.function.maximum(-limit, number), index)
 
 
-class _Scale(_Rows):
+class _Scale(_RowWriter):
     name = "scale"
 
     def row(self, token: Value) -> None:
@@ -378,7 +391,7 @@ class _Scale(_Rows):
             self.store(self.load(self.x, index) * factor, index)
 
 
-class _Softcap(_Rows):
+class _Softcap(_RowWriter):
     name = "softcap"
 
     def row(self, token: Value) -> None:
@@ -391,7 +404,7 @@ class _Softcap(_Rows):
             self.store((score + score - 1.0) * cap, index)
 
 
-class _Rotate(_Rows):
+class _RotationWriter(_RowWriter):
     name = "rotate"
 
     def row(self, token: Value) -> None:
@@ -413,7 +426,7 @@ class _Rotate(_Rows):
                 self.store(self.load(self.x, source + column), target + column)
 
 
-class _Swiglu(_Rows):
+class _SwigluWriter(_RowWriter):
     name = "swiglu"
 
     def row(self, token: Value) -> None:
@@ -428,7 +441,7 @@ class _Swiglu(_Rows):
         return gate * sigmoid(self.function, gate) * up
 
 
-class _Geglu(_Swiglu):
+class _Geglu(_SwigluWriter):
     name = "geglu"
 
     def product(self, gate: Value, up: Value) -> Value:
@@ -437,7 +450,7 @@ class _Geglu(_Swiglu):
         return gate * sigmoid(self.function, inner) * up
 
 
-class _LimitedSwiglu(_Swiglu):
+class _LimitedSwiglu(_SwigluWriter):
     name = "limited_swiglu"
 
     def product(self, gate: Value, up: Value) -> Value:
@@ -451,7 +464,7 @@ class _LimitedSwiglu(_Swiglu):
         return gate * sigmoid(function, gate * alpha) * (up + 1.0)
 
 
-class _Gate(_Rows):
+class _Gate(_RowWriter):
     name = "gate"
 
     def row(self, token: Value) -> None:
@@ -468,7 +481,7 @@ def _sigmoid(function: Function, x: Value) -> Value:
     return x.compare("==", x).choose(sigmoid(function, x), x)
 
 
-class _WeightedSum(_Rows):
+class _WeightedSum(_RowWriter):
     name = "weighted_sum"
 
     def row(self, token: Value) -> None:
@@ -484,7 +497,7 @@ class _WeightedSum(_Rows):
             self.store(sums[0], token * self.columns + column)
 
 
-class _Add(_Rows):
+class _Add(_RowWriter):
     name = "add"
 
     def row(self, token: Value) -> None:
@@ -494,7 +507,7 @@ class _Add(_Rows):
             self.store(self.load(self.x, index) + self.load(addend, index), index)
 
 
-class _Copy(_Rows):
+class _Copy(_RowWriter):
     name = "copy"
 
     def row(self, token: Value) -> None:

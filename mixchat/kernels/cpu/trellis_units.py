@@ -45,7 +45,7 @@ _VECTOR = 64  # bytes, in memory
 _ROWS_OF_LANES = RING // 16  # lanes with the same columns
 
 
-class _Levels(ByteUnit):
+class _LevelBytes(ByteUnit):
     """Multiplies levels of 7 bits with x in 7 bits and a sign."""
 
     scale_bytes, level_of_one, offset = 1, 64, 64
@@ -84,7 +84,7 @@ class _Levels(ByteUnit):
             yield first + 16 * j, vectors[0].shuffled(lanes)
 
 
-class Trellis(_Levels):
+class Trellis(_LevelBytes):
     """Codes of 2 or 3 bits. An object computes the rows of one pass."""
 
     bits, band, columns = 2, RING, COLUMNS
@@ -198,7 +198,7 @@ class Trellis(_Levels):
                     out.store(rows, (first + 4 * number) * BAND + index * 4 * self.lanes)
 
 
-class Decoded(_Levels):
+class Decoded(_LevelBytes):
     """Levels that `Trellis.decode` has stored. A band is the rows of one pass."""
 
     bits, columns = 8, 4

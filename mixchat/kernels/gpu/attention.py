@@ -54,7 +54,7 @@ class Parts(NamedTuple):
         scratch: fp32 memory for it, of `token_scratch` numbers for one token, None for new memory.
         """
         groups, room, width = tensors.numbers.shape[1:]
-        rows, tile = tokens * heads // groups, _Tile.of(tokens, heads, tensors)
+        rows, tile = tokens * heads // groups, _AttentionTile.of(tokens, heads, tensors)
         wanted = PROGRAMS // (triton.cdiv(rows, tile.rows) * groups)
         useful = triton.cdiv(min(room, (window or room) + tokens), tile.keys)
         splits = max(1, min(wanted, useful, _MOST_SPLITS))
@@ -67,7 +67,7 @@ class Parts(NamedTuple):
         return cls(sums.view(*rooms, width), weights.view(2, *rooms), splits)
 
 
-class _Tile(NamedTuple):
+class _AttentionTile(NamedTuple):
     """The rows and the keys that a program computes at once, and Triton's options for it.
 
     They leave no number in local memory, as the assembly for each card shows. Decoding in 16 bits
@@ -79,7 +79,7 @@ class _Tile(NamedTuple):
     options: dict[str, int]
 
     @classmethod
-    def of(cls, tokens: int, heads: int, tensors: KVTensors) -> _Tile:
+    def of(cls, tokens: int, heads: int, tensors: KVTensors) -> _AttentionTile:
         numbers = tensors.numbers
         _, groups, _, width = numbers.shape
         eight_bits, rows = numbers.dtype == torch.int8, tokens * heads // groups
@@ -128,7 +128,7 @@ def attend(
     """
     (tokens, heads, _), (_, groups, _, width) = queries.shape, tensors.numbers.shape
     shared, turning = heads // groups, queries.shape[2] - width
-    tile = _Tile.of(tokens, heads, tensors)
+    tile = _AttentionTile.of(tokens, heads, tensors)
     shape = {"WINDOW": window or 0, "H": heads, "R": shared, "WIDTH": width}
     shape |= {"ROWS": tile.rows, "KEYS": tile.keys}
     shape["BLOCK"] = triton.next_power_of_2(width)

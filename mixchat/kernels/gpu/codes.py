@@ -34,7 +34,7 @@ import triton.language as tl
 from mixchat.kernels.cpu.trellis_units import FACTOR, SCALE_EXPONENT
 
 
-class Tile(NamedTuple):
+class CodeTile(NamedTuple):
     """The share of a thread in the codes of a band."""
 
     band: int  # rows
@@ -46,15 +46,15 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    "nf4": Tile(32, 64, 16, 2, 4, 4),
-    "mxfp4": Tile(32, 32, 8, 2, 4, 4),
-    "int8": Tile(32, 64, 32, 4, 4, 8),
-    "int6": Tile(32, 64, 32, 4, 4, 6),
-    "trellis2": Tile(64, 64, 64, 4, 2, 2),
-    "trellis3": Tile(64, 64, 64, 4, 2, 3),
+    "nf4": CodeTile(32, 64, 16, 2, 4, 4),
+    "mxfp4": CodeTile(32, 32, 8, 2, 4, 4),
+    "int8": CodeTile(32, 64, 32, 4, 4, 8),
+    "int6": CodeTile(32, 64, 32, 4, 4, 6),
+    "trellis2": CodeTile(64, 64, 64, 4, 2, 2),
+    "trellis3": CodeTile(64, 64, 64, 4, 2, 3),
     # Dense rows of 16 or 32 bits have no order of their own. Bands and blocks are what suits.
-    "none": Tile(8, 8, 1, 1, 4, 16),
-    "none32": Tile(8, 4, 1, 1, 2, 32),
+    "none": CodeTile(8, 8, 1, 1, 4, 16),
+    "none32": CodeTile(8, 4, 1, 1, 2, 32),
 }
 _UPPER = tl.constexpr(-65536)  # the upper half of a word
 _FACTOR = tl.constexpr(FACTOR >> 4)  # puts the subset of a window into bits 8 to 11

@@ -26,7 +26,7 @@ _HALVES = 2  # of the first matrix: gate and up
 _THREADS_UP = 128  # for each of them
 
 
-class Part(NamedTuple):
+class ExpertMatrix(NamedTuple):
     """A matrix in the block of an expert, with the bytes at which its tensors begin."""
 
     form: Form
@@ -47,8 +47,8 @@ class ExpertForm(NamedTuple):
     gate_up: [2 I, D], the rows of gate first. down: [D, I]. limit, alpha and act: as in `Swiglu`.
     """
 
-    gate_up: Part
-    down: Part
+    gate_up: ExpertMatrix
+    down: ExpertMatrix
     limit: float | None = None
     alpha: float = 1.702
     act: HiddenAct = "silu"

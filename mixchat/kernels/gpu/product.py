@@ -39,7 +39,7 @@ class Form(NamedTuple):
     wide: bool = False  # whether dense numbers are fp32
 
     @property
-    def tile(self) -> coded.Tile:
+    def tile(self) -> coded.CodeTile:
         return TILES[self.kernel_type]
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 
 from mixchat.base.errors import ServerError
-from mixchat.base.http import Limits
+from mixchat.base.http import ReadLimits
 
 _HEAD_BYTES = 2**20  # before an answer begins
 _BODY_BYTES = 2**24  # without a piece of text
@@ -26,7 +26,7 @@ _END_S = 2.0  # after the last piece of an answer
 _OWN_TOKENS = 2**16  # of a prompt that a server adds to the request
 
 
-class Patience(Limits):
+class Patience(ReadLimits):
     """The limits of an answer. `sent` is the request's size, None if it has no body.
 
     `seconds` and `take` raise `ServerError` when nothing is left.

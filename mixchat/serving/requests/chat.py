@@ -184,12 +184,12 @@ def read_openai(
     return fields, sampling, ignored
 
 
-class _Part(RequestObject):
+class _TextPart(RequestObject):
     type: Literal["text"]
     text: str
 
 
-def _text(content: Any, parts_of: Callable[[Any], list[_Part]], info: ValidationInfo) -> Any:
+def _text(content: Any, parts_of: Callable[[Any], list[_TextPart]], info: ValidationInfo) -> Any:
     # OpenAI's answers with calls have null as their content.
     if content is None and info.data.get("tool_calls"):
         return ""
@@ -205,7 +205,7 @@ class _CalledFunction(RequestObject):
     arguments: str
 
 
-class _Call(RequestObject):
+class _CalledTool(RequestObject):
     ignored = ("index",)
     id: str
     type: Literal["function"] = "function"
@@ -217,7 +217,7 @@ class _ChatMessage(RequestObject):
     ignored = ("name", "reasoning")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     reasoning_content: Any = None
-    tool_calls: Annotated[list[_Call], FailFast()] = Field([])
+    tool_calls: Annotated[list[_CalledTool], FailFast()] = Field([])
     tool_call_id: str = ""
     function_call: _FunctionCall = None
     audio: _Media = None
@@ -225,7 +225,7 @@ class _ChatMessage(RequestObject):
     annotations: _Media = None
     # A string in the end, by `_text`.
     content: Annotated[
-        list[_Part], FailFast(), max_items(shared.MAX_PARTS), WrapValidator(_text)
+        list[_TextPart], FailFast(), max_items(shared.MAX_PARTS), WrapValidator(_text)
     ] = Field(None, validate_default=True)
 
     def message(self, path: str) -> Message:
@@ -253,7 +253,7 @@ class _Named(RequestObject):
     name: str
 
 
-class _FunctionChoice(RequestObject):
+class _ChosenFunction(RequestObject):
     type: Literal["function"]
     function: _Named
 
@@ -294,7 +294,7 @@ def read_chat(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIR
     tool_fields.check_results(messages, paths)
     choice, function = fields.tool_choice, None
     if isinstance(choice, dict):
-        function = validated(_FunctionChoice, choice, "tool_choice").function.name
+        function = validated(_ChosenFunction, choice, "tool_choice").function.name
     elif choice not in ("none", "auto", "required"):
         raise value_error("tool_choice", _CHOICE, choice)
     offer = tool_fields.tool_offer(

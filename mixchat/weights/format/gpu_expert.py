@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from mixchat.kernels.gpu.experts import ExpertForm, Levels, Part
+from mixchat.kernels.gpu.experts import ExpertForm, ExpertMatrix, Levels
 from mixchat.weights.format.expert import ExpertSpec
 from mixchat.weights.matrix.gpu_linear import form_of, levels_on
 from mixchat.weights.matrix.linear import LinearSpec
@@ -32,7 +32,7 @@ def expert_form(spec: ExpertSpec, device: torch.device) -> GpuExpertForm:
     return GpuExpertForm(form, Levels(*(levels_on(part.quant_type, device) for part in matrices)))
 
 
-def _part(spec: LinearSpec, start: int) -> Part:
+def _part(spec: LinearSpec, start: int) -> ExpertMatrix:
     """Return where the tensors of a matrix lie that begins at byte `start`."""
     places = []
     for tensor in spec.tensors:
@@ -40,4 +40,4 @@ def _part(spec: LinearSpec, start: int) -> Part:
         start += tensor.nbytes
     bias_at = places.pop() if spec.bias else None
     # A dense matrix has no absmax, which nothing reads then.
-    return Part(form_of(spec), codes_at=places[-1], absmax_at=places[0], bias_at=bias_at)
+    return ExpertMatrix(form_of(spec), codes_at=places[-1], absmax_at=places[0], bias_at=bias_at)

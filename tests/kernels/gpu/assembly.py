@@ -38,7 +38,7 @@ from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.convolution import gated_convolution
 from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net, delta_rule
 from mixchat.kernels.gpu.dequantize import dequantize
-from mixchat.kernels.gpu.experts import ExpertForm, Levels, Part, experts_down, experts_up
+from mixchat.kernels.gpu.experts import ExpertForm, ExpertMatrix, Levels, experts_down, experts_up
 from mixchat.kernels.gpu.heads import heads
 from mixchat.kernels.gpu.kv_store import KVTensors, store
 from mixchat.kernels.gpu.latents import Norm, latent_heads, normalized
@@ -107,13 +107,15 @@ def matrix_of(quant_type: str, rows: int, columns: int, *, bias: bool = False) -
     return Matrix(form, empty(1, dtype=UINT8), empty(1, dtype=scale), levels_of(quant_type), added)
 
 
-def part_of(quant_type: str, rows: int, columns: int, start: int, bias: bool) -> tuple[Part, int]:
+def part_of(
+    quant_type: str, rows: int, columns: int, start: int, bias: bool
+) -> tuple[ExpertMatrix, int]:
     form = form_of(quant_type, rows, columns)
     scales = 0
     if quant_type != "none":
         scales = form.stored_rows * columns // form.tile.block * scale_size(quant_type)
     bias_at = start + scales + form.stored_rows * columns * form.tile.bits // 8
-    return Part(form, start + scales, start, bias_at if bias else None), bias_at + 4 * rows
+    return ExpertMatrix(form, start + scales, start, bias_at if bias else None), bias_at + 4 * rows
 
 
 def call_product(quant_type: str, rows: int, columns: int, n: int = 1, **options: Any) -> None:
