@@ -238,8 +238,7 @@ class ChatSession:
                 self._has_token = self._has_token or isinstance(event, Piece)
                 if isinstance(event, LeftOut):
                     first += event.messages
-                    turns = sum(message.role == "user" for message in asked[:first])
-                    yield LeftOut(turns, event.messages)
+                    yield LeftOut.of(asked[:first])  # with those of earlier questions
                 else:
                     yield event
         except KeyboardInterrupt:

@@ -14,7 +14,7 @@ import torch
 
 from mixchat.base import interrupts
 from mixchat.base.errors import MixchatError
-from mixchat.engine.answer_request import AnswerRequest
+from mixchat.engine.answer_request import AnswerRequest, EndReason
 from mixchat.engine.chunk_sizer import PassSizer
 from mixchat.engine.passes import (
     CachedPrefix,
@@ -44,8 +44,8 @@ class BatchedAnswer:
     Any thread may call `cancel`. `error` is why the answer failed.
     """
 
-    def __init__(self, request: AnswerRequest, limit: int, proposals: Proposals) -> None:
-        self.request, self.proposals, self._limit = request, proposals, limit
+    def __init__(self, request: AnswerRequest, proposals: Proposals) -> None:
+        self.request, self.proposals = request, proposals
         self.ids = list(request.ids)
         self.sampler = Sampler(request.sampling, request.stop_ids, request.constraint)
         self.stats = GenerationStats(len(self.ids), speculation=proposals.stats)
@@ -60,20 +60,20 @@ class BatchedAnswer:
         return self.stats.generated_tokens
 
     @property
-    def tokens_left(self) -> int:
-        return self._limit - self.generated_tokens
-
-    @property
     def tokens_to_read(self) -> int:
         """Return how many tokens of the prompt were not cached."""
         return self.stats.prompt_tokens - self.stats.reused_tokens
 
     @property
+    def end(self) -> EndReason | None:
+        """Return why the last token ends the answer, None if it does not."""
+        tokens = self.generated_tokens
+        return self.request.end_after(tokens, self.ids[-1]) if tokens else None
+
+    @property
     def has_ended(self) -> bool:
         """Return whether no token will follow."""
-        if self.is_cancelled or self.error is not None or self.tokens_left <= 0:
-            return True
-        return self.generated_tokens > 0 and self.ids[-1] in self.request.stop_ids
+        return self.is_cancelled or self.error is not None or self.end is not None
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -97,7 +97,8 @@ class BatchedAnswer:
     def last_token(self, *, propose: bool) -> SequenceTokens:
         """Return the last token and perhaps a proposal."""
         assert self.prefix is not None
-        proposal = self.proposals.propose(self.ids, self.tokens_left - 1) if propose else []
+        most = self.request.max_tokens - self.generated_tokens - 1
+        proposal = self.proposals.propose(self.ids, most) if propose else []
         return SequenceTokens(self.prefix, self.ids[-1:], proposal)
 
 
@@ -141,13 +142,12 @@ class Batch:
         return len(self._answers)
 
     def add(self, request: AnswerRequest) -> BatchedAnswer:
-        """Begin an answer. Raises as `Engine.generate` does."""
+        """Begin an answer, whose prompt and `max_tokens` fit into the context."""
         assert self.size < self.capacity
-        limit = self._sequences[0].longest_answer(request.ids, request.max_tokens)
         start = time.perf_counter()
         with interrupts.deferred():
             self._passes.experts.begin_turn()
-        answer = BatchedAnswer(request, limit, Proposals(self._speculation, request.stop_ids))
+        answer = BatchedAnswer(request, Proposals(self._speculation, request.stop_ids))
         answer.stats.prefill_seconds = time.perf_counter() - start
         self._answers.append(answer)
         self._sizer.recover()

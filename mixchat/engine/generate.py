@@ -145,6 +145,7 @@ class Engine:
         Raises `PromptError` at once if the prompt is empty or too long, and `CheckpointError` if it
         has unknown tokens. The iterator raises that, too, if logits are NaN or infinite.
         """
+        most = self.longest_answer(prompt_ids, max_tokens)
         batch = Batch(
             self.passes,
             self.sequences[:1],
@@ -153,7 +154,7 @@ class Engine:
             chunk=self.prefill_chunk,
         )
         answer = batch.add(
-            AnswerRequest(prompt_ids, sampling, stop_ids, max_tokens, constraint, on_prefill)
+            AnswerRequest(prompt_ids, sampling, stop_ids, most, constraint, on_prefill)
         )
         self._stats, self._experts_at_start = answer.stats, self.experts.stats
 

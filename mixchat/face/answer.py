@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 
+from mixchat.engine.answer_request import EndReason
 from mixchat.face.events import COMPLETE, Reason
 from mixchat.text.detokenizer import Detokenizer, StopStrings
 from mixchat.text.messages import Message
@@ -20,8 +21,8 @@ class AnswerState:
     the second token, so two ids are remembered. With `A` `.\n` `\nB` no token ends there, so the
     text alone is remembered, and the template will encode it.
 
-    An answer ends at one of `stop_ids`, at one of the strings `stop`, after `max_tokens`, or when
-    the context has no more `room`, in tokens.
+    An answer ends at one of the strings `stop`, at a mark of its parser, or where the answer loop
+    ends it.
     """
 
     def __init__(
@@ -29,10 +30,7 @@ class AnswerState:
         detokenizer: Detokenizer,
         parser: ThinkingParser,
         *,
-        stop_ids: Set[int],
         stop: Sequence[str] = (),
-        max_tokens: int | None = None,
-        room: int,
     ) -> None:
         self.ids: list[int] = []
         self.text = self.thinking = ""
@@ -40,8 +38,7 @@ class AnswerState:
         self.reason: Reason = "interrupted"
         self._cut = self._whole = False
         self._detokenizer, self._parser = detokenizer, parser
-        self._stops, self._stop_ids = StopStrings(stop), stop_ids
-        self._max_tokens, self._room = max_tokens, room
+        self._stops = StopStrings(stop)
         self._length = 0
         self._ends: list[int] = []
 
@@ -58,10 +55,13 @@ class AnswerState:
             return len(self.ids)
         return bisect_left(self._ends, start) + 1 if start > 0 else 0
 
-    def add(self, token: int) -> AnswerText:
-        """Take the next id. Return the text to show, which may be empty."""
+    def add(self, token: int, end: EndReason | None = None) -> AnswerText:
+        """Take the next id. Return the text to show, which may be empty.
+
+        end: why the answer loop ends the answer with this id.
+        """
         mark = self._parser.marks.get(token)
-        if token in self._stop_ids or (mark is not None and self._parser.ends_at(mark)):
+        if end == "stop" or (mark is not None and self._parser.ends_at(mark)):
             return self._end("stop")
         self.ids.append(token)
         self._ends.append(self._length)
@@ -71,11 +71,7 @@ class AnswerState:
             self._length += 1
             self._ends[-1] = self._length
             text += self._remember(self._parser.mark(mark))
-        if self._cut:
-            return text
-        if self._max_tokens is not None and len(self.ids) >= self._max_tokens:
-            return text + self._end("length")
-        return text + self._end("context") if len(self.ids) >= self._room else text
+        return text if self._cut or end is None else text + self._end(end)
 
     def _end(self, reason: Reason) -> AnswerText:
         """Return the text that was held back, because no more ids will come."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -18,13 +19,17 @@ COMPLETE = ("stop", "stop_string", "tool_calls")
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The oldest turns of the request that are not in the prompt, because they do not fit.
+    """The oldest turns of the conversation that are not in the prompt, because they do not fit.
 
     messages: how many messages these turns have.
     """
 
     turns: int
     messages: int
+
+    @classmethod
+    def of(cls, messages: Sequence[Message]) -> LeftOut:
+        return cls(sum(message.role == "user" for message in messages), len(messages))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import SamplingOptions
@@ -158,16 +158,15 @@ class Model:
         running = []
         for request, prompt, sink in answers:
             limit = self.longest_answer(request.max_tokens)
-            self.engine.longest_answer(prompt.ids, limit)
+            most = self.engine.longest_answer(prompt.ids, limit)
             sampling = cast("SamplingOptions", request.sampling or self.sampling)
             if sampling.seed is None:
                 sampling = replace(sampling, seed=secrets.randbelow(2**32))
             stop_ids = self.template.stop_ids
-            asked = AnswerRequest(prompt.ids, sampling, stop_ids, limit)
-            parser, size = self._prompts.parser(prompt), self.context.tokens
-            running.append(
-                RunningAnswer(request, prompt, sink, asked, self.tokenizer, parser, size)
-            )
+            at_max: Literal["length", "context"] = "length" if most == limit else "context"
+            asked = AnswerRequest(prompt.ids, sampling, stop_ids, most, at_max=at_max)
+            parser = self._prompts.parser(prompt)
+            running.append(RunningAnswer(request, prompt, sink, asked, self.tokenizer, parser))
         self._thread.submit(running)
         return running
 

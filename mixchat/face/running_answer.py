@@ -33,7 +33,7 @@ _READING_INTERVAL_S = 0.1  # between two events of progress, of which each layer
 class RunningAnswer:
     """An answer that waits or is computed. Any thread may call `cancel`, `message` and `stats`.
 
-    request: has its sampling and the most tokens of the answer. context_size: in tokens.
+    batch_request: has its sampling and the most tokens of the answer.
     """
 
     def __init__(
@@ -44,7 +44,6 @@ class RunningAnswer:
         batch_request: AnswerRequest,
         tokenizer: Tokenizer,
         parser: ThinkingParser,
-        context_size: int,
     ) -> None:
         self._request, self._prompt, self.sink = request, prompt, sink
         self._batch_request, self._parser = batch_request, parser
@@ -52,10 +51,7 @@ class RunningAnswer:
         self._state = AnswerState(
             Detokenizer(tokenizer.token_bytes, prompt.ids if prompt.continues else ()),
             parser,
-            stop_ids=batch_request.stop_ids,
             stop=request.stop,
-            max_tokens=batch_request.max_tokens,
-            room=context_size - len(prompt.ids),
         )
         self._tokens: list[TokenLogprob] = []  # since the last piece
         self._tokens_seen, self._is_thinking = 0, False
@@ -114,9 +110,8 @@ class RunningAnswer:
         self._stats = self.answer.stats
         if self.is_cancelled:  # meanwhile
             self.answer.cancel()
-        if dropped := self._prompt.left_out:
-            turns = sum(message.role == "user" for message in dropped)
-            self.sink(LeftOut(turns, len(dropped)))
+        if self._prompt.left_out:
+            self.sink(LeftOut.of(self._prompt.left_out))
 
     def report(self, experts: ExpertHolder) -> End | Failed | None:
         """Give the sink the news of a pass, but return the last event.
@@ -185,7 +180,7 @@ class RunningAnswer:
             self._tokens.append(TokenLogprob(token, own, top))
         state = self._state
         with self._lock:
-            new = state.add(token)
+            new = state.add(token, answer.end)
         if state.has_ended:
             answer.cancel()  # a stop string is none of the batch's business
         self._is_thinking = (self._is_thinking or new.thinking != "") and not new.text

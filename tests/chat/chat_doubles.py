@@ -13,7 +13,7 @@ from mixchat.base.context import Context
 from mixchat.base.errors import MixchatError
 from mixchat.base.options import ChatOptions, SamplingOptions
 from mixchat.chat.session import ChatSession
-from mixchat.engine.answer_request import AnswerRequest
+from mixchat.engine.answer_request import AnswerRequest, EndReason
 from mixchat.engine.stats import GenerationStats
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.face.events import End, Failed, Piece
@@ -112,8 +112,8 @@ class ScriptedAnswer:
 
     logits = None
 
-    def __init__(self, request: AnswerRequest, limit: int) -> None:
-        self.request, self._limit, self.ids = request, limit, list(request.ids)
+    def __init__(self, request: AnswerRequest) -> None:
+        self.request, self.ids = request, list(request.ids)
         self.stats = GenerationStats(len(self.ids), prefill_seconds=0.5, decode_seconds=0.25)
         self.error: MixchatError | None = None
         self.is_cancelled, self.tokens_read = False, 0
@@ -124,9 +124,12 @@ class ScriptedAnswer:
 
     @property
     def has_ended(self) -> bool:
-        if self.is_cancelled or self.error is not None or self.generated_tokens >= self._limit:
-            return True
-        return self.generated_tokens > 0 and self.ids[-1] in self.request.stop_ids
+        return self.is_cancelled or self.error is not None or self.end is not None
+
+    @property
+    def end(self) -> EndReason | None:
+        tokens = self.generated_tokens
+        return self.request.end_after(tokens, self.ids[-1]) if tokens else None
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -148,13 +151,12 @@ class ScriptedBatch:
 
     def add(self, request: AnswerRequest) -> ScriptedAnswer:
         engine = self._engine
-        limit = engine.longest_answer(request.ids, request.max_tokens)
         engine.prompts.append(list(request.ids))
         engine.requests.append(request)
         if engine.prompts_file:
             with open(engine.prompts_file, "a", encoding="utf-8") as file:
                 file.write("".join(map(chr, request.ids)) + "\n---\n")
-        self._answer = ScriptedAnswer(request, limit)
+        self._answer = ScriptedAnswer(request)
         self._script = iter([*engine.script.pop(0), chr(STOP)])
         return self._answer
 
@@ -232,9 +234,11 @@ class ScriptedEvents:
         prompt = model.prompt(request)
         self._earlier = prompt.answered or Message("assistant", "")
         limit = model.longest_answer(request.max_tokens)
-        model.engine.longest_answer(prompt.ids, limit)
+        most = model.engine.longest_answer(prompt.ids, limit)
         sampling = with_numbers(model.sampling, request.sampling)
-        asked = AnswerRequest(prompt.ids, sampling, model.template.stop_ids, limit)
+        at_max = "length" if most == limit else "context"
+        stop_ids = model.template.stop_ids
+        asked = AnswerRequest(prompt.ids, sampling, stop_ids, most, at_max=at_max)
         self._answer = RunningAnswer(
             request,
             prompt,
@@ -242,7 +246,6 @@ class ScriptedEvents:
             asked,
             model.tokenizer,
             model._prompts.parser(prompt),
-            model.context.tokens,
         )
         self._shown: list[Piece] = []
         self._end: End | None = None

@@ -171,9 +171,10 @@ def test_a_token_that_has_thinking_and_answer_is_not_remembered(text, content_id
     tokens = [ord(a) << 8 | ord(b) for a, b in zip(text[::2], text[1::2], strict=False)]
     tokenizer: Any = Pairs()
     parser = parser_of(TAGS, tokenizer, ())
-    answer = AnswerState(Detokenizer(tokenizer.token_bytes), parser, stop_ids={0}, room=100)
-    for token in [*tokens, 0]:
+    answer = AnswerState(Detokenizer(tokenizer.token_bytes), parser)
+    for token in tokens:
         answer.add(token)
+    answer.add(0, "stop")
     message = answer.message()
     assert message is not None
     found = message.content_ids

@@ -214,7 +214,10 @@ def answers_under(session, count):
     for number in range(count):
         left_out = 0
         for event in session.ask(f"question {number}"):
-            left_out = event.turns if isinstance(event, LeftOut) else left_out
+            if isinstance(event, LeftOut):
+                # The messages were those of the last question's cut, and the turns all.
+                assert event.messages == 2 * event.turns
+                left_out = event.turns
         seen.append((left_out, prompt_of(session, number)))
     return seen
 

@@ -158,10 +158,10 @@ def answered(directory: Path, said: str, tools: Any = None) -> tuple[Any, Any]:
     prompt = template.encode([Message("user", "Hi")], {"enable_thinking": True})
     parser = answer_parser(template.thinking, tools, tokenizer, prompt)
     detokenizer = Detokenizer(tokenizer.token_bytes)
-    state = AnswerState(detokenizer, parser, stop_ids=template.stop_ids, room=1000)
+    state = AnswerState(detokenizer, parser)
     calls: tuple[Any, ...] = ()
     for token in tokenizer.encode_template(said):
-        calls += state.add(token).calls
+        calls += state.add(token, "stop" if token in template.stop_ids else None).calls
     return state, joined_calls(calls)
 
 

@@ -156,7 +156,7 @@ class ServerAnswer:
     def _read(self, left_out: Sequence[Message]) -> Iterator[Event]:
         """Yield the events as they come. Raises `ServerError` if the answer breaks off."""
         if left_out:
-            yield LeftOut(sum(message.role == "user" for message in left_out), len(left_out))
+            yield LeftOut.of(left_out)
         yield Reading(0, 0)
         try:
             for event in events(self._stream.pieces()):

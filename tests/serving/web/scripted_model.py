@@ -90,8 +90,8 @@ class LineTemplate:
 class ScriptedAnswer(BatchedAnswer):
     """An answer whose tokens a script gives."""
 
-    def __init__(self, request: AnswerRequest, limit: int) -> None:
-        super().__init__(request, limit, Proposals(None, request.stop_ids))
+    def __init__(self, request: AnswerRequest) -> None:
+        super().__init__(request, Proposals(None, request.stop_ids))
         _, has_script, script = CharacterTokenizer().decode(self.ids).rpartition("say:")
         text = script.strip("\n") if has_script else "Hello"
         self._parts = _PARTS.findall(text.replace("{seed}", str(request.sampling.seed)))
@@ -138,8 +138,7 @@ class ScriptedBatch:
 
     def add(self, request: AnswerRequest) -> ScriptedAnswer:
         self._engine.requests.append(request)
-        limit = self._engine.longest_answer(request.ids, request.max_tokens)
-        self._answers.append(ScriptedAnswer(request, limit))
+        self._answers.append(ScriptedAnswer(request))
         return self._answers[-1]
 
     def step(self) -> list[ScriptedAnswer]:

@@ -75,7 +75,7 @@ def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer
     thinking = ThinkingFormat("harmony") if form.format.kind == "harmony" else None
     parser = answer_parser(thinking, form.format, tokens, (), offered=form.tools)
     detokenizer = Detokenizer(tokens.token_bytes)
-    answer = AnswerState(detokenizer, parser, stop_ids={STOP}, room=3000)
+    answer = AnswerState(detokenizer, parser)
     constraint: Any = compiled(form, tokens)(continued=True)
     if not form.must_call:
         constraint = CallConstraint(constraint, parser, form.format.opening, tokens)
@@ -94,7 +94,9 @@ def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer
             endings = [i for i in allowed if i in (STOP, *b'"},]', *marks)]
             token = choose.choice(endings if endings and choose.random() < 0.5 else allowed)
         constraint.accept(token)
-        calls += answer.add(token).calls
+        is_full = len(answer.ids) == 2999
+        end = "stop" if token == STOP else "context" if is_full else None
+        calls += answer.add(token, end).calls
     return answer, joined_calls(calls)
 
 
@@ -168,15 +170,13 @@ def test_calls_that_mistral_common_writes_are_allowed_and_found(
         OutputConstraint(call_grammar(form.to_text()))
     )(continued=True)
     constraint = CallConstraint(constraint, parser, form.format.opening, tokenizer)
-    state = AnswerState(
-        Detokenizer(tokenizer.token_bytes), parser, stop_ids={tokenizer.eos_id}, room=3000
-    )
+    state = AnswerState(Detokenizer(tokenizer.token_bytes), parser)
     deltas: tuple[Any, ...] = ()
     for token in (*said, tokenizer.eos_id):
         mask = constraint.allowed()
         assert mask is None or mask[token]
         constraint.accept(token)
-        deltas += state.add(token).calls
+        deltas += state.add(token, "stop" if token == tokenizer.eos_id else None).calls
     assert (state.text, state.thinking) == ("So:", answer.thinking)
     found = joined_calls(deltas)
     assert [(call.name, call.arguments) for call in found] == [
