@@ -18,7 +18,7 @@ import pytest
 from mixchat.base.errors import UsageError
 
 QUESTION = [{"role": "user", "content": "hell"}]
-WAIT_S = 60  # after which something hangs
+WAIT_S = 240  # after which something hangs
 _DROPS_MODELS = """
 import gc, json, os, sys, threading, time, weakref
 import mixchat
