@@ -29,7 +29,7 @@ _SEARCH = option("--search WORD", "List only the chats that contain WORD.")
 def chats(
     chat: str | None = _CHAT, as_json: bool = JSON, rm: bool = _RM, search: str | None = _SEARCH
 ) -> None:
-    """List or search the saved chats, print one as Markdown, or remove one."""
+    """List, search, print or remove saved chats."""
     if search is not None and (chat is not None or rm or not search):
         raise UsageError("--search WORD lists the chats with a word: give no ID, and no --rm")
     if rm and (chat is None or as_json):

@@ -4,6 +4,7 @@ import json
 import random
 from typing import Any
 
+import rig  # noqa: F401 - it lets the tests' modules be found
 from hostile_api_bodies import CALLED, ODD, SCHEMA
 from hostile_request_kinds import Kind, Target, bombs, chain, chat, schemas
 

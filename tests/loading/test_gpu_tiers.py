@@ -55,7 +55,7 @@ def build(
     """Return the experts, once they are where they are to be."""
     devices = GPUS[: len(placement.layers)]
     experts = build_experts(
-        installed, share or ExpertShare(placement), devices, "lru", note, predicts=False
+        installed, share or ExpertShare(placement), devices, note, predicts=False
     )
     assert isinstance(experts, GpuExperts)
     experts.fill([ExpertKey(layer, expert) for layer in range(2) for expert in range(4)])
@@ -77,9 +77,7 @@ def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def is_right(installed: InstalledModel, experts: GpuExperts | ServedExperts, layer: int) -> bool:
     """Return whether some rows get what the CPU alone gives them, within rounding."""
-    alone = build_experts(
-        installed, ExpertShare(Placement(8, 0, 8)), [torch.device("cpu")], "lru", print
-    )
+    alone = build_experts(installed, ExpertShare(Placement(8, 0, 8)), [torch.device("cpu")], print)
     for tokens in (1, 20):
         x, selected = routing(tokens)
         expected = alone.compute(layer, x, selected).outputs

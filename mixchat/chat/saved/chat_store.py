@@ -49,6 +49,7 @@ _ID_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # without those that look alike
 _LOCK_TIMEOUT_S = 5.0  # for other sessions to save, which takes milliseconds
 _MIN_LEFTOVER_AGE_S = 3600  # no process still writes an older file
 _LIST_HINT = "'mixchat chats', or /chats in a chat, lists them."
+_HOME_HINT = "Set MIXCHAT_HOME to a directory of your own."
 _START_HINT = "'mixchat run' starts one, and saves it."
 _MAX_QUESTION = 200  # characters
 _BEFORE_TEXT = 30  # characters of a passage before the text that was searched
@@ -152,6 +153,9 @@ class ChatStore:
                 yield database
         except (sqlite3.Error, AttributeError, ValueError, TypeError, RecursionError) as error:
             raise self._explained(str(error), fault) from None
+        except PermissionError as error:
+            message = f"{self.path}: {fault} ({error.strerror})"
+            raise UsageError(message, hint=_HOME_HINT) from None
         except OSError as error:
             raise write_error(error, self.path, fault) from None
 
@@ -200,7 +204,7 @@ class ChatStore:
         if "full" in reason or "I/O" in reason:
             return ResourceError(message)
         if "readonly" in reason or "unable to open" in reason:
-            return UsageError(message)
+            return UsageError(message, hint=_HOME_HINT)
         hint = "Move it away to start anew. 'sqlite3 FILE .recover' reads what is left of it."
         return CheckpointError(f"{self.path} is damaged ({reason})", hint=hint)
 
