@@ -154,7 +154,7 @@ class ChatStore:
         except (sqlite3.Error, AttributeError, ValueError, TypeError, RecursionError) as error:
             raise self._explained(str(error), fault) from None
         except PermissionError as error:
-            message = f"{self.path}: {fault} ({error.strerror})"
+            message = f"{self.path}: {fault}: {error.strerror}"
             raise UsageError(message, hint=_HOME_HINT) from None
         except OSError as error:
             raise write_error(error, self.path, fault) from None
