@@ -298,8 +298,10 @@ class ModelThread:
         with self._changed:
             self._running.remove(answer)
             self._ended_stats = self._ended_stats.with_tokens(*answer.counts()).with_end(last)
-        answer.close()
-        answer.sink(last)
+        try:
+            answer.close()
+        finally:  # or its reader would wait for ever
+            answer.sink(last)
 
 
 _alive: set[ModelThread] = set()  # whose threads run

@@ -185,6 +185,9 @@ class Anything:
         self.compiled: Future[Any] = Future()
         self.compiled.set_result(None)
 
+    def close(self) -> None:
+        pass
+
 
 def take_any_form(form: Any, at_end: Any = None) -> Any:
     """Stands for `FormCompiler.compile`."""
