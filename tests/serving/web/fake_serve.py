@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[2]))  # as pytest does for the modules of tests/
+sys.path.append(str(Path(__file__).parents[2] / "tools"))  # as pytest does
 
 from mixchat.serving import serve
 
