@@ -106,7 +106,8 @@ def test_an_answer_that_cannot_be_saved_is_there_and_the_exit_code_says_it(
     done = mixchat("run", "--save", "Hi")
     assert (done.returncode, done.stdout) == (7, b"Hello\n")
     error, hint = done.stderr.decode().splitlines()
-    assert f"the chat cannot be saved ({os.strerror(number)})" in error
+    assert "the chat cannot be saved" in error
+    assert os.strerror(number) in error
     assert hint.startswith("hint: The answer is whole.")
 
 

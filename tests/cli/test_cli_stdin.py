@@ -63,7 +63,7 @@ def test_a_context_that_the_model_cannot_do_is_said_before_anything_is_read(mixc
 
 def test_who_waits_for_standard_input_is_told_after_a_second(environment):
     """`sleep 8 | mixchat run hi` was silent, and nobody knew what it did."""
-    with Terminal(behind("sleep 2", "Hi"), environment) as terminal:
+    with Terminal(behind("sleep 4", "Hi"), environment) as terminal:
         terminal.wait_for("note: reading standard input; </dev/null leaves it out")
         terminal.wait_for("Hello")
         assert terminal.wait_for_end() == 0
