@@ -3,15 +3,15 @@
 import gzip
 import hashlib
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 
 import pytest
+from endless_server import endless_server
 from fake_hub import FakeHub
 from weight_tools import Bar
 
@@ -35,31 +35,9 @@ def patient_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def endless(head: bytes, piece: bytes, pause: float = 0.0) -> Iterator[str]:
-    """The address of a hub that answers with `head`, and then `piece` again and again."""
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def answer(connection: socket.socket) -> None:
-        with connection, suppress(OSError):
-            connection.recv(65536)
-            connection.sendall(head)
-            while True:
-                connection.sendall(piece if pause else piece * (65536 // len(piece)))
-                time.sleep(pause)
-
-    def serve() -> None:
-        with suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                threading.Thread(target=answer, args=(connection,), daemon=True).start()
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield "http://127.0.0.1:{}".format(*listener.getsockname()[1:])
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join()
+    """The URL of a hub that answers with `head`, and then `piece` again and again."""
+    with endless_server(head, piece, pause) as address:
+        yield f"http://{address}"
 
 
 ASKS: dict[str, Callable[[str, Path], object]] = {

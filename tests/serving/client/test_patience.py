@@ -1,12 +1,11 @@
 """A server that sends without an end what is no answer, and servers that are only slow."""
 
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
+from endless_server import endless_server
 from scripted_server import DONE, LIST, Answer, ScriptedServer, as_json, delta, event, refusal
 
 from mixchat.base.errors import ServerError
@@ -29,27 +28,8 @@ pytestmark = pytest.mark.timeout(120)
 @contextmanager
 def endless(head: bytes, piece: bytes, pause: float = 0.0) -> Iterator[ServerClient]:
     """A client of a server that answers with `head`, and then `piece` again and again."""
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        with suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                with connection, suppress(OSError):
-                    connection.recv(65536)
-                    connection.sendall(head)
-                    while True:
-                        connection.sendall(piece if pause else piece * (65536 // len(piece)))
-                        time.sleep(pause)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield ServerClient(ServerURL.parse("127.0.0.1:{}".format(*listener.getsockname()[1:])))
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join()
+    with endless_server(head, piece, pause) as address:
+        yield ServerClient(ServerURL.parse(address))
 
 
 def answer_of(client: ServerClient) -> str:
