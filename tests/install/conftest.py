@@ -16,7 +16,7 @@ from mixchat.weights.format.manifest import Source
 
 
 @pytest.fixture
-def no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty data directory."""
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path / "home"))
     return tmp_path / "home"

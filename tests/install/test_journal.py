@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from weight_tools import fetching, files_of, quantize, run, shard
 
-from mixchat.install.make.from_checkpoint import CheckpointBuild
 from mixchat.install.make.parts import model_parts
 from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.format.journal import JOURNAL_FILE, Journal
@@ -116,11 +115,6 @@ def test_a_pipe_in_its_place_does_not_make_a_list_of_models_wait(tmp_path):
     assert Journal(tmp_path).head is None
 
 
-def test_what_is_not_saved_is_not_written(tmp_path):
-    started(tmp_path, {"a": 1}).add("x", {"one": "1"})
-    assert Journal(tmp_path).made == {}
-
-
 @pytest.mark.parametrize("other", [QuantizeOptions(attention=4), QuantizeOptions("none")])
 def test_work_with_other_options_is_not_resumed(checkpoint, tmp_path, making, other):
     unfinished(checkpoint, tmp_path / "installed")
@@ -130,12 +124,3 @@ def test_work_with_other_options_is_not_resumed(checkpoint, tmp_path, making, ot
     assert len(making.names) == len(list(model_parts(make_blueprint(opened.index, other))))
     quantize(checkpoint, tmp_path / "other", other)
     assert files_of(tmp_path / "installed") == files_of(tmp_path / "other")
-
-
-def test_its_head_says_what_is_made_of_what(checkpoint, tmp_path):
-    unfinished(checkpoint, tmp_path / "installed")
-    opened = fetching(checkpoint, tmp_path / "installed")
-    build = CheckpointBuild(
-        opened, tmp_path / "installed", make_blueprint(opened.index, QuantizeOptions())
-    )
-    assert build.journal.head == build.head == json.loads(json.dumps(build.head))

@@ -303,13 +303,16 @@ class TestList:
             "org--name", path, size, "org/name", commit, "nf4", context=128, weights=weights
         )
 
-    @pytest.mark.parametrize("config", [b"", b'{"model_type": "llama"}'])
-    def test_a_damaged_config_is_a_damaged_model(self, config):
-        (keep("bad") / "config.json").write_bytes(config)
-        assert [model.problem for model in models.list_models()] == ["damaged"]
-
-    def test_a_file_of_another_size_is_a_damaged_model(self):
-        (keep("bad") / "shared.safetensors").write_bytes(b"short")
+    @pytest.mark.parametrize(
+        ("name", "data"),
+        [
+            ("config.json", b""),
+            ("config.json", b'{"model_type": "llama"}'),
+            ("shared.safetensors", b"short"),
+        ],
+    )
+    def test_a_file_of_other_bytes_or_size_is_a_damaged_model(self, name, data):
+        (keep("bad") / name).write_bytes(data)
         assert [model.problem for model in models.list_models()] == ["damaged"]
 
     @pytest.mark.parametrize("manifest", [b"", b"{}", b"[" * 100_000])

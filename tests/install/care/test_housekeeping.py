@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from weight_tools import files_of
+from weight_tools import files_of, write_files
 
 from mixchat.base.errors import ModelNotFoundError, UsageError
 from mixchat.base.lock import exclusive_lock
@@ -37,9 +37,9 @@ FOREIGN = {
 
 
 @pytest.fixture(autouse=True)
-def home(no_settings: Path, cache: Path) -> Path:
+def home(home: Path, cache: Path) -> Path:
     models.models_dir().mkdir(parents=True)
-    return no_settings
+    return home
 
 
 @pytest.fixture
@@ -59,14 +59,8 @@ def finished(tiny_model: Path) -> Path:
 def unfinished() -> Path:
     """The workspace of a download."""
     place = workspace(models.models_dir() / "half")
-    write(place, {**WORK, JOURNAL_FILE: b'{"base": null}\n'})
+    write_files(place, {**WORK, JOURNAL_FILE: b'{"base": null}\n'})
     return place
-
-
-def write(directory: Path, files: dict[str, bytes]) -> None:
-    for name, data in files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_bytes(data)
 
 
 def found(**options: bool) -> dict[str, str]:
@@ -124,8 +118,8 @@ class TestLeftovers:
 
     def test_of_a_finished_model_are_all_that_it_does_not_need(self, finished):
         before = files_of(finished)
-        write(finished, JUNK)
-        write(workspace(finished), WORK)
+        write_files(finished, JUNK)
+        write_files(workspace(finished), WORK)
         assert found() == {
             workspace(finished).name: "removed",
             **{f"done/{name}": "removed" for name in JUNK},
@@ -152,14 +146,16 @@ class TestLeftovers:
         assert list(models.models_dir().iterdir()) == [finished]
 
     def test_a_model_in_use_is_left_alone_and_its_lock(self, unfinished):
+        """Found and removed were once two steps; a download that began between them was lost."""
         with exclusive_lock(models.models_dir() / "half"):
-            assert found() == {}
+            assert found() == found(unfinished=True) == {}
+            assert unfinished.exists()
             assert (models.models_dir() / ".half.mixchat.lock").exists()
 
     def test_links_and_strange_names_are_left_alone(self, precious):
-        write(precious, JUNK)
+        write_files(precious, JUNK)
         (models.models_dir() / "link").symlink_to(precious)
-        write(models.models_dir() / "....mixchat.unfinished", JUNK)
+        write_files(models.models_dir() / "....mixchat.unfinished", JUNK)
         (models.models_dir() / "a file").write_text("mine")
         (models.models_dir() / ".hidden").mkdir()
         assert found(unfinished=True) == {"a file": "foreign", "link": "foreign"}
@@ -172,18 +168,12 @@ class TestLeftovers:
         assert not workspace(finished).is_symlink()
         assert (precious / "file").read_text() == "precious"
 
-    def test_what_another_process_has_started_meanwhile_stays(self, unfinished):
-        """Found and removed were once two steps; a download that began between them was lost."""
-        with exclusive_lock(models.models_dir() / "half"):
-            assert list(sweep(unfinished=True)) == []
-        assert unfinished.exists()
-
 
 class TestForeignFiles:
     """A directory in models/ without a manifest was removed without a question."""
 
     def test_directories_and_checkpoints_without_a_mark_stay(self, finished, tiny_checkpoint):
-        write(models.models_dir() / "notes", FOREIGN)
+        write_files(models.models_dir() / "notes", FOREIGN)
         shutil.copytree(tiny_checkpoint, models.models_dir() / "mine")
         (models.models_dir() / "empty").mkdir()
         before = files_of(models.models_dir())
@@ -194,19 +184,19 @@ class TestForeignFiles:
 
     def test_those_in_an_installed_model_stay_and_are_named(self, finished):
         before = files_of(finished)
-        write(finished, JUNK | FOREIGN)
+        write_files(finished, JUNK | FOREIGN)
         swept = found(unfinished=True)
         foreign = {name for name, state in swept.items() if state == "foreign"}
         assert foreign == {f"done/{name.partition('/')[0]}" for name in FOREIGN}
         assert files_of(finished) == before | FOREIGN
 
     def test_a_small_file_that_the_manifest_does_not_list_is_foreign(self, finished):
-        write(finished, {"chat_template.jinja": b"mine"})
+        write_files(finished, {"chat_template.jinja": b"mine"})
         assert remove(finished) == [finished / "chat_template.jinja"]
         assert files_of(finished) == {"chat_template.jinja": b"mine"}
 
     def test_those_in_a_removed_model_stay_and_are_named(self, finished):
-        write(finished, JUNK | FOREIGN)
+        write_files(finished, JUNK | FOREIGN)
         stay = remove(finished)
         assert {path.name for path in stay} == {name.partition("/")[0] for name in FOREIGN}
         assert files_of(finished) == FOREIGN
@@ -218,7 +208,7 @@ class TestForeignFiles:
         assert not finished.exists()
 
     def test_a_directory_without_a_mark_is_no_model_to_remove(self):
-        write(models.models_dir() / "notes", FOREIGN)
+        write_files(models.models_dir() / "notes", FOREIGN)
         with pytest.raises(ModelNotFoundError):
             remove(models.models_dir() / "notes")
         assert files_of(models.models_dir() / "notes") == FOREIGN

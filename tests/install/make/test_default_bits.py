@@ -59,7 +59,7 @@ def test_bits_that_are_requested_are_taken():
     assert dense_bits(CONFIGS["instruct"], head=6) == ("int8", "int6")
 
 
-@pytest.mark.usefixtures("no_settings", "for_small_models_too")
+@pytest.mark.usefixtures("home", "for_small_models_too")
 def test_a_download_without_flags_finds_a_model_of_an_earlier_default(tiny_checkpoint):
     """Models of small experts had 8 bits once. A download without flags still finds them."""
     source = str(tiny_checkpoint)

@@ -23,16 +23,8 @@ from mixchat.weights.format.journal import JOURNAL_FILE
 from mixchat.weights.format.manifest import is_installed, read_manifest
 from mixchat.weights.format.workspace import workspace
 
+pytestmark = pytest.mark.usefixtures("home")
 SHARDS = shard_names(2)
-
-
-@pytest.fixture(autouse=True)
-def home(no_settings: Path) -> Path:
-    return no_settings
-
-
-def header(request: Any) -> bool:
-    return str(request.range).startswith("bytes=0-")
 
 
 def refuse(*_: object, **__: object) -> None:
@@ -74,21 +66,6 @@ class TestHub:
         get(REPO)
         with pytest.raises(UsageError, match="c0ffee"):
             get(REPO, revision="dddd")
-
-    def test_keep_source_leaves_the_shards_in_the_cache(self, fake, made):
-        path = get(REPO, keep_source=True)
-        assert files_of(path) == files_of(made)
-        snapshot = snapshot_dir(REPO, COMMIT)
-        for shard in SHARDS:
-            assert (snapshot / shard).read_bytes() == fake.files[shard]
-
-    def test_what_is_in_the_cache_is_not_fetched_and_stays(self, fake, made):
-        get(REPO, key="one", keep_source=True)
-        fake.requests.clear()
-        path = get(REPO, key="two")
-        assert not [r for r in fake.requests if r.path[1:] in SHARDS and not header(r)]
-        assert files_of(path) == files_of(made)
-        assert (snapshot_dir(REPO, COMMIT) / SHARDS[0]).exists()
 
     def test_without_the_hub_a_snapshot_in_the_cache_will_do(self, fake, made, monkeypatch):
         from huggingface_hub import constants

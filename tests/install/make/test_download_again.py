@@ -21,12 +21,8 @@ from mixchat.weights.format.journal import JOURNAL_FILE
 from mixchat.weights.format.manifest import is_installed, read_manifest
 from mixchat.weights.format.workspace import MODEL_DIR, workspace
 
+pytestmark = pytest.mark.usefixtures("home")
 SHARDS = shard_names(2)
-
-
-@pytest.fixture(autouse=True)
-def home(no_settings: Path) -> Path:
-    return no_settings
 
 
 def test_a_failed_download_leaves_what_came_and_the_next_one_resumes(fake, home, made, making):
@@ -55,17 +51,6 @@ def test_a_shard_that_is_used_up_is_neither_planned_nor_requested_again(fake):
     get(REPO)
     ranges = {r.range for r in fake.requests if r.path == f"/{SHARDS[0]}"}
     assert ranges == {f"bytes=0-{hub._FIRST_READ_BYTES - 1}"}  # its header
-
-
-def test_it_resumes_after_ctrl_c(fake, made, making, save_each_part):
-    make = ModelPart.make
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModelPart, "make", interrupt_after(8, make))
-        with pytest.raises(KeyboardInterrupt):
-            get(REPO)
-    before = len(making.names)
-    assert files_of(get(REPO)) == files_of(made)
-    assert not set(making.names[:before]) & set(making.names[before:])
 
 
 def test_it_resumes_the_commit_it_started_with_though_the_branch_moved(fake):

@@ -27,10 +27,7 @@ from mixchat.install.source.checkpoint_index import SINGLE
 from mixchat.weights.format.manifest import is_installed, read_manifest
 from mixchat.weights.format.workspace import MODEL_DIR, OLD_DIR, SOURCE_DIR, workspace
 
-
-@pytest.fixture(autouse=True)
-def home(no_settings: Path) -> Path:
-    return no_settings
+pytestmark = pytest.mark.usefixtures("home")
 
 
 class TestLocal:

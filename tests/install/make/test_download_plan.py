@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fake_hub import REPO, FakeHub
 from weight_tools import Fetching, order_of, shard
 
@@ -245,18 +244,6 @@ class TestCheck:
     def test_too_little_memory_is_refused_with_both_numbers(self):
         with pytest.raises(ResourceError, match=r"^not enough memory: 1\.3 GB needed, 1 GB free$"):
             replace(ENOUGH, memory=Need(Path(), 1_210_000_000, 1_000_000_000)).check()
-
-
-def test_a_checkpoint_in_fp32_needs_more_memory_than_one_in_bf16(large, make_checkpoint):
-    narrow = make_checkpoint(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=1, dtype=torch.bfloat16
-    )
-    wide, narrow_index = (DirectoryCheckpoint(path, Source("x")).index for path in (large, narrow))
-    needed = [
-        find_memory_need(index, make_blueprint(index, QuantizeOptions())).needed
-        for index in (wide, narrow_index)
-    ]
-    assert needed[0] >= needed[1]
 
 
 def test_gpt_oss_is_foreseen_in_mxfp4():

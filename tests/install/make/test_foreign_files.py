@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import REPO
-from weight_tools import Meter, files_of, get
+from weight_tools import Meter, files_of, get, write_files
 
 from mixchat.base.errors import UsageError
 from mixchat.base.machine import disk_usage
@@ -16,6 +16,7 @@ from mixchat.weights.format.blueprint import SHARED_FILE, experts_file
 from mixchat.weights.format.manifest import is_installed
 from mixchat.weights.format.own_files import own_bytes, own_files
 
+pytestmark = pytest.mark.usefixtures("home")
 FOREIGN = {
     "thesis.txt": b"years",
     "shared.safetensors.tmp": b"days",
@@ -28,21 +29,9 @@ FOREIGN = {
 }
 
 
-@pytest.fixture(autouse=True)
-def home(no_settings: Path) -> Path:
-    return no_settings
-
-
-def write(directory: Path, files: dict[str, bytes] = FOREIGN) -> Path:
-    for name, data in files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_bytes(data)
-    return directory
-
-
 def test_a_download_leaves_them_and_names_them(fake, made, home):
     """A thesis.txt in the directory was removed before the download began."""
-    target, meter = write(home / "models" / "org--tiny-mixtral"), Meter()
+    target, meter = write_files(home / "models" / "org--tiny-mixtral", FOREIGN), Meter()
     assert get(REPO, meter=meter) == target
     assert files_of(target) == files_of(made) | FOREIGN
     (note,) = [note for note in meter.notes if "thesis.txt" in note]
@@ -52,7 +41,7 @@ def test_a_download_leaves_them_and_names_them(fake, made, home):
 def test_a_download_with_other_options_removes_the_work_and_nothing_else(
     fake, home, making, save_each_part
 ):
-    target = write(home / "models" / "org--tiny-mixtral")
+    target = write_files(home / "models" / "org--tiny-mixtral", FOREIGN)
     making.fail_at = 4
     with pytest.raises(ConnectionError):
         get(REPO)
@@ -66,7 +55,8 @@ def test_a_download_with_other_options_removes_the_work_and_nothing_else(
 
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_download_refuses_to_overwrite_a_checkpoint_under_its_name(fake, home, dry_run):
-    target = write(home / "models" / "org--tiny-mixtral", {"config.json": b"mine", "notes": b""})
+    files = {"config.json": b"mine", "notes": b""}
+    target = write_files(home / "models" / "org--tiny-mixtral", files)
     before = files_of(home)
     request = DownloadRequest(resolve(REPO), QuantizeOptions())
     with pytest.raises(UsageError, match=r"config\.json") as caught:
@@ -91,7 +81,7 @@ def test_foreign_bytes_do_not_count_as_work_that_is_done(fake, home):
     """A directory with 1 GB of notes was planned to need 1 GB less of disk."""
     request = DownloadRequest(resolve(REPO), QuantizeOptions())
     alone = plan_download(request, Meter())
-    target = write(home / "models" / "org--tiny-mixtral", {"notes": b"x" * 1_000_000})
+    target = write_files(home / "models" / "org--tiny-mixtral", {"notes": b"x" * 1_000_000})
     assert own_bytes(target) == 0 < disk_usage(target)
     planned = plan_download(request, Meter())
     assert alone is not None

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from care_tools import EXPERTS, flip, mend, verify
 from rebuild_tools import DENSE, FIRST, HEAD, LAST, SHARED, reform, stop_at
-from weight_tools import Meter, files_of
+from weight_tools import Meter, files_of, write_files
 
 from mixchat.base import machine, system
 from mixchat.base.errors import CheckpointError, ResourceError
@@ -86,15 +86,9 @@ def installed(both: dict[str, Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def home(no_settings: Path, cache: Path) -> Path:
+def home(home: Path, cache: Path) -> Path:
     models.models_dir().mkdir(parents=True)
-    return no_settings
-
-
-def write(directory: Path, files: dict[str, bytes] = FOREIGN) -> None:
-    for name, data in files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_bytes(data)
+    return home
 
 
 def is_whole(directory: Path) -> bool:
@@ -110,7 +104,7 @@ class TestKilled:
         step, killed, states = 0, True, set()
         while killed:
             mine = Path(shutil.copytree(before, models.models_dir() / "mine"))
-            write(mine, foreign)
+            write_files(mine, foreign)
             killed = kill_at(step, lambda mine=mine: reform(mine))
             if exchanges:
                 assert is_whole(mine)
@@ -129,7 +123,7 @@ class TestKilled:
         while killed:
             mine = Path(shutil.copytree(whole, models.models_dir() / "mine"))
             flip(mine / EXPERTS, 5000)
-            write(mine)
+            write_files(mine, FOREIGN)
             killed = kill_at(step, lambda mine=mine: mend(mine, tiny_checkpoint))
             settle(mine)
             mend(mine, tiny_checkpoint)
@@ -144,7 +138,7 @@ class TestKilled:
         step, killed, left = 0, True, set()
         while killed:
             mine = Path(shutil.copytree(tiny_model, models.models_dir() / "mine"))
-            write(mine)
+            write_files(mine, FOREIGN)
             killed = kill_at(step, lambda mine=mine: remove(mine))
             list(sweep())
             files = files_of(mine)

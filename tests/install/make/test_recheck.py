@@ -12,7 +12,7 @@ from mixchat.install.make.parts import model_parts
 from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.install.make.unfinished import find_damaged
 from mixchat.weights.format.journal import Journal
-from mixchat.weights.format.workspace import MODEL_DIR, SPILL_PREFIX, workspace
+from mixchat.weights.format.workspace import MODEL_DIR, workspace
 
 
 @pytest.fixture
@@ -69,18 +69,6 @@ def test_it_is_made_again_though_nothing_else_was_left_to_do(small, whole, tmp_p
     assert again.fetched == ["model.safetensors"]
 
 
-def test_a_flipped_byte_of_what_was_spilled_does_not_get_into_a_part(checkpoint, unfinished, whole):
-    """Nothing could tell: the part was made of it, and hashed afterwards."""
-    spill = sorted(workspace(unfinished).glob(SPILL_PREFIX + "*"))
-    assert spill
-    for path in spill:
-        flip(path, -1)
-    again = fetching(checkpoint, unfinished)
-    run(again, unfinished)
-    assert len(again.fetched) > 1
-    assert files_of(unfinished) == whole
-
-
 def test_what_is_whole_is_read_once_and_nothing_of_it_is_made_again(
     checkpoint, unfinished, whole, making
 ):
@@ -101,17 +89,6 @@ def test_what_is_whole_is_read_once_and_nothing_of_it_is_made_again(
 def test_nothing_is_checked_where_nothing_was_done(checkpoint, tmp_path):
     meter = run(fetching(checkpoint, tmp_path / "new"), tmp_path / "new")
     assert not [bar for bar in meter.bars if bar.what.startswith("checking")]
-
-
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
-def test_all_of_a_file_that_is_gone_is_named(checkpoint, unfinished, spoil):
-    made = Journal(workspace(unfinished)).made
-    path, _ = first_made(checkpoint, unfinished)
-    spoil(path)
-    opened = fetching(checkpoint, unfinished)
-    headers = make_blueprint(opened.index, QuantizeOptions()).headers()
-    found = find_damaged(workspace(unfinished), headers, made, Meter())
-    assert found == {path.name: set(made[path.name])}
 
 
 def test_every_tensor_that_is_made_is_checked(checkpoint, unfinished):

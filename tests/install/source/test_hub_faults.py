@@ -99,14 +99,6 @@ class TestFaults:
         with pytest.raises(HubError, match="cannot reach"):
             checkpoint.fetch(SHARDS[0], Bar(), Event())
 
-    def test_switched_off(self, fake, tmp_path, monkeypatch):
-        from huggingface_hub import constants
-
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
-            hub.look_up(REPO)
-        assert not fake.requests
-
     @pytest.mark.parametrize(
         "address", ["hub", "ftp://hub", "http://", "http://[", "http://hub:port", "http://h\x1b"]
     )

@@ -17,13 +17,7 @@ from mixchat.base.errors import HubError
 from mixchat.install.source import transfer
 from mixchat.install.source.checkpoint import Stopped
 from mixchat.install.source.hub_errors import plain_errors
-from mixchat.install.source.transfer import (
-    fetch_and_discard,
-    fetch_file,
-    is_intact,
-    part_path,
-    read_range,
-)
+from mixchat.install.source.transfer import fetch_and_discard, fetch_file, part_path, read_range
 
 NAME = "model.safetensors"
 DATA = random.Random(1).randbytes(100_000)
@@ -64,13 +58,6 @@ class TestFile:
         assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
         assert ranges(hub) == [None, "bytes=40000-", "bytes=80000-"]
         assert bar.done == len(DATA)
-
-    def test_resumes_behind_what_an_earlier_process_left(self, hub, tmp_path):
-        part_path(tmp_path / NAME).write_bytes(DATA[:70_001])
-        bar = Bar()
-        assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
-        assert ranges(hub) == ["bytes=70001-"]
-        assert bar.done == len(DATA) - 70_001
 
     def test_is_not_asked_for_where_it_only_lacks_its_name(self, hub, tmp_path):
         part_path(tmp_path / NAME).write_bytes(DATA)
@@ -324,17 +311,6 @@ class TestRange:
     def test_of_nothing_asks_for_nothing(self, hub):
         assert read_range(url(hub), 5, 0, Event()) == b""
         assert not hub.requests
-
-
-class TestHashing:
-    def test_a_file_that_is_right_is_whole(self, tmp_path):
-        (tmp_path / NAME).write_bytes(DATA)
-        assert is_intact(tmp_path / NAME, len(DATA), SHA256, Event())
-
-    @pytest.mark.parametrize("data", [b"", DATA[:-1], DATA + b"!", b"?" + DATA[1:]])
-    def test_one_that_is_wrong_is_not(self, tmp_path, data):
-        (tmp_path / NAME).write_bytes(data)
-        assert not is_intact(tmp_path / NAME, len(DATA), SHA256, Event())
 
 
 def test_listening_counts_what_comes_until_stop_is_set(hub):

@@ -112,11 +112,11 @@ def test_a_checkpoint_with_stacked_experts_or_with_more_than_text_makes_the_same
 
     transformers loads both.
     """
-    plain = make_checkpoint(model_type="qwen2_moe", num_local_experts=3)
+    plain = make_checkpoint(model_type="qwen3_5_moe", num_local_experts=3)
     tensors = dict(load_file(plain / "model.safetensors"))
     config = json.loads((plain / "config.json").read_text())
     if stacked:
-        for layer in range(2):
+        for layer in range(config["num_hidden_layers"]):
             own = f"model.layers.{layer}.mlp.experts."
             parts = [
                 {x: tensors.pop(f"{own}{n}.{x}_proj.weight") for x in ("gate", "up", "down")}
@@ -128,9 +128,9 @@ def test_a_checkpoint_with_stacked_experts_or_with_more_than_text_makes_the_same
     if nested:
         names = {name: name.replace("model.", "model.language_model.") for name in tensors}
         tensors = {names[name]: tensor for name, tensor in tensors.items()}
-        tensors["model.visual.blocks.0.norm1.weight"] = torch.ones(5)
-        kept = {key: config.pop(key) for key in ("model_type", "tie_word_embeddings")}
-        config = {**kept, "text_config": {**config, "model_type": "qwen2_moe_text"}}
+        left_out = ("model.visual.blocks.0.norm1.weight", "mtp.fc.weight")
+        tensors |= {name: torch.ones(5) for name in left_out}
+        config = {"model_type": "qwen3_5_moe", "text_config": config, "vision_config": {"depth": 1}}
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     made = [[*made_parts(directory)] for directory in (plain, tmp_path)]

@@ -17,68 +17,23 @@ SHARED = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": 
 ALTERNATING = ["sliding_attention", "full_attention"]
 
 
-def _known(name: str) -> dict[str, Any]:
-    """Return the config.json of a known model, as if it were in 16 bits."""
-    other = ("model_type", "quantization_config")
-    config = {key: value for key, value in KNOWN[name].config.items() if key not in other}
-    return {**SHARED, **config}
+def _known(name: str, *without: str) -> dict[str, Any]:
+    """Return the config.json of a known model, as if it were in 16 bits, without some keys."""
+    other = ("model_type", "quantization_config", *without)
+    config = {**SHARED, **KNOWN[name].config}
+    return {key: value for key, value in config.items() if key not in other}
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3_next": {
-        **SHARED,
-        "vocab_size": 151936,
-        "hidden_size": 2048,
+        **_known("qwen3-coder-next", "layer_types"),
+        "full_attention_interval": 4,
         "intermediate_size": 5120,
-        "moe_intermediate_size": 512,
-        "shared_expert_intermediate_size": 512,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "head_dim": 256,
-        "num_experts": 512,
-        "num_experts_per_tok": 10,
-        "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        "full_attention_interval": 4,
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 128,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_value_head_dim": 128,
-        "max_position_embeddings": 262144,
-        "partial_rotary_factor": 0.25,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e7,
         "rope_scaling": None,
-        "eos_token_id": 151645,
     },
-    "lfm2_moe": {
-        "vocab_size": 65536,
-        "hidden_size": 2048,
-        "intermediate_size": 7168,
-        "moe_intermediate_size": 1792,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_experts": 32,
-        "num_experts_per_tok": 4,
-        "num_dense_layers": 2,
-        "norm_topk_prob": True,
-        "use_expert_bias": True,
-        "routed_scaling_factor": 1.0,
-        "conv_L_cache": 3,
-        "conv_bias": False,
-        "norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "max_position_embeddings": 128000,
-        "tie_embedding": True,
-        "eos_token_id": 7,
-        "layer_types": [
-            "full_attention" if layer in (2, 6, 10, 14, 18, 21) else "conv" for layer in range(24)
-        ],
-    },
+    "lfm2_moe": {**_known("lfm2", "tie_word_embeddings"), "tie_embedding": True},
     "qwen3_moe": {
         **_known("qwen3"),
         "decoder_sparse_step": 1,
@@ -184,33 +139,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6,
         "eos_token_id": [151329, 151336, 151338],
     },
-    "glm4_moe_lite": {
-        **SHARED,
-        "vocab_size": 154880,
-        "hidden_size": 2048,
-        "intermediate_size": 10240,
-        "moe_intermediate_size": 1536,
-        "num_hidden_layers": 47,
-        "num_attention_heads": 20,
-        "num_key_value_heads": 20,
-        "n_routed_experts": 64,
-        "n_shared_experts": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "num_experts_per_tok": 4,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.8,
-        "q_lora_rank": 768,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 192,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 256,
-        "num_nextn_predict_layers": 1,
-        "max_position_embeddings": 202752,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "eos_token_id": [154820, 154827, 154829],
-    },
+    "glm4_moe_lite": _known("glm-4.7-flash", "first_k_dense_replace"),
     "deepseek_v2": {
         **SHARED,
         "vocab_size": 102400,

@@ -33,11 +33,6 @@ def refusal(installed: Path) -> str:
     return str(caught.value)
 
 
-def test_a_whole_model_opens(installed: Path) -> None:
-    with InstalledModel(installed) as model:
-        assert model.blueprint.expert_count == 8
-
-
 def test_a_directory_without_a_manifest_is_unfinished(installed: Path) -> None:
     (installed / MANIFEST_FILE).unlink()
     assert "mixchat.json: the file is missing" in refusal(installed)  # its copy says what it was
@@ -128,28 +123,31 @@ def test_a_malformed_manifest_is_refused(installed: Path, changes: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("quant_type", "fp4"), ("scales", []), ("blocksize", 128), ("blocksize", 32), ("head", 1)],
+    ("key", "value", "said"),
+    [
+        ("quant_type", "fp4", "quant_type"),
+        ("scales", [], "scales"),
+        ("blocksize", 128, "blocksize"),
+        ("blocksize", 32, "blocksize"),
+        ("head", 1, "head 1 is not known"),
+        ("head", False, "head False is not known"),
+        ("head", "int5", "head 'int5' is not known"),
+        ("head", "int4", "head 'int4' is not known"),
+        ("attention", True, "attention True is not known"),
+    ],
 )
-def test_an_unknown_quantization_is_refused(installed: Path, key: str, value: object) -> None:
+def test_an_unknown_quantization_is_refused(
+    installed: Path, key: str, value: object, said: str
+) -> None:
     quantization = json.loads((installed / MANIFEST_FILE).read_text())["quantization"]
     edit_manifest(installed, quantization={**quantization, key: value})
-    assert key in refusal(installed)
+    assert said in refusal(installed)
 
 
 @pytest.mark.parametrize("text", ["", "[]"])
 def test_a_manifest_that_is_no_object_is_refused(installed: Path, text: str) -> None:
     (installed / MANIFEST_FILE).write_text(text)
     assert MANIFEST_FILE in refusal(installed)
-
-
-@pytest.mark.parametrize(
-    ("part", "value"), [("head", False), ("attention", True), ("head", "int5"), ("head", "int4")]
-)
-def test_other_words_are_refused(installed: Path, part: str, value: object) -> None:
-    quantization = json.loads((installed / MANIFEST_FILE).read_text())["quantization"]
-    edit_manifest(installed, quantization={**quantization, part: value})
-    assert f"{part} {value!r} is not known" in refusal(installed)
 
 
 def test_a_manifest_names_format_7_and_the_types(installed: Path) -> None:

@@ -99,42 +99,6 @@ def test_a_nested_absmax_in_half_precision_is_read_as_bitsandbytes_reads_it(nest
     assert torch.equal(read(tensors).dense(torch.float32), oracle(tensors))
 
 
-def test_transformers_saves_a_mixtral_that_is_read(tmp_path):
-    """Its attention: transformers 5 fuses the experts, and then leaves them as they are."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=32,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=2,
-        )
-    )
-    attention = model.model.layers[0].self_attn
-    for part in "qkvo":
-        dense = getattr(attention, f"{part}_proj")
-        layer = bitsandbytes_package.nn.Linear4bit(
-            dense.in_features, dense.out_features, bias=False, quant_type="nf4"
-        )
-        layer.weight = bitsandbytes_package.nn.Params4bit(
-            dense.weight.data, requires_grad=False, quant_type="nf4", module=layer
-        )
-        setattr(attention, f"{part}_proj", layer.to("cpu"))
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    name = "model.layers.0.self_attn.k_proj.weight"
-    assert quant_type(name, tensors) == "nf4"
-    assert quant_type(NAME.replace("3", "1"), tensors) is None
-    matrix = read_matrix(name, tensors.__getitem__, tensors, rows=32, columns=64)
-    weight = attention.k_proj.weight
-    expected = bnb.dequantize_4bit(weight.data, weight.quant_state)
-    assert torch.equal(matrix.dense(torch.float32), expected)
-
-
 @each_type
 @nested_or_not
 def test_names_alone_tell_what_belongs_together(kind, nested):
