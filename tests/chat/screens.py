@@ -8,6 +8,13 @@ from rich.cells import chop_cells
 from rich.console import Console
 
 
+class Tty(io.StringIO):
+    """Says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 class Screen(pyte.HistoryScreen):
     """One that never scrolls back, and need not ask at each attribute whether it should."""
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from screens import Tty
 
 from mixchat.chat.draw import markdown_stream
 from mixchat.chat.draw.markdown import MarkdownText
@@ -22,11 +23,6 @@ STYLES = re.compile(r"\x1b\[(?!38;5)[0-9;]*m")
 # The sequences that drawing itself sends.
 NAMES = ("_BEGIN", "_END", "_NO_WRAP", "_WRAP", "_HIDE_CURSOR", "_SHOW_CURSOR", "_ERASE_BELOW")
 OWN = [getattr(markdown_stream, name) for name in NAMES]
-
-
-class Tty(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def control_sequence(chance: random.Random) -> str:

@@ -7,17 +7,13 @@ import pty
 from pathlib import Path
 
 import pytest
+from screens import Tty
 
 import mixchat
 from mixchat.chat.printing import fitted, one_line, say, show, show_path, wrapped
 
 PACKAGE = Path(mixchat.__file__).parent
 HOSTILE = "evil\x1b]0;pwned\x07\x9b2J\u202egnp.txt\nerror: forged"
-
-
-class Tty(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def printing_calls(path):

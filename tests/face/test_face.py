@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -88,23 +87,6 @@ def test_an_answer_that_nobody_holds_ends(model):
     assert end.reason == "length"
     assert model.stats.cancelled >= before
     assert model.stats.running == 0
-
-
-def test_several_threads_ask_at_once_and_get_what_one_gets_alone(model):
-    def answer(number):
-        events = model.chat([{"role": "user", "content": "x" * number}], seed=1, max_tokens=12)
-        answers[number] = text_of(events)
-
-    alone, answers = {}, {}
-    for number in range(1, 6):
-        answer(number)
-    alone, answers = answers, {}
-    threads = [threading.Thread(target=answer, args=[number]) for number in alone]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == alone
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,8 @@ from mixchat.face.request import QueueFullError, Request, ShuttingDownError, Too
 from mixchat.text.checkpoint_text import CheckpointText
 from mixchat.text.form.call_form import CallForm
 from mixchat.text.form.constraint import CallConstraint
-from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tool_call import Tool, joined_calls
 from mixchat.text.tool_formats import PLAIN
-from tests.serving.web.scripted_model import scripted_model
 
 WAIT_S = 60  # after which something hangs
 ENDLESS = ((2, -100.0),)  # the bias of a stop token that never comes
@@ -356,14 +354,3 @@ def test_counts_are_those_of_the_answers(load):
     assert {name: getattr(stats, name) for name in sums} == sums
     assert stats.busy_seconds > 0
     assert stats.expert_hits + stats.expert_misses > 0
-
-
-def test_thinking_is_apart_from_text_and_has_no_stop_strings():
-    with scripted_model() as model:
-        model.template.thinking = ThinkingFormat("tags")
-        question = {"role": "user", "content": "say:<think>END.</think>YesEND"}
-        *events, last = model.chat([question], stop="END")
-    pieces = [event for event in events if isinstance(event, Piece)]
-    assert "".join(piece.thinking for piece in pieces) == "END."
-    assert "".join(piece.text for piece in pieces) == "Yes"
-    assert (last.reason, last.thinking_tokens) == ("stop_string", len("<think>END.</think>"))

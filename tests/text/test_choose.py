@@ -43,6 +43,7 @@ def test_mistrals_third_generation_is_built_from_ids(with_json, tmp_path):
     template = chosen(tmp_path)
     assert type(template) is InstructTemplate
     assert template.encode([Message("user", "[INST]")])[:2] == [1, 3]
+    assert template.stop_ids == {2}
 
 
 def test_a_template_for_tools_needs_a_tokenizer_with_their_tokens(tmp_path):

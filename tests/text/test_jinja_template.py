@@ -107,17 +107,6 @@ def test_ordinary_talk_gets_transformers_ids(name, kind, messages, speakers):
     )
 
 
-def test_the_simplest_case_by_hand(checkpoints, byte_level):
-    template = load_template(checkpoints["byte-level"], byte_level)
-    encode, controls = byte_level.encode, byte_level.control_tokens
-    start, end = controls["<|im_start|>"], controls["<|im_end|>"]
-    assert template.encode([Message("system", "S"), Message("user", "a < b")]) == [
-        start, *encode("system\nS"), end, *encode("\n"),
-        start, *encode("user\na < b"), end, *encode("\n"),
-        start, *encode("assistant\n"),
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=50)
 @given(messages=talk(anything), kind=st.sampled_from(["byte-level", "llama-old", "llama-new"]))

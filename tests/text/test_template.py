@@ -88,15 +88,6 @@ def test_the_ids_of_the_third_generation_are_mistral_commons(messages, instruct_
     assert instruct_v3.encode(messages) == oracle_v3(messages)
 
 
-def test_a_worked_example_of_the_third_generation(instruct_v3):
-    hi, hello = Message("user", "Hi"), Message("assistant", "Hello  ")
-    assert instruct_v3.encode([hi, hello, Message("user", "[/INST]")]) == [
-        *(1, 3, 16127, 4, 23325, 2),
-        *(3, 1501, 29516, 17057, 29561, 4),
-    ]
-    assert instruct_v3.stop_ids == {2}
-
-
 def test_from_the_third_generation_the_system_text_is_in_the_last_question(instruct_v3):
     """An answer's own ids are taken as they are, with their last space."""
     ids = (1, 2, 29473)

@@ -7,34 +7,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marked_characters import MarkedCharacters
 
-from mixchat.text.detokenizer import TokenBytes
 from mixchat.text.thinking import AnswerText, ThinkingFormat, format_of, parser_of
 
-MARKS = {f"<|{name}|>": 0xE000 + n for n, name in enumerate(
-    ("channel", "message", "start", "end", "return", "call")
-)} | {"<|channel>": 0xE010, "<channel|>": 0xE011,
-     "[THINK]": 0xE020, "[/THINK]": 0xE021}  # fmt: skip
+NAMES = ("channel", "message", "start", "end", "return", "call")
+MARKS = (*(f"<|{name}|>" for name in NAMES), "<|channel>", "<channel|>", "[THINK]", "[/THINK]")
+TOKENIZER: Any = MarkedCharacters(MARKS)
 TAGS, HARMONY = ThinkingFormat("tags"), ThinkingFormat("harmony")
 CHANNEL, BRACKETS = ThinkingFormat("channel"), ThinkingFormat("brackets")
-
-
-class Characters:
-    """A token is a character."""
-
-    control_tokens = MARKS
-    token_bytes = TokenBytes([chr(i).encode(errors="ignore") for i in range(0xE000)], {})
-
-    def decode(self, ids: Any) -> str:
-        return "".join(chr(token) for token in ids if token not in MARKS.values())
-
-    def encode_template(self, text: str) -> list[int]:
-        for name, token in MARKS.items():
-            text = text.replace(name, chr(token))
-        return list(map(ord, text))
-
-
-TOKENIZER: Any = Characters()
 
 
 def parsed(form: Any, pieces: Any, prompt: str = "", begun: str = "") -> tuple[str, str, Any]:

@@ -84,8 +84,3 @@ def test_every_token_has_an_entry_and_control_tokens_have_no_bytes(tokenizer, to
     controls = tokenizer.control_tokens.values()
     assert [tokens.within[i] for i in controls] == [b""] * len(controls)
     assert not tokens.first.keys() & set(controls)
-
-
-def test_added_tokens_that_people_may_write_are_text(byte_level):
-    (added,) = byte_level.encode("blockchain")
-    assert byte_level.token_bytes.within[added] == b"blockchain"

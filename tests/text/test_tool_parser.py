@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marked_characters import MarkedCharacters
 
-from mixchat.text.detokenizer import TokenBytes
 from mixchat.text.literals import GEMMA as GEMMA_QUOTE
 from mixchat.text.literals import literal_of
 from mixchat.text.thinking import AnswerText, ThinkingFormat
@@ -20,13 +20,12 @@ from mixchat.text.tool_call import ToolCall, joined_calls
 from mixchat.text.tool_formats import FORMATS
 from mixchat.text.tool_parser import answer_parser
 
-NAMES = (
+MARKS = (
     *("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>", "[TOOL_CALLS]"),
     *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>'),
     *("<|tool_call_start|>", "<|tool_call_end|>"),
     *("[CALL_ID]", "[ARGS]", "[THINK]", "[/THINK]"),
 )
-MARKS = {name: 0xE000 + number for number, name in enumerate(NAMES)}
 TAGS, HARMONY = ThinkingFormat("tags"), ThinkingFormat("harmony")
 CHANNEL, BRACKETS = ThinkingFormat("channel"), ThinkingFormat("brackets")
 F = '{"name": "f", "arguments": {"a": "}\\"{", "b": [{"c": 1}]}}'
@@ -47,27 +46,16 @@ LFM = '<|tool_call_start|>[f(a=\'}"{\', b=[{"c": 1}]), g.h-i()]<|tool_call_end|>
 CUT = '<tool_call>\n{"name": "f", "arguments": {"a": '
 
 
-class Characters:
-    """A token is a character."""
-
-    control_tokens = MARKS
-    token_bytes = TokenBytes([chr(i).encode(errors="ignore") for i in range(0xE000)], {})
-
-    def decode(self, ids: Any) -> str:
-        return "".join(chr(token) for token in ids if token not in MARKS.values())
-
-
 def parsed(tools: str | None, thinking: Any, answer: str, cuts: list[int]) -> AnswerText:
     """An answer whose text is cut at these places, and around each mark that counts."""
-    tokenizer: Any = Characters()
+    tokenizer: Any = MarkedCharacters(MARKS)
     parser = answer_parser(thinking, None if tools is None else FORMATS[tools], tokenizer, ())
-    for name, token in MARKS.items():
-        answer = answer.replace(name, chr(token))
+    answer = "".join(map(chr, tokenizer.encode_template(answer)))
     places = sorted({0, len(answer), *(cut % (len(answer) + 1) for cut in cuts)})
     places = sorted(
         {*places, *(i + n for i, c in enumerate(answer) for n in (0, 1) if c > "\ud800")}
     )
-    new, names = AnswerText(), {token: name for name, token in MARKS.items()}
+    new, names = AnswerText(), {token: name for name, token in tokenizer.control_tokens.items()}
     for piece in (answer[a:b] for a, b in pairwise(places)):
         name = names.get(ord(piece)) if len(piece) == 1 else None
         if name is None:
@@ -221,7 +209,7 @@ def test_thinking_stays_apart_from_calls() -> None:
 
 
 def test_arguments_come_as_they_are_generated() -> None:
-    tokenizer: Any = Characters()
+    tokenizer: Any = MarkedCharacters(MARKS)
     parser = answer_parser(None, FORMATS["tags"], tokenizer, ())
     for piece, arguments in ((CUT, '{"a": '), ('"x', '"x'), ("y", "y"), ('"}}', '"}')):
         assert "".join(call.arguments for call in parser.add(piece).calls) == arguments
@@ -230,7 +218,7 @@ def test_arguments_come_as_they_are_generated() -> None:
 def test_a_long_text_between_tags_costs_each_token_little(monkeypatch):
     """Each token looked for the end of a name at each line of HTML, in cubic time."""
     matched = []
-    tools: Any = Characters()
+    tools: Any = MarkedCharacters(MARKS)
     parser: Any = answer_parser(None, FORMATS["qwen-coder"], tools, ())
     pattern = parser._argument
     watched = SimpleNamespace(match=lambda held: matched.append(held) or pattern.match(held))

@@ -5,17 +5,15 @@ import time
 
 import pyte
 import pytest
+from screens import Tty
 
 from mixchat.chat.terminal.screen import Screen
 from mixchat.face.events import End, LeftOut, Piece, Reading
 from mixchat.text.messages import Message
 
 
-class Tty(io.StringIO):
-    """Says that it is a terminal, and is shown by one of 40 columns."""
-
-    def isatty(self) -> bool:
-        return True
+class ShownTty(Tty):
+    """It is shown by a terminal of 40 columns."""
 
     @property
     def shown(self) -> list[str]:
@@ -57,14 +55,14 @@ def thought(*pieces):
 
 def test_the_rest_of_an_answer_is_drawn_as_what_it_continues_with():
     """/continue drew code as prose: its comments became headings."""
-    out = Tty()
+    out = ShownTty()
     assert Screen(out).show(answered("# Example\n", "x\n```\n"), "```\na\n") is END
     assert out.shown[1:] == ["a", "# Example", "x", "─" * 20]
 
 
 @pytest.mark.parametrize(
     ("raw", "out", "term"),
-    [(True, Tty(), "xterm"), (False, io.StringIO(), "xterm"), (False, Tty(), "dumb")],
+    [(True, ShownTty(), "xterm"), (False, io.StringIO(), "xterm"), (False, ShownTty(), "dumb")],
 )
 def test_raw_or_elsewhere_it_is_shown_as_it_is_written(raw, out, term, monkeypatch):
     monkeypatch.setenv("TERM", term)
@@ -79,7 +77,7 @@ def test_what_breaks_an_answer_off_leaves_all_that_came_on_the_screen(raw):
         yield Piece("wor")
         raise RuntimeError
 
-    out = Tty()
+    out = ShownTty()
     with pytest.raises(RuntimeError):
         Screen(out, raw=raw).show(broken())
     assert out.shown == ["Hello, wor"]
@@ -87,7 +85,7 @@ def test_what_breaks_an_answer_off_leaves_all_that_came_on_the_screen(raw):
 
 
 def test_a_prompt_that_takes_long_shows_how_much_of_it_is_read_until_the_answer_comes():
-    out, clock = Tty(), Clock()
+    out, clock = ShownTty(), Clock()
 
     def events():
         yield Reading(10, 2000)
@@ -105,7 +103,7 @@ def test_a_prompt_that_takes_long_shows_how_much_of_it_is_read_until_the_answer_
 
 @pytest.mark.parametrize("expected", [40.0, 2.0, None])
 def test_the_time_of_a_long_prompt_is_said_before_it_is_read_and_meanwhile(expected):
-    out, clock = Tty(), Clock()
+    out, clock = ShownTty(), Clock()
 
     def events():
         for _ in range(2):  # it stays long enough to be read
@@ -124,7 +122,7 @@ def test_the_time_of_a_long_prompt_is_said_before_it_is_read_and_meanwhile(expec
 
 
 def test_a_server_is_waited_for_until_it_tells_how_far_it_is():
-    out, clock = Tty(), Clock()
+    out, clock = ShownTty(), Clock()
 
     def events():
         yield Reading(0, 0)
@@ -140,7 +138,7 @@ def test_a_server_is_waited_for_until_it_tells_how_far_it_is():
 
 
 def test_below_an_answer_is_a_line_while_it_is_written():
-    out, clock, lines = Tty(), Clock(), iter(["1 tok/s", "2 tok/s", "3 tok/s"])
+    out, clock, lines = ShownTty(), Clock(), iter(["1 tok/s", "2 tok/s", "3 tok/s"])
 
     def pieces():
         for clock.now, piece in ((0.0, "One "), (0.2, "two "), (0.6, "three")):
@@ -176,7 +174,7 @@ def test_earlier_turns_are_shown_with_what_was_asked():
 
 def test_a_resumed_question_has_the_colours_that_it_was_typed_in(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
-    out = Tty()
+    out = ShownTty()
     Screen(out, raw=True).show_turns([Message("user", "a\x1b[31m\n\nb")])
     mark, words = "\x1b[1;32m{}\x1b[0m", "\x1b[32m{}\x1b[0m"
     assert out.getvalue().split("\n") == [
@@ -195,7 +193,7 @@ def paced(monkeypatch):
 
 
 def test_thinking_is_faint_until_the_answer_begins_then_a_line_with_its_length(paced):
-    out, shown = Tty(), []
+    out, shown = ShownTty(), []
 
     def events():
         for event in thought("Hm, **so**", *(f"\n{number}" for number in range(30))):
@@ -212,7 +210,7 @@ def test_thinking_is_faint_until_the_answer_begins_then_a_line_with_its_length(p
 
 
 def test_thinking_that_is_hidden_shows_a_sign_of_life_and_leaves_nothing():
-    out, clock = Tty(), Clock()
+    out, clock = ShownTty(), Clock()
 
     def events():
         for clock.now, event in zip((2.0, 2.01, 3.0), thought("a", "b", "c"), strict=True):
@@ -226,7 +224,7 @@ def test_thinking_that_is_hidden_shows_a_sign_of_life_and_leaves_nothing():
 
 
 def test_raw_thinking_is_faint_above_its_length():
-    out = Tty()
+    out = ShownTty()
     Screen(out, raw=True).show(answered(*thought("Hm\x1b", " so"), "**Yes**"))
     assert out.shown == ["Hm so", "(thought for 20 tokens)", "", "**Yes**"]
     assert "\x1b[2m so\x1b[0m" in out.getvalue()

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 
 import ollama
 import pytest
+from event_loop import in_event_loop
 from raw_http import exchange, read_response, request
 from scripted_model import scripted_model
 
@@ -79,133 +80,122 @@ async def left_while_loading(models, shelf):
     return leaving
 
 
-def test_another_model_replaces_the_loaded_one_and_only_one_is_open(shelf):
-    async def main():
-        models = models_of(shelf)
-        for name, used in [(None, "a"), ("b", "b"), (None, "b"), ("unknown", "b"), ("a", "a")]:
-            async with models.use(name) as model:
-                assert (model.name, shelf.open) == (used, [used])
-        assert list(await models.contexts()) == ["a", "b"]
+@in_event_loop
+async def test_another_model_replaces_the_loaded_one_and_only_one_is_open(shelf):
+    models = models_of(shelf)
+    for name, used in [(None, "a"), ("b", "b"), (None, "b"), ("unknown", "b"), ("a", "a")]:
+        async with models.use(name) as model:
+            assert (model.name, shelf.open) == (used, [used])
+    assert list(await models.contexts()) == ["a", "b"]
 
-    asyncio.run(main())
     assert shelf.loads == ["a", "b", "a"]
 
 
-def test_an_alias_means_its_model_whatever_has_the_same_name(shelf):
-    async def main():
-        models = models_of(shelf, aliases={"gpt-4o": "b", "a": "b", "b": "unknown", "d": "gpt-4o"})
-        for name, used in [("gpt-4o", "b"), ("a", "b"), ("b", "b"), ("d", "b")]:
-            async with models.use(name) as model:
-                assert model.name == used
-        contexts = await models.contexts()
-        assert {name: context.tokens for name, context in contexts.items()} == {
-            "b": 40_000,
-            "a": 40_000,
-            "gpt-4o": 40_000,
-        }
-        await models.unload("gpt-4o")
-        assert not models.is_loaded
-
-    asyncio.run(main())
+@in_event_loop
+async def test_an_alias_means_its_model_whatever_has_the_same_name(shelf):
+    models = models_of(shelf, aliases={"gpt-4o": "b", "a": "b", "b": "unknown", "d": "gpt-4o"})
+    for name, used in [("gpt-4o", "b"), ("a", "b"), ("b", "b"), ("d", "b")]:
+        async with models.use(name) as model:
+            assert model.name == used
+    contexts = await models.contexts()
+    assert {name: context.tokens for name, context in contexts.items()} == {
+        "b": 40_000,
+        "a": 40_000,
+        "gpt-4o": 40_000,
+    }
+    await models.unload("gpt-4o")
+    assert not models.is_loaded
 
 
 @pytest.mark.parametrize("turn_s", [0.0, 60.0])
-def test_later_requests_pass_one_for_another_model_until_its_turn_comes(shelf, monkeypatch, turn_s):
+@in_event_loop
+async def test_later_requests_pass_one_for_another_model_until_its_turn_comes(
+    shelf, monkeypatch, turn_s
+):
     """With turns of 0 s, nobody passes. The last of them takes any model."""
     monkeypatch.setattr(served_models, "_TURN_S", turn_s)
 
-    async def main():
-        models, order = models_of(shelf), []
+    models, order = models_of(shelf), []
 
-        async def use(name):
-            async with models.use(name) as model:
-                order.append(model.name)
+    async def use(name):
+        async with models.use(name) as model:
+            order.append(model.name)
 
-        async with models.use("a"):
-            waiting = [asyncio.ensure_future(use("b"))]
-            await until(lambda: models.stats().waiting == 1)
-            waiting += [asyncio.ensure_future(use(name)) for name in ("a", "b", None)]
-            await asyncio.sleep(0.05)
-            assert (order, shelf.open) == (["a", "a"] if turn_s else [], ["a"])
-        await asyncio.gather(*waiting)
-        if turn_s:
-            assert (order, shelf.loads) == (["a", "a", "b", "b"], ["a", "b"])
-        else:
-            assert (order, shelf.loads) == (["b", "b", "b", "a"], ["a", "b", "a"])
-
-    asyncio.run(main())
+    async with models.use("a"):
+        waiting = [asyncio.ensure_future(use("b"))]
+        await until(lambda: models.stats().waiting == 1)
+        waiting += [asyncio.ensure_future(use(name)) for name in ("a", "b", None)]
+        await asyncio.sleep(0.05)
+        assert (order, shelf.open) == (["a", "a"] if turn_s else [], ["a"])
+    await asyncio.gather(*waiting)
+    if turn_s:
+        assert (order, shelf.loads) == (["a", "a", "b", "b"], ["a", "b"])
+    else:
+        assert (order, shelf.loads) == (["b", "b", "b", "a"], ["a", "b", "a"])
 
 
-def test_neither_of_two_models_is_starved_by_clients_without_a_pause(shelf, monkeypatch):
+@in_event_loop
+async def test_neither_of_two_models_is_starved_by_clients_without_a_pause(shelf, monkeypatch):
     """Two clients of each model ask again at once. A model had to be loaded for each question."""
     monkeypatch.setattr(served_models, "_TURN_S", 0.1)
 
-    async def main():
-        models, counts = models_of(shelf), Counter()
-        end = asyncio.get_running_loop().time() + 2
+    models, counts = models_of(shelf), Counter()
+    end = asyncio.get_running_loop().time() + 2
 
-        async def ask(name):
-            while asyncio.get_running_loop().time() < end:
-                async with models.use(name):
-                    await asyncio.sleep(0.01)
-                    counts[name] += 1
+    async def ask(name):
+        while asyncio.get_running_loop().time() < end:
+            async with models.use(name):
+                await asyncio.sleep(0.01)
+                counts[name] += 1
 
-        await asyncio.gather(*map(ask, "aabb"))
-        assert min(counts.values()) > 10
-        assert len(shelf.loads) < 30
-
-    asyncio.run(main())
+    await asyncio.gather(*map(ask, "aabb"))
+    assert min(counts.values()) > 10
+    assert len(shelf.loads) < 30
 
 
-def test_requests_that_wait_for_a_model_are_counted_and_bounded(shelf):
+@in_event_loop
+async def test_requests_that_wait_for_a_model_are_counted_and_bounded(shelf):
     """80 of them waited with a --queue of 64, and each held what was parsed of its body."""
 
-    async def main():
-        models = models_of(shelf, queue=2)
-        async with models.use("a"):
-            waiting = [asyncio.ensure_future(models.use("b").__aenter__()) for _ in range(2)]
-            await until(lambda: models.stats().waiting == 2)
-            with pytest.raises(QueueFullError):
-                await models.use("b").__aenter__()
-            async with models.use("a"):  # which waits for nothing
-                pass
-            waiting[0].cancel()
-            await until(lambda: models.stats().waiting == 1)
-        await waiting[1]
-
-    asyncio.run(main())
+    models = models_of(shelf, queue=2)
+    async with models.use("a"):
+        waiting = [asyncio.ensure_future(models.use("b").__aenter__()) for _ in range(2)]
+        await until(lambda: models.stats().waiting == 2)
+        with pytest.raises(QueueFullError):
+            await models.use("b").__aenter__()
+        async with models.use("a"):  # which waits for nothing
+            pass
+        waiting[0].cancel()
+        await until(lambda: models.stats().waiting == 1)
+    await waiting[1]
 
 
-def test_who_leaves_lets_those_pass_who_waited_behind(shelf, monkeypatch):
+@in_event_loop
+async def test_who_leaves_lets_those_pass_who_waited_behind(shelf, monkeypatch):
     monkeypatch.setattr(served_models, "_TURN_S", 0.0)
 
-    async def main():
-        models = models_of(shelf)
-        async with models.use("a"):
-            leaving = asyncio.ensure_future(models.use("b").__aenter__())
-            await until(lambda: models.stats().waiting == 1)
-            staying = asyncio.ensure_future(models.use("a").__aenter__())
-            await until(lambda: models.stats().waiting == 2)
-            leaving.cancel()
-            await staying
-        assert shelf.loads == ["a"]
-
-    asyncio.run(main())
+    models = models_of(shelf)
+    async with models.use("a"):
+        leaving = asyncio.ensure_future(models.use("b").__aenter__())
+        await until(lambda: models.stats().waiting == 1)
+        staying = asyncio.ensure_future(models.use("a").__aenter__())
+        await until(lambda: models.stats().waiting == 2)
+        leaving.cancel()
+        await staying
+    assert shelf.loads == ["a"]
 
 
-def test_a_model_that_fails_to_load_fails_all_who_wait_for_it_at_once(shelf):
-    async def main():
-        models = models_of(shelf)
-        shelf.errors.append(ResourceError("there is no room"))
-        async with models.use("a"):
-            waiting = [asyncio.ensure_future(models.use("b").__aenter__()) for _ in range(3)]
-            await until(lambda: models.stats().waiting == 3)
-        failed = await asyncio.gather(*waiting, return_exceptions=True)
-        assert [type(error) for error in failed] == [ResourceError] * 3
-        async with models.use() as model:  # nobody else notices
-            assert (model.name, shelf.open) == ("a", ["a"])
-
-    asyncio.run(main())
+@in_event_loop
+async def test_a_model_that_fails_to_load_fails_all_who_wait_for_it_at_once(shelf):
+    models = models_of(shelf)
+    shelf.errors.append(ResourceError("there is no room"))
+    async with models.use("a"):
+        waiting = [asyncio.ensure_future(models.use("b").__aenter__()) for _ in range(3)]
+        await until(lambda: models.stats().waiting == 3)
+    failed = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(error) for error in failed] == [ResourceError] * 3
+    async with models.use() as model:  # nobody else notices
+        assert (model.name, shelf.open) == ("a", ["a"])
 
 
 def test_a_damaged_model_leaves_the_loaded_one_where_it_is(serve, shelf):
@@ -263,84 +253,76 @@ def asking(text, **more):
     return {"messages": [{"role": "user", "content": text}], **more}
 
 
-def test_a_client_that_leaves_while_a_model_loads_leaves_no_second_model_open(shelf):
+@in_event_loop
+async def test_a_client_that_leaves_while_a_model_loads_leaves_no_second_model_open(shelf):
     """The next request began another load, and the first model was never closed."""
 
-    async def main():
-        models = models_of(shelf, sleep_after=0.05)
-        leaving = await left_while_loading(models, shelf)
-        staying = asyncio.ensure_future(models.use("a").__aenter__())
-        await asyncio.sleep(0.02)
-        shelf.may_load.set()
-        await asyncio.wait([leaving, staying])
-        assert (leaving.cancelled(), shelf.open) == (True, ["a"])
-
-    asyncio.run(main())
+    models = models_of(shelf, sleep_after=0.05)
+    leaving = await left_while_loading(models, shelf)
+    staying = asyncio.ensure_future(models.use("a").__aenter__())
+    await asyncio.sleep(0.02)
+    shelf.may_load.set()
+    await asyncio.wait([leaving, staying])
+    assert (leaving.cancelled(), shelf.open) == (True, ["a"])
 
 
-def test_a_model_that_was_loaded_for_nobody_sleeps_too(shelf):
-    async def main():
-        models = models_of(shelf, sleep_after=0.05)
-        leaving = await left_while_loading(models, shelf)
-        shelf.may_load.set()
-        await asyncio.wait([leaving])
-        await until(lambda: (shelf.loads, shelf.open) == (["a", "b"], []))
-
-    asyncio.run(main())
+@in_event_loop
+async def test_a_model_that_was_loaded_for_nobody_sleeps_too(shelf):
+    models = models_of(shelf, sleep_after=0.05)
+    leaving = await left_while_loading(models, shelf)
+    shelf.may_load.set()
+    await asyncio.wait([leaving])
+    await until(lambda: (shelf.loads, shelf.open) == (["a", "b"], []))
 
 
-def test_the_servers_end_waits_for_a_model_that_is_being_unloaded(shelf):
+@in_event_loop
+async def test_the_servers_end_waits_for_a_model_that_is_being_unloaded(shelf):
     """Its KV caches may be written then."""
 
-    async def main():
-        models = models_of(shelf, sleep_after=0.01)
-        async with models.use() as model:
-            pass
-        entered, may_close = threading.Event(), threading.Event()
-        close = model.close
-        model.close = lambda: (entered.set(), may_close.wait(60))
-        await until(entered.is_set)
-        ending = asyncio.ensure_future(asyncio.to_thread(models.close))
-        await asyncio.sleep(0.05)
-        assert not ending.done()
-        may_close.set()
-        await ending
-        close()
-
-    asyncio.run(main())
+    models = models_of(shelf, sleep_after=0.01)
+    async with models.use() as model:
+        pass
+    entered, may_close = threading.Event(), threading.Event()
+    close = model.close
+    model.close = lambda: (entered.set(), may_close.wait(60))
+    await until(entered.is_set)
+    ending = asyncio.ensure_future(asyncio.to_thread(models.close))
+    await asyncio.sleep(0.05)
+    assert not ending.done()
+    may_close.set()
+    await ending
+    close()
 
 
-def test_an_idle_model_is_unloaded_and_the_next_request_loads_it_again(shelf):
-    async def main():
-        models = models_of(shelf, sleep_after=0.05)
-        models.await_sleep()
-        await until(lambda: shelf.open == [])
-        async with models.use() as model:
-            assert model.name == "a"
-            await asyncio.sleep(0.1)  # nobody takes it away from a running answer
-            assert shelf.open == ["a"]
-        await until(lambda: shelf.open == [])
-        assert models.name == "a"
+@in_event_loop
+async def test_an_idle_model_is_unloaded_and_the_next_request_loads_it_again(shelf):
+    models = models_of(shelf, sleep_after=0.05)
+    models.await_sleep()
+    await until(lambda: shelf.open == [])
+    async with models.use() as model:
+        assert model.name == "a"
+        await asyncio.sleep(0.1)  # nobody takes it away from a running answer
+        assert shelf.open == ["a"]
+    await until(lambda: shelf.open == [])
+    assert models.name == "a"
 
-    asyncio.run(main())
     assert shelf.loads == ["a", "a"]
 
 
-def test_a_model_is_unloaded_as_soon_as_its_answers_are_sent(shelf):
-    async def main():
-        models = models_of(shelf)
-        async with models.use("a"):
-            unloading = asyncio.ensure_future(models.unload("a"))
-            await asyncio.sleep(0.02)
-            async with models.use("a"):  # others are answered meanwhile
-                assert shelf.open == ["a"]
-        await unloading
-        await models.unload("b")
-        assert (shelf.open, models.is_loaded) == ([], False)
-        async with models.use():
+@in_event_loop
+async def test_a_model_is_unloaded_as_soon_as_its_answers_are_sent(shelf):
+    models = models_of(shelf)
+    async with models.use("a"):
+        unloading = asyncio.ensure_future(models.unload("a"))
+        await asyncio.sleep(0.02)
+        async with models.use("a"):  # others are answered meanwhile
             assert shelf.open == ["a"]
+    await unloading
+    await models.unload("b")
+    assert (shelf.open, models.is_loaded) == ([], False)
+    async with models.use():
+        assert shelf.open == ["a"]
 
-    asyncio.run(main())
     assert shelf.loads == ["a", "a"]
 
 
@@ -382,19 +364,17 @@ def test_a_body_is_read_outside_of_the_event_loop(served, monkeypatch, path):
     assert read_bodies == [{"model": "scripted"}]
 
 
-def test_a_model_that_loads_while_the_server_ends_is_closed(shelf):
-    async def main():
-        models = models_of(shelf)
-        shelf.may_load.clear()
-        using = asyncio.ensure_future(models.use("b").__aenter__())
-        await until(lambda: not models.is_loaded)
-        models.close()
-        shelf.may_load.set()
-        with pytest.raises(ShuttingDownError):
-            await using
-        assert (shelf.open, shelf.loads) == ([], ["a", "b"])
-
-    asyncio.run(main())
+@in_event_loop
+async def test_a_model_that_loads_while_the_server_ends_is_closed(shelf):
+    models = models_of(shelf)
+    shelf.may_load.clear()
+    using = asyncio.ensure_future(models.use("b").__aenter__())
+    await until(lambda: not models.is_loaded)
+    models.close()
+    shelf.may_load.set()
+    with pytest.raises(ShuttingDownError):
+        await using
+    assert (shelf.open, shelf.loads) == ([], ["a", "b"])
 
 
 def test_counts_go_on_over_a_change_of_model(serve, shelf):
@@ -492,7 +472,10 @@ def test_a_body_may_be_as_long_as_the_model_that_it_names_can_take(serve, shelf,
     models.close()
 
 
-def test_a_model_that_is_loaded_again_has_room_for_the_context_that_clients_were_told(monkeypatch):
+@in_event_loop
+async def test_a_model_that_is_loaded_again_has_room_for_the_context_that_clients_were_told(
+    monkeypatch,
+):
     """With less free memory than at the start, its context could be a quarter of what it was."""
     asked = []
 
@@ -517,11 +500,9 @@ def test_a_model_that_is_loaded_again_has_room_for_the_context_that_clients_were
         aliases={},
     )
 
-    async def main():
-        models = serve_module._served_models("a", LoadOptions(), options, None)
-        await models.unload(models.name)
-        async with models.use():
-            models.close()
+    models = serve_module._served_models("a", LoadOptions(), options, None)
+    await models.unload(models.name)
+    async with models.use():
+        models.close()
 
-    asyncio.run(main())
     assert asked == [0, 3000]

@@ -42,10 +42,6 @@ def test_curl_is_a_client(served):
     assert streamed.stdout.endswith(b"\n\ndata: [DONE]\n\n")
 
 
-def test_health_is_told(served):
-    assert exchange(served, request("/health")).json == {"status": "ok"}
-
-
 def test_metrics_are_those_of_the_model(served):
     for text in ("say:a", "say:b", "say:{fail}"):
         exchange(served, request(CHAT, {"messages": [{"role": "user", "content": text}]}))

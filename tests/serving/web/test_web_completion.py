@@ -7,12 +7,6 @@ def ask(client, prompt, **options):
     return client.completions.create(model="scripted", prompt=prompt, **options)
 
 
-@pytest.fixture
-def client(served):
-    with served.openai() as client:
-        yield client
-
-
 def ids(text):
     return [ord(character) for character in text]
 
@@ -64,8 +58,3 @@ def test_log_probabilities_have_the_older_shape(client):
     chunks = list(ask(client, "say:abc", logprobs=0, stream=True))
     with_tokens = [c.logprobs for chunk in chunks for c in chunk.choices if c.logprobs.tokens]
     assert [logprobs.text_offset for logprobs in with_tokens] == [[0], [1], [2], [3]]
-
-
-def test_what_is_usual_and_changes_nothing_is_taken(client):
-    answer = ask(client, "say:a", best_of=1, echo=False, suffix="", user="me")
-    assert answer.choices[0].text == "a"

@@ -199,18 +199,6 @@ def test_an_answer_may_take_longer_than_the_patience_for_a_request(with_impatien
         assert response.json["choices"][0]["message"]["content"] == "ab"
 
 
-def test_of_too_many_silent_connections_the_oldest_is_closed(serve):
-    served = serve(limits={"waiting": WaitingConnections(4, grace=0)})
-    silent = [served.connect() for _ in range(8)]
-    for connection in silent[:4]:
-        assert connection.recv(1) == b""
-    assert exchange(served, request("/health")).status == 200
-    silent[7].sendall(request("/health"))
-    assert read_response(silent[7]).status == 200
-    for connection in silent:
-        connection.close()
-
-
 def test_a_request_that_comes_with_many_connections_is_answered(serve):
     """It was closed as the oldest of them, before its bytes were read."""
     served = serve(limits={"waiting": WaitingConnections(4)})

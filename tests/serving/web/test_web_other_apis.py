@@ -315,12 +315,6 @@ def test_anthropic_counts_the_tokens_of_a_request(served):
             400,
             "stop_sequences[1] has to be",
         ),
-        (
-            "/api/chat",
-            {"messages": question("a"), "options": {"temperature": 5}},
-            400,
-            "options.temperature has to be",
-        ),
         ("/api/pull", {"model": "b"}, 404, "no model 'b'"),
         ("/api/generate", {"model": "b", "prompt": ""}, 404, "no model 'b'"),
         ("/api/chat", {"messages": []}, 404, "no model"),

@@ -25,17 +25,6 @@ def call(tool, **arguments):
     return f'<tool_call>\n{{"name": "{tool}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
 
 
-@pytest.fixture
-def served(serve):
-    return serve()
-
-
-@pytest.fixture
-def client(served):
-    with served.openai() as client:
-        yield client
-
-
 def whole(client, messages, **options):
     """A message, how it ended, and its calls with their ids, names and arguments."""
     (choice,) = client.chat.completions.create(

@@ -363,24 +363,6 @@ def test_an_argument_that_is_required_but_not_described_is_written(name: str) ->
         assert answer.reason == "length" or "a" in json.loads(calls[0].arguments)
 
 
-@pytest.mark.parametrize("extra", [{"anyOf": [{"type": "string"}], "minLength": 2}])
-def test_keys_next_to_alternatives_are_refused_if_a_tool_is_strict(extra: Any) -> None:
-    schema = {"type": "object", "properties": {"a": extra}}
-    for name in LITERALS:
-        with pytest.raises(UsageError, match="form of calls: minLength"):
-            call_grammar(CallForm(FORMATS[name], [Tool("f", None, schema, True)]).to_text())
-
-
-def test_gemmas_form_refuses_what_a_strict_tool_needs_and_it_cannot_keep() -> None:
-    inner = {"type": "array", "items": {"type": "string", "minLength": 2}}
-    schema = {"type": "object", "properties": {"a": {"anyOf": [inner, {"type": "null"}]}}}
-    strict = Tool("f", None, schema, strict=True)
-    with pytest.raises(UsageError, match=r"the arguments of f: not .* of calls: minLength"):
-        call_grammar(CallForm(FORMATS["gemma"], [strict]).to_text())
-    call_grammar(CallForm(FORMATS["gemma"], [Tool("f", None, schema)]).to_text())
-    call_grammar(CallForm(FORMATS["lfm"], [strict]).to_text())
-
-
 @pytest.mark.parametrize(
     "said",
     [
@@ -397,12 +379,31 @@ def test_an_integer_in_a_call_has_an_end(request: Any, said: str) -> None:
         walk(form, Tokens(), 0, said.replace("[1", "[" + "1" * 21))
 
 
-def test_a_strict_tool_is_refused_for_what_tags_cannot_keep() -> None:
-    for more in ({"minLength": 3}, {"pattern": "a"}):
-        schema = {"type": "object", "properties": {"a": {"type": "string", **more}}}
-        with pytest.raises(UsageError, match=r"form of calls: (minLength|pattern)"):
-            call_grammar(CallForm(FORMATS["glm"], [Tool("f", None, schema, strict=True)]).to_text())
-        call_grammar(CallForm(FORMATS["glm"], [Tool("f", None, schema)]).to_text())
+SHORT_LIST = {"type": "array", "items": {"type": "string", "minLength": 2}}
+
+
+@pytest.mark.parametrize(
+    ("names", "argument", "key"),
+    [
+        (["glm"], {"type": "string", "minLength": 3}, "minLength"),
+        (["glm"], {"type": "string", "pattern": "a"}, "pattern"),
+        (["gemma"], {"anyOf": [SHORT_LIST, {"type": "null"}]}, "minLength"),
+        (LITERALS, {"anyOf": [{"type": "string"}], "minLength": 2}, "minLength"),
+    ],
+)
+def test_a_strict_tool_is_refused_for_what_the_form_of_its_calls_cannot_keep(
+    names: Sequence[str], argument: Any, key: str
+) -> None:
+    schema = {"type": "object", "properties": {"a": argument}}
+    for name in names:
+        with pytest.raises(UsageError, match=f"the arguments of f: not .* of calls: {key}"):
+            call_grammar(CallForm(FORMATS[name], [Tool("f", None, schema, strict=True)]).to_text())
+        call_grammar(CallForm(FORMATS[name], [Tool("f", None, schema)]).to_text())
+
+
+def test_literals_of_python_keep_to_more_than_gemmas() -> None:
+    schema = {"properties": {"a": {"anyOf": [SHORT_LIST, {"type": "null"}]}}}
+    call_grammar(CallForm(FORMATS["lfm"], [Tool("f", None, schema, strict=True)]).to_text())
 
 
 def test_tags_need_the_names_of_arguments() -> None:
