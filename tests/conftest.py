@@ -428,4 +428,5 @@ def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     measured = SimpleNamespace(measure=lambda: rounds.Limits(memory=1e9, gemm=2e9))
     monkeypatch.setattr(rounds, "LimitsMeter", lambda *args, **options: measured)
-    monkeypatch.setattr(rounds, "disk_bandwidth", lambda directory, block: 3e9)
+    speeds = SimpleNamespace(disk_idle=3e9, gpus=())
+    monkeypatch.setattr(rounds, "saved_speeds", lambda *given: speeds)

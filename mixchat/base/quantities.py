@@ -92,17 +92,9 @@ def format_size(size: int) -> str:
     return f"{size} bytes"
 
 
-def format_rates(low: float, high: float) -> str:
-    """Return `0.617` and `0.912` as `0.62 to 0.91`, and equal rates as one."""
-    texts = [f"{rate:.0f}" if rate >= 9.95 else f"{rate:.2g}" for rate in (low, high)]
-    return " to ".join(dict.fromkeys(texts))
-
-
-def format_times(low: float, high: float) -> str:
-    """Return `8.31` and `11.9` as `8 to 12 s`, and equal times as one."""
-    if high >= 59.5:
-        return " to ".join(dict.fromkeys(map(format_time, (low, high))))
-    return f"{format_rates(low, high)} s"
+def format_rate(rate: float) -> str:
+    """Return `0.617` as `0.62`, and `18.3` as `18`."""
+    return f"{rate:.0f}" if rate >= 9.95 else f"{rate:.2g}"
 
 
 def format_count(count: int, noun: str) -> str:

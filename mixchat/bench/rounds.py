@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -25,14 +24,12 @@ from mixchat.engine.caches.sequence_cache import bytes_seen
 from mixchat.engine.generate import Engine
 from mixchat.kernels.cpu.pages import Bits
 from mixchat.loading.loader import load_engine
-from mixchat.planning.bandwidth import MemoryMeter, ProductMeter, bus_bandwidth
-from mixchat.planning.compute_speed import PromptProducts
-from mixchat.planning.disk_speed import measure_disk
+from mixchat.planning.bandwidth import memory_rate, product_rate
+from mixchat.planning.compute_speed import Effort, ExpertTimer
 from mixchat.planning.expectation import PROMPT
+from mixchat.planning.measuring import measure_machine, saved_speeds
 from mixchat.weights.format.blueprint import HEAD, Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.matrix.linear import LinearSpec
-from mixchat.weights.matrix.quant_type import QuantType
 
 _FILLING_CHECK_S = 0.05  # between two checks
 _WARM_UP_TOKENS = 2  # their time is not taken
@@ -150,19 +147,21 @@ class Bench:
         # Models with random weights repeat themselves, which speculation would predict too well.
         load = replace(self._load, speculation=False)
         self.engine = load_engine(self._directory, load, self._note)
-        loading, expert = time.perf_counter() - start, self.blueprint.expert.stride
+        loading = time.perf_counter() - start
         first = self._first_token()
         while self.engine.experts.is_filling:  # it would slow what is measured next
             time.sleep(_FILLING_CHECK_S)
         later = [self._first_token() for _ in range(_WARM_PROMPTS)]
+        model, device = (self.blueprint, self._directory), self.engine.device
+        speeds = saved_speeds(*model, device) or measure_machine(*model, device)
         self.cold_start = ColdStart(
             starting,
             loading,
             first,
             sorted(later, key=lambda prompt: prompt.seconds)[_WARM_PROMPTS // 2],
             self.blueprint.shared_size,
-            disk_bandwidth(self._directory, expert),
-            copy_bandwidth(self.engine.device, expert),
+            speeds.disk_idle,
+            speeds.gpus[0].bus if speeds.gpus else None,
         )
 
     def _first_token(self) -> PromptTime:
@@ -195,7 +194,7 @@ class Bench:
 
     def _most(self, task: BenchTask, limits: Limits) -> float:
         if task.phase == "prompt":
-            return limits.gemm / operations_per_token(self.blueprint).total()
+            return limits.gemm / operations_per_token(self.blueprint)
         return limits.memory / bytes_per_token(self.blueprint, task.length, self._load.kv_bits)
 
     def _hold_random(self, context: int) -> None:
@@ -227,37 +226,23 @@ class Limits:
     """The limits of the device that computes."""
 
     memory: float  # bytes a second in reading
-    # Operations a second of matrix products, in the form in which prompts are computed. On a CPU
-    # that depends on the types of the model's weights.
-    gemm: float
+    gemm: float  # operations a second of matrix products, on a CPU of a long prompt's experts
 
 
 class LimitsMeter:
     """Measures the limits again and again, because they change."""
 
     def __init__(self, device: torch.device, blueprint: Blueprint, *, exact: bool = False) -> None:
-        self._memory = MemoryMeter(device)
-        self._products: ProductMeter | PromptProducts
-        if gpu.is_gpu(device):
-            self._products = ProductMeter(device)
-        else:
-            operations, dtype = operations_per_token(blueprint), blueprint.quantization.dtype
-            self._products = PromptProducts(operations, dtype, exact=exact)
+        self._device, self._exact = device, exact
+        self._experts = None if gpu.is_gpu(device) else ExpertTimer(blueprint, Effort())
 
+    @torch.inference_mode()
     def measure(self) -> Limits:
-        """Return the best of a few tries."""
-        return Limits(self._memory.rate(), self._products.rate())
-
-
-def disk_bandwidth(directory: Path, block: int) -> float | None:
-    """Return the bytes a second of reading blocks like experts, None if not measurable."""
-    speed = measure_disk(directory, block, max(4 * block, 512_000_000), lambda: None, 0.25)
-    return None if speed is None else speed.idle
-
-
-def copy_bandwidth(device: torch.device, size: int) -> float | None:
-    """Return bytes a second from page-locked RAM to a GPU, None for another device."""
-    return bus_bandwidth(device, size) if gpu.is_gpu(device) else None
+        if self._experts is None:
+            gemm = product_rate(self._device)
+        else:
+            gemm = self._experts.operations_rate(exact=self._exact)
+        return Limits(memory_rate(self._device), gemm)
 
 
 def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) -> int:
@@ -271,19 +256,13 @@ def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) ->
     return experts + matrices + tied + cache
 
 
-def operations_per_token(blueprint: Blueprint) -> Counter[QuantType]:
-    """Return the operations of a prompt's token in all matrices but the head, by their type."""
-    operations: Counter[QuantType] = Counter()
-
-    def count(matrix: LinearSpec, times: int = 1) -> None:
-        # A multiplication and an addition are two operations.
-        operations[matrix.quant_type] += 2 * times * matrix.rows * matrix.columns
-
-    for layer in range(blueprint.config.num_moe_layers):
-        form = blueprint.expert_of(layer)
-        for matrix in (form.gate_up, form.down):
-            count(matrix, blueprint.config.num_experts_per_tok)
-    for name, matrix in blueprint.shared_matrices.items():
-        if name != HEAD:  # only the last token of a prompt passes the head
-            count(matrix)
-    return operations
+def operations_per_token(blueprint: Blueprint) -> int:
+    """Return the operations of a prompt's token in all matrices but the head."""
+    config = blueprint.config
+    matrices = [
+        matrix for name, matrix in blueprint.shared_matrices.items() if name != HEAD
+    ]  # only the last token of a prompt passes the head
+    experts = [blueprint.expert.gate_up, blueprint.expert.down]
+    matrices += experts * config.num_experts_per_tok * config.num_moe_layers
+    # A multiplication and an addition are two operations.
+    return sum(2 * matrix.rows * matrix.columns for matrix in matrices)

@@ -12,7 +12,6 @@ import typer
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.machine import OtherPrograms
 from mixchat.base.quantities import parse_size
-from mixchat.base.system import process_seconds
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.settings import MACHINE, is_given, option
 from mixchat.cli.output.progress import TerminalReporter
@@ -46,26 +45,26 @@ class PlanFlags(load_flags.MemoryFlags):
     parallel: int = load_flags.parallel(1)
     expert_bits: str | None = load_flags.expert_bits("4")
     measure: bool = option("--measure", "Measure this machine again (20 s at most).")
-    details: bool = option("--details", "Show the reasons, and experts in fewer bits.")
     as_json: bool = load_flags.JSON
 
 
 def plan(context: typer.Context, flags: PlanFlags) -> None:
     """Predict whether a model fits here, and how fast it runs.
 
-    Without a MODEL, it plans the default model and compares it with all known ones. All speeds
-    follow from one measurement. --details adds the reasons. No weights are downloaded.
+    Without a MODEL, it plans the default model and compares it with all known ones. With a MODEL,
+    it compares experts in fewer bits. All speeds are estimates that follow from one measurement.
+    No weights are downloaded.
 
-    The first plan measures the disk, memory and CPU or GPU, and saves the figures in machine.json
+    The first plan measures the disk, memory and CPU or GPU, and saves the speeds in machine.json
     in the data directory (MIXCHAT_HOME). After a month they are measured again. If other programs
-    are busy, saved figures are used. Each speed is a range from the slowest of several samples to
-    the fastest. 'mixchat run --verbose' prints the predicted speed next to the measured one.
+    are busy, saved speeds are used. 'mixchat run --verbose' prints the estimate next to the
+    measured speed.
 
     --ram, --gpu, --disk-speed and --free-disk describe another machine, or this one with more
     memory. Everything else is taken from this machine, also the speed of the CPU. The names of
     common cards of NVIDIA and AMD stand for the figures of their data sheets. A size alone stands
-    for a cheap card. --details says what is measured, known of the card or assumed. Workers do not
-    count. 'mixchat bench --worker HOST' measures the speed with them.
+    for a cheap card. Workers do not count. 'mixchat bench --worker HOST' measures the speed with
+    them.
     """
     programs = OtherPrograms()
     options = load_flags.load_options(flags)
@@ -90,7 +89,6 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
     from mixchat.loading.plan import plan as plan_machine
     from mixchat.planning.hardware import ToldMachine
 
-    starting = process_seconds()
     reporter = TerminalReporter()
     size = load_flags.parse_expert_bits(flags.expert_bits, flags.ctx_size)
     mix = size if size is not None and is_for_calibration(size) else None
@@ -111,9 +109,8 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
             programs=programs,
             again=flags.measure,
             catalog=catalog,
-            starting=starting,
         )
-        return PlanReport(planned, machine_plan, flags.details)
+        return PlanReport(planned, machine_plan)
 
     try:
         report = report_on(ref)

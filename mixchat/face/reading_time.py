@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from mixchat.engine.generate import Engine
     from mixchat.engine.stats import GenerationStats
-    from mixchat.planning.plan import Prediction
+    from mixchat.planning.expectation import SpeedEstimate
 
-Predictor: TypeAlias = "Callable[[], Prediction | None]"
+Predictor: TypeAlias = "Callable[[], SpeedEstimate | None]"
 """Predicts a loaded model's speed. Returns None if nothing was measured on this machine."""
 _MIN_TIMED_PROMPT = 64  # tokens, or the pace says nothing about longer prompts
 
@@ -40,5 +40,5 @@ class ReadingTime:
         # If all experts fit, they come before anyone asks.
         fit = engine is not None and engine.experts.slots >= engine.blueprint.expert_count
         cold = self._is_first and (engine is None or not fit or engine.experts.is_filling)
-        speed = prediction.prompt(tokens, cold=cold)
-        return None if speed is None else 2 * tokens / (speed.low + speed.high)
+        cost = prediction.prompt(tokens, cold=cold)
+        return None if cost is None else cost.seconds

@@ -14,9 +14,9 @@ from mixchat.base.progress import Note
 from mixchat.experts.memory import CPU
 from mixchat.kernels.gpu import toolchain
 from mixchat.planning.cards import too_old
-from mixchat.planning.faster_device import fit_on_faster
 from mixchat.planning.fitting import FreeMemory
-from mixchat.planning.measuring import estimate, saved_measurement
+from mixchat.planning.measuring import estimated_speeds, saved_speeds
+from mixchat.planning.plan import fit_on_faster
 from mixchat.weights.format.blueprint import Blueprint
 
 
@@ -43,10 +43,10 @@ def devices_for(
     choice = usable_devices(options.device)
     if gpu.is_gpu(choice.devices[0]) and is_free_to_choose(options):
         first = choice.devices[0]
-        known = saved_measurement(blueprint, directory, first)
-        measurement = known or estimate(blueprint, choice.devices)
+        known = saved_speeds(blueprint, directory, first)
+        speeds = known or estimated_speeds(blueprint, choice.devices)
         free = FreeMemory.now(choice.devices)
-        _, reason = fit_on_faster(blueprint, free, options, measurement)
+        _, reason = fit_on_faster(blueprint, free, options, speeds)
         if reason is not None:
             choice = DeviceChoice([CPU], on_cpu_because(gpu.name(first), reason))
     if choice.reason is not None:

@@ -36,8 +36,9 @@ from mixchat.kernels.cpu.compile import require_kernels
 from mixchat.loading.devices import devices_for, usable_devices
 from mixchat.loading.tiers import build_experts
 from mixchat.loading.workers import connect_workers, divide_experts
+from mixchat.planning.expectation import SpeedEstimate
 from mixchat.planning.fitting import FreeMemory, fit_model
-from mixchat.planning.plan import Prediction, predict_speed
+from mixchat.planning.plan import predict_speed
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.weights.format.blueprint import HEAD, Blueprint
 from mixchat.weights.format.expert import Expert, ExpertSpec
@@ -142,13 +143,13 @@ def devices_of_layers(
 
 def speed_predictor(
     directory: Path, device_name: str | None, engine: Engine
-) -> Callable[[], Prediction | None]:
+) -> Callable[[], SpeedEstimate | None]:
     """Return a function that predicts the engine's speed with the slots it has by then.
 
     It returns None if this machine was not measured for such a model, or if there are workers.
     """
 
-    def predict() -> Prediction | None:
+    def predict() -> SpeedEstimate | None:
         if "worker" in engine.slots_by_tier:
             return None
         first, more = engine.device, []

@@ -20,13 +20,11 @@ from mixchat.install.make.outline import Outline
 from mixchat.install.make.quantize_options import DEMO_LOSS
 from mixchat.kernels.cpu.compile import require_kernels
 from mixchat.loading.devices import is_free_to_choose, on_cpu_because, usable_devices
-from mixchat.planning.expectation import expect_fit
-from mixchat.planning.faster_device import fit_on_faster
-from mixchat.planning.fitting import FreeMemory, MemoryPlan, expected_mix, fit_model, has_bits
+from mixchat.planning.fitting import expected_mix, fit_model, has_bits
 from mixchat.planning.hardware import Machine, ToldMachine
-from mixchat.planning.machine_speeds import BUSY, Measurement
-from mixchat.planning.measuring import measure_machine, saved_measurement
-from mixchat.planning.plan import MachinePlan, Size, fit_known, plan_model, scaled
+from mixchat.planning.machine_speeds import BUSY, MachineSpeeds
+from mixchat.planning.measuring import measure_machine, saved_speeds
+from mixchat.planning.plan import MachinePlan, ModelPlan, Names, fit_on_faster, plan_known, scaled
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.manifest import is_installed
@@ -40,72 +38,53 @@ def plan(
     told: ToldMachine,
     programs: OtherPrograms,
     again: bool = False,
-    catalog: Mapping[tuple[str, ...], Blueprint] | None = None,
-    starting: float = 0.0,
+    catalog: Mapping[Names, Blueprint],
 ) -> MachinePlan:
     """Return the plan for a model, and measure the machine if that is needed, or `again`.
 
     `told` has the figures of another machine. `programs` tells how busy this one is. All speeds
     come from one measurement. The speeds of the models of `catalog`, by their names, and of experts
-    in fewer bits follow from it by arithmetic. `starting` is the seconds until Python and its
-    libraries run.
+    in fewer bits follow from it by arithmetic.
     Raises `MixchatError` if the model does not fit, an option cannot be used, or the CPU is too
     old.
     """
     require_kernels()
     choice, blueprint = usable_devices(options.device), outline.blueprint
-    devices, reason = choice.devices, choice.reason
-    here, device = devices[0], told.device(devices[0])
-    machine = told.machine(Machine.now(outline.directory, devices))
-    chooses = machine.gpu is not None and is_free_to_choose(options)
-    fit = _first_fit(blueprint, machine.free, options, chooses=chooses)
-    choose_threads(blueprint)
-    known = _measurement(outline, blueprint, here, reporter, programs, again=again)
-    measurement = told.measurement(known)
-    free, usual_device = machine.free, device  # of other models, if this one gets the CPU alone
-    if chooses:
-        fit, why = fit_on_faster(blueprint, machine.free, options, measurement)
-        if why is not None:
-            reason = on_cpu_because(machine.gpu or "", why)
-            device, machine = CPU, machine.without_gpus()
-    planned = plan_model(machine, device, fit, measurement)
-
-    def by_arithmetic(other: Blueprint) -> Measurement:
-        # Figures of another moment would compare the machine's load, and not the models. On a busy
-        # machine 4 bits had 1.6 to 7 tok/s, and 3 bits of a second measurement 8 to 9.6.
-        return told.measurement(scaled(known, blueprint, other))
-
-    sizes = [Size("4", fit, planned.expected)]
-    for bits in tuple(DEMO_LOSS)[1:]:
-        with suppress(ResourceError, UsageError):  # it does not fit, or stays as it was published
-            smaller = fit_model(
-                expected_mix(blueprint, ExpertSize.parse(bits)), machine.free, options
-            )
-            expected = expect_fit(smaller, device, by_arithmetic(smaller.blueprint))
-            sizes.append(Size(bits, smaller, expected))
-    if outline.installed or "--expert-bits" in outline.arguments or len(sizes) == 1:
-        sizes = []  # a person chose already, or has no choice
-    fits = fit_known(catalog or {}, free, usual_device, options, by_arithmetic, chooses=chooses)
-    return replace(
-        planned,
-        starting=starting,
-        told=told,
-        known=tuple(fits),
-        sizes=tuple(sizes),
-        reason=reason,
-    )
-
-
-def _first_fit(
-    blueprint: Blueprint, free: FreeMemory, options: LoadOptions, *, chooses: bool
-) -> MemoryPlan:
-    """Return the places on the GPUs or, if it may be, on the CPU, before anything is measured."""
-    try:
-        return fit_model(blueprint, free, options)
+    reason, device = choice.reason, told.device(choice.devices[0])
+    machine = told.machine(Machine.now(outline.directory, choice.devices))
+    free, chooses = machine.free, bool(machine.gpus) and is_free_to_choose(options)
+    try:  # what does not fit is refused before anything is measured
+        fit_model(blueprint, free, options)
     except ResourceError:
         if not chooses:
             raise
-        return fit_model(blueprint, free.without_gpus(), options)
+        fit_model(blueprint, free.without_gpus(), options)
+    choose_threads(blueprint)
+    measured = _speeds(outline, choice.devices[0], reporter, programs, again=again)
+
+    def speeds_of(model: Blueprint) -> MachineSpeeds:
+        # Figures of another moment would compare the machine's load, and not the models. On a busy
+        # machine 4 bits had 1.6 to 7 tok/s, and 3 bits of a second measurement 8 to 9.6.
+        return told.speeds(scaled(measured, blueprint, model))
+
+    known = plan_known(catalog, free, device, options, speeds_of, chooses=chooses)
+    if chooses:
+        model, why = fit_on_faster(blueprint, free, options, told.speeds(measured))
+        if why is not None:
+            reason, device = on_cpu_because(machine.gpus[0].name, why), CPU
+            machine = machine.without_gpus()
+    else:
+        model = ModelPlan.of(fit_model(blueprint, free, options), device, told.speeds(measured))
+    sizes = {"4": model}
+    if not outline.installed and "--expert-bits" not in outline.arguments:
+        for bits in tuple(DEMO_LOSS)[1:]:
+            with suppress(ResourceError, UsageError):  # too large, or stays as it was published
+                smaller = expected_mix(blueprint, ExpertSize.parse(bits))
+                fit = fit_model(smaller, machine.free, options)
+                sizes[bits] = ModelPlan.of(fit, device, speeds_of(smaller))
+    if len(sizes) == 1:
+        sizes = {}
+    return MachinePlan(machine, told, model, sizes, catalog, dict(known), reason)
 
 
 def in_mix(outline: Outline, bits: ExpertSize) -> Outline:
@@ -120,17 +99,17 @@ def in_mix(outline: Outline, bits: ExpertSize) -> Outline:
     return replace(outline, blueprint=blueprint, installed=False, arguments=arguments)
 
 
-def _measurement(
+def _speeds(
     outline: Outline,
-    blueprint: Blueprint,
     device: torch.device,
     reporter: Reporter,
     programs: OtherPrograms,
     *,
     again: bool,
-) -> Measurement:
-    """Return the saved measurement for a model, or measure this machine if it is outdated."""
-    saved = None if again else saved_measurement(blueprint, outline.directory, device)
+) -> MachineSpeeds:
+    """Return the saved speeds for a model, or measure this machine if they are outdated."""
+    blueprint = outline.blueprint
+    saved = None if again else saved_speeds(blueprint, outline.directory, device)
     if saved is not None:
         reason = saved.outdated(time.time())
         if outline.installed and not is_installed(Path(saved.directory)):

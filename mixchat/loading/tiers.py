@@ -25,7 +25,7 @@ from mixchat.experts.store import ExpertStore
 from mixchat.experts.vram import VramSlots
 from mixchat.loading.workers import ExpertShare
 from mixchat.planning.fitting import slot_sizes
-from mixchat.planning.measuring import estimate, saved_measurement
+from mixchat.planning.measuring import estimated_speeds, saved_speeds
 from mixchat.weights.format.installed_model import InstalledModel
 
 # Bytes a second. Below the first the page cache keeps a model. Below the second a token's experts
@@ -67,13 +67,13 @@ def build_experts(
                 vram.residents.exclude(key for key in every if key not in share.here)
             gpus.append(vram)
     blueprint, first = installed.blueprint, gpus[0].device
-    known = saved_measurement(blueprint, installed.directory, first) or estimate(blueprint, [first])
-    typical = known.typical
+    speeds = saved_speeds(blueprint, installed.directory, first)
+    known = speeds or estimated_speeds(blueprint, [first])
     return GpuExperts(
         host,
         gpus,
-        copy_seconds=lambda layer: blueprint.expert_of(layer).stride / typical.gpus[0].bus,
-        host_seconds=lambda layer, rows: typical.expert_time(rows),
+        copy_seconds=lambda layer: blueprint.expert_of(layer).stride / known.gpus[0].bus,
+        host_seconds=lambda layer, rows: known.expert_time(rows),
     )
 
 
@@ -129,8 +129,8 @@ def _stays_cached(installed: InstalledModel, placement: Placement, disk_rate: fl
 
 def _disk_rate(installed: InstalledModel) -> float:
     """Return the measured bytes a second of the disk, infinite if it was not measured."""
-    measured = saved_measurement(installed.blueprint, installed.directory, CPU)
-    return (measured and measured.typical.disk_bandwidth_idle) or math.inf
+    measured = saved_speeds(installed.blueprint, installed.directory, CPU)
+    return (measured and measured.disk_idle) or math.inf
 
 
 def _in_vram(

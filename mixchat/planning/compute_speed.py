@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 
@@ -28,22 +28,19 @@ from mixchat.experts.compute import RowExperts
 from mixchat.experts.holder import LayerExperts
 from mixchat.experts.memory import CPU
 from mixchat.kernels.cpu import rows
-from mixchat.planning.bandwidth import seconds_of
 from mixchat.planning.machine_speeds import interpolate
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.expert import Expert, ExpertSpec
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.on_device import build_linear, build_parts
-from mixchat.weights.matrix.quant_type import Linear, QuantType
+from mixchat.weights.matrix.quant_type import Linear
 
 ROWS = (1, 8, 64, 512)
 # With this in each byte, codes, scales and weights are ordinary numbers, which slow no arithmetic.
 _FILLING = 0x3C
 _CONTEXT = 128  # tokens before the one that a layer computes
-# Layers in turn, so that no CPU cache holds one. Layers of several forms may need more.
-_COPIES, _MAX_COPIES = 4, 8
-# The kernels read a band of such a matrix once, and its products with all tokens out of the caches.
-_PRODUCT_ROWS, _PRODUCT_COLUMNS, _PRODUCT_TOKENS = 4096, 4096, 512
+# Layers in turn, so that no CPU cache holds one. Every fourth or sixth may have another form.
+_COPIES, _MIXED_COPIES = 4, 8
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Effort:
 
     file_bytes: int = 512_000_000  # of the file to read if no model is there
     pool_bytes: int = 256_000_000  # of experts, so that no CPU cache holds them
-    seconds: float = 0.25  # for a figure at least; some take many times that
+    seconds: float = 0.3  # for a figure at least; some take many times that
     until: float = math.inf  # when to end, by `time.perf_counter`
 
     @property
@@ -60,12 +57,12 @@ class Effort:
         return time.perf_counter() >= self.until
 
 
-SAMPLE_EFFORT = Effort(seconds=0.1)  # for one of several samples
+_THREADS_EFFORT = Effort(seconds=0.1)
 _MAX_THREADS_S = 10.0  # to measure counts of threads
 
 
 def thread_seconds(
-    blueprint: Blueprint, counts: Sequence[int], effort: Effort = SAMPLE_EFFORT
+    blueprint: Blueprint, counts: Sequence[int], effort: Effort = _THREADS_EFFORT
 ) -> dict[int, float]:
     """Return the least seconds of one token in a few layers by count of threads, of two rounds.
 
@@ -116,6 +113,8 @@ class ExpertTimer:
         config, self._are_alike = blueprint.config, len(blueprint.expert_forms) == 1
         self._choices, self._columns = config.num_experts_per_tok, config.hidden_size
         self._dtype, self._effort = blueprint.quantization.dtype, effort
+        matrices = (blueprint.expert.gate_up, blueprint.expert.down)
+        self._weights = sum(matrix.rows * matrix.columns for matrix in matrices)
         self._one_row = self._rows(1)
 
     def compute_next(self) -> None:
@@ -131,6 +130,12 @@ class ExpertTimer:
                 break
             seconds[count] = self._seconds_for(self._rows(count))
         return seconds
+
+    def operations_rate(self, *, exact: bool = False) -> float:
+        """Return the operations a second of a long prompt's expert. exact: as for `Linear`."""
+        x = self._rows(ROWS[-1])
+        operations = 2 * len(x) * self._weights
+        return operations / self.mean_of(lambda: next(self._turns)(x, exact=exact))
 
     def _rows(self, count: int) -> torch.Tensor:
         numbers = torch.linspace(-1, 1, count * self._columns)
@@ -166,55 +171,15 @@ def _filled_experts(blueprint: Blueprint, effort: Effort) -> list[Expert]:
 
 
 def layer_probe(blueprint: Blueprint) -> Callable[[], None]:
-    """Return a function that computes one token through a layer without experts.
+    """Return a function that computes one token through the next layer, without experts.
 
-    Its calls compute layers of all forms, as often as the model has them.
+    Layers of several forms alternate, so that more of them come by turns.
     """
-    layers = _Layers(blueprint, [(layer, _PoolRunner()) for layer in _mixture(blueprint)])
+    copies = _COPIES if len(blueprint.layer_forms) == 1 else _MIXED_COPIES
+    numbers = range(min(copies, blueprint.config.num_moe_layers))
+    layers = _Layers(blueprint, [(number, _PoolRunner()) for number in numbers])
     turns = itertools.cycle([layers.computing([block]) for block in layers.blocks])
     return lambda: next(turns)()
-
-
-def _mixture(blueprint: Blueprint) -> list[int]:
-    """Return layers with experts, counted from 0, of each form in about its proportion."""
-    first, total = blueprint.config.first_k_dense_replace, blueprint.config.num_moe_layers
-    counts = {layer - first: n for layer, n in blueprint.layer_forms.items() if layer >= first}
-    sizes = range(_COPIES, _MAX_COPIES + 1)
-    exact = (size for size in sizes if all(n * size % total == 0 for n in counts.values()))
-    size = next(exact, _MAX_COPIES)
-    copies = {layer: max(1, round(n * size / total)) for layer, n in counts.items()}
-    return [layer for layer, count in copies.items() for _ in range(count)]
-
-
-class PromptProducts:
-    """Measures a CPU's matrix products with the tokens of a long prompt.
-
-    operations: how many a token takes, by the type of the weights. dtype: of dense weights. exact:
-    as for `Linear`.
-    """
-
-    def __init__(
-        self, operations: Mapping[QuantType, int], dtype: torch.dtype, *, exact: bool = False
-    ) -> None:
-        self._operations, self._exact = operations, exact
-        numbers = torch.linspace(-1, 1, _PRODUCT_TOKENS * _PRODUCT_COLUMNS)
-        self._x = numbers.view(_PRODUCT_TOKENS, _PRODUCT_COLUMNS).to(dtype)
-        filled = FilledTensors(CPU)
-        specs = (
-            LinearSpec("", _PRODUCT_ROWS, _PRODUCT_COLUMNS, quant_type, dtype)
-            for quant_type in operations
-        )
-        self._matrices = [build_linear(spec, [*map(filled.tensor, spec.tensors)]) for spec in specs]
-
-    @torch.inference_mode()
-    def rate(self) -> float:
-        """Return the operations a second of a token, each type at its best of a few tries."""
-        seconds = 0.0
-        for matrix, operations in zip(self._matrices, self._operations.values(), strict=True):
-            compute = functools.partial(matrix, self._x, exact=self._exact)
-            done = 2 * _PRODUCT_ROWS * self._x.numel()
-            seconds += operations * min(seconds_of(compute, CPU, 2)) / done
-        return sum(self._operations.values()) / seconds
 
 
 class _Layers:

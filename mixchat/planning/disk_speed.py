@@ -8,24 +8,22 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from mixchat.base import machine, system
 from mixchat.base.files import read_all
 from mixchat.base.safetensors import ALIGNMENT
-from mixchat.experts.store import PIECE, READS, new_block, touch
+from mixchat.experts.store import PIECE, READS
 
 _SYNC_BYTES = 2**24  # that are written between two syncs
 _ROUNDS = 3
-_FRESH = 6  # times as long as for another figure
-_SHORT = 0.1  # of a figure's time, below which more blocks are read together
+_SHORT = 0.1  # of a round, below which more blocks are read together
 _EXPERTS = "experts-*.safetensors"
 # Of a model, because fewer would be read out of some cache. A virtual machine's host gave what it
 # had cached at 3.6 GB/s, and what was never read at 1.0 to 1.9.
@@ -35,14 +33,10 @@ Places = list[tuple[int, int]]  # a file's descriptor, and the offset
 
 
 class DiskRates(NamedTuple):
-    """Bytes a second.
-
-    In a cold start the system clears fresh memory, which took up to eight times as long as reading.
-    """
+    """Bytes a second."""
 
     busy: float  # while the cores compute
     idle: float  # while they do not
-    fresh: float  # as idle, into memory that was not used before
 
 
 def measure_disk(
@@ -55,21 +49,19 @@ def measure_disk(
 ) -> DiskRates | None:
     """Return bytes a second, busy with `work` done meanwhile, or None if they are not measurable.
 
-    They are of the faster way to read, through the page cache or past it (O_DIRECT). Blocks of
-    `block` bytes are read for about `seconds` a figure, of the model in `directory`, or else of a
-    file of up to `size` bytes that is written there. A host gives what was just written several
-    times as fast. It ends at `until`, by `time.perf_counter`, if at least one block was read for
-    each figure.
+    Blocks of `block` bytes are read past the page cache if possible, for about `seconds` a round.
+    They are of the model in `directory`, or else of a file of up to `size` bytes that is written
+    there. A host gives what was just written several times as fast. It ends at `until`, by
+    `time.perf_counter`, if there was one round of each figure.
     """
     try:
         with ExitStack() as stack:
             places = stack.enter_context(_installed(directory, block))
             if len(places) < _MIN_BLOCKS:
-                block, places = stack.enter_context(
-                    _written(directory, block, size, seconds, until)
-                )
+                written = _written(directory, block, size, seconds, until)
+                block, places = stack.enter_context(written)
             readers = stack.enter_context(ThreadPoolExecutor(READS))
-            return _Disk(places, block, seconds, until, readers).measure(work) if places else None
+            return _Disk(places, block, readers).measure(work, seconds, until) if places else None
     except OSError:
         return None
 
@@ -100,18 +92,14 @@ def _written(
         return
     existing = machine.nearest_existing(directory)
     with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
-        started = time.perf_counter()
         system.set_direct(file.fileno(), not system.drops_pages())
         # Random, because some disks compress.
         data, written = memoryview(os.urandom(min(size, _SYNC_BYTES))), 0
-        latest = min(started + 4 * seconds, until)
+        latest = min(time.perf_counter() + 4 * seconds, until)
         while written < size and (not written or time.perf_counter() < latest):
             written += os.write(file.fileno(), data[: size - written])
             os.fsync(file.fileno())
-        written = written // ALIGNMENT * ALIGNMENT
-        # A slow disk is read in pieces, each in about twice `seconds`.
-        piece = int(written * 2 * seconds / (time.perf_counter() - started))
-        block = max(min(block, piece) // ALIGNMENT * ALIGNMENT, ALIGNMENT)
+        block = max(min(block, written) // ALIGNMENT * ALIGNMENT, ALIGNMENT)
         yield block, [(file.fileno(), start) for start in _starts(written, block)]
 
 
@@ -119,136 +107,75 @@ def _starts(size: int, block: int) -> range:
     return range(0, size - block + 1, block // ALIGNMENT * ALIGNMENT)
 
 
-class _Round(NamedTuple):
-    size: int  # bytes
-    seconds: float
-
-
-def _rate(rounds: Sequence[_Round]) -> float:
-    """Return bytes a second. While the disk is fast, a round reads more of them."""
-    return sum(each.size for each in rounds) / sum(each.seconds for each in rounds)
-
-
-def _read_piece(fd: int, start: int, target: torch.Tensor, is_fresh: bool) -> int:
-    if is_fresh:  # as experts are read into new slots
-        touch(target)
-    return read_all(fd, start, target.numpy().data)
+def _rate(rounds: Sequence[tuple[int, float]]) -> float:
+    """Return bytes a second of rounds of (bytes, seconds)."""
+    return sum(size for size, _ in rounds) / sum(seconds for _, seconds in rounds)
 
 
 class _Disk:
     """Reads blocks that are not in the page cache."""
 
-    def __init__(
-        self,
-        places: Places,
-        block: int,
-        seconds: float,
-        until: float,
-        readers: ThreadPoolExecutor,
-    ) -> None:
-        self._readers, self._until = readers, until
-        self._block, self._seconds, self._count = block, seconds, len(places)
+    def __init__(self, places: Places, block: int, readers: ThreadPoolExecutor) -> None:
+        self._block, self._readers = block, readers
         # None again before all were read.
         self._places = cycle(random.sample(places, len(places)))
-        self._fds = {fd for fd, _ in places}
         # Small experts are read together, as the queue of loads does, but not on a slow disk.
         self._together, self._most_together = 1, min(-(-2 * READS * PIECE // block), len(places))
-        # Filled, so that no page is given while time is taken. Numpy asks for large pages. The
-        # small ones that a process gets first are scattered. Reads into these had 1.1 GB/s, where
-        # later ones, as slots have, and large ones had 2.1 to 2.8.
-        filled = np.ones(self._most_together * block + 2 * ALIGNMENT, np.uint8)
-        start = -filled.ctypes.data % ALIGNMENT
-        self._target = torch.from_numpy(filled[start:])
+        # Filled, so that no page is given while time is taken. Numpy asks for large pages. Reads
+        # into the small ones that a process gets first had 1.1 GB/s, and others 2.1 to 2.8.
+        filled = np.ones(self._most_together * block + ALIGNMENT, np.uint8)
+        self._target = filled[-filled.ctypes.data % ALIGNMENT :].data
+        fds = {fd for fd, _ in places}
+        try:
+            for fd in fds:
+                system.set_direct(fd, True)
+            os.preadv(min(fds), [self._target[:ALIGNMENT]], 0)
+        except OSError:  # not every file system can
+            if not system.drops_pages():
+                raise
+            for fd in fds:
+                system.set_direct(fd, False)
 
-    @property
-    def _is_over(self) -> bool:
-        return time.perf_counter() >= self._until
-
-    def measure(self, work: Callable[[], None]) -> DiskRates:
-        busy: dict[bool, list[_Round]] = {}
-        idle: dict[bool, list[_Round]] = {}
-        ways = self._ways()
-        until = time.perf_counter() + 6 * self._seconds
-        for number in range(_ROUNDS * len(ways)):
-            way = ways[number % len(ways)]
+    def measure(self, work: Callable[[], None], seconds: float, until: float) -> DiskRates:
+        busy, idle = [], []
+        for _ in range(_ROUNDS):
             with ThreadPoolExecutor(1) as pool:
-                reading = pool.submit(self._round, way)
+                reading = pool.submit(self._round, seconds, until)
                 while not reading.done():  # as in use, the main thread computes
                     work()
-                busy.setdefault(way, []).append(reading.result())
-            idle.setdefault(way, []).append(self._round(way))
-            has_tried_all = (number + 1) % len(ways) == 0
-            if self._is_over or (has_tried_all and time.perf_counter() > until):
+                busy.append(reading.result())
+            idle.append(self._round(seconds, until))
+            if time.perf_counter() >= until:
                 break
-        direct = max(busy, key=lambda way: _rate(busy[way]))
-        return DiskRates(_rate(busy[direct]), _rate(idle[direct]), _rate([self._fresh(direct)]))
+        return DiskRates(_rate(busy), _rate(idle))
 
-    def _fresh(self, direct: bool) -> _Round:
-        """Read into fresh memory. The first may be what was just given back."""
-        most = machine.free_memory() // 8  # as much may go into the page cache
-        taken: list[torch.Tensor] = []  # kept, so that the next memory is fresh, too
+    def _round(self, seconds: float, until: float) -> tuple[int, float]:
+        """Read for so many seconds. Return bytes and seconds."""
+        size, total = 0, 0.0
+        while not size or (total < seconds and time.perf_counter() < until):
+            taken = self._read(list(islice(self._places, self._together)))
+            if taken < _SHORT * seconds and self._together < self._most_together:
+                self._together = min(2 * self._together, self._most_together)
+                continue
+            total += taken
+            size += self._together * self._block
+        return size, total
 
-        def fresh() -> torch.Tensor:
-            taken.append(new_block(self._together * self._block))
-            return taken[-1]
-
-        return self._round(direct, fresh, _FRESH * self._seconds, most)
-
-    def _round(
-        self,
-        direct: bool,
-        memory: Callable[[], torch.Tensor] | None = None,
-        seconds: float | None = None,
-        most: float = math.inf,
-    ) -> _Round:
-        self._set_direct(direct)
-        seconds = seconds or self._seconds
-        done, spent, unread = 0, 0.0, self._count
-        while True:
-            count = min(self._together, unread)
-            target = self._target if memory is None else memory()
-            took = self._read([*islice(self._places, count)], target, is_fresh=memory is not None)
-            unread -= count
-            done += count * self._block
-            spent += took
-            if spent > seconds or done > most or self._is_over or not unread:
-                return _Round(done, spent)
-            if took < _SHORT * seconds and count < self._most_together:
-                self._together = min(2 * count, self._most_together)
-                done, spent = 0, 0.0
-
-    def _read(self, places: Places, target: torch.Tensor, *, is_fresh: bool) -> float:
+    def _read(self, places: Places) -> float:
         """Read blocks in pieces, as experts are read. Return the seconds that took."""
         for fd, start in places:
             system.advise(fd, start, self._block, needed=False)
         started = time.perf_counter()
         pieces = [
             self._readers.submit(
-                _read_piece,
+                read_all,
                 fd,
                 start + at,
-                target[number * self._block + at :][: min(PIECE, self._block - at)],
-                is_fresh,
+                self._target[number * self._block :][at : min(at + PIECE, self._block)],
             )
             for number, (fd, start) in enumerate(places)
             for at in range(0, self._block, PIECE)
         ]
-        wait(pieces)
         if sum(piece.result() for piece in pieces) < len(places) * self._block:
             raise OSError("the file ended early")
         return time.perf_counter() - started
-
-    def _ways(self) -> list[bool]:
-        """Return whether to read past the page cache, for each possible way."""
-        if not system.drops_pages():
-            return [True]
-        try:
-            self._set_direct(True)
-            os.preadv(min(self._fds), [self._target[:ALIGNMENT].numpy().data], 0)
-        except OSError:  # not every file system can
-            return [False]
-        return [False, True]
-
-    def _set_direct(self, direct: bool) -> None:
-        for fd in self._fds:
-            system.set_direct(fd, direct)

@@ -42,7 +42,7 @@ def test_a_limit_is_what_the_bytes_and_operations_allow(bench):
     list(bench.run())
     here, later, prompt = bench.tasks
     size = rounds.bytes_per_token(bench.blueprint, 0, None)
-    operations = rounds.operations_per_token(bench.blueprint).total()
+    operations = rounds.operations_per_token(bench.blueprint)
     assert here.limit_rates[0] > later.limit_rates[0]  # more bytes, fewer tokens
     assert here.limit_rates[0] == pytest.approx(1e9 / size)
     assert prompt.limit_rates[0] == pytest.approx(2e9 / operations)

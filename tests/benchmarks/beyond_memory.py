@@ -41,7 +41,7 @@ from mixchat.base import machine
 from mixchat.engine.environment import prepare_environment
 
 if TYPE_CHECKING:
-    from mixchat.planning.machine_speeds import Measurement
+    from mixchat.planning.machine_speeds import MachineSpeeds
 
 GIB = 2**30
 PEER = Path(__file__).with_name("peer_child.py")
@@ -120,7 +120,7 @@ def described(figures: dict[str, float]) -> str:
     limit = 1 / max(reading, figures["computing"])
     parts = (
         f"{figures['slots']} slots, {figures['rate']:.2f} tok/s (median {figures['median']:.2f})",
-        f"predicted {figures['predicted_low']:.2f} to {figures['predicted_high']:.2f}, "
+        f"predicted {figures['predicted']:.2f}, "
         f"with the disk as it was then {figures['predicted_meanwhile']:.2f}",
         f"limit {limit:.2f}, reached {figures['rate'] / limit:.0%}",
         f"computing {figures['computing']:.2f} s, reading {reading:.2f} s: "
@@ -149,8 +149,8 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     from mixchat.loading import tiers
     from mixchat.loading.loader import load_engine
     from mixchat.planning.disk_speed import measure_disk
-    from mixchat.planning.expectation import expect
-    from mixchat.planning.measuring import saved_measurement
+    from mixchat.planning.expectation import SpeedEstimate
+    from mixchat.planning.measuring import saved_speeds
     from mixchat.weights.format.installed_model import InstalledModel
 
     if depth is not None:
@@ -175,14 +175,14 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     with InstalledModel(model) as installed:
         blueprint = installed.blueprint
     placement = Placement(engine.experts.slots, 0, blueprint.expert_count)
-    saved = saved_measurement(blueprint, model, CPU)
+    saved = saved_speeds(blueprint, model, CPU)
     assert saved is not None
-    expected = expect(blueprint, CPU, saved, placement)
+    expected = SpeedEstimate(blueprint, CPU, saved, placement)
     stride = blueprint.expert.stride
     disk = measure_disk(model, stride, max(6 * stride, 512 << 20), lambda: None, 0.4)
     # Nothing is read where all experts had come before.
     read_rate = did.bytes_read / did.read_seconds if did.read_seconds else disk.idle
-    meanwhile = expect(blueprint, CPU, with_disk(saved, read_rate), placement)
+    meanwhile = replace(expected, speeds=with_disk(saved, read_rate))
     return {
         "slots": engine.experts.slots,
         "memory": memory,
@@ -200,11 +200,10 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         "read_rate": read_rate,
         "busy": did.read_seconds / total,
         "disk": disk.idle,
-        "disk_before": saved.typical.disk_bandwidth_idle,
-        "predicted_low": expected.speed.low,
-        "predicted_high": expected.speed.high,
+        "disk_before": saved.disk_idle,
+        "predicted": expected.tokens_per_second,
         "predicted_meanwhile": meanwhile.tokens_per_second,
-        "computing": expected.cost.computing,
+        "computing": expected.token.computing,
         "expected_hit_rate": expected.hit_rate,
     }
 
@@ -215,13 +214,12 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def with_disk(measured: Measurement, bandwidth: float) -> Measurement:
-    """Return the measurement as it would be if reads in use had so many bytes a second."""
-    from mixchat.planning.machine_speeds import IN_USE
+def with_disk(measured: MachineSpeeds, bandwidth: float) -> MachineSpeeds:
+    """Return the speeds as they would be if reads in use had so many bytes a second."""
+    from mixchat.planning.expectation import IN_USE
 
     disk = bandwidth / IN_USE
-    typical = replace(measured.typical, disk_bandwidth=disk, disk_bandwidth_idle=disk)
-    return replace(measured, samples=(typical,))
+    return replace(measured, disk_busy=disk, disk_idle=disk)
 
 
 def calibrate(model: Path) -> None:

@@ -9,8 +9,8 @@ in the page cache, a later prompt and tokens after it (`mixchat bench`), and the
 llama.cpp (`peer_child.py bench`). With --free another process holds what is free beyond that.
 
 "The disk alone" is the time in which eight threads read as many bytes right after the start, into
-memory that was used before, and into fresh memory, which the system clears. mixchat's seconds count
-from the start of Python, llama.cpp's from the moment in which its imports are done.
+memory that was used before. mixchat's seconds count from the start of Python, llama.cpp's from the
+moment in which its imports are done.
 """
 
 from __future__ import annotations
@@ -80,20 +80,16 @@ def mixchat(command: str, model: Path, *flags: str) -> dict:
 
 def described(plan: dict, bench: dict, disk: DiskRates) -> str:
     """Return a plan and what came as a line."""
-    cold, warm, planned = bench["cold"], bench["warm"], plan["first_token"]
+    cold, warm, planned = bench["cold"], bench["warm"], plan["prompts"][0]["seconds"]
     size = cold["shared"] + cold["prompt"]["bytes_read"]
-    alone, fresh = size / disk.idle, size / disk.fresh
-    planned_cold = planned["starting"] + planned["cold"]["seconds"]
-    decode, speed = bench["tasks"][0]["mixchat"][0], plan["speed"]
+    alone, decode = size / disk.idle, bench["tasks"][0]["mixchat"][0]
     parts = (
-        f"{size / 1e9:.2f} GB, the disk alone {alone:.1f} s at {disk.idle / 1e9:.2f} GB/s, "
-        f"into fresh memory {fresh:.1f} s",
+        f"{size / 1e9:.2f} GB, the disk alone {alone:.1f} s at {disk.idle / 1e9:.2f} GB/s",
         f"cold {cold['seconds']:.1f} s ({cold['starting']:.1f} starting, {cold['loading']:.1f} "
         f"loading, {cold['prompt']['waiting']:.1f} waiting of {cold['prompt']['seconds']:.1f})",
-        f"1.3 times that and 1.5 s: {1.3 * alone + 1.5:.1f} and {1.3 * fresh + 1.5:.1f} s",
-        f"planned {planned_cold:.1f} s",
-        f"warm {warm['seconds']:.2f} s, planned {planned['warm']['seconds']:.2f}",
-        f"decoding {decode:.2f} tok/s, planned {speed['low']:.2f} to {speed['high']:.2f}",
+        f"1.3 times that and 1.5 s: {1.3 * alone + 1.5:.1f} s",
+        f"warm {warm['seconds']:.2f} s, planned {planned:.2f}",
+        f"decoding {decode:.2f} tok/s, planned {plan['tokens_per_second']:.2f}",
     )
     return "; ".join(parts)
 

@@ -22,7 +22,7 @@ from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.experts import experts_down, experts_up
 from mixchat.kernels.gpu.kv_store import KVTensors
 from mixchat.kernels.gpu.product import product, split
-from mixchat.planning.bandwidth import MemoryMeter, seconds_of
+from mixchat.planning.bandwidth import memory_rate, seconds_of
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.gpu_expert import expert_form
@@ -39,7 +39,7 @@ _GB = 10**9
 
 def print_rates(device: torch.device, *, tiny: bool) -> list[str]:
     """Print GB/s of each shape, type and kernel, and the part of a copy's. Return what failed."""
-    memory, failures = MemoryMeter(device).rate(), []
+    memory, failures = memory_rate(device), []
     print(f"copies within the card: {memory / _GB:.0f} GB/s")
     configs = {"tiny": TINY} if tiny else {shape: KNOWN[shape].config for shape in _SHAPES}
     bench = _Bench(device, tiny)

@@ -4,7 +4,7 @@
 
 It is a prediction. Bytes follow from the models' shapes, and bandwidths from the data sheets of the
 cards. The part of a bandwidth that kernels reach, the time of a kernel and that of a wait are
-assumed (`planning/gpu_speeds.py`). So is the RAM's speed, of which the CPU's kernels reach 80%.
+assumed (`planning/expectation.py`). So is the RAM's speed, of which the CPU's kernels reach 80%.
 Launches are the budget that `gpu_budget.py` counts. The published figures are measurements of other
 programs, with bits of their own.
 """
@@ -16,23 +16,24 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+import torch
+
+from mixchat.base import gpu
 from mixchat.base.errors import ResourceError
 from mixchat.base.options import ExpertSize, LoadOptions
+from mixchat.bench.rounds import bytes_per_token
+from mixchat.experts.placement import Placement
 from mixchat.install.make.outline import known_blueprints
 from mixchat.planning.cards import Card, find_card
-from mixchat.planning.expectation import gpu_token_cost
+from mixchat.planning.expectation import SpeedEstimate
 from mixchat.planning.fitting import FreeMemory, expected_mix, fit_model
-from mixchat.planning.gpu_cost import GPUWork, token_kernels
-from mixchat.planning.gpu_speeds import GPUSpeeds
-from mixchat.planning.machine_speeds import MachineSpeeds
-from mixchat.planning.routing import expected_hit_rate
+from mixchat.planning.machine_speeds import GPUSpeeds, MachineSpeeds
 from mixchat.weights.format.blueprint import Blueprint
 
 CARDS = ("RTX 3090", "RTX 4060", "H100")
 MODELS = {"qwen3": "Qwen3-30B-A3B", "gpt-oss": "gpt-oss-20b", "instruct": "Mixtral 8x7B"}
 BITS = {"qwen3": (4, 3, 2), "gpt-oss": (4,), "instruct": (4, 3, 2)}  # gpt-oss comes in MXFP4
 LAUNCHES_PER_LAYER = 3  # beside missing experts
-KERNELS_AT_END = 2  # norm and head
 CPU_PART = 0.8
 HOST_BYTES, TAKEN_GPU = 62 * 10**9, 5 * 10**8
 OPTIONS = LoadOptions(context_size=8192)
@@ -89,18 +90,20 @@ def predict(blueprint: Blueprint, card: Card, slots: int, ram_speed: float) -> P
     config = blueprint.config
     expert_s = blueprint.mean_expert / (CPU_PART * ram_speed)
     gpus = (GPUSpeeds.of_card(card),)
-    speeds = MachineSpeeds(None, None, None, ram_speed, {1: expert_s, 8: expert_s}, 1, gpus)
-    hit_rate = expected_hit_rate(config, slots)
-    cost = gpu_token_cost(blueprint, speeds, (1,), hit_rate, 1.0)
-    assert cost is not None  # nothing comes from the disk
-    whole = GPUWork(blueprint, gpus, (1,)).bytes_per_token
-    ram = int(cost.missed * blueprint.mean_expert)
+    speeds = MachineSpeeds(None, None, {1: expert_s, 8: expert_s}, 1, gpus)
+    experts = blueprint.expert_count
+    placement = Placement(slots, experts - slots, experts)
+    estimate = SpeedEstimate(blueprint, torch.device(gpu.KIND), speeds, placement)
+    assert estimate.tokens_per_second is not None  # nothing comes from the disk
+    uses, hit_rate = config.num_moe_layers * config.num_experts_per_tok, estimate.hit_rate
+    whole = bytes_per_token(blueprint, 0, None)
+    ram = int((1 - hit_rate) * uses * blueprint.mean_expert)
     return Prediction(
         slots / blueprint.expert_count,
         whole - ram,
         ram,
         1 if hit_rate == 1 else LAUNCHES_PER_LAYER * config.num_hidden_layers,
-        1 / cost.seconds,
+        estimate.tokens_per_second,
     )
 
 
@@ -115,7 +118,7 @@ def fitting_slots(blueprint: Blueprint, card: Card) -> int:
 
 def models_table() -> Iterator[tuple[str, ...]]:
     """Yield what a token needs of each model, whatever the card."""
-    yield "model", "experts", "GB a token", "kernels in the one graph", "launches, part in RAM"
+    yield "model", "experts", "GB a token", "launches, part in RAM"
     card = find_card(CARDS[0])
     assert card is not None
     for name, title in MODELS.items():
@@ -127,7 +130,6 @@ def models_table() -> Iterator[tuple[str, ...]]:
                 title,
                 types_of(blueprint),
                 f"{found.vram / 1e9:.2f}",
-                f"{token_kernels(blueprint.config) + KERNELS_AT_END}",
                 f"{LAUNCHES_PER_LAYER * layers}",
             )
 

@@ -32,14 +32,12 @@ def measured(monkeypatch):
     time; counts how often."""
     calls = []
 
-    def measure(blueprint, directory, gpus, layer, **how):
+    def measure(blueprint, *given):
         calls.append(blueprint.expert.stride)
         return SPEEDS
 
     changes = {
-        "mixchat.cli.plan.process_seconds": lambda: 1.5,
-        "mixchat.planning.measuring.take_sample": measure,
-        "mixchat.planning.measuring.MOST_SECONDS": 1e6,  # however busy this machine is
+        "mixchat.planning.measuring.take_speeds": measure,
         "mixchat.planning.fitting.free_on": lambda device: int(14.5 * GB),
         "mixchat.planning.fitting.tightest_memory_limit": lambda: None,
         "mixchat.planning.torch_threads.choose_threads": lambda blueprint: None,
@@ -54,12 +52,11 @@ def measured(monkeypatch):
 
 @pytest.fixture
 def planned(mixchat):
-    """Runs `mixchat plan ARGS --details`, on the CPU unless they name another device."""
+    """Runs `mixchat plan ARGS`, on the CPU unless they name another device."""
 
-    def planned(*arguments, details=True):
+    def planned(*arguments):
         device = () if "--device" in arguments else ("--device", "cpu")
-        more = ("--details",) if details else ()
-        return mixchat("plan", *arguments, *device, *more, fake=False)
+        return mixchat("plan", *arguments, *device, fake=False)
 
     return planned
 

@@ -69,13 +69,10 @@ def find_fake(name, reporter):
 
 def predict_fake(models, model, name):
     measured_at = time.time() - 3 * 86400 - 5
-    decode = types.SimpleNamespace(low=18.0, high=21.0, measured_at=measured_at)
-    from_disk, from_ram = (
-        types.SimpleNamespace(low=4.0, high=8.0),
-        types.SimpleNamespace(low=2.0, high=2.0),
-    )
     made = types.SimpleNamespace(
-        decode=lambda: decode, prompt=lambda tokens, cold: from_disk if cold else from_ram
+        tokens_per_second=21.0,
+        speeds=types.SimpleNamespace(measured_at=measured_at),
+        prompt=lambda tokens, cold: types.SimpleNamespace(seconds=tokens / (4 if cold else 2)),
     )
     return lambda: made
 

@@ -5,16 +5,14 @@ import re
 import time
 from types import SimpleNamespace
 
-from mixchat.cli.output import plan_text
+from mixchat.cli.output import plan_report
 from mixchat.loading import plan
 from mixchat.planning import measuring
 from mixchat.planning.machine_speeds import MachineSpeeds
 
 GB = 10**9
-SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, {1: 0.003, 8: 0.005, 64: 0.03, 512: 0.2}, 0.001)
-BLIND = dataclasses.replace(
-    SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
-)
+SPEEDS = MachineSpeeds(2e9, 3e9, {1: 0.003, 8: 0.005, 64: 0.03, 512: 0.2}, 0.001)
+BLIND = dataclasses.replace(SPEEDS, disk_busy=None, disk_idle=None)
 
 
 def sections(done):
@@ -38,5 +36,5 @@ def verdict(done):
 def at(monkeypatch, days):
     """Let it be so many days after some moment, for what measures and what says how long ago."""
     clock = SimpleNamespace(time=lambda: 1.7e9 + 86400 * days, perf_counter=time.perf_counter)
-    for module in (measuring, plan_text, plan):
+    for module in (measuring, plan_report, plan):
         monkeypatch.setattr(module, "time", clock)

@@ -6,8 +6,8 @@ from pathlib import Path
 import gguf_files
 import pytest
 from fake_hub import REPO, FakeHub
+from plan_tools import SPEEDS
 from test_cli_families import contents, flip
-from test_cli_plan import SPEEDS
 
 from mixchat.planning import measuring
 
@@ -35,7 +35,7 @@ def test_a_kind_on_the_hub_is_planned_installed_and_asked(
     environment,
     monkeypatch,
 ):
-    monkeypatch.setattr(measuring, "take_sample", lambda *given, **how: SPEEDS)
+    monkeypatch.setattr(measuring, "take_speeds", lambda *given: SPEEDS)
     said = run("download", REPO, code=2).said
     assert "has several models in GGUF" in said
     assert "F16, Q8_0" in said

@@ -117,9 +117,9 @@ def test_verbose_prints_figures_on_stderr(mixchat):
     assert done.stderr.decode().splitlines() == [
         "prompt   8 tokens, 0 of them from the cache",
         "prefill  8 tokens, 16.0 tok/s",
-        "         first token after 0.5 s (1 to 2 s predicted, with all experts on disk)",
+        "         first token after 0.5 s (2 s predicted, with all experts on disk)",
         "         0.1 s waiting for 2 kB from disk, 0.4 s computing, after 1.5 s of loading",
-        "decode   6 tokens, 20.0 tok/s (18 to 21 predicted, measured 3 days ago)",
+        "decode   6 tokens, 20.0 tok/s (21 predicted, measured 3 days ago)",
         "experts  18 hits, 6 misses (hit rate 75.0%), 16 RAM slots",
         "loaded   6 kB, waited 0.6 s for it",
         "files    read for 0.6 s at 20 kB/s",

@@ -14,7 +14,7 @@ def predicted(speed, asked=None):
     def prompt(tokens, *, cold):
         if asked is not None:
             asked.append(cold)
-        return SimpleNamespace(low=speed, high=speed)
+        return SimpleNamespace(seconds=tokens / speed)
 
     return lambda: SimpleNamespace(prompt=prompt)
 

@@ -18,7 +18,7 @@ def paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperRuntime | Card]:
 
     They are real ones if MIXCHAT_TEST_GPU is cuda.
     """
-    monkeypatch.setattr(tiers, "saved_measurement", lambda *_: speeds(copy=1e12, expert=1.0))
+    monkeypatch.setattr(tiers, "saved_speeds", lambda *_: speeds(copy=1e12, expert=1.0))
     if os.environ.get("MIXCHAT_TEST_GPU", "cpu") != "cpu":
         yield Card()
         return

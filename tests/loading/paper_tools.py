@@ -20,8 +20,7 @@ from mixchat.experts.placement import Demand
 from mixchat.install.make.mix import mixed
 from mixchat.loading.loader import load_engine
 from mixchat.planning.fitting import FreeMemory, fit_model
-from mixchat.planning.gpu_speeds import GPUSpeeds
-from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
+from mixchat.planning.machine_speeds import GPUSpeeds, MachineSpeeds
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
@@ -50,12 +49,11 @@ PASSES = (PROMPT, [33], [60], [2])
 CONTEXT = 64
 
 
-def speeds(copy: float, expert: float) -> Measurement:
+def speeds(copy: float, expert: float) -> MachineSpeeds:
     """A machine that copies `copy` bytes a second, whose CPU takes `expert` s for an expert."""
-    gpu = GPUSpeeds("GPU on paper", memory=1e11, bus=copy, compute=1e13)
+    gpu = GPUSpeeds("GPU on paper", memory=8e10, bus=copy, compute=1e13)
     seconds = {1: expert, 8: 8 * expert}
-    sample = MachineSpeeds(1e9, 1e9, 1e9, 1e9, seconds, 1e-3, (gpu,))
-    return Measurement(time.time(), (sample,))
+    return MachineSpeeds(1e9, 1e9, seconds, 1e-3, (gpu,), time.time())
 
 
 def settled(paper: PaperRuntime) -> tuple[int, int]:

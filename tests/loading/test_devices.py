@@ -23,7 +23,7 @@ from mixchat.kernels.gpu.toolchain import missing  # the double of GPUs replaces
 from mixchat.loading import devices
 from mixchat.loading.devices import DeviceChoice, devices_for, usable_devices
 from mixchat.loading.loader import load_engine
-from mixchat.planning.machine_speeds import Measurement
+from mixchat.planning.machine_speeds import MachineSpeeds
 
 CPU, GPU, SECOND = torch.device("cpu"), torch.device("paper:0"), torch.device("paper:1")
 
@@ -43,15 +43,15 @@ def chosen(paper: PaperRuntime, case: Any) -> Callable[..., tuple[torch.device, 
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Measurement], None]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[MachineSpeeds], None]:
     """Let this machine have been measured."""
-    return lambda known: monkeypatch.setattr(devices, "saved_measurement", lambda *_: known)
+    return lambda known: monkeypatch.setattr(devices, "saved_speeds", lambda *_: known)
 
 
-def slow_gpu() -> Measurement:
-    (sample,) = speeds(copy=1e10, expert=1e-6).samples
-    gpu = replace(sample.gpus[0], memory=1e6)
-    return Measurement(1.7e9, (replace(sample, gpus=(gpu,), layer_seconds=1e-6),))
+def slow_gpu() -> MachineSpeeds:
+    machine = speeds(copy=1e10, expert=1e-6)
+    gpu = replace(machine.gpus[0], memory=1e6)
+    return replace(machine, gpus=(gpu,), layer_seconds=1e-6)
 
 
 def test_a_gpu_computes_without_a_word_by_estimate_and_by_measurement(chosen, measured):

@@ -166,10 +166,9 @@ def test_experts_are_read_past_the_page_cache_unless_it_keeps_a_slow_disks_for_t
 ):
     """Through it, a model that just fit into memory was read at a third of the disk's speed."""
     asked: list[bool] = []
-    typical = SimpleNamespace(disk_bandwidth_idle=rate)
-    measured = None if rate is None else SimpleNamespace(typical=typical)
+    measured = None if rate is None else SimpleNamespace(disk_idle=rate)
     monkeypatch.setattr(InstalledModel, "open_direct", lambda _: asked.append(True))
-    monkeypatch.setattr(tiers, "saved_measurement", lambda *_: measured)
+    monkeypatch.setattr(tiers, "saved_speeds", lambda *_: measured)
     monkeypatch.setattr(tiers.machine, "free_memory", lambda: free * expert_size)
     with InstalledModel(tiny_model) as installed:
         placement, devices = Placement(slots, 0, 8), [torch.device("cpu")]
@@ -181,8 +180,7 @@ def test_experts_are_read_past_the_page_cache_unless_it_keeps_a_slow_disks_for_t
 def test_experts_are_predicted_unless_the_disk_is_too_slow_for_wrong_predictions(
     tiny_model, monkeypatch, rate, layers
 ):
-    typical = SimpleNamespace(disk_bandwidth_idle=rate)
-    monkeypatch.setattr(tiers, "saved_measurement", lambda *_: SimpleNamespace(typical=typical))
+    monkeypatch.setattr(tiers, "saved_speeds", lambda *_: SimpleNamespace(disk_idle=rate))
     with InstalledModel(tiny_model) as installed:
         placement, devices = Placement(4, 0, 8), [torch.device("cpu")]
         experts = tiers.build_experts(installed, ExpertShare(placement), devices, print)

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import torch
 
+from mixchat.experts.placement import Placement
 from mixchat.install.known_models import KNOWN
-from mixchat.planning.gpu_speeds import GPUSpeeds
-from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
+from mixchat.planning.expectation import SpeedEstimate
+from mixchat.planning.machine_speeds import GPUSpeeds, MachineSpeeds
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 
@@ -15,14 +16,22 @@ GPU = torch.device("cpu:0")  # another device by its name
 CONFIG = read_config(KNOWN["instruct"].config)
 # As both devices compute it here, so that what leaves the "GPU" can go into RAM.
 BLUEPRINT = Blueprint(CONFIG, Quantization())
-SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, {1: 0.003, 8: 0.005}, 0.001)
-GPU_SPEEDS = replace(SPEEDS, gpus=(GPUSpeeds("a GPU", memory=5e11, bus=2e10, compute=5e13),))
+SPEEDS = MachineSpeeds(2e9, 3e9, {1: 0.003, 8: 0.005}, 0.001, measured_at=1.7e9)
+GPU_SPEEDS = replace(SPEEDS, gpus=(GPUSpeeds("a GPU", memory=4e11, bus=2e10, compute=5e13),))
+BLIND = replace(SPEEDS, disk_busy=None, disk_idle=None)
 
 
-def without_disk(speeds: MachineSpeeds) -> MachineSpeeds:
-    """Return the figures of a machine whose disk could not be measured."""
-    return replace(speeds, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None)
-
-
-def measured(*samples: MachineSpeeds) -> Measurement:
-    return Measurement(1.7e9, samples)
+def estimate(
+    slots: int = 256,
+    host_slots: int = 0,
+    *,
+    device: torch.device = CPU,
+    speeds: MachineSpeeds | None = None,
+    blueprint: Blueprint = BLUEPRINT,
+    answers: int = 1,
+    other_slots: tuple[int, ...] = (),
+) -> SpeedEstimate:
+    """Return the estimate with so many experts in slots and in RAM behind a GPU."""
+    known = speeds or (SPEEDS if device == CPU else GPU_SPEEDS)
+    placement = Placement(slots, host_slots, blueprint.expert_count, other_slots=other_slots)
+    return SpeedEstimate(blueprint, device, known, placement, answers)

@@ -11,7 +11,7 @@ from mixchat.engine.caches.paged_cache import PagedKVCache
 from mixchat.experts.compute import RowExperts
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.planning import compute_speed
-from mixchat.planning.compute_speed import Effort, ExpertTimer, PromptProducts, layer_probe
+from mixchat.planning.compute_speed import Effort, ExpertTimer, layer_probe
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -35,7 +35,8 @@ def test_each_call_takes_one_token_through_the_next_of_several_layers(blueprint,
         return outputs[-1]
 
     monkeypatch.setattr(compute_speed, "compute_layer", watch)
-    compute = layer_probe(blueprint)
+    config = replace(blueprint.config, num_hidden_layers=6)
+    compute = layer_probe(Blueprint(config, blueprint.quantization))
     for _ in range(2 * compute_speed._COPIES):
         compute()
     assert len(set(layers)) == compute_speed._COPIES
@@ -82,36 +83,28 @@ def test_experts_for_one_row_are_measured_as_a_token_computes_them(
     assert set(counts) == (set() if mixed else {blueprint.config.num_experts_per_tok})
 
 
-def test_the_limit_of_prompts_counts_each_type_by_its_operations(monkeypatch):
+def test_a_rate_of_operations_is_that_of_a_long_prompts_expert(blueprint, monkeypatch):
     """Products in bf16 were the limit of prompts in integers, which reached 150% of it."""
-    monkeypatch.setattr(compute_speed, "_PRODUCT_ROWS", 128)
-    monkeypatch.setattr(compute_speed, "_PRODUCT_COLUMNS", 128)
-    shapes: list[torch.Size] = []
-
-    def seconds_of(run, device, tries):
-        shapes.append(run().shape)
-        return [5.0, float(len(shapes))]  # 1 s for the first type, 2 s for the second
-
-    monkeypatch.setattr(compute_speed, "seconds_of", seconds_of)
-    products = PromptProducts({"nf4": 3_000, "int8": 1_000}, torch.bfloat16)
-    operations = 2 * 128 * 128 * 512
-    assert products.rate() == pytest.approx(4_000 / (3_000 / operations + 1_000 * 2 / operations))
-    assert shapes == [(512, 128)] * 2
+    asked = []
+    timer = ExpertTimer(blueprint, Effort(pool_bytes=0, seconds=0.01))
+    monkeypatch.setattr(timer, "mean_of", lambda run: asked.append(run()) or 2.0)
+    config = blueprint.config
+    weights = 3 * config.hidden_size * config.intermediate_size
+    assert timer.operations_rate(exact=True) == 2 * 512 * weights / 2.0
+    assert asked[0].shape == (512, config.hidden_size)
 
 
-@pytest.mark.parametrize(
-    ("types", "first", "expected"),
-    [
-        (["full_attention"] * 8, 2, [0, 0, 0, 0]),
-        ((["conv"] * 3 + ["full_attention"]) * 12, 0, [0, 0, 0, 3]),
-        ((["conv"] * 5 + ["full_attention"]) * 5, 0, [0, 0, 0, 0, 0, 5]),
-        (["conv"] * 47 + ["full_attention"], 1, [0] * 8 + [46]),
-    ],
-)
-def test_layers_of_several_forms_are_measured_as_often_as_the_model_has_them(
-    blueprint, types, first, expected
-):
+def test_layers_of_several_forms_are_measured_as_the_model_has_them(blueprint, monkeypatch):
+    types = (["conv"] * 3 + ["full_attention"]) * 12
     features = {"num_hidden_layers": len(types), "layer_types": tuple(types), "conv_L_cache": 3}
-    features |= {"first_k_dense_replace": first, "dense_intermediate_size": 64}
-    model = Blueprint(replace(blueprint.config, **features), blueprint.quantization)
-    assert compute_speed._mixture(model) == expected
+    mixed = Blueprint(replace(blueprint.config, **features), blueprint.quantization)
+    built: list[int] = []
+    describe = compute_speed.describe
+
+    def watch(layer, *rest):
+        built.append(layer)
+        return describe(layer, *rest)
+
+    monkeypatch.setattr(compute_speed, "describe", watch)
+    layer_probe(mixed)
+    assert built == [*range(8)]

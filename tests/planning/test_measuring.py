@@ -13,17 +13,13 @@ import torch
 from mixchat.planning import measuring
 from mixchat.planning.compute_speed import Effort
 from mixchat.planning.disk_speed import DiskRates
-from mixchat.planning.measuring import take_sample
+from mixchat.planning.measuring import take_speeds
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.expert import Expert
 from mixchat.weights.format.installed_model import InstalledModel
 
 CPU = torch.device("cpu")
 QUICK = Effort(file_bytes=1_000_000, pool_bytes=200_000, seconds=0.01)
-
-
-def no_layer() -> None:
-    """A layer that takes no time."""
 
 
 class Clock:
@@ -73,43 +69,36 @@ def blueprint(tiny_model: Path) -> Blueprint:
         return replace(installed.blueprint, config=config)
 
 
-def test_a_cpu_is_measured_and_nothing_stays_behind(blueprint, tmp_path):
-    result = take_sample(blueprint, tmp_path / "not there yet", [], no_layer, effort=QUICK)
+@pytest.fixture
+def layer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """Let a layer compute this instead of nothing."""
+
+    def set_layer(compute: Callable[[], None]) -> None:
+        monkeypatch.setattr(measuring, "layer_probe", lambda blueprint: compute)
+
+    set_layer(lambda: None)
+    return set_layer
+
+
+def test_a_cpu_is_measured_and_nothing_stays_behind(blueprint, tmp_path, layer):
+    result = take_speeds(blueprint, tmp_path / "not there yet", [], QUICK)
     assert set(result.expert_seconds) >= {1, 8}  # the others too, unless cores are busy
     assert all(seconds > 0 for seconds in result.expert_seconds.values())
-    assert (result.gpus, result.copy_bandwidth) == ((), None)
-    assert result.disk_bandwidth is not None
-    assert result.disk_bandwidth_idle is not None
-    assert 1e5 < result.disk_bandwidth < 1e12
-    assert 1e5 < result.disk_bandwidth_idle < 1e12
+    assert result.gpus == ()
+    assert 1e5 < result.disk_busy < 1e12
+    assert 1e5 < result.disk_idle < 1e12
     assert list(tmp_path.iterdir()) == []
 
 
-def test_figures_are_those_of_what_ran(blueprint, tmp_path, taking):
-    taking(0.0005)
-    result = take_sample(blueprint, tmp_path, [], no_layer, effort=QUICK)
-    seconds = result.expert_seconds
-    assert seconds[1] == pytest.approx(0.0005, rel=0.05)
-    assert seconds[8] == pytest.approx(0.004, rel=0.05)
-    assert result.memory_bandwidth == pytest.approx(blueprint.mean_expert / seconds[1])
-    assert 512 not in seconds  # it would have taken a quarter of a second
-
-
-def test_a_fast_cpu_is_measured_with_all_counts_of_rows(blueprint, tmp_path, taking):
-    taking(0)
-    result = take_sample(blueprint, tmp_path, [], no_layer, effort=QUICK)
-    assert set(result.expert_seconds) == {1, 8, 64, 512}
-
-
-def test_a_layer_is_measured_without_gradients(blueprint, tmp_path, clock, taking):
-    taking(0)
-
-    def layer():
-        assert torch.is_inference_mode_enabled()
-        clock.sleep(0.004)
-
-    result = take_sample(blueprint, tmp_path, [], layer, effort=QUICK)
-    assert result.layer_seconds == pytest.approx(0.004, rel=0.05)
+@pytest.mark.parametrize("seconds_per_row", [0, 0.0005])
+def test_figures_are_those_of_what_ran(blueprint, tmp_path, taking, layer, seconds_per_row):
+    taking(seconds_per_row)
+    seconds = take_speeds(blueprint, tmp_path, [], QUICK).expert_seconds
+    if seconds_per_row:
+        assert seconds[8] == pytest.approx(0.004, rel=0.05)
+        assert 512 not in seconds  # it would have taken a quarter of a second
+    else:
+        assert set(seconds) == {1, 8, 64, 512}
 
 
 @pytest.mark.parametrize(
@@ -123,18 +112,21 @@ def test_a_layer_is_measured_without_gradients(blueprint, tmp_path, clock, takin
     ids=["without the first time", "the mean"],
 )
 def test_a_figure_is_the_mean_of_what_came_after_the_first_time(
-    blueprint, tmp_path, clock, taking, pauses, seconds
+    blueprint, tmp_path, clock, taking, layer, pauses, seconds
 ):
+    def compute():
+        assert torch.is_inference_mode_enabled()
+        clock.sleep(next(pauses))
+
     taking(0)
+    layer(compute)
     effort = dataclasses.replace(QUICK, seconds=0.1)
-    result = take_sample(blueprint, tmp_path, [], lambda: clock.sleep(next(pauses)), effort=effort)
+    result = take_speeds(blueprint, tmp_path, [], effort)
     assert result.layer_seconds == pytest.approx(seconds, rel=0.05)
 
 
-@pytest.mark.parametrize(("each", "samples"), [(0.05, 3), (20.0, 1)])
-def test_measuring_a_busy_machine_has_an_end(
-    blueprint, tmp_path, monkeypatch, clock, each, samples
-):
+@pytest.mark.parametrize("each", [0.05, 20.0])
+def test_measuring_a_busy_machine_has_an_end(blueprint, tmp_path, monkeypatch, clock, layer, each):
     """It took five minutes while other programs had the cores, ten seconds without them."""
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
     tries: Counter[str] = Counter()
@@ -147,22 +139,21 @@ def test_measuring_a_busy_machine_has_an_end(
     def read(*given):
         tries["disk"] += 1
         clock.sleep(3 * each)
-        return DiskRates(2e9, 3e9, 1e9)
+        return DiskRates(2e9, 3e9)
 
     monkeypatch.setattr(Expert, "__call__", compute)
     monkeypatch.setattr(measuring, "time", clock)
     monkeypatch.setattr(measuring, "measure_disk", read)
-    monkeypatch.setattr(measuring, "layer_probe", lambda *given: lambda: clock.sleep(each))
-    made = measuring.measure_machine(blueprint, tmp_path, CPU)
-    assert len(made.samples) == samples
+    layer(lambda: clock.sleep(each))
+    measuring.measure_machine(blueprint, tmp_path, CPU)
     once = 9 * each  # what is computed is tried twice, for the first time does not count
     assert clock.now < max(measuring.MOST_SECONDS, once + 0.1)
-    if samples == 1:
+    if each > 1:
         assert tries == {"expert": 4, "disk": 1}
 
 
 def test_experts_larger_than_the_caches_are_computed_in_turn(
-    blueprint, tmp_path, clock, monkeypatch
+    blueprint, tmp_path, clock, layer, monkeypatch
 ):
     seen: dict[int, Expert] = {}
     compute = Expert.__call__
@@ -173,12 +164,12 @@ def test_experts_larger_than_the_caches_are_computed_in_turn(
         return x
 
     monkeypatch.setattr(Expert, "__call__", watch)
-    take_sample(blueprint, tmp_path, [], no_layer, effort=QUICK)
+    take_speeds(blueprint, tmp_path, [], QUICK)
     assert len(seen) * blueprint.expert.stride >= QUICK.pool_bytes
 
 
 def test_the_disk_is_measured_with_four_experts_at_least_while_the_cpu_computes_some(
-    blueprint, tmp_path, monkeypatch
+    blueprint, tmp_path, layer, monkeypatch
 ):
     asked = []
     rows: list[int] = []
@@ -187,7 +178,7 @@ def test_the_disk_is_measured_with_four_experts_at_least_while_the_cpu_computes_
         rows.clear()
         work()
         asked.append((directory, block, size, [*rows]))
-        return DiskRates(2e9, 3e9, 1e9)
+        return DiskRates(2e9, 3e9)
 
     def watch(expert, x):
         rows.append(len(x))
@@ -197,8 +188,7 @@ def test_the_disk_is_measured_with_four_experts_at_least_while_the_cpu_computes_
     monkeypatch.setattr(Expert, "__call__", watch)
     for file_bytes in (1, 10**6):
         effort = dataclasses.replace(QUICK, file_bytes=file_bytes)
-        result = take_sample(blueprint, tmp_path, [], no_layer, effort=effort)
-        assert (result.disk_bandwidth, result.disk_bandwidth_idle) == (2e9, 3e9)
-        assert result.disk_bandwidth_fresh == 1e9
+        result = take_speeds(blueprint, tmp_path, [], effort)
+        assert (result.disk_busy, result.disk_idle) == (2e9, 3e9)
     stride = blueprint.expert.stride
     assert asked == [(tmp_path, stride, size, [1]) for size in (4 * stride, 10**6)]

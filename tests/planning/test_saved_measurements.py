@@ -3,94 +3,99 @@
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from planning_tools import CPU, GPU, GPU_SPEEDS, SPEEDS, without_disk
+from planning_tools import BLIND, BLUEPRINT, CPU, GPU, SPEEDS
 
 from mixchat.base import machine
 from mixchat.planning import measuring
-from mixchat.planning.machine_speeds import Measurement
-from mixchat.planning.measuring import SAMPLES, load_measurement, measure_and_save, measurement_key
+from mixchat.planning.machine_speeds import GPUSpeeds, MachineSpeeds
+from mixchat.planning.measuring import (
+    measure_machine,
+    measurement_file,
+    measurement_key,
+    saved_speeds,
+)
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.installed_model import InstalledModel
 
 
 @pytest.fixture
-def blueprint(tiny_model: Path) -> Blueprint:
-    with InstalledModel(tiny_model) as installed:
-        return installed.blueprint
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The data directory, on a machine of which all but the speeds is known."""
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "cpu_name", lambda: "a CPU")
+    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: 0.1)
+    clock = SimpleNamespace(time=lambda: 1.7e9, perf_counter=time.perf_counter)
+    monkeypatch.setattr(measuring, "time", clock)
+    return tmp_path
 
 
-PLACE = Path("/models")
-MADE = Measurement(1.7e9, (SPEEDS,) * SAMPLES, "a CPU", str(PLACE), 0.1)
+@pytest.fixture
+def measured(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., MachineSpeeds]:
+    """Measure a machine with these speeds."""
+
+    def measured(speeds: MachineSpeeds, blueprint: Blueprint = BLUEPRINT) -> MachineSpeeds:
+        monkeypatch.setattr(measuring, "take_speeds", lambda *given: speeds)
+        made = measure_machine(blueprint, place, CPU)
+        assert made == dataclasses.replace(speeds, cpu="a CPU", directory=str(place))
+        return made
+
+    return measured
 
 
-@pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time and the machine are those of `MADE`."""
-    monkeypatch.setattr(machine, "cpu_name", lambda: MADE.cpu)
-    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: MADE.other_programs)
-    monkeypatch.setattr(
-        measuring,
-        "time",
-        SimpleNamespace(time=lambda: MADE.measured_at, perf_counter=time.perf_counter),
-    )
-
-
-def test_measuring_again_replaces_what_was_known(tmp_path):
+def test_measuring_again_replaces_what_was_known(place, measured):
     """A measurement that a busy machine had spoiled stayed for good."""
-    path = tmp_path / "new" / "machine.json"
-    samples = [dataclasses.replace(SPEEDS, memory_bandwidth=1e9 + n) for n in range(SAMPLES)]
-    left = iter(samples)
-    made = measure_and_save(path, "here", PLACE, lambda: next(left))
-    assert made == dataclasses.replace(MADE, samples=tuple(samples))
-    assert load_measurement(path, "here", 0) == made
-    slower = dataclasses.replace(SPEEDS, memory_bandwidth=1e9)
-    made = measure_and_save(path, "here", PLACE, lambda: slower)
-    assert made.samples == (slower,) * SAMPLES
-    assert load_measurement(path, "here", 0) == made
+    for layer_s in (0.001, 0.002):
+        made = measured(dataclasses.replace(SPEEDS, layer_seconds=layer_s))
+        assert saved_speeds(BLUEPRINT, place, CPU) == made
 
 
-def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path):
-    path = tmp_path / "machine.json"
-    results = [dataclasses.replace(SPEEDS, memory_bandwidth=1e9 + index) for index in range(40)]
-    made = [
-        measure_and_save(path, str(index), PLACE, lambda result=result: result)
-        for index, result in enumerate(results)
+def test_a_measurement_beside_other_programs_is_of_a_busy_machine(place, monkeypatch):
+    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: 0.3)
+    monkeypatch.setattr(measuring, "take_speeds", lambda *given: SPEEDS)
+    assert measure_machine(BLUEPRINT, place, CPU).is_busy
+
+
+def test_each_key_has_its_own_result_and_the_last_ones_stay(place, measured):
+    models = [
+        Blueprint(dataclasses.replace(BLUEPRINT.config, hidden_size=64 * n), BLUEPRINT.quantization)
+        for n in range(1, 41)
     ]
-    assert load_measurement(path, "39", 0) == made[39]
-    assert load_measurement(path, "8", 0) == made[8]
-    assert load_measurement(path, "7", 0) is None
-    assert load_measurement(path, "39", 1) is None
+    made = [
+        measured(dataclasses.replace(SPEEDS, layer_seconds=n), model)
+        for n, model in enumerate(models, 1)
+    ]
+    found = [saved_speeds(model, place, CPU) for model in models]
+    assert found == [None] * 8 + made[8:]
 
 
 def entry(**changes: Any) -> str:
-    sample = {**dataclasses.asdict(SPEEDS), **changes}
-    made = {**dataclasses.asdict(MADE), "samples": [sample] * SAMPLES}
-    return json.dumps({"format": 6, "machines": {"here": made}})
+    made = {**dataclasses.asdict(SPEEDS), **changes}
+    return json.dumps({"format": 7, "machines": {"here": made}})
 
 
 DAMAGED = [
     "",
     "{",
     "[" * 100_000,
-    '{"format": 6}',
-    '{"format": 6, "machines": []}',
-    '{"format": 6, "machines": {"here": null}}',
-    '{"format": 6, "machines": {"here": [1]}}',
-    '{"format": 6, "machines": {"here": {}}}',
-    '{"format": 6, "machines": {"here": {"measured_at": 1, "samples": []}}}',
-    entry().replace('"format": 6', '"format": 0'),
-    entry().replace('"measured_at": 1700000000.0', '"measured_at": "today"'),
-    entry(memory_bandwidth=0),
-    entry(disk_bandwidth_idle="3e9"),
-    entry(memory_bandwidth=float("nan")),
-    entry(memory_bandwidth=float("inf")),
-    entry(memory_bandwidth=10**400),
+    '{"format": 7}',
+    '{"format": 7, "machines": []}',
+    '{"format": 7, "machines": {"here": null}}',
+    '{"format": 7, "machines": {"here": [1]}}',
+    '{"format": 7, "machines": {"here": {}}}',
+    entry().replace('"format": 7', '"format": 0'),
+    entry(measured_at="today"),
+    entry(measured_at=1e300),
+    entry(disk_idle="3e9"),
+    entry(disk_busy=None),
+    entry(layer_seconds=float("nan")),
+    entry(layer_seconds=float("inf")),
+    entry(layer_seconds=10**400),
     entry(expert_seconds=[]),
     entry(expert_seconds={"1": 1.0}),
     entry(expert_seconds={"cpu": {"1": 1.0, "8": 1.0}}),
@@ -99,70 +104,72 @@ DAMAGED = [
     entry(layer_seconds=0),
     entry(gpus=[{"name": "a GPU"}]),
     entry(gpus=None),
-    entry().replace(', "cpu": "a CPU"', ""),
-    entry().replace('"other_programs": 0.1', '"other_programs": "some"'),
-    entry().replace(', "layer_seconds": 0.001', ""),
+    entry().replace(', "cpu": ""', ""),
 ]
+GPU_FIGURES = {"name": "a GPU", "memory": 4e11, "bus": 2e10, "compute": 5e13}
 
 
-def test_the_figures_of_gpus_are_saved_and_damaged_ones_are_not_read(tmp_path):
-    path = tmp_path / "machine.json"
-    made = measure_and_save(path, "here", PLACE, lambda: GPU_SPEEDS)
-    assert load_measurement(path, "here", 1) == made
-    assert load_measurement(path, "here", 2) is None
-    figures = dataclasses.asdict(GPU_SPEEDS.gpus[0])
-    for damaged in ({"memory": 0}, {"bus": "fast"}, {"efficiency": {"nf4": -1}}, {"name": "X"}):
-        path.write_text(entry(gpus=[figures | damaged]))
-        assert (load_measurement(path, "here", 1) is None) == ("name" not in damaged)
+@pytest.mark.parametrize(
+    ("changes", "gpus", "is_read"),
+    [
+        ({}, 1, True),
+        ({"name": "X"}, 1, True),
+        ({}, 2, False),
+        ({"memory": 0}, 1, False),
+        ({"bus": "fast"}, 1, False),
+    ],
+)
+def test_the_figures_of_gpus_are_saved_and_damaged_ones_are_not_read(changes, gpus, is_read):
+    made = dataclasses.asdict(SPEEDS) | {"gpus": [GPU_FIGURES | changes]}
+    found = MachineSpeeds.from_dict(made, gpus)
+    assert (found is not None) == is_read
+    if found is not None:
+        assert found.gpus == (GPUSpeeds(**GPU_FIGURES | changes),)
 
 
-def test_a_damaged_or_old_file_is_measured_and_written_again(tmp_path):
-    path = tmp_path / "machine.json"
+def test_a_damaged_or_old_file_is_measured_and_written_again(place, measured, monkeypatch):
+    monkeypatch.setattr(measuring, "measurement_key", lambda *given: "here")
+    measurement_file().write_text(entry())
+    assert saved_speeds(BLUEPRINT, place, CPU) == SPEEDS
     for text in DAMAGED:
-        path.write_text(text)
-        assert load_measurement(path, "here", 0) is None, text
-        assert measure_and_save(path, "here", PLACE, lambda: SPEEDS) == MADE
-        assert load_measurement(path, "here", 0) == MADE
+        measurement_file().write_text(text)
+        assert saved_speeds(BLUEPRINT, place, CPU) is None, text
+        made = measured(SPEEDS)
+        assert saved_speeds(BLUEPRINT, place, CPU) == made
 
 
-def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path):
-    path, precious = tmp_path / "machine.json", tmp_path / "precious"
+def test_a_link_in_its_place_is_neither_read_nor_written_through(place, measured):
+    precious = place / "precious"
     precious.write_text(entry())
-    path.symlink_to(precious)
-    other = dataclasses.replace(SPEEDS, memory_bandwidth=1e9)
-    assert measure_and_save(path, "here", PLACE, lambda: other).typical == other
+    measurement_file().symlink_to(precious)
+    made = measured(SPEEDS)
     assert precious.read_text() == entry()
-    assert not path.is_symlink()
-    assert load_measurement(path, "here", 0) == dataclasses.replace(
-        MADE, samples=(other,) * SAMPLES
-    )
+    assert not measurement_file().is_symlink()
+    assert saved_speeds(BLUEPRINT, place, CPU) == made
 
 
-def test_what_lacks_the_disk_is_measured_again_the_next_time(tmp_path):
-    path = tmp_path / "machine.json"
-    partly = without_disk(SPEEDS)
-    assert measure_and_save(path, "here", PLACE, lambda: partly).typical == partly
-    assert not path.exists()
-    assert measure_and_save(path, "here", PLACE, lambda: SPEEDS) == MADE
+def test_what_lacks_the_disk_is_measured_again_the_next_time(place, measured):
+    measured(BLIND)
+    assert not measurement_file().exists()
 
 
-def test_a_result_that_cannot_be_saved_is_returned_nevertheless(tmp_path):
-    (tmp_path / "file").touch()
-    path = tmp_path / "file" / "machine.json"
-    assert measure_and_save(path, "here", PLACE, lambda: SPEEDS) == MADE
+def test_a_result_that_cannot_be_saved_is_returned_nevertheless(place, measured, monkeypatch):
+    (place / "file").touch()
+    monkeypatch.setenv("MIXCHAT_HOME", str(place / "file"))
+    measured(SPEEDS)
 
 
-def test_the_key_names_what_a_result_depends_on(blueprint, tmp_path, monkeypatch):
-    key = measurement_key(blueprint, tmp_path, CPU)
-    assert key == measurement_key(blueprint, tmp_path / "below", CPU)
+def test_the_key_names_what_a_result_depends_on(tmp_path, monkeypatch):
+    key = measurement_key(BLUEPRINT, tmp_path, CPU)
+    assert key == measurement_key(BLUEPRINT, tmp_path / "below", CPU)
     larger = dataclasses.replace(
-        blueprint, config=dataclasses.replace(blueprint.config, hidden_size=128)
+        BLUEPRINT, config=dataclasses.replace(BLUEPRINT.config, hidden_size=128)
     )
     keys = {
         key,
         measurement_key(larger, tmp_path, CPU),
-        measurement_key(blueprint, Path("/proc"), CPU),
-        measurement_key(blueprint, tmp_path, GPU),
+        measurement_key(BLUEPRINT, Path("/proc"), CPU),
+        measurement_key(BLUEPRINT, tmp_path, GPU),
     }
     for module, name, value in (
         (machine, "cpu_name", "another"),
@@ -172,8 +179,8 @@ def test_the_key_names_what_a_result_depends_on(blueprint, tmp_path, monkeypatch
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, lambda *_, value=value: value)
-            keys.add(measurement_key(blueprint, tmp_path, CPU))
+            keys.add(measurement_key(BLUEPRINT, tmp_path, CPU))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "0.0")
-        keys.add(measurement_key(blueprint, tmp_path, CPU))
+        keys.add(measurement_key(BLUEPRINT, tmp_path, CPU))
     assert len(keys) == 9

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from textwrap import wrap
 from typing import Any
 
-from mixchat.base.quantities import format_count, format_least, format_size
+from mixchat.base.quantities import format_age, format_count, format_least, format_size
 from mixchat.cli.output import plan_text
-from mixchat.cli.output.plan_text import gpus_text, section, speed_text
+from mixchat.cli.output.plan_text import section, speed_text
 from mixchat.cli.output.reports import DownloadReport, Report, aligned, disk_as_json
 from mixchat.install.make.outline import Outline
 from mixchat.install.make.quantize_options import DEMO_LOSS
-from mixchat.planning import gpu_speeds
-from mixchat.planning.expectation import LONG_PROMPT, READING, Expectation, FirstToken, TokenCost
-from mixchat.planning.gpu_cost import token_kernels
-from mixchat.planning.plan import MachinePlan
+from mixchat.planning.expectation import LONG_PROMPT, PROMPT, READING, Cost, in_words
+from mixchat.planning.plan import MachinePlan, ModelPlan
 
 _REASON_WIDTH = 66  # columns
 
 
 @dataclass(frozen=True)
 class PlanReport(Report):
-    """The plan of a model on a machine.
-
-    The first screen tells if the model fits, how fast it is and what to type. `details` adds the
-    reasons.
-    """
+    """The plan of a model on a machine: if it fits, how fast it is and what to type."""
 
     outline: Outline
     plan: MachinePlan
-    details: bool = False
 
     @property
     def command(self) -> str | None:
@@ -42,7 +36,7 @@ class PlanReport(Report):
             return None
         if not outline.installed:
             return shlex.join(("mixchat", "download", *outline.arguments))
-        options = self.plan.fit.options
+        options = self.plan.model.fit.options
         serves = ("serve", "-m", outline.name, "--parallel", str(options.parallel))
         run = serves if options.parallel > 1 else ("run", "-m", outline.name)
         flags = {
@@ -57,26 +51,20 @@ class PlanReport(Report):
 
     def as_text(self) -> str:
         outline, plan = self.outline, self.plan
-        # 65 lines hid the three that a person wants: does it fit, how fast, and what to type.
         here = "the machine" if plan.told.is_another else "this machine"
-        lines = plan_text.indented(aligned(list(self.verdict())))
-        texts = [f"{outline.name} on {here}\n{lines}"]
-        if plan.known:
+        texts = [section(f"{outline.name} on {here}", aligned([*self.verdict()]))]
+        if plan.known:  # which says of each model what it needs
             texts.append(section(f"known models on {here}", plan_text.known_models(plan)))
-        if self.details:
-            texts += plan_text.sections(outline, plan)
-            if not outline.installed and not plan.told.is_another:
-                asks = f"'mixchat download {outline.name} --dry-run' asks the hub what it takes."
-                needs = outline.download and DownloadReport(outline.download).as_text()
-                texts.append(section("to download it", needs or asks))
-        else:
-            texts.append("--details shows the reasons, and experts in fewer bits.")
+        elif plan.sizes:
+            texts.append(section("with experts in fewer bits", plan_text.sizes(plan)))
+        age = format_age(time.time() - plan.model.speed.speeds.measured_at)
+        texts.append(f"Speeds are estimates by one measurement of this machine ({age}).")
         return "\n\n".join(texts)
 
     def as_json(self) -> dict[str, Any]:
         outline, plan = self.outline, self.plan
-        fit, expected, prompt = plan.fit, plan.expected, plan.prompt
-        cost, measurement = expected.cost, plan.measurement
+        fit, speed = plan.model.fit, plan.model.speed
+        rate, cost = speed.tokens_per_second, speed.token
         return {
             "model": outline.name,
             "path": str(outline.directory),
@@ -86,21 +74,14 @@ class PlanReport(Report):
             "left_out": outline.blueprint.config.left_out,
             "fits": not outline.lacking,
             "disk": disk_as_json(outline.disk),
-            **_speed_as_json(expected),
-            "together": expected.together and asdict(expected.together),
-            "verdict": expected.speed and expected.speed.in_words,
+            **_model_as_json(plan.model),
+            "together": rate and speed.answers * rate,
+            "verdict": rate and in_words(rate),
             "command": self.command,
             "told": asdict(plan.told),
-            "gpus": [
-                asdict(card)
-                | {"efficiency": {name: share for name, (share, _) in plan.types_on_gpu.items()}}
-                for card in plan.gpus
-            ],
-            "assumed": assumed_figures(plan),
             "machine": asdict(plan.machine),
-            "device": str(plan.device),
             "reason": plan.reason,
-            "speeds": asdict(measurement.typical),
+            "speeds": asdict(speed.speeds),
             "fit": {
                 "context": fit.context,
                 "checkpoints": fit.checkpoints,
@@ -109,50 +90,35 @@ class PlanReport(Report):
                 "demand": asdict(fit.demand),
                 "placement": asdict(fit.placement),
             },
-            "held": expected.held,
-            "hit_rate": expected.hit_rate,
-            "host_hit_rate": expected.host_hit_rate,
+            "hit_rate": speed.hit_rate,
+            "host_hit_rate": speed.host_hit_rate,
             "cost": cost and _cost_as_json(cost),
-            "measured_at": measurement.measured_at,
-            "measured_on": {"cpu": measurement.cpu, "directory": measurement.directory},
-            "busy": measurement.busy,
-            "samples": len(measurement.samples),
-            "prompt": prompt and asdict(prompt) | {"tokens": LONG_PROMPT},
-            "first_token": {
-                "starting": plan.starting,
-                "cold": _first_token_as_json(plan.cold),
-                "warm": _first_token_as_json(plan.warm),
-            },
+            "prompts": [
+                {"tokens": tokens} | _cost_as_json(prompt)
+                for tokens in (PROMPT, LONG_PROMPT)
+                if (prompt := speed.prompt(tokens))
+            ],
             "sizes": [
-                {
-                    "bits": size.bits,
-                    "kept_bytes": size.fit.blueprint.weights_size,
-                    "held": size.expected.held,
-                    "demo_loss": dict(
-                        zip(("plain", "calibrated"), DEMO_LOSS[size.bits], strict=True)
-                    ),
-                    **_speed_as_json(size.expected),
-                }
-                for size in plan.sizes
+                {"bits": bits, "kept_bytes": model.fit.blueprint.weights_size}
+                | {"demo_loss": dict(zip(("plain", "calibrated"), DEMO_LOSS[bits], strict=True))}
+                | _model_as_json(model)
+                for bits, model in plan.sizes.items()
             ],
             "known_models": [
-                {
-                    "names": model.names,
-                    "bytes": model.bytes,
-                    "problem": model.problem,
-                    "device": str(model.device),
-                    "placement": model.fit and asdict(model.fit.placement),
-                    "held": model.expected and model.expected.held,
-                    **_speed_as_json(model.expected),
-                }
-                for model in plan.known
+                {"names": names, "bytes": plan.catalog[names].weights_size}
+                | (
+                    {"problem": model}
+                    if isinstance(model, str)
+                    else {"problem": None, **_model_as_json(model)}
+                )
+                for names, model in plan.known.items()
             ],
             "download": outline.download and DownloadReport(outline.download).as_json(),
         }
 
     def verdict(self) -> Iterator[tuple[str, str]]:
         """Yield the lines on the fit, the speed and the next command."""
-        outline, plan = self.outline, self.plan
+        outline, plan, speed = self.outline, self.plan, self.plan.model.speed
         for need in outline.lacking:
             disk = f" in {need.place}" if plan.told.free_disk is None else ""
             yield (
@@ -162,24 +128,21 @@ class PlanReport(Report):
             )
         if not outline.lacking:
             is_here = outline.installed and not plan.told.is_another
-            placement, held = plan.fit.placement, plan.expected.held
-            first = sum(placement.by_device)
-            tier = "in RAM" if plan.machine.free.device is None else f"on {gpus_text(plan)}"
-            tiers = [f"{first} of {format_count(placement.experts, 'expert')} {tier}"]
-            if held > first:
-                tiers.append(f"{held - first} in RAM")
-            if held < placement.experts:
-                tiers.append(f"{placement.experts - held} read from disk")
-            yield "it runs here" if is_here else "it fits", ", ".join(tiers)
-        expected, text = plan.expected, speed_text(plan.expected.speed)
-        if expected.answers > 1 and expected.speed is not None:
-            together = speed_text(expected.together)
-            text = f"{text} for each of {expected.answers} answers at once, {together} together"
-        yield "speed", f"{text}, {expected.speed.in_words}" if expected.speed else text
-        if plan.gpus and plan.gpus[0].origin != "measured":
-            card = "a cheap card" if plan.gpus[0].origin == "assumed" else "the card's data sheet"
-            yield "", f"the GPU's speed is predicted by {card}, not measured"
-        elif plan.measurement.busy:
+            yield "it runs here" if is_here else "it fits", self._places()
+        if not plan.known:
+            yield from plan_text.needs(outline, plan)
+        rate, answers = speed.tokens_per_second, speed.answers
+        text = speed_text(rate)
+        if rate and answers > 1:
+            together = speed_text(answers * rate)
+            text = f"{text} for each of {answers} answers at once, {together} together"
+        yield "speed", f"{text}, {in_words(rate)}" if rate else text
+        if not plan.known:
+            yield from plan_text.pace(plan)
+        gpus = () if plan.machine.free.device is None else speed.speeds.gpus
+        if gpus and gpus[0].source != "measured":
+            yield "", f"the GPU's speed is an estimate by {gpus[0].source}, not measured"
+        elif speed.speeds.is_busy:
             yield "", "measured on a busy machine: use --measure when it is idle"
         if left_out := outline.blueprint.config.left_out:
             parts = f"parts for {' and '.join(left_out)}"
@@ -196,50 +159,43 @@ class PlanReport(Report):
         if faster := self._faster_model():
             yield "faster", faster
 
+    def _places(self) -> str:
+        """Return where the experts are."""
+        free, placement = self.plan.machine.free, self.plan.model.speed.placement
+        first, held = sum(placement.by_device), placement.held
+        gpus = "on the GPUs" if free.other_gpus else "on the GPU"
+        tier = "in RAM" if free.device is None else gpus
+        tiers = [f"{first} of {format_count(placement.experts, 'expert')} {tier}"]
+        if held > first:
+            tiers.append(f"{held - first} in RAM")
+        if held < placement.experts:
+            tiers.append(f"{placement.experts - held} read from disk")
+        return ", ".join(tiers)
+
     def _faster_model(self) -> str | None:
         """Return how to get the largest known model at a reader's speed, if this one is slower."""
         plan, told = self.plan, self.plan.told
-        if plan.expected.speed is None or plan.expected.speed.high >= READING:
+        rate = plan.model.speed.tokens_per_second
+        if rate is None or rate >= READING:
             return None
         any_size = told.is_another and told.free_disk is None
-        for model in reversed(plan.known):
-            speed = model.expected and model.expected.speed
-            has_room = any_size or model.bytes < plan.machine.disk_free
-            if speed and speed.high >= READING and has_room:
-                return f"mixchat download {model.names[0]} ({speed_text(speed)})"
+        for names, model in reversed([*plan.known.items()]):
+            if isinstance(model, str):
+                continue
+            rate = model.speed.tokens_per_second
+            has_room = any_size or model.fit.blueprint.weights_size < plan.machine.disk_free
+            if rate and rate >= READING and has_room:
+                return f"mixchat download {names[0]} ({speed_text(rate)})"
         return None
 
 
-def assumed_figures(plan: MachinePlan) -> dict[str, Any] | None:
-    """Return the figures of GPUs that nobody measured or published, None without a GPU."""
-    if not plan.gpus:
-        return None
-    types = [name for name, (_, origin) in plan.types_on_gpu.items() if origin == "assumed"]
+def _model_as_json(model: ModelPlan) -> dict[str, Any]:
     return {
-        "efficiency": types,
-        "kernels": token_kernels(plan.fit.blueprint.config),
-        "kernel_seconds": gpu_speeds.KERNEL_S,
-        "sync_seconds": gpu_speeds.SYNC_S,
-        "bus_part": gpu_speeds.BUS_PART,
-        "compute_part": gpu_speeds.COMPUTE_PART,
-        "instructions_part": gpu_speeds.LANES_PART,
-        "instructions_per_weight": {name: gpu_speeds.INSTRUCTIONS[name] for name in types},
+        "device": str(model.speed.device),
+        "held": model.speed.placement.held,
+        "tokens_per_second": model.speed.tokens_per_second,
     }
 
 
-def _cost_as_json(cost: TokenCost) -> dict[str, Any]:
-    return asdict(cost) | {"seconds": cost.seconds, "hidden": cost.hidden}
-
-
-def _first_token_as_json(first: FirstToken | None) -> dict[str, Any] | None:
-    if first is None:
-        return None
-    return asdict(first) | {"seconds": first.seconds, "prompt": _cost_as_json(first.prompt)}
-
-
-def _speed_as_json(expected: Expectation | None) -> dict[str, Any]:
-    speed = expected and expected.speed
-    return {
-        "tokens_per_second": expected and expected.tokens_per_second,
-        "speed": speed and asdict(speed),
-    }
+def _cost_as_json(cost: Cost) -> dict[str, Any]:
+    return asdict(cost) | {"seconds": cost.seconds}

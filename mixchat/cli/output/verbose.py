@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from mixchat.base.quantities import format_age, format_rates, format_size, format_times
+from mixchat.base.quantities import format_age, format_rate, format_size
 from mixchat.chat.printing import say
 from mixchat.engine.report import slots_in_words
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from mixchat.engine.stats import GenerationStats
     from mixchat.experts.cache import ExpertStats
     from mixchat.face.events import End
-    from mixchat.planning.plan import Prediction
+    from mixchat.planning.expectation import SpeedEstimate
 
 
 class VerboseReport:
     """Prints a turn's figures and the predicted speed. `engine` is None if a server answers."""
 
-    def __init__(self, engine: Engine | None, predict: Callable[[], Prediction | None]) -> None:
+    def __init__(self, engine: Engine | None, predict: Callable[[], SpeedEstimate | None]) -> None:
         self._engine, self._predict = engine, predict
         self._first = True
 
@@ -43,7 +43,7 @@ class VerboseReport:
 
 
 def generation_lines(
-    stats: GenerationStats, predicted: Prediction | None, *, first: bool, loading: float | None
+    stats: GenerationStats, predicted: SpeedEstimate | None, *, first: bool, loading: float | None
 ) -> list[str]:
     """Return tokens, rates and predicted rates of prefill and decode.
 
@@ -61,9 +61,9 @@ def generation_lines(
     first_token = f"         first token after {stats.prefill_seconds:.1f} s"
     # The first turn reads experts from disk, unless something brought all of them before.
     cold = first and bool(stats.experts.misses)
-    if predicted is not None and (speed := predicted.prompt(new, cold=cold)) is not None:
-        seconds = format_times(new / speed.high, new / speed.low)
-        first_token += f" ({seconds} predicted{', with all experts on disk' if cold else ''})"
+    if predicted is not None and (cost := predicted.prompt(new, cold=cold)) is not None:
+        from_disk = ", with all experts on disk" if cold else ""
+        first_token += f" ({format_rate(cost.seconds)} s predicted{from_disk})"
     first_token_lines = [first_token]
     if loading is not None:
         waiting, size = stats.prefill_waiting_seconds, stats.prefill_bytes_read
@@ -75,9 +75,9 @@ def generation_lines(
     # The prefill generates the first token.
     decoded = max(stats.generated_tokens - 1, 0)
     decode = f"decode   {stats.generated_tokens} tokens, {_rate(decoded, stats.decode_seconds)}"
-    if predicted is not None and (speed := predicted.decode()) is not None:
-        age = format_age(time.time() - speed.measured_at)
-        decode += f" ({format_rates(speed.low, speed.high)} predicted, measured {age})"
+    if predicted is not None and (rate := predicted.tokens_per_second) is not None:
+        age = format_age(time.time() - predicted.speeds.measured_at)
+        decode += f" ({format_rate(rate)} predicted, measured {age})"
     lines, speculation = [*prompt, *first_token_lines, decode], stats.speculation
     if speculation.passes:
         lines.append(
