@@ -210,7 +210,9 @@ class SpeedEstimate:
 
     @property
     def _gpu(self) -> GPUSpeeds:
-        return GPUSpeeds.together(self.speeds.gpus, self._shares)
+        gpus = GPUSpeeds.together(self.speeds.gpus, self._shares)
+        is_assumed = gpus.source != "measured" and self.blueprint.has_trellis
+        return gpus.for_trellis() if is_assumed else gpus
 
     @property
     def _dense(self) -> list[LinearSpec]:

@@ -112,9 +112,13 @@ def scaled(speeds: MachineSpeeds, measured: Blueprint, blueprint: Blueprint) -> 
     expert_ratio = blueprint.mean_expert / measured.mean_expert
     layer_ratio = blueprint.mean_layer / measured.mean_layer
     constant = min(LAYER_START_S, speeds.layer_seconds)
+    gpus = speeds.gpus
+    if blueprint.has_trellis and not measured.has_trellis:
+        gpus = tuple(card.for_trellis() for card in gpus)
     return replace(
         speeds,
         expert_seconds={rows: expert_ratio * s for rows, s in speeds.expert_seconds.items()},
+        gpus=gpus,
         layer_seconds=constant + layer_ratio * (speeds.layer_seconds - constant),
     )
 

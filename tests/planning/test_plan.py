@@ -16,6 +16,7 @@ from mixchat.experts.placement import Placement
 from mixchat.install.make.outline import known_blueprints
 from mixchat.loading.loader import load_engine
 from mixchat.planning import fitting, measuring
+from mixchat.planning.expectation import SpeedEstimate
 from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.hardware import Machine
 from mixchat.planning.machine_speeds import MachineSpeeds
@@ -25,6 +26,7 @@ from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 
 GB = 10**9
+ALL = Placement(256, 0, 256)
 FIVE_GB = (MemoryBudget(size=5 * GB),)
 
 
@@ -173,6 +175,19 @@ def test_a_cpu_takes_as_long_for_a_part_as_its_bytes_and_a_constant_time_for_a_l
     assert found.expert_time(1) == pytest.approx(expert_s, rel=1e-3)
     assert found.layer_seconds == pytest.approx(layer_s)
     assert found.disk_idle == SPEEDS.disk_idle
+
+
+def test_trellis_codes_take_a_gpu_longer_than_their_bytes():
+    """An H100 has bytes for more codes than it has time to decode. 3 bits seemed faster than 4."""
+    three = Blueprint(BLUEPRINT.config, replace(BLUEPRINT.quantization, quant_type="trellis3"))
+    (before,), (after,) = GPU_SPEEDS.gpus, scaled(GPU_SPEEDS, BLUEPRINT, three).gpus
+    assert after.memory < 0.75 * before.memory
+    assert scaled(GPU_SPEEDS, three, three).gpus == (before,)
+    slow, fast = (
+        SpeedEstimate(three, GPU, replace(SPEEDS, gpus=(replace(before, source=source),)), ALL)
+        for source in ("its data sheet", "measured")
+    )
+    assert slow.tokens_per_second < 0.75 * fast.tokens_per_second
 
 
 def known_on(free: float, **options: Any) -> dict[tuple[str, ...], ModelPlan | str]:
