@@ -167,15 +167,14 @@ class SpeedEstimate:
         config, gpu, expert = self.blueprint.config, self._gpu, self.blueprint.expert
         matrices = [expert.gate_up, expert.down]
         uses = config.num_moe_layers * distinct
-        size = sum(matrix.nbytes for matrix in self._dense) + uses * self.blueprint.mean_expert
-        dense, of_expert = _weights(self._dense), _weights(matrices)
         rows = tokens * config.num_experts_per_tok / distinct
-        operations = 2 * (tokens * dense + rows * uses * of_expert)
-        return (
-            (size + 4 * (dense + uses * of_expert)) / gpu.memory
-            + operations / gpu.compute
-            + (len(self._dense) + len(matrices) * uses) * _PROMPT_MATRIX_S
-        )
+        size = sum(matrix.nbytes for matrix in self._dense) + uses * self.blueprint.mean_expert
+        count = len(self._dense) + len(matrices) * uses
+        seconds = size / gpu.memory + count * _PROMPT_MATRIX_S
+        for weights, each in ((_weights(self._dense), tokens), (uses * _weights(matrices), rows)):
+            written = 2 * weights / gpu.memory
+            seconds += written + max(written, 2 * weights * each / gpu.compute)
+        return seconds
 
     def _cost(
         self,
