@@ -17,14 +17,14 @@ from mixchat.base import gpu
 
 _TRIES = 5
 _FREE_PART = 16
-SUMMED_BYTES = 10**9  # of RAM, more than any CPU's cache
+_SUMMED_BYTES = 10**9  # of RAM, more than any CPU's cache
 _FLOAT_BYTES = 4
 _COPIED_BYTES = 2**28  # within a GPU, more than any GPU's cache
 _LOCKED_BYTES = 2**26  # of RAM that is page-locked for the bus
 _TOKENS, _COLUMNS, _ROWS = 2048, 4096, 4096  # of a matrix product
 
 
-def memory_rate(device: torch.device, most: int = SUMMED_BYTES) -> float:
+def memory_rate(device: torch.device, most: int = _SUMMED_BYTES) -> float:
     """Return the bytes a second of a device's memory. RAM is read, a GPU's memory copied."""
     # The best try counts. Other programs can only slow it.
     if gpu.is_gpu(device):

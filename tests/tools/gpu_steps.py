@@ -330,9 +330,10 @@ def _bench(trial: Trial, model: Model, name: str, size: str | None, device: str 
         f"{task['name']} {median(task['mixchat']):.1f} tok/s ({task['of_limit']:.0%} of the limit)"
         for task in found["tasks"]
     ]
-    told = "none" if plan["speed"] is None else f"decode {plan['tokens_per_second']:.1f} tok/s"
-    if prompt := plan["prompt"]:
-        told += f", prompt of {prompt['tokens']} {prompt['low']:.0f} to {prompt['high']:.0f} tok/s"
+    rate = plan["tokens_per_second"]
+    told = "none" if rate is None else f"decode {rate:.1f} tok/s"
+    for prompt in plan["prompts"]:
+        told += f", prompt of {prompt['tokens']} {prompt['tokens'] / prompt['seconds']:.0f} tok/s"
     print(f"  {name}: {', '.join(rates)}; plan: {told}; slots {found['slots']}")
     return True
 

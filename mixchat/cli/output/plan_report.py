@@ -54,9 +54,9 @@ class PlanReport(Report):
         here = "the machine" if plan.told.is_another else "this machine"
         texts = [section(f"{outline.name} on {here}", aligned([*self.verdict()]))]
         if plan.known:  # which says of each model what it needs
-            texts.append(section(f"known models on {here}", plan_text.known_models(plan)))
+            texts.append(section(f"Known models on {here}", plan_text.known_models(plan)))
         elif plan.sizes:
-            texts.append(section("with experts in fewer bits", plan_text.sizes(plan)))
+            texts.append(section("With experts in fewer bits", plan_text.sizes(plan)))
         age = format_age(time.time() - plan.model.speed.speeds.measured_at)
         texts.append(f"Speeds are estimates by one measurement of this machine ({age}).")
         return "\n\n".join(texts)

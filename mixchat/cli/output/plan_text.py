@@ -21,7 +21,7 @@ _QUALITY = ((0.25, "good"), (0.5, "fair"), (1.0, "low"), (math.inf, "poor"))
 def section(title: str, text: str) -> str:
     """Return a title and the lines of a text, indented."""
     lines = "\n".join(f"  {line}" for line in text.splitlines())
-    return f"{title[0].upper()}{title[1:]}\n{lines}"
+    return f"{title}\n{lines}"
 
 
 def needs(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
