@@ -143,7 +143,7 @@ def test_the_bus_and_the_cpu_are_as_fast_as_measured_or_as_estimated(
 ):
     measured = speeds(copy=1e9, expert=0.25) if is_measured else None
     monkeypatch.setattr(tiers, "saved_speeds", lambda *_: measured)
-    monkeypatch.setattr(tiers, "estimate", lambda *_: speeds(copy=2e9, expert=0.5))
+    monkeypatch.setattr(tiers, "estimated_speeds", lambda *_: speeds(copy=2e9, expert=0.5))
     experts = build(installed, placed((2,), (2,)))
     bus, row = (1e9, 0.25) if is_measured else (2e9, 0.5)
     assert experts._copy_seconds(0) == installed.blueprint.expert.stride / bus
