@@ -21,9 +21,8 @@ TYPES = {kind.name: kind for kind in (NF4, MXFP4, *EVEN, *IN_BYTES)}
 each_type = pytest.mark.parametrize("kind", TYPES.values(), ids=list(TYPES))
 
 
-def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator)
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @contextmanager

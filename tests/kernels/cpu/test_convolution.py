@@ -12,15 +12,6 @@ each_form = pytest.mark.parametrize("gated", [False, True], ids=["silu", "gated"
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.fixture(params=["kernel", "torch"])
-def form(request, monkeypatch):
-    """Compute by the kernel, or by torch as on machines without kernels."""
-    if request.param == "torch":
-        monkeypatch.setattr(rows, "instruction_set", lambda: None)
-    elif rows.instruction_set() is None:
-        pytest.skip("kernels need AVX2 or NEON")
-
-
 def reference(x, weight, before, gated, bias=None):
     parts = x.double().chunk(3, dim=1) if gated else (None, None, x.double())
     inputs = parts[2] if parts[0] is None else parts[0] * parts[2]

@@ -5,17 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mixchat.kernels.cpu import compile as compiling
 from mixchat.kernels.cpu import dense
-from mixchat.kernels.cpu.compile import InstructionSet, instruction_set, kernels_available
-
-
-@pytest.fixture(params=["avx512", "avx2"])
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> InstructionSet:
-    if not kernels_available() or (request.param, instruction_set()) == ("avx512", "avx2"):
-        pytest.skip(f"the CPU has no {request.param}")
-    monkeypatch.setattr(compiling, "instruction_set", lambda: request.param)
-    return request.param
 
 
 def random(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:

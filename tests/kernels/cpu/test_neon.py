@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from llvmlite import ir
+from matmul_tools import TYPES, random
 from neon_tools import ArmModule, arm_code, can_emulate, run_under_qemu
 
 from mixchat.kernels.cpu import (
@@ -34,13 +35,7 @@ from mixchat.kernels.cpu.gated_norm import GatedNorm
 from mixchat.kernels.cpu.pages import PAGE, Bits, CacheShape
 from mixchat.kernels.cpu.quantized_matmul import QuantizedMatrix
 from mixchat.kernels.cpu.units import MANY
-from mixchat.weights.matrix.int6 import INT6
-from mixchat.weights.matrix.int8 import INT8
-from mixchat.weights.matrix.mxfp4 import MXFP4
-from mixchat.weights.matrix.nf4 import NF4
-from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3
 
-TYPES = {kind.name: kind for kind in (INT8, INT6, NF4, MXFP4, TRELLIS2, TRELLIS3)}
 MODULES = (kernel, attention, convolution, delta_net, dense, pages, program, router, rows)
 MODULES += (gated_norm, trellis_encode)
 under_qemu = pytest.mark.skipif(
@@ -69,10 +64,6 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
             monkeypatch.setattr(module, "_compiled", again)
 
     return use
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @under_qemu
@@ -187,7 +178,7 @@ def test_arm_gets_its_own_instructions_for_products(monkeypatch: pytest.MonkeyPa
     """Without them LLVM would need a dozen instructions for four products."""
     codes: list[str] = []
     monkeypatch.setattr(compiling, "has_feature", lambda name: True)
-    four, trellis = NF4.units, TRELLIS2.units
+    four, trellis = TYPES["nf4"].units, TYPES["trellis2"].units
     for unit in (four.words["neon"], four.bytes["neon"], trellis.words["neon"]):
         module = ir.Module()
         inspect.unwrap(kernel._compiled)(module, LANES["neon"], unit, True, False)
