@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,80 +52,70 @@ def version_2(group: str, limit: str, used: int, inactive: int = 0) -> dict[str,
     }
 
 
-def test_the_limit_of_a_container_counts_and_cached_files_do_not(tree):
-    process = tree("0::/\n", {"v2": "cgroup2 cgroup2 rw"}, version_2("v2", "1000", 700, 150))
-    assert cgroups.memory_room(process) == 450
-    assert cgroups.memory_limit(process) == 1000
-
-
-def test_more_memory_used_than_allowed_leaves_none(tree):
-    process = tree("0::/\n", {"v2": "cgroup2 cgroup2 rw"}, version_2("v2", "500", 700, 150))
-    assert cgroups.memory_room(process) == 0
-
-
-def test_no_limit_is_none(tree, tmp_path):
-    process = tree("0::/a\n", {"v2": "cgroup2 cgroup2 rw"}, version_2("v2/a", "max", 700))
-    assert cgroups.memory_room(process) is None
-    assert cgroups.memory_limit(process) is None
-    assert cgroups.memory_room(tmp_path / "no such process") is None
-
-
-def test_the_tightest_limit_of_all_levels_wins(tree):
-    """systemd-run and SLURM limit a group above, or below, the one that is mounted: a program that
-    looked at the mounted one alone was killed."""
-    files = {
-        **version_2("v2/slice", "10000", 9900, 100),  # 200 left
-        **version_2("v2/slice/job", "5000", 4000),  # 1000 left
-        **version_2("v2/slice/job/step", "max", 3000),
-    }
-    process = tree("0::/slice/job/step\n", {"v2": "cgroup2 cgroup2 rw"}, files)
-    assert cgroups.memory_room(process) == 200
-    assert cgroups.memory_limit(process) == 5000
-
-
-def test_a_limit_that_only_slows_a_process_down_counts(tree):
-    files = {**version_2("v2/a", "5000", 1000), "v2/a/memory.high": "3000"}
-    process = tree("0::/a\n", {"v2": "cgroup2 cgroup2 rw"}, files)
-    assert (cgroups.memory_room(process), cgroups.memory_limit(process)) == (2000, 3000)
-
-
-def test_version_1_counts_the_groups_below_too(tree):
-    files = {
-        **version_1("memory", UNLIMITED, 10**9),
-        **version_1("memory/job", 5000, 4000, 300),
-        **version_1("memory/job/step", UNLIMITED, 3000),
-    }
-    process = tree(
-        "4:memory:/job/step\n3:cpu,cpuacct:/elsewhere\n1:name=systemd:/x\n",
-        {"memory": "cgroup cgroup rw,memory", "cpu": "cgroup cgroup rw,cpu,cpuacct"},
-        files,
-    )
-    assert (cgroups.memory_room(process), cgroups.memory_limit(process)) == (1300, 5000)
-
-
-def test_both_versions_at_once_count_together(tree):
-    files = {**version_1("memory/a", 5000, 4000), **version_2("unified/b", "900", 100)}
-    process = tree(
-        "4:memory:/a\n0::/b\n",
-        {"memory": "cgroup cgroup rw,memory", "unified": "cgroup2 cgroup2 rw"},
-        files,
-    )
-    assert (cgroups.memory_room(process), cgroups.memory_limit(process)) == (800, 900)
-
-
-def test_a_container_sees_its_own_group_where_the_host_s_path_leads_nowhere(tree):
-    process = tree(
-        "4:memory:/docker/1234\n",
+V2 = {"v2": "cgroup2 cgroup2 rw"}
+V1 = {"memory": "cgroup cgroup rw,memory"}
+# The groups of a process, what is mounted, and files of groups; the room and the limit of memory.
+TREES: dict[str, Any] = {
+    "cached files do not count": ("0::/", V2, version_2("v2", "1000", 700, 150), 450, 1000),
+    "more is used than allowed": ("0::/", V2, version_2("v2", "500", 700, 150), 0, 500),
+    "no limit": ("0::/a", V2, version_2("v2/a", "max", 700), None, None),
+    # systemd-run and SLURM limit a group above, or below, the one that is mounted: a program that
+    # looked at the mounted one alone was killed.
+    "the tightest of all levels": (
+        "0::/slice/job/step",
+        V2,
+        {
+            **version_2("v2/slice", "10000", 9900, 100),  # 200 left
+            **version_2("v2/slice/job", "5000", 4000),  # 1000 left
+            **version_2("v2/slice/job/step", "max", 3000),
+        },
+        200,
+        5000,
+    ),
+    "a limit that only slows a process down": (
+        "0::/a",
+        V2,
+        {**version_2("v2/a", "5000", 1000), "v2/a/memory.high": "3000"},
+        2000,
+        3000,
+    ),
+    "version 1 with groups below": (
+        "4:memory:/job/step\n3:cpu,cpuacct:/elsewhere\n1:name=systemd:/x",
+        V1 | {"cpu": "cgroup cgroup rw,cpu,cpuacct"},
+        {
+            **version_1("memory", UNLIMITED, 10**9),
+            **version_1("memory/job", 5000, 4000, 300),
+            **version_1("memory/job/step", UNLIMITED, 3000),
+        },
+        1300,
+        5000,
+    ),
+    "both versions at once": (
+        "4:memory:/a\n0::/b",
+        V1 | {"unified": "cgroup2 cgroup2 rw"},
+        {**version_1("memory/a", 5000, 4000), **version_2("unified/b", "900", 100)},
+        800,
+        900,
+    ),
+    "a container in which the host's path leads nowhere": (
+        "4:memory:/docker/1234",
         {"/docker/1234 memory": "cgroup cgroup rw,memory"},
         version_1("memory", 5000, 4000),
-    )
-    assert cgroups.memory_room(process) == 1000
+        1000,
+        5000,
+    ),
+    **{
+        f"{path} is not mounted": (f"0::{path}", V2, version_2("v2", "1000", 700), 300, 1000)
+        for path in ("/not/there", "/../other", "/")
+    },
+    "nothing is mounted": ("4:memory:/a\n0::/a", {}, {}, None, None),
+}
 
 
-@pytest.mark.parametrize("path", ["/not/there", "/../other", "/"])
-def test_a_path_that_is_not_mounted_falls_back_to_what_is(tree, path):
-    process = tree(f"0::{path}\n", {"v2": "cgroup2 cgroup2 rw"}, version_2("v2", "1000", 700))
-    assert cgroups.memory_room(process) == 300
+@pytest.mark.parametrize(("groups", "mounts", "files", "room", "limit"), TREES.values(), ids=TREES)
+def test_memory_has_the_tightest_limit_of_its_groups(tree, groups, mounts, files, room, limit):
+    process = tree(f"{groups}\n", mounts, files)
+    assert (cgroups.memory_room(process), cgroups.memory_limit(process)) == (room, limit)
 
 
 def test_a_group_of_another_name_with_the_same_beginning_is_not_below(tree):
@@ -141,11 +132,11 @@ def test_a_mount_point_may_have_a_space_in_its_name(tree, tmp_path):
     assert cgroups.memory_room(process) == 300
 
 
-def test_missing_mounts_are_no_limit(tree):
+def test_what_cannot_be_read_is_no_limit(tree, tmp_path):
     process = tree("4:memory:/a\n0::/a\n", {}, {})
-    assert cgroups.memory_room(process) is None
     (process / "mountinfo").write_text("garbage\n\n")
     assert cgroups.memory_room(process) is None
+    assert cgroups.memory_room(tmp_path / "no such process") is None
 
 
 @pytest.mark.parametrize(

@@ -41,21 +41,23 @@ def small(monkeypatch):
     return small
 
 
-@pytest.fixture(params=["instruct", "gpt-oss", "mellum2", "granite"])
-def shape(request, small):
-    """The name of a known model, whose shapes are small here."""
-    small(request.param)
-    return request.param
-
-
-def test_a_model_of_each_shape_reads_a_prompt_and_decodes(shape, tmp_path):
-    synthetic.write_synthetic(tmp_path / "model", 2, shape=shape)
+@pytest.mark.parametrize(
+    ("shape", "layers", "size"),
+    [
+        *((name, 2, ExpertSize(4.0)) for name in ("instruct", "gpt-oss", "mellum2", "granite")),
+        ("instruct", 4, ExpertSize(3.2)),  # experts of several types
+    ],
+)
+def test_a_model_of_each_shape_reads_a_prompt_and_decodes(small, tmp_path, shape, layers, size):
+    small(shape)
+    synthetic.write_synthetic(tmp_path / "model", layers, size, shape)
     with SafetensorsFile(tmp_path / "model" / SHARED_FILE) as file:
         for spec in file.header.specs:
             numbers = file.read(spec.name)
             assert not numbers.is_floating_point() or torch.isfinite(numbers).all(), spec.name
             assert numbers.any(), spec.name
     engine = load_engine(tmp_path / "model", LoadOptions(device="cpu", context_size=64))
+    assert bool(engine.blueprint.layers) == (layers == 4)
     # NaN raises `CheckpointError`.
     tokens = engine.generate([7, 8, 9] * 8, sampling=SamplingOptions(seed=0), stop_ids=set())
     assert len([*islice(tokens, 8)]) == 8
@@ -81,12 +83,3 @@ def test_experts_that_come_in_mxfp4_have_no_other_bits(tmp_path):
         synthetic.write_synthetic(tmp_path / "model", 1, ExpertSize(3.0), "gpt-oss")
     with pytest.raises(UsageError, match="stay as they are"):
         synthetic.write_synthetic(tmp_path / "other", 1, ExpertSize(2.5), "gpt-oss")
-
-
-@pytest.mark.parametrize("shape", ["instruct"], indirect=True)
-def test_a_model_with_experts_of_several_types_reads_a_prompt_and_decodes(shape, tmp_path):
-    synthetic.write_synthetic(tmp_path / "model", 4, ExpertSize(3.2), shape)
-    engine = load_engine(tmp_path / "model", LoadOptions(device="cpu", context_size=64))
-    assert engine.blueprint.layers
-    tokens = engine.generate([7, 8, 9] * 8, sampling=SamplingOptions(seed=0), stop_ids=set())
-    assert len([*islice(tokens, 8)]) == 8
