@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence, Set
 from itertools import islice
-from typing import Protocol
 
 import torch
 
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.compute import HostCompute
-from mixchat.experts.holder import LayerExperts
+from mixchat.experts.holder import ExpertHolder, LayerExperts, WorkerExperts
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.prefetch import NextRouters, ranked_keys
 from mixchat.experts.sharing import share
@@ -21,28 +20,8 @@ from mixchat.experts.sharing import share
 _LOCAL = 0  # this machine among the holders. Workers count from 1
 
 
-class WorkerExperts(Protocol):
-    """A worker on another machine. No method raises its faults."""
-
-    @property
-    def held(self) -> Collection[ExpertKey]:
-        """Return the experts that it holds, or none while it is lost."""
-
-    def begin_turn(self) -> None:
-        """Connect again if the worker was lost."""
-
-    def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
-        """Send the rows of these experts."""
-
-    def finish(self, rows: LayerRows) -> Sequence[ExpertKey]:
-        """Store the outputs in `rows`, and return the experts that it has not computed."""
-
-    def close(self) -> None:
-        """End the chat with the worker."""
-
-
-class Dispatcher:
-    """An `ExpertHolder`: experts in this machine's RAM, and workers on others.
+class Dispatcher(ExpertHolder):
+    """Experts in this machine's RAM, and workers on others.
 
     copies: experts of workers that this machine is to hold, too. If a worker fails, this machine
     computes its experts from the same rows. layers_ahead: whose experts `next_routers` predict for
@@ -59,9 +38,10 @@ class Dispatcher:
         workers: Sequence[WorkerExperts] = (),
         copies: Set[ExpertKey] = frozenset(),
     ) -> None:
-        self._local, self._fetcher, self._stats = local, local.fetcher, stats
+        self._local, self.ram, self._stats = local, local.fetcher, stats
+        self.tiers = {"host": [self.ram]}
+        self.workers, self._copies = workers, copies
         self._next_routers, self._layers_ahead = next_routers, layers_ahead
-        self._workers, self._copies = workers, copies
         self.on_gpus: Set[ExpertKey] = frozenset()
         # The last layer's outputs, which nobody reads any more. New memory would take as long as
         # some matrix products.
@@ -70,38 +50,12 @@ class Dispatcher:
 
     @property
     def stats(self) -> ExpertStats:
-        self._fetcher.count_hits()
+        self.ram.count_hits()
         return self._stats.copy()
-
-    @property
-    def slots(self) -> int:
-        return self._fetcher.slots
-
-    @property
-    def slots_by_tier(self) -> dict[str, int]:
-        slots = {"host": self.slots}
-        if self._workers:
-            slots["worker"] = sum(len(worker.held) for worker in self._workers)
-        return slots
-
-    @property
-    def bytes_held(self) -> int:
-        return self._fetcher.bytes_held
-
-    def tier(self, key: ExpertKey) -> str:
-        on_worker = any(key in worker.held for worker in self._workers)
-        return "worker" if on_worker and not self.holds(key) else self._fetcher.tier(key)
-
-    def holds(self, key: ExpertKey) -> bool:
-        return self._fetcher.holds(key)
-
-    @property
-    def is_filling(self) -> bool:
-        return self._fetcher.is_filling
 
     def fill(self, keys: Sequence[ExpertKey]) -> None:
         """Load experts in this order while nothing else is to be loaded, if all fit."""
-        self._fetcher.fill(keys)
+        self.ram.fill(keys)
 
     def fitting(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
         """Return the first of these experts that there are slots for."""
@@ -109,42 +63,32 @@ class Dispatcher:
 
     def load(self, key: ExpertKey, pinned: Collection[ExpertKey]) -> None:
         """Bring an expert into RAM, and evict none in `pinned`."""
-        self._fetcher.load(key, pinned)
+        self.ram.load(key, pinned)
 
     def leave_to_gpus(self, keys: Set[ExpertKey]) -> None:
         """Note the experts that GPUs hold, which nobody has to bring into RAM."""
         self.on_gpus = keys
         self._note_elsewhere()
 
-    def borrow(self, key: ExpertKey) -> torch.Tensor | None:
-        """Return the block of an expert in RAM, which stays there until `give_back`."""
-        return self._fetcher.borrow(key)
-
-    def give_back(self, key: ExpertKey) -> None:
-        self._fetcher.give_back(key)
-
-    def follow_memory(self) -> None:
-        self._fetcher.follow_memory()
-
     def close(self) -> None:
-        self._fetcher.close()
-        for worker in self._workers:
+        self.ram.close()
+        for worker in self.workers:
             worker.close()
 
-    def give_way(self, gpu: int | None = None) -> bool:
+    def give_way(self, number: int | None = None) -> bool:
         return False
 
     def begin_turn(self) -> None:
-        for worker in self._workers:
+        for worker in self.workers:
             worker.begin_turn()
         self._note_elsewhere()
 
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[LayerExperts]:
         self._memory = None  # a prompt's, which one token does not need
-        return () if self._workers else self._fetcher.resident(layers)
+        return () if self.workers else self.ram.resident(layers)
 
     def note_hits(self, layer: int, selected: Sequence[Sequence[int]]) -> None:
-        self._fetcher.note_hits(layer, selected)
+        self.ram.note_hits(layer, selected)
 
     def run(
         self,
@@ -156,7 +100,7 @@ class Dispatcher:
         exact: bool = False,
     ) -> torch.Tensor:
         routing = selected_experts, routing_weights
-        if not self._workers:
+        if not self.workers:
             combined = self._local.run_resident(layer, hidden_states, *routing, exact=exact)
             if combined is not None:
                 return combined
@@ -195,17 +139,17 @@ class Dispatcher:
         self, rows: LayerRows
     ) -> tuple[list[ExpertKey], list[tuple[WorkerExperts, list[ExpertKey]]]]:
         """Return the experts that this machine computes, and those of each worker."""
-        if not self._workers:
+        if not self.workers:
             return list(rows.counts), []
         holders: dict[ExpertKey, list[int]] = {}
         for key in rows.counts:
-            workers = [n for n, worker in enumerate(self._workers, start=1) if key in worker.held]
+            workers = [n for n, worker in enumerate(self.workers, start=1) if key in worker.held]
             # A copy that is not in memory would have to be read first.
-            is_copied = key in self._copies and self.holds(key)
+            is_copied = key in self._copies and self.ram.holds(key)
             holders[key] = [_LOCAL, *workers] if is_copied or not workers else workers
         shares = share(rows.counts, holders)
         local = shares.pop(_LOCAL, [])
-        return local, [(self._workers[number - 1], keys) for number, keys in shares.items()]
+        return local, [(self.workers[number - 1], keys) for number, keys in shares.items()]
 
     def _finish(self, rows: LayerRows) -> None:
         while self._local.compute_next(rows):
@@ -213,7 +157,7 @@ class Dispatcher:
 
     def _look_ahead(self, rows: LayerRows) -> None:
         """Prefetch the copies of this layer's experts, then the predicted experts."""
-        if self._next_routers is None or self._fetcher.holds_all:
+        if self._next_routers is None or self.ram.holds_all:
             return
         # A prompt needs most experts of the next layer.
         is_prompt = not rows.is_one_token
@@ -224,6 +168,6 @@ class Dispatcher:
         self._local.prefetch(keys, certain=is_prompt)
 
     def _note_elsewhere(self) -> None:
-        held = frozenset(key for worker in self._workers for key in worker.held)
+        held = frozenset(key for worker in self.workers for key in worker.held)
         self.on_workers: Set[ExpertKey] = held - self._copies
-        self._fetcher.elsewhere = self.on_workers | self.on_gpus
+        self.ram.elsewhere = self.on_workers | self.on_gpus

@@ -69,7 +69,7 @@ class Fetcher:
         return self._cache.limit
 
     @property
-    def bytes_held(self) -> int:
+    def nbytes(self) -> int:
         return self._store.nbytes
 
     @property
@@ -119,10 +119,6 @@ class Fetcher:
             return False
         self._loads[key] = self._fills.pop(key)
         return True
-
-    def tier(self, key: ExpertKey) -> str:
-        """Return the expert's faster tier, `host` or `disk`."""
-        return "host" if self.holds(key) else "disk"
 
     def holds(self, key: ExpertKey) -> bool:
         return self.state(key) == RESIDENT

@@ -14,7 +14,7 @@ import torch
 from mixchat.base import gpu, interrupts
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.dispatcher import Dispatcher
-from mixchat.experts.holder import LayerExperts
+from mixchat.experts.holder import ExpertHolder, LayerExperts
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.vram import VramSlots
 
@@ -23,8 +23,8 @@ CopySeconds = Callable[[int], float]
 HostSeconds = Callable[[int, int], float]
 
 
-class GpuExperts:
-    """An `ExpertHolder`: experts in the memory of GPUs, in front of RAM, workers and the disk.
+class GpuExperts(ExpertHolder):
+    """Experts in the memory of GPUs, in front of RAM, workers and the disk.
 
     Each GPU holds experts of its own layers. A token's experts that a GPU holds are computed there.
     The CPU computes the others meanwhile, because it reads them faster than the bus carries them. A
@@ -41,7 +41,9 @@ class GpuExperts:
         copy_seconds: CopySeconds,
         host_seconds: HostSeconds,
     ) -> None:
-        self.host, self.gpus = host, gpus
+        self.host, self.gpus, self.ram, self.workers = host, gpus, host.ram, host.workers
+        others = {"other-device": gpus[1:]} if gpus[1:] else {}
+        self.tiers = {"device": gpus[:1], **others, **host.tiers}
         self._copy_seconds, self._host_seconds = copy_seconds, host_seconds
         self._by_layer = {layer: vram for vram in gpus for layer in vram.layers}
         self._hits, self._misses = (
@@ -60,36 +62,6 @@ class GpuExperts:
                     counter[key] = int(array[layer, expert])
         stats.bytes_moved = sum(vram.bytes_moved for vram in self.gpus)
         return stats
-
-    @property
-    def slots(self) -> int:
-        return sum(vram.slots for vram in self.gpus) + self.host.slots
-
-    @property
-    def slots_by_tier(self) -> dict[str, int]:
-        first, *others = (vram.slots for vram in self.gpus)
-        return (
-            {"device": first}
-            | ({"other-device": sum(others)} if others else {})
-            | (self.host.slots_by_tier)
-        )
-
-    @property
-    def bytes_held(self) -> int:
-        return sum(vram.nbytes for vram in self.gpus) + self.host.bytes_held
-
-    @property
-    def is_filling(self) -> bool:
-        return self.host.is_filling or any(vram.is_filling for vram in self.gpus)
-
-    def tier(self, key: ExpertKey) -> str:
-        vram = self._by_layer[key.layer]
-        if vram.holds(key):
-            return "device" if vram is self.gpus[0] else "other-device"
-        return self.host.tier(key)
-
-    def holds(self, key: ExpertKey) -> bool:
-        return self._by_layer[key.layer].holds(key) or self.host.holds(key)
 
     def fitting(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
         """Return the first of these experts that there are slots for."""
@@ -111,9 +83,6 @@ class GpuExperts:
         """Load experts in this order into RAM, if there is room for all that GPUs do not get."""
         self._fill_gpus()
         self.host.fill(keys)
-
-    def follow_memory(self) -> None:
-        self.host.follow_memory()
 
     def begin_turn(self) -> None:
         self.host.begin_turn()

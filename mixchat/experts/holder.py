@@ -6,14 +6,16 @@ T = tokens, D = hidden_size, K = num_experts_per_tok.
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from mixchat.experts.cache import ExpertKey, ExpertStats
+    from mixchat.experts.layer_rows import LayerRows
     from mixchat.weights.format.expert import Expert
 
 
@@ -59,8 +61,53 @@ class ExpertRunner(Protocol):
         """
 
 
+class Tier(Protocol):
+    """Memory that holds experts: a GPU's or RAM."""
+
+    @property
+    def slots(self) -> int:
+        """Return how many experts it may hold."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that experts take."""
+
+    @property
+    def is_filling(self) -> bool:
+        """Return whether experts that nobody needs yet are on their way."""
+
+    def holds(self, key: ExpertKey) -> bool:
+        """Return whether the expert can be computed there at once."""
+
+
+class WorkerExperts(Protocol):
+    """A worker on another machine. No method raises its faults."""
+
+    @property
+    def held(self) -> Collection[ExpertKey]:
+        """Return the experts that it holds, or none while it is lost."""
+
+    def begin_turn(self) -> None:
+        """Connect again if the worker was lost."""
+
+    def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
+        """Send the rows of these experts."""
+
+    def finish(self, rows: LayerRows) -> Sequence[ExpertKey]:
+        """Store the outputs in `rows`, and return the experts that it has not computed."""
+
+    def close(self) -> None:
+        """End the chat with the worker."""
+
+
 class ExpertHolder(ExpertRunner, Protocol):
-    """Holds experts and computes them: all that `Engine` needs."""
+    """Holds experts and computes them: all that `Engine` needs.
+
+    tiers: the memories of this machine by their names, the fastest ones first.
+    """
+
+    tiers: Mapping[str, Sequence[Tier]]
+    workers: Sequence[WorkerExperts]
 
     @property
     def stats(self) -> ExpertStats:
@@ -69,21 +116,36 @@ class ExpertHolder(ExpertRunner, Protocol):
     @property
     def slots(self) -> int:
         """Return how many experts this machine's devices may hold."""
+        return sum(tier.slots for tier in chain(*self.tiers.values()))
 
     @property
     def slots_by_tier(self) -> dict[str, int]:
         """Return how many experts may be held in each tier but the disk, the fastest one first."""
+        slots = {name: sum(tier.slots for tier in tiers) for name, tiers in self.tiers.items()}
+        if self.workers:
+            slots["worker"] = sum(len(worker.held) for worker in self.workers)
+        return slots
 
     @property
     def bytes_held(self) -> int:
         """Return the bytes that experts take on this machine's devices."""
+        return sum(tier.nbytes for tier in chain(*self.tiers.values()))
 
     @property
     def is_filling(self) -> bool:
         """Return whether experts that nobody needs yet are on their way."""
+        return any(tier.is_filling for tier in chain(*self.tiers.values()))
 
     def tier(self, key: ExpertKey) -> str:
         """Return the tier of the expert's fastest copy: `device`, `host` and so on."""
+        for name, tiers in self.tiers.items():
+            if any(tier.holds(key) for tier in tiers):
+                return name
+        return "worker" if any(key in worker.held for worker in self.workers) else "disk"
+
+    def holds(self, key: ExpertKey) -> bool:
+        """Return whether this machine's devices hold the expert."""
+        return any(tier.holds(key) for tier in chain(*self.tiers.values()))
 
     def begin_turn(self) -> None:
         """Connect again to lost workers. This is called before each prompt."""

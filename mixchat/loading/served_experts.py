@@ -71,10 +71,10 @@ class ServedExperts:
 
     def follow_memory(self) -> None:
         if self._built is not None:
-            self._built.follow_memory()
+            self._built.ram.follow_memory()
 
     def load_next(self) -> bool:
-        self._experts.follow_memory()
+        self._experts.ram.follow_memory()
         # Pinned, because experts that had just been loaded were evicted again, without an end.
         wanted = self._experts.fitting(self._held)
         missing = next((key for key in wanted if not self._experts.holds(key)), None)

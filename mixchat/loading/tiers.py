@@ -156,7 +156,7 @@ def _in_vram(
                 # One of each layer by turns, so that in a mix each size gets its part.
                 [strides[slot % len(strides)] for slot in range(slots)],
                 lambda key, block, start: installed.read_expert(*key, block, start),
-                host,
+                host.ram,
                 reserve_of(gpu.total_memory(device)),
             )
         except torch.OutOfMemoryError:

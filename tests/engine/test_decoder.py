@@ -174,7 +174,7 @@ def test_experts_that_are_evicted_and_come_back_elsewhere_are_found(models):
     """The addresses of a layer's experts are looked up in a table, which must not grow old."""
     engine = load(models("nf4"))
     expected = written(engine)
-    fetcher = engine.experts._fetcher  # type: ignore[attr-defined]
+    fetcher = engine.experts.ram  # type: ignore[attr-defined]
     total = fetcher.slots
     ids: list[int] = []
     engine.forget()
@@ -192,7 +192,7 @@ def test_experts_may_be_evicted_while_a_program_runs(models, monkeypatch, early)
     """Other programs may take memory meanwhile; its hits are counted afterwards."""
     engine = load(models("nf4"))
     expected = written(engine)
-    fetcher = engine.experts._fetcher  # type: ignore[attr-defined]
+    fetcher = engine.experts.ram  # type: ignore[attr-defined]
     run, total = Program.run, fetcher.slots
 
     def run_and_evict(program: Program) -> None:
@@ -217,7 +217,7 @@ def test_experts_may_be_evicted_while_a_program_runs(models, monkeypatch, early)
 def test_a_program_does_not_keep_the_memory_of_a_slot(models):
     engine = load(models("nf4"))
     written(engine)
-    fetcher = engine.experts._fetcher  # type: ignore[attr-defined]
+    fetcher = engine.experts.ram  # type: ignore[attr-defined]
     experts = [weakref.ref(fetcher._store.expert(slot)) for slot in fetcher._store.blocks]
     fetcher.resize(2)
     assert sum(expert() is not None for expert in experts) == 2

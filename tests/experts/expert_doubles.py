@@ -8,8 +8,9 @@ from source_tools import disk
 
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
 from mixchat.experts.compute import HostCompute
-from mixchat.experts.dispatcher import Dispatcher, WorkerExperts
+from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.fetcher import Fetcher
+from mixchat.experts.holder import WorkerExperts
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.placement import Placement
 from mixchat.experts.prefetch import NextRouters
@@ -43,10 +44,6 @@ def runner(
         workers=workers,
         copies=frozenset(copies),
     )
-
-
-def fetcher_of(dispatcher: Dispatcher) -> Fetcher:
-    return dispatcher._fetcher
 
 
 def routing(tokens: int, choices: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:

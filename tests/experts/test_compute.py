@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from expert_doubles import fetcher_of, routing, runner
+from expert_doubles import routing, runner
 from source_tools import disk
 
 from mixchat.base.errors import CheckpointError, ResourceError
@@ -30,8 +30,8 @@ def slow(installed: InstalledModel, layer: int, *inputs: torch.Tensor) -> torch.
         total = torch.zeros(64)
         for choice in range(selected.shape[1]):
             key = ExpertKey(layer, int(selected[token, choice]))
-            fetcher_of(one).request([key])
-            expert = fetcher_of(one).ready(key)
+            one.ram.request([key])
+            expert = one.ram.ready(key)
             total += expert(hidden[token : token + 1])[0].float() * weights[token, choice]
         rows.append(total)
     return torch.stack(rows).to(hidden.dtype)
@@ -60,7 +60,7 @@ def test_the_size_of_the_cache_and_its_state_do_not_show_in_the_result(installed
 
 def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(installed):
     """A wrong prediction frees its slot; the next expert took another one, and its memory."""
-    fetcher = fetcher_of(runner(installed, 8))
+    fetcher = runner(installed, 8).ram
     for layer, expert in product((0, 1), range(4)):
         fetcher.request([ExpertKey(layer, expert)])
         fetcher.ready(ExpertKey(layer, expert))
@@ -82,7 +82,7 @@ def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(inst
 
 def test_predictions_take_few_of_the_slots(installed):
     """They took a quarter, and Mixtral's tokens missed more experts than without predictions."""
-    fetcher = fetcher_of(runner(installed, 4))
+    fetcher = runner(installed, 4).ram
     for expert in range(4):
         fetcher.load(ExpertKey(0, expert), [])
     fetcher.prefetch([ExpertKey(1, expert) for expert in range(3)], [])
@@ -91,7 +91,7 @@ def test_predictions_take_few_of_the_slots(installed):
 
 
 def test_a_prompts_predictions_may_take_more_slots_and_all_reads(installed):
-    fetcher = fetcher_of(runner(installed, 8))
+    fetcher = runner(installed, 8).ram
     fetcher.prefetch([ExpertKey(1, expert) for expert in range(4)], [], certain=True)
     assert len(fetcher._loads) == 2
     assert fetcher._queue.predicted_limit == READS
@@ -101,7 +101,7 @@ def test_a_prompts_predictions_may_take_more_slots_and_all_reads(installed):
 
 def test_the_memory_of_a_prefetch_that_was_given_up_counts_as_held(installed, monkeypatch):
     """The limit fell by one for each wrong prediction while memory was neither short nor ample."""
-    fetcher, told = fetcher_of(runner(installed, 4)), []
+    fetcher, told = runner(installed, 4).ram, []
     for expert in range(4):
         fetcher.request([ExpertKey(0, expert)])
         fetcher.ready(ExpertKey(0, expert))
@@ -138,7 +138,7 @@ def test_for_one_token_experts_in_their_slots_are_computed_together_with_the_sam
     one._local.begin(rows, list(rows.counts))
     assert one._local.compute_next(rows)
     assert not one._local.compute_next(rows)
-    experts = [fetcher_of(one).ready(key) for key in rows.counts]
+    experts = [one.ram.ready(key) for key in rows.counts]
     assert torch.equal(rows.outputs, torch.cat([expert(hidden) for expert in experts]))
 
 
@@ -303,7 +303,7 @@ def test_the_next_experts_are_on_their_way_while_one_is_computed(installed):
         started.append(key.expert)
         disk(installed)(key, block, start)
 
-    fetcher = fetcher_of(runner(installed, 4, note))
+    fetcher = runner(installed, 4, note).ram
     fetcher.request([ExpertKey(0, expert) for expert in (3, 0, 2)])
     for expert in (2, 0, 3):
         fetcher.ready(ExpertKey(0, expert))

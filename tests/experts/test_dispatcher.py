@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from expert_doubles import FakeWorker, fetcher_of, routing, runner
+from expert_doubles import FakeWorker, routing, runner
 
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.fetcher import MISSING
@@ -30,7 +30,7 @@ def test_what_a_worker_computes_has_the_bits_that_it_has_at_home(installed, held
         inputs = routing(tokens, seed=seed)
         assert torch.equal(spread.run(0, *inputs), alone.run(0, *inputs))
     assert {key for keys in worker.sent for key in keys} == held
-    assert not any(fetcher_of(spread).holds(key) for key in held)
+    assert not any(spread.ram.holds(key) for key in held)
 
 
 def test_three_workers_share_the_work_of_experts_that_all_hold(installed):
@@ -78,8 +78,8 @@ def test_a_copy_is_loaded_while_the_worker_computes_and_takes_half_of_the_work_t
     spread, alone = runner(installed, 8, workers=[worker], copies=copies), runner(installed, 8)
     inputs = routing(64)
     for key in copies:
-        fetcher_of(spread).request([key])
-        fetcher_of(spread).ready(key)
+        spread.ram.request([key])
+        spread.ram.ready(key)
     assert torch.equal(spread.run(0, *inputs), alone.run(0, *inputs))
     assert len(worker.sent[0]) == 2
 
@@ -90,8 +90,8 @@ def test_the_tier_of_an_expert_is_that_of_its_nearest_copy(installed):
     assert spread.slots_by_tier == {"host": 4, "worker": 4}
     assert {spread.tier(key) for key in EVERYTHING[:4]} == {"worker"}
     assert {spread.tier(key) for key in EVERYTHING[4:]} == {"disk"}
-    fetcher_of(spread).request(EVERYTHING[:1])
-    fetcher_of(spread).ready(EVERYTHING[0])
+    spread.ram.request(EVERYTHING[:1])
+    spread.ram.ready(EVERYTHING[0])
     assert spread.tier(EVERYTHING[0]) == "host"
     worker.works = False
     assert spread.tier(EVERYTHING[1]) == "disk"
@@ -107,7 +107,7 @@ def test_experts_of_several_layers_are_predicted_for_a_token_and_of_one_for_a_pr
     looking_ahead.run(0, *routing(tokens))
     (layer, _, depth), _ = next_routers.call_args
     assert (layer, depth) == (0, 3 if tokens == 1 else 1)
-    assert fetcher_of(looking_ahead).state(ExpertKey(1, 3)) != MISSING
+    assert looking_ahead.ram.state(ExpertKey(1, 3)) != MISSING
 
 
 def test_nothing_is_predicted_while_all_experts_are_in_memory(installed):
@@ -122,16 +122,16 @@ def test_nothing_is_predicted_while_all_experts_are_in_memory(installed):
 def test_with_little_memory_a_layer_is_computed_beside_experts_that_are_lent(installed):
     """A copy to a GPU had all slots that were left, and the prompt failed."""
     few, alone = runner(installed, 6), runner(installed, 8)
-    fetcher, lent = fetcher_of(few), EVERYTHING[:3]
+    fetcher, lent = few.ram, EVERYTHING[:3]
     for key in lent:
         few.load(key, ())
-        assert few.borrow(key) is not None
+        assert fetcher.borrow(key) is not None
     inputs = routing(9, choices=3)
     fetcher.resize(2)
     assert torch.equal(few.run(1, *inputs), alone.run(1, *inputs))
     assert all(map(few.holds, lent))
     for key in lent:
-        few.give_back(key)
+        fetcher.give_back(key)
     fetcher.resize(2)
     assert len(fetcher._store.blocks) == 2
 
@@ -147,7 +147,7 @@ def test_with_little_memory_a_layer_is_computed_after_a_read_that_failed(install
         installed.read_expert(*key, block, start)
 
     few, alone = runner(installed, 8, read), runner(installed, 8)
-    fetcher = fetcher_of(few)
+    fetcher = few.ram
     fetcher.request(EVERYTHING[:4])
     for key in EVERYTHING[1:4]:
         fetcher.wait(key)
@@ -162,7 +162,7 @@ def test_with_little_memory_a_layer_is_computed_after_a_read_that_failed(install
 def test_a_layer_is_in_memory_whose_experts_came_after_a_pass_was_interrupted(installed):
     """They counted as on their way until each was chosen again, and tokens took longer."""
     both, layer = runner(installed, 8), EVERYTHING[:4]
-    fetcher = fetcher_of(both)
+    fetcher = both.ram
     fetcher.request(layer)
     for key in layer:
         fetcher.wait(key)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from expert_doubles import fetcher_of, routing, runner
+from expert_doubles import routing, runner
 from source_tools import disk
 
 from mixchat.base.errors import CheckpointError
@@ -75,7 +75,7 @@ def begin(
     experts.fill(EVERYTHING)
     for key in held[:1]:
         source.wait_for(key)
-    return experts, fetcher_of(experts)
+    return experts, experts.ram
 
 
 def finish(source: Source, experts: Dispatcher) -> None:
@@ -114,7 +114,7 @@ def test_none_comes_unasked_if_they_do_not_all_fit(installed, source):
 
 def test_experts_of_workers_stay_there(installed, source):
     experts = runner(installed, 5, source)
-    fetcher = fetcher_of(experts)
+    fetcher = experts.ram
     fetcher.elsewhere = frozenset(EVERYTHING[2:5])
     experts.fill(EVERYTHING)
     finish(source, experts)
@@ -195,7 +195,7 @@ def test_fills_end_when_fewer_experts_may_be_held(installed, source):
 def test_a_fill_that_makes_room_for_another_expert_does_not_overwrite_it(installed, source):
     """A worker was lost while fills ran. Their slots went to its experts, and were filled again."""
     experts = runner(installed, 4, source)
-    fetcher = fetcher_of(experts)
+    fetcher = experts.ram
     fetcher.elsewhere = frozenset(EVERYTHING[4:])
     source.held = {EVERYTHING[0]: threading.Event()}
     experts.fill(EVERYTHING)
@@ -294,7 +294,7 @@ class Watch:
 def test_no_fill_begins_while_memory_is_short(installed, source, monkeypatch):
     watch = Watch()
     experts = runner(installed, 8, source)
-    fetcher = fetcher_of(experts)
+    fetcher = experts.ram
     monkeypatch.setattr(fetcher, "_queue", LoadQueue(1, may_fill=watch.is_ample))
     source.held = {EVERYTHING[2]: threading.Event()}
     experts.fill(EVERYTHING)

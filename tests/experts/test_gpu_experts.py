@@ -12,7 +12,7 @@ import numpy as np
 import paper_gpu
 import pytest
 import torch
-from expert_doubles import FakeWorker, fetcher_of, runner
+from expert_doubles import FakeWorker, runner
 from paper_runtime import PaperRuntime
 from vram_doubles import settle
 
@@ -72,7 +72,7 @@ def vram_of(
         blueprint.expert_of,
         [strides[slot % len(strides)] for slot in range(slots)],
         lambda key, block, start: installed.read_expert(*key, block, start),
-        host,
+        host.ram,
     )
 
 
@@ -313,7 +313,7 @@ def test_tiers_and_slots_are_told_apart(paper, installed):
 
 def test_ram_is_filled_with_what_gpus_do_not_hold(paper, installed):
     experts = arrived(on_gpus(installed, (3,), 5))
-    fetcher = fetcher_of(experts.host)
+    fetcher = experts.ram
     assert fetcher.elsewhere == {(0, 0), (0, 1), (1, 0)}
     assert fetcher.holds_all
     assert fetcher.stats.bytes_moved == 5 * installed.blueprint.expert.nbytes
@@ -344,14 +344,14 @@ def test_an_expert_that_is_used_more_comes_from_ram_to_the_gpu(paper, installed)
     assert experts.table(1).cpu()[2]
     assert experts.stats.bytes_moved == moved + size
     assert experts.stats.bytes_read == read
-    assert not fetcher_of(experts.host)._borrowed - set(experts.gpus[0]._loads)
+    assert not experts.ram._borrowed - set(experts.gpus[0]._loads)
     assert is_right(installed, experts)
 
 
 def test_a_borrowed_expert_stays_in_ram_until_the_gpu_has_it(paper, installed, monkeypatch):
     experts = arrived(on_gpus(installed, (3,), 5))
-    fetcher = fetcher_of(experts.host)
-    block = experts.host.borrow(ExpertKey(0, 2))
+    fetcher = experts.ram
+    block = experts.ram.borrow(ExpertKey(0, 2))
     assert block is not None
     expected = block.clone()
     for key in EVERYTHING * 2:
@@ -363,11 +363,11 @@ def test_a_borrowed_expert_stays_in_ram_until_the_gpu_has_it(paper, installed, m
     for key in EVERYTHING:
         fetcher.load(key, [])
     assert torch.equal(block, expected)
-    experts.host.give_back(ExpertKey(0, 2))
+    experts.ram.give_back(ExpertKey(0, 2))
     for key in EVERYTHING:
         fetcher.load(key, [])
     assert not fetcher.holds(ExpertKey(0, 2))
-    assert experts.host.borrow(ExpertKey(0, 2)) is None
+    assert experts.ram.borrow(ExpertKey(0, 2)) is None
 
 
 def test_experts_of_workers_are_neither_on_gpus_nor_carried_there(paper, installed, monkeypatch):
@@ -408,7 +408,7 @@ def test_memory_may_run_out_at_any_moment_of_a_prompt(paper, installed, slots, s
         assert len(notes) <= 1
         experts.begin_turn()
         assert sum(vram.slots for vram in experts.gpus) == sum(slots)
-        assert not fetcher_of(experts.host)._borrowed - {k for v in experts.gpus for k in v._loads}
+        assert not experts.ram._borrowed - {k for v in experts.gpus for k in v._loads}
 
 
 def test_the_gpu_that_ran_out_of_memory_gives_way(paper, installed):
@@ -460,7 +460,7 @@ def test_ctrl_c_at_any_moment_leaves_experts_that_compute_the_same(paper, instal
         experts.publish()
         settle(experts.gpus[0])
         experts.publish()
-        assert not fetcher_of(experts.host)._borrowed - set(experts.gpus[0]._loads)
+        assert not experts.ram._borrowed - set(experts.gpus[0]._loads)
 
 
 def test_a_damaged_expert_is_an_error_when_it_is_needed_and_not_before(

@@ -167,7 +167,7 @@ def logits(engine: Engine) -> torch.Tensor:
 
 def links(engine: Engine) -> list[Link]:
     """Return the connections to workers that are not lost."""
-    return [worker._link for worker in engine.experts._workers if worker._link]
+    return [worker._link for worker in engine.experts.workers if worker._link]
 
 
 def text(engine: Engine, prompt: Sequence[int] = PROMPT, tokens: int = 12) -> list[int]:
