@@ -1,7 +1,7 @@
 """Computes answers, as token ids, with the model, the caches of its layers, and the sampler.
 
 - generate.py: the engine, a loaded model that answers prompts
-- answer_request.py: what the answer loop is asked
+- answer.py: an answer in token ids, from its request to its end
 - batch.py: the answer loop, of one answer or several
 - passes.py: one pass through the model, for parts of prompts and next tokens
 - chunk_sizer.py: how many tokens of prompts a pass takes

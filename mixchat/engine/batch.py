@@ -14,7 +14,7 @@ import torch
 
 from mixchat.base import interrupts
 from mixchat.base.errors import MixchatError
-from mixchat.engine.answer_request import AnswerRequest, EndReason
+from mixchat.engine.answer import TokenAnswer
 from mixchat.engine.chunk_sizer import PassSizer
 from mixchat.engine.passes import (
     CachedPrefix,
@@ -25,7 +25,6 @@ from mixchat.engine.passes import (
 )
 from mixchat.engine.sampling import Sampler
 from mixchat.engine.speculation import Proposals, Speculation
-from mixchat.engine.stats import GenerationStats
 
 # Tokens that another prompt of the pass computes, so that waiting for it pays.
 _MIN_SHARED_TO_WAIT = 16
@@ -35,71 +34,7 @@ _MIN_SHARED_TO_COPY = 4
 # prompts may lack them, because thinking is left out of the history.
 _ANSWER_START_TOKENS = 16
 
-_Pass = list[tuple["BatchedAnswer", SequenceTokens]]
-
-
-class BatchedAnswer:
-    """An answer in the making. `ids` are its prompt's tokens and its own.
-
-    Any thread may call `cancel`. `error` is why the answer failed.
-    """
-
-    def __init__(self, request: AnswerRequest, proposals: Proposals) -> None:
-        self.request, self.proposals = request, proposals
-        self.ids = list(request.ids)
-        self.sampler = Sampler(request.sampling, request.stop_ids, request.constraint)
-        self.stats = GenerationStats(len(self.ids), speculation=proposals.stats)
-        self.prefix: CachedPrefix | None = None
-        self.logits: torch.Tensor | None = None  # [V], from which the next token is sampled
-        self.error: Exception | None = None
-        self.is_cancelled = False
-        self.tokens_read = 0  # of `tokens_to_read`
-
-    @property
-    def generated_tokens(self) -> int:
-        return self.stats.generated_tokens
-
-    @property
-    def tokens_to_read(self) -> int:
-        """Return how many tokens of the prompt were not cached."""
-        return self.stats.prompt_tokens - self.stats.reused_tokens
-
-    @property
-    def end(self) -> EndReason | None:
-        """Return why the last token ends the answer, None if it does not."""
-        tokens = self.generated_tokens
-        return self.request.end_after(tokens, self.ids[-1]) if tokens else None
-
-    @property
-    def has_ended(self) -> bool:
-        """Return whether no token will follow."""
-        return self.is_cancelled or self.error is not None or self.end is not None
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
-
-    def take_verified(self) -> bool:
-        """Take the logits after the last token, if an earlier pass computed them.
-
-        The token joins the cache only now, so an answer that ends leaves it as without speculation.
-        """
-        if self.prefix is None or not self.generated_tokens:
-            return False
-        logits = self.proposals.take(self.ids[-1])
-        if logits is None:
-            return False
-        with interrupts.deferred():
-            self.prefix.add(self.ids[-1:])
-            self.prefix.cache.advance(1)
-        self.logits = logits
-        return True
-
-    def last_token(self, *, propose: bool) -> SequenceTokens:
-        """Return the last token and perhaps a proposal."""
-        assert self.prefix is not None
-        most = self.request.max_tokens - self.generated_tokens - 1
-        proposal = self.proposals.propose(self.ids, most) if propose else []
-        return SequenceTokens(self.prefix, self.ids[-1:], proposal)
+_Pass = list[tuple[TokenAnswer, SequenceTokens]]
 
 
 class Batch:
@@ -124,7 +59,7 @@ class Batch:
         self._exact_prompts, self._shares = exact_prompts, shared_prefix
         # The least recently used comes first. At the start, empty ones come first.
         self._free = sorted(sequences, key=lambda prefix: bool(prefix.ids))
-        self._answers: list[BatchedAnswer] = []
+        self._answers: list[TokenAnswer] = []
         self._sizer = PassSizer(chunk)
         self._has_decoded = False  # in the last pass
 
@@ -141,19 +76,21 @@ class Batch:
     def size(self) -> int:
         return len(self._answers)
 
-    def add(self, request: AnswerRequest) -> BatchedAnswer:
-        """Begin an answer, whose prompt and `max_tokens` fit into the context."""
+    def add(self, answer: TokenAnswer) -> TokenAnswer:
+        """Begin an answer, whose prompt and `max_tokens` fit into the context, and return it."""
         assert self.size < self.capacity
         start = time.perf_counter()
         with interrupts.deferred():
             self._passes.experts.begin_turn()
-        answer = BatchedAnswer(request, Proposals(self._speculation, request.stop_ids))
+        answer.sampler = Sampler(answer.sampling, answer.stop_ids, answer.constraint)
+        answer.proposals = Proposals(self._speculation, answer.stop_ids)
+        answer.stats.speculation = answer.proposals.stats
         answer.stats.prefill_seconds = time.perf_counter() - start
         self._answers.append(answer)
         self._sizer.recover()
         return answer
 
-    def step(self) -> list[BatchedAnswer]:
+    def step(self) -> list[TokenAnswer]:
         """Compute one pass. Return the answers with something new: a token, progress, or an end.
 
         Answers that have ended leave the batch. An error is stored in the answers that it hit.
@@ -162,7 +99,7 @@ class Batch:
         active = [answer for answer in self._answers if not answer.has_ended]
         start = time.perf_counter()
         # Verified logits need no pass, so the other answers wait for the next step.
-        computed = [answer for answer in active if answer.take_verified()]
+        computed = [answer for answer in active if _take_verified(answer)]
         if not computed and (chunks := self._next_pass(active)):
             computed = [answer for answer, _ in chunks]
             try:
@@ -180,11 +117,13 @@ class Batch:
             self._sample(answer, seconds)
         for answer in [*ended, *(answer for answer in computed if answer.has_ended)]:
             self._answers.remove(answer)
+            del answer.sampler, answer.proposals  # which keep logits
             if answer.prefix is not None:
                 self._free.append(answer.prefix)
+                answer.prefix = None
         return [*ended, *computed]
 
-    def _next_pass(self, answers: Sequence[BatchedAnswer]) -> _Pass:
+    def _next_pass(self, answers: Sequence[TokenAnswer]) -> _Pass:
         """Return each running answer's last token, and chunks of new prompts in the room left.
 
         If the model decodes apart, tokens and chunks take turns.
@@ -192,7 +131,7 @@ class Batch:
         # Several answers fill a pass without proposals, and `Speculation` compares lone passes.
         propose = len(answers) == 1
         chunks = [
-            (answer, answer.last_token(propose=propose))
+            (answer, _last_token(answer, propose=propose))
             for answer in answers
             if answer.generated_tokens
         ]
@@ -203,7 +142,7 @@ class Batch:
             if chunks:
                 return chunks
         room = self._sizer.choose(decodes=self._decodes)
-        reading: list[BatchedAnswer] = []
+        reading: list[TokenAnswer] = []
         for answer in answers:
             if answer.generated_tokens or room <= 0:
                 continue
@@ -228,7 +167,7 @@ class Batch:
             for answer, chunk in reading:
                 # Of 100 tokens, a layer of 32 counts as 3.
                 done = answer.tokens_read + len(chunk.ids) * (layer + 1) // layers
-                answer.request.on_prefill(done, answer.tokens_to_read)
+                answer.note_read(done)
 
         start = time.perf_counter()
         logits = self._passes.compute(
@@ -249,7 +188,7 @@ class Batch:
             if answer.tokens_read == answer.tokens_to_read:
                 answer.logits = rows[0]
 
-    def _sample(self, answer: BatchedAnswer, seconds: float) -> None:
+    def _sample(self, answer: TokenAnswer, seconds: float) -> None:
         """Count a pass's seconds, and append the next token if its logits are known."""
         if answer.generated_tokens:
             answer.stats.decode_seconds += seconds
@@ -264,7 +203,7 @@ class Batch:
         except Exception as error:  # of this answer alone, such as a constraint's process
             answer.error = error
 
-    def _assign_cache(self, answer: BatchedAnswer, reading: Sequence[BatchedAnswer]) -> bool:
+    def _assign_cache(self, answer: TokenAnswer, reading: Sequence[TokenAnswer]) -> bool:
         """Give an answer a cache. Return False if it waits to copy a prompt of this pass."""
         # At least one token is computed, since caches have no logits.
         prompt = answer.ids[:-1]
@@ -295,13 +234,38 @@ class Batch:
         answer.stats.repeated_tokens = shared_beginning(prefix.ids, prompt) - reused
         prefix.cut(reused)
         # Messages end with a stop token in most templates.
-        ends = [n + 1 for n, token in enumerate(prompt) if token in answer.request.stop_ids]
+        ends = [n + 1 for n, token in enumerate(prompt) if token in answer.stop_ids]
         before_answer = len(prompt) - _ANSWER_START_TOKENS
         prefix.cache.begin((before_answer, len(prompt)), (reused, parted, *ends))
         self._free.remove(prefix)
         answer.prefix = prefix
-        answer.request.on_prefill(0, answer.tokens_to_read)
+        answer.note_read(0)
         return True
+
+
+def _take_verified(answer: TokenAnswer) -> bool:
+    """Take the logits after the last token, if an earlier pass computed them.
+
+    The token joins the cache only now, so an answer that ends leaves it as without speculation.
+    """
+    if answer.prefix is None or not answer.generated_tokens:
+        return False
+    logits = answer.proposals.take(answer.ids[-1])
+    if logits is None:
+        return False
+    with interrupts.deferred():
+        answer.prefix.add(answer.ids[-1:])
+        answer.prefix.cache.advance(1)
+    answer.logits = logits
+    return True
+
+
+def _last_token(answer: TokenAnswer, *, propose: bool) -> SequenceTokens:
+    """Return the last token and perhaps a proposal."""
+    assert answer.prefix is not None
+    most = answer.max_tokens - answer.generated_tokens - 1
+    proposal = answer.proposals.propose(answer.ids, most) if propose else []
+    return SequenceTokens(answer.prefix, answer.ids[-1:], proposal)
 
 
 class _AllCancelledError(Exception):

@@ -11,7 +11,7 @@ from mixchat.base import gpu, machine
 from mixchat.base.context import Context
 from mixchat.base.options import SamplingOptions
 from mixchat.base.progress import Note
-from mixchat.engine.answer_request import AnswerRequest, OnPrefill
+from mixchat.engine.answer import OnPrefill, TokenAnswer
 from mixchat.engine.batch import Batch
 from mixchat.engine.caches.sequence_cache import SequenceCache
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
@@ -153,9 +153,8 @@ class Engine:
             exact_prompts=self.exact_prompts,
             chunk=self.prefill_chunk,
         )
-        answer = batch.add(
-            AnswerRequest(prompt_ids, sampling, stop_ids, most, constraint, on_prefill)
-        )
+        answer = TokenAnswer(prompt_ids, sampling, stop_ids, most, constraint, on_prefill)
+        batch.add(answer)
         self._stats, self._experts_at_start = answer.stats, self.experts.stats
 
         # A generator's own body would raise the errors of `add` only at its first token.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from mixchat.engine.answer_request import EndReason
+from mixchat.engine.answer import EndReason
 from mixchat.face.events import COMPLETE, Reason
 from mixchat.text.detokenizer import Detokenizer, StopStrings
 from mixchat.text.messages import Message

@@ -9,11 +9,10 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import SamplingOptions
-from mixchat.engine.answer_request import AnswerRequest
 from mixchat.face.checks import checked_request
 from mixchat.face.events import End, Event, Failed, LeftOut, Piece, Reading
 from mixchat.face.forms import FormCompiler
@@ -162,11 +161,11 @@ class Model:
             sampling = cast("SamplingOptions", request.sampling or self.sampling)
             if sampling.seed is None:
                 sampling = replace(sampling, seed=secrets.randbelow(2**32))
-            stop_ids = self.template.stop_ids
-            at_max: Literal["length", "context"] = "length" if most == limit else "context"
-            asked = AnswerRequest(prompt.ids, sampling, stop_ids, most, at_max=at_max)
-            parser = self._prompts.parser(prompt)
-            running.append(RunningAnswer(request, prompt, sink, asked, self.tokenizer, parser))
+            asked = replace(request, sampling=sampling, max_tokens=limit)
+            parser, stop_ids = self._prompts.parser(prompt), self.template.stop_ids
+            running.append(
+                RunningAnswer(asked, prompt, sink, self.tokenizer, parser, stop_ids, most)
+            )
         self._thread.submit(running)
         return running
 
@@ -206,7 +205,7 @@ class ModelAnswer:
 
     @property
     def stats(self) -> GenerationStats:
-        return self._answer.stats
+        return replace(self._answer.stats)
 
     def __iter__(self) -> Iterator[Event]:
         return self

@@ -20,6 +20,7 @@ from mixchat.face.events import End, Failed
 from mixchat.face.request import QueueFullError, ShuttingDownError
 
 if TYPE_CHECKING:
+    from mixchat.engine.answer import TokenAnswer
     from mixchat.engine.batch import Batch
     from mixchat.engine.generate import Engine
     from mixchat.face.running_answer import RunningAnswer
@@ -52,12 +53,12 @@ class ModelStats:
     def plus(self, other: ModelStats) -> ModelStats:
         return ModelStats(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
-    def with_tokens(self, prompt: int, cached: int, generated: int) -> ModelStats:
+    def with_tokens(self, answer: TokenAnswer) -> ModelStats:
         return replace(
             self,
-            prompt_tokens=self.prompt_tokens + prompt,
-            cached_tokens=self.cached_tokens + cached,
-            generated_tokens=self.generated_tokens + generated,
+            prompt_tokens=self.prompt_tokens + answer.tokens_read,
+            cached_tokens=self.cached_tokens + answer.stats.reused_tokens,
+            generated_tokens=self.generated_tokens + answer.generated_tokens,
         )
 
     def with_end(self, last: End | Failed) -> ModelStats:
@@ -111,7 +112,7 @@ class ModelThread:
         with self._changed:
             stats = self._ended_stats
             for answer in self._running:
-                stats = stats.with_tokens(*answer.counts())
+                stats = stats.with_tokens(answer)
             return replace(stats, running=len(self._running), waiting=len(self._waiting))
 
     def check_process(self) -> None:
@@ -222,7 +223,7 @@ class ModelThread:
         self._passes += 1
         if self._passes % _COUNTED_PASSES == 0:
             self._count()
-        for answer in [a for a in self._running if a.answer in changed]:
+        for answer in [a for a in self._running if a in changed]:
             last = answer.report(self.engine.experts)
             if last is not None:
                 self._end(answer, last)
@@ -251,7 +252,7 @@ class ModelThread:
             self._waiting.remove(answer)
             self._running.append(answer)
         if answer.is_cancelled:
-            self._end(answer, answer.end("interrupted"))
+            self._end(answer, answer.last_event(self.engine.experts))
             return True
         try:
             answer.begin(batch, self.engine.experts)
@@ -269,12 +270,12 @@ class ModelThread:
                 return answer
         if batch.size == batch.capacity:
             return None
-        prepared = sum(answer.has_constraint for answer in self._waiting)
+        prepared = sum(answer.constraint is not None for answer in self._waiting)
         for answer in self._waiting:
-            had_constraint = answer.has_constraint
+            had_constraint = answer.constraint is not None
             if answer.is_ready(self._wake, may_prepare=prepared < batch.capacity):
                 return answer
-            prepared += answer.has_constraint - had_constraint
+            prepared += (answer.constraint is not None) - had_constraint
         return None
 
     def _wake(self) -> None:
@@ -297,7 +298,7 @@ class ModelThread:
         self._count()
         with self._changed:
             self._running.remove(answer)
-            self._ended_stats = self._ended_stats.with_tokens(*answer.counts()).with_end(last)
+            self._ended_stats = self._ended_stats.with_tokens(answer).with_end(last)
         try:
             answer.close()
         finally:  # or its reader would wait for ever

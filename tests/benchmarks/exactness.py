@@ -39,7 +39,7 @@ from test_families import CASES, SPARSE, logits
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import NoProgress
 from mixchat.base.quantities import MemoryBudget
-from mixchat.engine.answer_request import AnswerRequest
+from mixchat.engine.answer import TokenAnswer
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import SequenceTokens
 from mixchat.experts.recording_runner import RecordingRunner
@@ -272,7 +272,7 @@ def in_company(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
         sequence.clear()
     batch = engine.new_batch()
     sampling = SamplingOptions(temperature=1.0, seed=5)
-    answers = [batch.add(AnswerRequest(ids, sampling, frozenset(), 24)) for ids in prompts]
+    answers = [batch.add(TokenAnswer(ids, sampling, frozenset(), 24)) for ids in prompts]
     while batch.size:
         batch.step()
     return [answer.ids[answer.stats.prompt_tokens :] for answer in answers]

@@ -27,7 +27,7 @@ from mixchat.engine.environment import prepare_environment
 
 prepare_environment()
 
-from mixchat.engine.batch import AnswerRequest  # noqa: E402 - torch reads the environment
+from mixchat.engine.answer import TokenAnswer  # noqa: E402 - torch reads the environment
 from mixchat.engine.generate import Engine  # noqa: E402
 from mixchat.install.models import installed_directory  # noqa: E402
 from mixchat.loading.loader import load_engine  # noqa: E402
@@ -35,11 +35,11 @@ from mixchat.loading.loader import load_engine  # noqa: E402
 _PROMPT = 16  # tokens
 
 
-def prompt(engine: Engine, number: int, tokens: int, length: int = _PROMPT) -> AnswerRequest:
+def prompt(engine: Engine, number: int, tokens: int, length: int = _PROMPT) -> TokenAnswer:
     """Return a prompt of random tokens, whose answer is sampled: other tokens, other experts."""
     choose = random.Random(number)
     ids = [choose.randrange(3, engine.config.vocab_size) for _ in range(length)]
-    return AnswerRequest(ids, SamplingOptions(temperature=1.0, seed=number), frozenset(), tokens)
+    return TokenAnswer(ids, SamplingOptions(temperature=1.0, seed=number), frozenset(), tokens)
 
 
 def decode(engine: Engine, at_once: int, tokens: int) -> float:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,7 @@ from mixchat.base.context import Context
 from mixchat.base.errors import MixchatError
 from mixchat.base.options import ChatOptions, SamplingOptions
 from mixchat.chat.session import ChatSession
-from mixchat.engine.answer_request import AnswerRequest, EndReason
+from mixchat.engine.answer import TokenAnswer
 from mixchat.engine.stats import GenerationStats
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.face.events import End, Failed, Piece
@@ -76,7 +76,7 @@ class ScriptedEngine:
         self.passes = SimpleNamespace(total_tokens=1, total_seconds=1.0)
         self.sequences = [None]
         self.prompts: list[list[int]] = []
-        self.requests: list[AnswerRequest] = []
+        self.requests: list[TokenAnswer] = []
         self.closed = 0  # answers
         self.load_seconds = 1.5
         self.is_closed = False
@@ -107,34 +107,6 @@ class ScriptedEngine:
         self.is_closed = True
 
 
-class ScriptedAnswer:
-    """A `BatchedAnswer` without torch, so that a process with it starts fast."""
-
-    logits = None
-
-    def __init__(self, request: AnswerRequest) -> None:
-        self.request, self.ids = request, list(request.ids)
-        self.stats = GenerationStats(len(self.ids), prefill_seconds=0.5, decode_seconds=0.25)
-        self.error: MixchatError | None = None
-        self.is_cancelled, self.tokens_read = False, 0
-
-    @property
-    def generated_tokens(self) -> int:
-        return self.stats.generated_tokens
-
-    @property
-    def has_ended(self) -> bool:
-        return self.is_cancelled or self.error is not None or self.end is not None
-
-    @property
-    def end(self) -> EndReason | None:
-        tokens = self.generated_tokens
-        return self.request.end_after(tokens, self.ids[-1]) if tokens else None
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
-
-
 class ScriptedBatch:
     """A `Batch` of one answer, whose tokens a script gives."""
 
@@ -142,29 +114,29 @@ class ScriptedBatch:
 
     def __init__(self, engine: ScriptedEngine) -> None:
         self._engine = engine
-        self._answer: ScriptedAnswer | None = None
+        self._answer: TokenAnswer | None = None
         self._script = iter(())
 
     @property
     def size(self) -> int:
         return self._answer is not None
 
-    def add(self, request: AnswerRequest) -> ScriptedAnswer:
+    def add(self, answer: TokenAnswer) -> None:
         engine = self._engine
-        engine.prompts.append(list(request.ids))
-        engine.requests.append(request)
+        engine.prompts.append(list(answer.ids))
+        engine.requests.append(answer)
         if engine.prompts_file:
             with open(engine.prompts_file, "a", encoding="utf-8") as file:
-                file.write("".join(map(chr, request.ids)) + "\n---\n")
-        self._answer = ScriptedAnswer(request)
+                file.write("".join(map(chr, answer.ids)) + "\n---\n")
+        answer.stats.prefill_seconds, answer.stats.decode_seconds = 0.5, 0.25
+        self._answer = answer
         self._script = iter([*engine.script.pop(0), chr(STOP)])
-        return self._answer
 
-    def step(self) -> list[ScriptedAnswer]:
+    def step(self) -> list[TokenAnswer]:
         answer = self._answer
         assert answer is not None
         if not answer.generated_tokens:
-            answer.request.on_prefill(0, len(answer.ids))
+            answer.note_read(0)
         time.sleep(self._engine.delay)
         try:
             item = next(self._script)
@@ -236,16 +208,14 @@ class ScriptedEvents:
         limit = model.longest_answer(request.max_tokens)
         most = model.engine.longest_answer(prompt.ids, limit)
         sampling = with_numbers(model.sampling, request.sampling)
-        at_max = "length" if most == limit else "context"
-        stop_ids = model.template.stop_ids
-        asked = AnswerRequest(prompt.ids, sampling, stop_ids, most, at_max=at_max)
         self._answer = RunningAnswer(
-            request,
+            replace(request, sampling=sampling, max_tokens=limit),
             prompt,
             self._events.append,
-            asked,
             model.tokenizer,
             model._prompts.parser(prompt),
+            model.template.stop_ids,
+            most,
         )
         self._shown: list[Piece] = []
         self._end: End | None = None
@@ -253,7 +223,7 @@ class ScriptedEvents:
 
     @property
     def stats(self) -> GenerationStats:
-        return self._answer.stats
+        return replace(self._answer.stats)
 
     def cancel(self) -> None:
         self._answer.cancel()

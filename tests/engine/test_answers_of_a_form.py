@@ -14,7 +14,7 @@ from tiny_tokenizer import write_tokenizer
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import LoadOptions, SamplingOptions
-from mixchat.engine.answer_request import AnswerRequest
+from mixchat.engine.answer import TokenAnswer
 from mixchat.engine.generate import Engine
 from mixchat.engine.speculation import Speculation
 from mixchat.kernels.cpu.compile import kernels_available
@@ -120,12 +120,12 @@ def test_an_answer_is_the_same_with_speculation(model, compiled, form, monkeypat
         assert engines[0].stats.speculation.accepted > 0
 
 
-def prompt(seed: int, constraint: Any) -> AnswerRequest:
+def prompt(seed: int, constraint: Any) -> TokenAnswer:
     sampling = SamplingOptions(temperature=1.0, seed=seed)
-    return AnswerRequest([*PROMPT, seed], sampling, frozenset({STOP}), 60, constraint)
+    return TokenAnswer([*PROMPT, seed], sampling, frozenset({STOP}), 60, constraint)
 
 
-def answered(engine: Engine, *prompts: AnswerRequest) -> list[tuple[list[int], Exception | None]]:
+def answered(engine: Engine, *prompts: TokenAnswer) -> list[tuple[list[int], Exception | None]]:
     """Answer prompts at once; return the tokens of each, and why it failed."""
     batch = engine.new_batch()
     answers = [batch.add(prompt) for prompt in prompts]
@@ -139,7 +139,7 @@ def test_answers_of_several_forms_at_once_are_those_that_each_gets_alone(model, 
     engine = load_engine(model, LoadOptions(device="cpu", exact_prompts=True, parallel=4))
     forms = [compiled(json_schema(ORDER)), compiled(json_object()), None]
 
-    def prompts() -> list[AnswerRequest]:
+    def prompts() -> list[TokenAnswer]:
         return [prompt(n + 20, form and form()) for n, form in enumerate([*forms, forms[0]])]
 
     together = answered(engine, *prompts())

@@ -14,8 +14,8 @@ from engine_tools import WAYS, answer
 from mixchat.base.errors import CheckpointError
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.engine.answer_request import AnswerRequest
-from mixchat.engine.batch import Batch, BatchedAnswer
+from mixchat.engine.answer import TokenAnswer
+from mixchat.engine.batch import Batch
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import ForwardPasses
 from mixchat.kernels.cpu.compile import kernels_available
@@ -52,25 +52,25 @@ def load(model_of: Callable[..., Path]) -> Callable[..., Engine]:
     return load
 
 
-def prompt_of(seed: int, **options: Any) -> AnswerRequest:
+def prompt_of(seed: int, **options: Any) -> TokenAnswer:
     """A prompt that repeats itself in part, so that tokens are proposed; sampled or greedy."""
     choose = random.Random(seed)
     piece = [choose.randrange(3, 97) for _ in range(choose.randrange(2, 20))]
     ids = [*piece, *(choose.randrange(3, 97) for _ in range(choose.randrange(1, 9))), *piece]
     sampling = SamplingOptions(temperature=seed % 2, seed=seed, repeat_penalty=1 + seed % 3 / 10)
-    return AnswerRequest(
+    return TokenAnswer(
         ids, sampling, **{"stop_ids": frozenset({2, 7}), "max_tokens": 30, **options}
     )
 
 
-def greedy(ids: Sequence[int], max_tokens: int) -> AnswerRequest:
-    return AnswerRequest(ids, SamplingOptions(0), frozenset(), max_tokens)
+def greedy(ids: Sequence[int], max_tokens: int) -> TokenAnswer:
+    return TokenAnswer(ids, SamplingOptions(0), frozenset(), max_tokens)
 
 
-def alone(engine: Engine, prompt: AnswerRequest) -> list[int]:
+def alone(engine: Engine, prompt: TokenAnswer) -> list[int]:
     engine.forget()
     options = {"stop_ids": prompt.stop_ids, "max_tokens": prompt.max_tokens}
-    return answer(engine, prompt.ids, prompt.sampling, **options)
+    return answer(engine, prompt.ids[: prompt.stats.prompt_tokens], prompt.sampling, **options)
 
 
 def finish(batch: Batch) -> None:
@@ -78,15 +78,15 @@ def finish(batch: Batch) -> None:
         batch.step()
 
 
-def said(answer: BatchedAnswer) -> list[int]:
+def said(answer: TokenAnswer) -> list[int]:
     """Return the generated tokens."""
     return answer.ids[answer.stats.prompt_tokens :]
 
 
-def run(batch: Batch, waiting: Sequence[AnswerRequest], seed: int = 0) -> list[list[int]]:
+def run(batch: Batch, waiting: Sequence[TokenAnswer], seed: int = 0) -> list[list[int]]:
     """Answer all, each joining after a random count of passes."""
     choose, left = random.Random(seed), list(waiting)
-    answers: list[BatchedAnswer] = []
+    answers: list[TokenAnswer] = []
     while left or batch.size:
         while left and batch.size < batch.capacity and choose.random() < 0.4:
             answers.append(batch.add(left.pop(0)))
@@ -173,10 +173,9 @@ def test_a_conversation_that_continues_keeps_its_cache_while_others_come_and_lea
 def test_without_a_shared_prefix_no_answer_tells_what_another_prompt_began_with(load):
     """`cached_tokens` told one client of a server what another one had asked."""
     batch = load().new_batch(shared_prefix=False)
-    prompts = [greedy([*range(3, 43), n], 4) for n in range(3)]
-    answers = [batch.add(prompt) for prompt in (*prompts, prompts[0])]
+    answers = [batch.add(greedy([*range(3, 43), n], 4)) for n in (0, 1, 2, 0)]
     finish(batch)
-    late = batch.add(prompts[0])
+    late = batch.add(greedy([*range(3, 43), 0], 4))
     finish(batch)
     assert [answer.stats.reused_tokens for answer in (*answers, late)] == [0] * 5
     assert late.ids == answers[0].ids == answers[3].ids

@@ -10,7 +10,7 @@ from engine_tools import GREEDY
 
 from mixchat.base.errors import ResourceError
 from mixchat.base.options import LoadOptions
-from mixchat.engine.answer_request import AnswerRequest
+from mixchat.engine.answer import TokenAnswer
 from mixchat.engine.batch import Batch
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK, PassSizer
 from mixchat.engine.generate import Engine
@@ -63,8 +63,8 @@ def memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> SmallMemory:
 Answer = Callable[..., list[int]]
 
 
-def request(ids: list[int] = PROMPT, tokens: int = 6) -> AnswerRequest:
-    return AnswerRequest(ids, GREEDY, frozenset(), tokens)
+def request(ids: list[int] = PROMPT, tokens: int = 6) -> TokenAnswer:
+    return TokenAnswer(ids, GREEDY, frozenset(), tokens)
 
 
 def answers(batch: Batch, *prompts: list[int]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from engine_tools import FAMILIES, answer
 from test_kv_cache import CONFIG, SINKS, held, needs_kernel
 
 from mixchat.base.options import LoadOptions, SamplingOptions
-from mixchat.engine.answer_request import AnswerRequest
+from mixchat.engine.answer import TokenAnswer
 from mixchat.engine.caches import kv_cache, sequence_cache
 from mixchat.engine.caches.sequence_cache import SequenceCache, cache_bytes
 from mixchat.engine.generate import Engine
@@ -203,7 +203,7 @@ def test_conversations_at_once_share_what_is_kept(load):
     said = []
     for ids in itertools.chain(starts, starts):
         batch = engine.new_batch()
-        job = batch.add(AnswerRequest(ids, SamplingOptions(0), frozenset(), 8))
+        job = batch.add(TokenAnswer(ids, SamplingOptions(0), frozenset(), 8))
         while batch.size:
             batch.step()
         assert job.error is None

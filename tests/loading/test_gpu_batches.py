@@ -9,16 +9,16 @@ import torch
 from paper_tools import EXPERTS, GREEDY, LAYERS, PROMPT, demand_of, load
 
 from mixchat.base.options import SamplingOptions
-from mixchat.engine.answer_request import AnswerRequest
-from mixchat.engine.batch import Batch, BatchedAnswer
+from mixchat.engine.answer import TokenAnswer
+from mixchat.engine.batch import Batch
 from mixchat.engine.generate import Engine
 
 SEQUENCES = 4
 
 
-def request(number: int, tokens: int, **options: Any) -> AnswerRequest:
+def request(number: int, tokens: int, **options: Any) -> TokenAnswer:
     """A prompt of its own, whose answer has so many tokens."""
-    return AnswerRequest([5 + number, *PROMPT], SamplingOptions(**options), set(), tokens)
+    return TokenAnswer([5 + number, *PROMPT], SamplingOptions(**options), set(), tokens)
 
 
 def load_for_several(case: Any, slots: int = EXPERTS, **options: Any) -> Engine:
@@ -30,10 +30,10 @@ def load_for_several(case: Any, slots: int = EXPERTS, **options: Any) -> Engine:
     return engine
 
 
-def start(batch: Batch, count: int, tokens: int) -> list[BatchedAnswer]:
+def start(batch: Batch, count: int, tokens: int) -> list[TokenAnswer]:
     """Begin answers, and read their prompts."""
-    requests = [AnswerRequest([5 + n, *PROMPT], GREEDY, set(), tokens) for n in range(count)]
-    answers = [batch.add(request) for request in requests]
+    prompts = [[5 + n, *PROMPT] for n in range(count)]
+    answers = [batch.add(TokenAnswer(ids, GREEDY, set(), tokens)) for ids in prompts]
     for _ in range(5):
         batch.step()
     assert all(answer.generated_tokens > 1 for answer in answers)
@@ -59,10 +59,10 @@ def test_a_token_takes_the_launches_and_waits_that_it_takes_alone(paper, case, s
     assert paper.waits == tokens * (1 if is_whole else 1 + LAYERS)
 
 
-def logits_of(batch: Batch, requests: Sequence[AnswerRequest]) -> list[torch.Tensor]:
+def logits_of(batch: Batch, requests: Sequence[TokenAnswer]) -> list[torch.Tensor]:
     """Answer requests, each joining as the one before has some tokens. Return their logits."""
     waiting, answers = list(requests), []
-    logits: dict[BatchedAnswer, list[torch.Tensor]] = {}
+    logits: dict[TokenAnswer, list[torch.Tensor]] = {}
     while waiting or batch.size:
         if waiting and (not answers or answers[-1].generated_tokens > 2):
             answers.append(batch.add(waiting.pop(0)))
@@ -79,11 +79,14 @@ def test_an_answer_keeps_its_bits_in_company(paper, case, monkeypatch, kind, opt
     # A slow machine would read a prompt in chunks, which changes bits of its own.
     monkeypatch.setattr("mixchat.engine.chunk_sizer.SMALLEST_CHUNK", 32)
     engine = load_for_several(case(kind), **options)
-    requests = [
-        request(n, 5 + 2 * n, temperature=n % 2, seed=n, repeat_penalty=1.1) for n in range(3)
-    ]
-    alone = [logits_of(engine.new_batch(shared_prefix=False), [each])[0] for each in requests]
-    together = logits_of(engine.new_batch(shared_prefix=False), requests)
+
+    def requests() -> list[TokenAnswer]:
+        return [
+            request(n, 5 + 2 * n, temperature=n % 2, seed=n, repeat_penalty=1.1) for n in range(3)
+        ]
+
+    alone = [logits_of(engine.new_batch(shared_prefix=False), [each])[0] for each in requests()]
+    together = logits_of(engine.new_batch(shared_prefix=False), requests())
     assert all(map(torch.equal, together, alone))
 
 
@@ -103,7 +106,7 @@ def test_a_long_prompt_is_read_between_the_tokens_of_others(paper, case, monkeyp
     monkeypatch.setattr("mixchat.engine.chunk_sizer.SMALLEST_CHUNK", 6)
     batch = load_for_several(case("fp32")).new_batch()
     (first,) = start(batch, 1, 40)
-    second = batch.add(AnswerRequest(range(3, 51), GREEDY, set(), 5))
+    second = batch.add(TokenAnswer(range(3, 51), GREEDY, set(), 5))
     for number in range(1, 1 + 48 // 6):
         before = first.generated_tokens
         for _ in range(2):

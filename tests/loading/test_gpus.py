@@ -34,7 +34,7 @@ from paper_tools import (
 from mixchat.base import gpu, interrupts
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.options import LoadOptions
-from mixchat.engine.answer_request import AnswerRequest
+from mixchat.engine.answer import TokenAnswer
 from mixchat.engine.generate import Engine
 from mixchat.engine.report import report_of
 from mixchat.experts.cache import ExpertKey
@@ -154,7 +154,7 @@ def test_answers_at_once_are_those_of_one_after_the_other(paper, case):
         engine.forget()
         expected.append([*engine.generate(prompt, sampling=GREEDY, stop_ids=set(), max_tokens=6)])
     batch = engine.new_batch(shared_prefix=False)
-    answers = [batch.add(AnswerRequest(prompt, GREEDY, set(), 6)) for prompt in prompts]
+    answers = [batch.add(TokenAnswer(prompt, GREEDY, set(), 6)) for prompt in prompts]
     while not all(answer.has_ended for answer in answers):
         batch.step()
     found = [answer.ids[len(prompt) :] for answer, prompt in zip(answers, prompts, strict=True)]
@@ -306,7 +306,7 @@ def test_answers_of_a_model_with_states_are_the_same_in_company(paper, hybrid):
     engine = load(hybrid, hybrid.blueprint.expert_count, 0, parallel=2, more=10**8)
     expected = text(engine)
     batch = engine.new_batch()
-    answers = [batch.add(AnswerRequest(PROMPT, GREEDY, set(), 8)) for _ in range(2)]
+    answers = [batch.add(TokenAnswer(PROMPT, GREEDY, set(), 8)) for _ in range(2)]
     while not all(answer.has_ended for answer in answers):
         batch.step()
     assert [answer.ids[len(PROMPT) :] for answer in answers] == [expected] * 2

@@ -21,9 +21,7 @@ from character_tokens import character_bytes
 from mixchat.base.context import Context
 from mixchat.base.errors import ResourceError
 from mixchat.base.options import SamplingOptions
-from mixchat.engine.answer_request import AnswerRequest
-from mixchat.engine.batch import BatchedAnswer
-from mixchat.engine.speculation import Proposals
+from mixchat.engine.answer import TokenAnswer
 from mixchat.experts.cache import ExpertStats
 from mixchat.face.model import Model, ModelText
 from mixchat.text.messages import Message, require_question
@@ -87,24 +85,25 @@ class LineTemplate:
         return [ord(c) for line in lines for c in f"{line}\n"]
 
 
-class ScriptedAnswer(BatchedAnswer):
-    """An answer whose tokens a script gives."""
+class Script:
+    """What an answer says."""
 
-    def __init__(self, request: AnswerRequest) -> None:
-        super().__init__(request, Proposals(None, request.stop_ids))
-        _, has_script, script = CharacterTokenizer().decode(self.ids).rpartition("say:")
+    def __init__(self, answer: TokenAnswer) -> None:
+        self.answer = answer
+        _, has_script, script = CharacterTokenizer().decode(answer.ids).rpartition("say:")
         text = script.strip("\n") if has_script else "Hello"
-        self._parts = _PARTS.findall(text.replace("{seed}", str(request.sampling.seed)))
+        self._parts = _PARTS.findall(text.replace("{seed}", str(answer.sampling.seed)))
         self._wakes_at = 0.0
 
     def step(self) -> bool:
         """Read the prompt, or generate a token. Return whether there is something new."""
-        if self.has_ended:
+        answer = self.answer
+        if answer.has_ended:
             return True
-        if not self.tokens_read:
-            self.request.on_prefill(0, len(self.ids))
-            self.tokens_read = len(self.ids)
-            self.request.on_prefill(self.tokens_read, self.tokens_read)
+        if not answer.tokens_read:
+            answer.note_read(0)
+            answer.tokens_read = answer.tokens_to_read
+            answer.note_read(answer.tokens_read)
         if time.monotonic() < self._wakes_at or self._parts[:1] == ["{hang}"]:
             return False
         if self._parts[:1] == ["{gate}"] and not os.path.exists(os.environ["GATE"]):
@@ -113,43 +112,43 @@ class ScriptedAnswer(BatchedAnswer):
         if part == "{wait}":
             self._wakes_at = time.monotonic() + PAUSE_S
         elif part == "{fail}":
-            self.error = ResourceError("there is no memory", hint="Close other programs.")
+            answer.error = ResourceError("there is no memory", hint="Close other programs.")
         elif part == "{crash}":
             raise RuntimeError("a secret of the machine")
         elif part != "{gate}":
-            self.ids.append(ord(part))
-            self.stats.generated_tokens += 1
-            self.stats.decode_seconds += 1e-6
+            answer.ids.append(ord(part))
+            answer.stats.generated_tokens += 1
+            answer.stats.decode_seconds += 1e-6
             # The stop token has what a token with a log probability of -0.5 leaves.
-            self.logits = torch.full([max(256, ord(part) + 1)], float("-inf"))
-            self.logits[STOP] = math.log(1 - math.exp(-0.5))
-            self.logits[ord(part)] = -0.5 if part != "~" else float("-inf")
-        return len(part) == 1 or self.has_ended
+            answer.logits = torch.full([max(256, ord(part) + 1)], float("-inf"))
+            answer.logits[STOP] = math.log(1 - math.exp(-0.5))
+            answer.logits[ord(part)] = -0.5 if part != "~" else float("-inf")
+        return len(part) == 1 or answer.has_ended
 
 
 class ScriptedBatch:
     def __init__(self, engine: Any) -> None:
-        self._engine, self._answers = engine, list[ScriptedAnswer]()
+        self._engine, self._scripts = engine, list[Script]()
         self.capacity = len(engine.sequences)
 
     @property
     def size(self) -> int:
-        return len(self._answers)
+        return len(self._scripts)
 
-    def add(self, request: AnswerRequest) -> ScriptedAnswer:
+    def add(self, answer: TokenAnswer) -> None:
+        request = SimpleNamespace(ids=tuple(answer.ids), sampling=answer.sampling)
         self._engine.requests.append(request)
-        self._answers.append(ScriptedAnswer(request))
-        return self._answers[-1]
+        self._scripts.append(Script(answer))
 
-    def step(self) -> list[ScriptedAnswer]:
-        changed = [answer for answer in self._answers if answer.step()]
+    def step(self) -> list[TokenAnswer]:
+        changed = [script for script in self._scripts if script.step()]
         # Another thread may have cancelled an answer since its step. It ends in the next one.
-        for answer in changed:
-            if answer.has_ended:
-                self._answers.remove(answer)
+        for script in changed:
+            if script.answer.has_ended:
+                self._scripts.remove(script)
         if not changed:
             time.sleep(0.002)
-        return changed
+        return [script.answer for script in changed]
 
 
 class ScriptedEngine:
@@ -159,7 +158,7 @@ class ScriptedEngine:
     def __init__(self, parallel: int, context_size: int) -> None:
         self.context = Context(context_size, 8000)
         self.sequences = range(parallel)
-        self.requests: list[AnswerRequest] = []  # that were begun
+        self.requests: list[Any] = []  # that were begun
         self.config = SimpleNamespace(vocab_size=CharacterTokenizer.vocab_size)
         self.experts = SimpleNamespace(stats=ExpertStats())
         self.passes = SimpleNamespace(total_seconds=0.0)
