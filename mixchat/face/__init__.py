@@ -8,8 +8,7 @@
 - numbers.py: the numbers of a request by their names, and their limits
 - prompt.py: the prompt of a request, fitted into the context
 - forms.py: compiles the forms that answers have to match
-- running_answer.py: an answer from its prompt to its end
-- answer.py: the text of an answer while it is generated
+- running_answer.py: an answer from its prompt to its end, as text and events
 - events.py: the events of an answer
 - reading_time.py: the time to read a prompt
 - local_models.py: the models of this machine, for `mixchat run`

@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from chat_doubles import MARKS, CharacterTokenizer, what_was_asked
+from chat_doubles import MARKS, STOP, CharacterTokenizer, what_was_asked
+from fed_answers import answer_read_by, feed
 
-from mixchat.face.answer import AnswerState
 from mixchat.face.events import End, Piece
-from mixchat.text.detokenizer import Detokenizer, TokenBytes
+from mixchat.text.detokenizer import TokenBytes
 from mixchat.text.messages import Message
 from mixchat.text.thinking import ThinkingFormat, parser_of
 
@@ -171,10 +171,9 @@ def test_a_token_that_has_thinking_and_answer_is_not_remembered(text, content_id
     tokens = [ord(a) << 8 | ord(b) for a, b in zip(text[::2], text[1::2], strict=False)]
     tokenizer: Any = Pairs()
     parser = parser_of(TAGS, tokenizer, ())
-    answer = AnswerState(Detokenizer(tokenizer.token_bytes), parser)
-    for token in tokens:
-        answer.add(token)
-    answer.add(0, "stop")
+    answer = answer_read_by(parser, tokenizer, {STOP})
+    for token in (*tokens, STOP):
+        feed(answer, token)
     message = answer.message()
     assert message is not None
     found = message.content_ids

@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import text_builders as build
 from family_texts import FAMILIES
+from fed_answers import answer_read_by, feed
 from tool_texts import GEMMA
 
-from mixchat.face.answer import AnswerState
 from mixchat.text.choose import load_template, load_tokenizer
-from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
 from mixchat.text.thinking import ThinkingFormat
-from mixchat.text.tool_call import joined_calls
 from mixchat.text.tool_formats import FORMATS
 from mixchat.text.tool_parser import answer_parser
 
@@ -152,24 +150,24 @@ def test_an_answers_thinking_is_in_later_prompts_if_a_client_asks_for_it(tmp_pat
 
 
 def answered(directory: Path, said: str, tools: Any = None) -> tuple[Any, Any]:
-    """Return the state of an answer of Gemma 4 that is over, and its calls."""
+    """Return an answer of Gemma 4 that is over, and its calls."""
     tokenizer = load_tokenizer(directory)
     template = load_template(directory, tokenizer)
     prompt = template.encode([Message("user", "Hi")], {"enable_thinking": True})
     parser = answer_parser(template.thinking, tools, tokenizer, prompt)
-    detokenizer = Detokenizer(tokenizer.token_bytes)
-    state = AnswerState(detokenizer, parser)
-    calls: tuple[Any, ...] = ()
+    answer = answer_read_by(parser, tokenizer, template.stop_ids)
     for token in tokenizer.encode_template(said):
-        calls += state.add(token, "stop" if token in template.stop_ids else None).calls
-    return state, joined_calls(calls)
+        feed(answer, token)
+    message = answer.message()
+    assert message is not None
+    return answer, message.calls
 
 
 def test_gemmas_thinking_between_tokens_without_text_is_in_no_later_prompt(tmp_path):
     directory = FAMILIES["gemma4"].write(tmp_path / "x", GEMMA)
-    state, _ = answered(directory, "<|channel>thought\nHm.\n<channel|>Yes <b><turn|>")
-    message = state.message()
-    assert (state.thinking, state.text, state.reason) == ("Hm.", "Yes <b>", "stop")
+    answer, _ = answered(directory, "<|channel>thought\nHm.\n<channel|>Yes <b><turn|>")
+    message = answer.message()
+    assert (answer.thinking, answer.text, answer.reason) == ("Hm.", "Yes <b>", "stop")
     tokenizer = load_tokenizer(directory)
     assert tokenizer.decode(message.content_ids) == "Yes <b>"
     template = load_template(directory, tokenizer)
@@ -183,7 +181,7 @@ def test_gemmas_call_ends_where_its_response_would_begin(tmp_path, thinking):
     """An opening without text, right after a thinking, was no call: no answer had begun."""
     directory = FAMILIES["gemma4"].write(tmp_path / "x", GEMMA)
     said = f'{thinking}<|tool_call>call:f{{a:<|"|>x, {{"<|"|>,b:[1]}}<tool_call|><|tool_response>'
-    state, (call,) = answered(directory, said, FORMATS["gemma"])
-    assert (state.reason, state.text) == ("tool_calls", "")
+    answer, (call,) = answered(directory, said, FORMATS["gemma"])
+    assert (answer.reason, answer.text) == ("tool_calls", "")
     assert (call.name, json.loads(call.arguments)) == ("f", {"a": 'x, {"', "b": [1]})
-    assert state.thinking == ("Hm." if thinking else "")
+    assert answer.thinking == ("Hm." if thinking else "")

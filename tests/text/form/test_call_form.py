@@ -10,20 +10,21 @@ from typing import Any
 
 import jsonschema
 import pytest
+from fed_answers import answer_read_by, feed
 from form_walks import STOP
 from mistral_texts import VERSIONS
 
 from mixchat.base.errors import UsageError
-from mixchat.face.answer import AnswerState
+from mixchat.face.running_answer import RunningAnswer
 from mixchat.text.choose import load_template, load_tokenizer
-from mixchat.text.detokenizer import Detokenizer, TokenBytes
+from mixchat.text.detokenizer import TokenBytes
 from mixchat.text.form.call_form import CallForm, call_grammar
 from mixchat.text.form.constraint import CallConstraint, ConstraintCompiler
 from mixchat.text.form.output_constraint import OutputConstraint
 from mixchat.text.literals import literal_of
 from mixchat.text.messages import Message
 from mixchat.text.thinking import ThinkingFormat
-from mixchat.text.tool_call import Tool, ToolCall, joined_calls
+from mixchat.text.tool_call import Tool, ToolCall
 from mixchat.text.tool_formats import FORMATS
 from mixchat.text.tool_parser import answer_parser
 
@@ -70,16 +71,15 @@ def compiled(form: CallForm, tokens: Tokens) -> Any:
     return ConstraintCompiler(tokens, {STOP}).compile(grammar)  # type: ignore[arg-type]
 
 
-def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[AnswerState, Any]:
+def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[RunningAnswer, Any]:
     """An answer that begins with what is `said` and continues with random tokens that may come."""
     thinking = ThinkingFormat("harmony") if form.format.kind == "harmony" else None
     parser = answer_parser(thinking, form.format, tokens, (), offered=form.tools)
-    detokenizer = Detokenizer(tokens.token_bytes)
-    answer = AnswerState(detokenizer, parser)
+    answer = answer_read_by(parser, tokens, {STOP})
     constraint: Any = compiled(form, tokens)(continued=True)
     if not form.must_call:
         constraint = CallConstraint(constraint, parser, form.format.opening, tokens)
-    choose, calls = random.Random(seed), ()
+    choose = random.Random(seed)
     script = tokens.encode(said)
     while not answer.has_ended:
         mask = constraint.allowed()
@@ -94,10 +94,10 @@ def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer
             endings = [i for i in allowed if i in (STOP, *b'"},]', *marks)]
             token = choose.choice(endings if endings and choose.random() < 0.5 else allowed)
         constraint.accept(token)
-        is_full = len(answer.ids) == 2999
-        end = "stop" if token == STOP else "context" if is_full else None
-        calls += answer.add(token, end).calls
-    return answer, joined_calls(calls)
+        feed(answer, token)
+    message = answer.message()
+    assert message is not None
+    return answer, message.calls
 
 
 @pytest.mark.parametrize(
@@ -170,15 +170,16 @@ def test_calls_that_mistral_common_writes_are_allowed_and_found(
         OutputConstraint(call_grammar(form.to_text()))
     )(continued=True)
     constraint = CallConstraint(constraint, parser, form.format.opening, tokenizer)
-    state = AnswerState(Detokenizer(tokenizer.token_bytes), parser)
-    deltas: tuple[Any, ...] = ()
+    state = answer_read_by(parser, tokenizer, {tokenizer.eos_id})
     for token in (*said, tokenizer.eos_id):
         mask = constraint.allowed()
         assert mask is None or mask[token]
         constraint.accept(token)
-        deltas += state.add(token, "stop" if token == tokenizer.eos_id else None).calls
+        feed(state, token)
     assert (state.text, state.thinking) == ("So:", answer.thinking)
-    found = joined_calls(deltas)
+    message = state.message()
+    assert message is not None
+    found = message.calls
     assert [(call.name, call.arguments) for call in found] == [
         (call.name, call.arguments) for call in calls
     ]
