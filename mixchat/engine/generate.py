@@ -115,14 +115,16 @@ class Engine:
         """Return how many tokens an answer may have. Raises as `generate` does."""
         return self.sequences[0].longest_answer(ids, max_tokens)
 
-    def new_batch(self, *, shared_prefix: bool = True) -> Batch:
-        """Return a batch of all caches. If there is one, nobody waits behind a long prompt."""
+    def new_batch(self, most: int | None = None, *, shared_prefix: bool = True) -> Batch:
+        """Return a batch of all caches, or of the first `most`, for as many answers at once."""
+        sequences = self.sequences[:most]
         return Batch(
             self.passes,
-            self.sequences,
+            sequences,
             self.speculation,
             exact_prompts=self.exact_prompts,
-            chunk=self.prefill_chunk if len(self.sequences) == 1 else None,
+            # Nobody waits behind the long prompt of a lone answer.
+            chunk=self.prefill_chunk if len(sequences) == 1 else None,
             shared_prefix=shared_prefix,
         )
 
@@ -146,13 +148,7 @@ class Engine:
         has unknown tokens. The iterator raises that, too, if logits are NaN or infinite.
         """
         most = self.longest_answer(prompt_ids, max_tokens)
-        batch = Batch(
-            self.passes,
-            self.sequences[:1],
-            self.speculation,
-            exact_prompts=self.exact_prompts,
-            chunk=self.prefill_chunk,
-        )
+        batch = self.new_batch(1)
         answer = TokenAnswer(prompt_ids, sampling, stop_ids, most, constraint, on_prefill)
         batch.add(answer)
         self._stats, self._experts_at_start = answer.stats, self.experts.stats

@@ -169,10 +169,6 @@ class Model:
         self._thread.submit(running)
         return running
 
-    def cancel(self, answers: Sequence[RunningAnswer]) -> None:
-        """End answers soon. A pass is given up after a layer if nobody waits for it."""
-        self._thread.cancel(answers)
-
     def do(self, work: Callable[[Engine], _Result]) -> _Result:
         """Run `work` in the model's thread, between two passes, and return its result."""
         return self._thread.do(work)
@@ -196,7 +192,7 @@ class ModelAnswer:
         self._events = queue.SimpleQueue[LeftOut | Reading | Piece | End | Failed]()
         prompt = model.prompt(request)
         (self._answer,) = model.submit((request, prompt, self._events.put))
-        self.cancel = self.close = weakref.finalize(self, model.cancel, [self._answer])
+        self.cancel = self.close = weakref.finalize(self, self._answer.cancel)
         self._model: Model | None = model  # until the end, or it would be closed before that
         self._reading = threading.Lock()
         self._earlier = prompt.answered or Message("assistant", "")
@@ -228,7 +224,6 @@ class ModelAnswer:
             self._shown.append(event)
         elif isinstance(event, End | Failed):
             self._end, self._model = event, None
-            self.cancel.detach()  # it holds the model, too
         if isinstance(event, Failed):
             raise event.error
         return event

@@ -127,14 +127,10 @@ class ModelThread:
             self._check_open()
             if len(self._waiting) + len(self._running) + len(answers) > self.capacity:
                 raise QueueFullError(f"{self.capacity} requests are here already")
+            for answer in answers:
+                answer.wake = self._wake
             self._waiting += answers
             self._changed.notify_all()
-
-    def cancel(self, answers: Sequence[RunningAnswer]) -> None:
-        """End answers soon. A pass is given up after a layer if nobody waits for it."""
-        for answer in answers:
-            answer.cancel()
-        self._wake()
 
     def do(self, work: Callable[[Engine], _Result]) -> _Result:
         """Run `work` in this thread, between two passes, and return its result."""
@@ -273,7 +269,7 @@ class ModelThread:
         prepared = sum(answer.constraint is not None for answer in self._waiting)
         for answer in self._waiting:
             had_constraint = answer.constraint is not None
-            if answer.is_ready(self._wake, may_prepare=prepared < batch.capacity):
+            if answer.is_ready(may_prepare=prepared < batch.capacity):
                 return answer
             prepared += (answer.constraint is not None) - had_constraint
         return None

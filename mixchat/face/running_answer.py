@@ -79,8 +79,14 @@ class RunningAnswer(TokenAnswer):
         self._tokens_told, self._next_reading = -1, 0.0  # of the prompt
         self._experts: ExpertStats | None = None  # at the start
         self._lock = threading.Lock()  # guards the text
+        self.wake: Callable[[], object] = lambda: None  # lets the model's thread look at it
 
-    def is_ready(self, wake: Callable[[], object], *, may_prepare: bool) -> bool:
+    def cancel(self) -> None:
+        """End the answer soon. A pass is given up after a layer if nobody waits for it."""
+        super().cancel()
+        self.wake()
+
+    def is_ready(self, *, may_prepare: bool) -> bool:
         """Return whether `begin` should be called.
 
         If not, and `may_prepare`, compile the constraint in the background and then call `wake`.
@@ -93,7 +99,7 @@ class RunningAnswer(TokenAnswer):
             except Exception as error:
                 self.error = error
                 return True
-            self.constraint.compiled.add_done_callback(lambda compiled: wake())
+            self.constraint.compiled.add_done_callback(lambda compiled: self.wake())
         return self.constraint is not None and self.constraint.compiled.done()
 
     def begin(self, batch: Batch, experts: ExpertHolder) -> None:
@@ -141,7 +147,7 @@ class RunningAnswer(TokenAnswer):
             new = self._read(token)
         is_over = self.reason != "interrupted"
         if is_over:
-            self.cancel()  # a stop string is none of the batch's business
+            self.is_cancelled = True  # a stop string is none of the batch's business
         self._is_thinking = (self._is_thinking or new.thinking != "") and not new.text
         shows = new.text or new.thinking or new.calls or (is_over and self._tokens)
         if not shows and (is_over or not self._is_thinking):
@@ -256,6 +262,7 @@ class RunningAnswer(TokenAnswer):
         As garbage, which an error's traceback and this object would be, sixty answers kept ten
         processes.
         """
+        self.wake = lambda: None
         self.error = self.logits = None
         constraint, self.constraint = self.constraint, None
         if constraint is not None:

@@ -245,7 +245,7 @@ class ScriptedEvents:
 
     def _computed(self, engine: ScriptedEngine) -> Iterator[Any]:
         batch, last = engine.new_batch(), None
-        self._answer.is_ready(lambda: None, may_prepare=True)
+        self._answer.is_ready(may_prepare=True)
         self._answer.begin(batch, engine.experts)
         try:
             while last is None:

@@ -54,7 +54,8 @@ class Waiter:
         self._answers.put(model.submit((request, made, self._take)))
 
     def cancel(self) -> None:
-        self._model.cancel(self._answers.get(timeout=WAIT_S))
+        for answer in self._answers.get(timeout=WAIT_S):
+            answer.cancel()
 
     def _take(self, event: Any) -> None:
         self.events.append(event)

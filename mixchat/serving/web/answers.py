@@ -52,14 +52,14 @@ class PendingAnswers:
         self._error: Exception | None = None  # of the first answer that failed
         self._answers: list[RunningAnswer] = []
         self._is_over = False  # nobody takes events any longer
-        self._unfinished = self._running = len(request.requests)
+        self._running = len(request.requests)  # whose last event has not arrived
         self._computed: Callable[[], object] = lambda: None
         share.can_give_up(self._give_up)
 
     @property
     def finished(self) -> bool:
         """Return whether `next` has returned the end of every answer."""
-        return self._unfinished == 0
+        return not (self._running or self._events or self._error)
 
     def when_computed(self, call: Callable[[], object]) -> None:
         """Call this as soon as there is no more to compute."""
@@ -76,7 +76,7 @@ class PendingAnswers:
     def end(self) -> None:
         """Compute no more, and forget the events that nobody has taken."""
         self._is_over = True
-        self._model.cancel(self._answers)
+        self._cancel()
         self._share.shrink(sum(size for *_, size in self._events))
         self._events.clear()
 
@@ -102,7 +102,6 @@ class PendingAnswers:
             events.append((number, event))
             size += taken
         self._share.shrink(size)
-        self._unfinished -= sum(isinstance(event, End) for _, event in events)
         return events
 
     async def collect(self) -> list[tuple[Piece, End]]:
@@ -144,7 +143,7 @@ class PendingAnswers:
         if self._error is None and not self._is_over:
             if isinstance(event, Failed):
                 self._error = event.error
-                self._model.cancel(self._answers)
+                self._cancel()
             elif isinstance(event, End) and event.reason == "interrupted":
                 message = "the server is shutting down: the answer is cut off"
                 self._error = ShuttingDownError(message)
@@ -158,6 +157,10 @@ class PendingAnswers:
         if not self._running:
             self._computed()
         self._arrived.set()
+
+    def _cancel(self) -> None:
+        for answer in self._answers:
+            answer.cancel()
 
     def _give_up(self) -> None:
         """End the answers, and forget what the client has not taken."""
