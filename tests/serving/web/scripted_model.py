@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from copy import copy
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -136,7 +137,8 @@ class ScriptedBatch:
         return len(self._scripts)
 
     def add(self, answer: TokenAnswer) -> None:
-        request = SimpleNamespace(ids=tuple(answer.ids), sampling=answer.sampling)
+        request = copy(answer)
+        request.ids = list(answer.ids)
         self._engine.requests.append(request)
         self._scripts.append(Script(answer))
 
@@ -158,7 +160,7 @@ class ScriptedEngine:
     def __init__(self, parallel: int, context_size: int) -> None:
         self.context = Context(context_size, 8000)
         self.sequences = range(parallel)
-        self.requests: list[Any] = []  # that were begun
+        self.requests: list[TokenAnswer] = []  # as they were begun
         self.config = SimpleNamespace(vocab_size=CharacterTokenizer.vocab_size)
         self.experts = SimpleNamespace(stats=ExpertStats())
         self.passes = SimpleNamespace(total_seconds=0.0)
