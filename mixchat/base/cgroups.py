@@ -57,9 +57,11 @@ def cores(process: Path = PROCESS) -> int | None:
     quotas = []
     for group in (*groups(process, "cpu"), *groups(process, VERSION_2)):
         # Version 1 has quota and period in two files, version 2 in one.
-        quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
+        quota = _number(group / "cpu.cfs_quota_us")
+        period = _number(group / "cpu.cfs_period_us")
         if pair := re.fullmatch(r"(\d+) (\d+)", "".join(_lines(group / "cpu.max"))):
-            quota, period = int(pair[1]), int(pair[2])
+            quota = int(pair[1])
+            period = int(pair[2])
         if quota and period:
             quotas.append(max(1, -(-quota // period)))
     return min(quotas, default=None)

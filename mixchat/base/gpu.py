@@ -114,7 +114,8 @@ def locked_block(size: int, device: torch.device) -> torch.Tensor:
     # It may be made in inference mode, and filled by a thread that is not in it.
     with torch.inference_mode(False):
         block = torch.frombuffer(pages, dtype=torch.uint8)
-    runtime, address = _runtime().cudart(), block.data_ptr()
+    runtime = _runtime().cudart()
+    address = block.data_ptr()
     if int(runtime.cudaHostRegister(address, size, 0)):
         # CUDA reports the refusal once more, at this thread's next kernel.
         with contextlib.suppress(RuntimeError):
@@ -141,7 +142,8 @@ def captured(device: torch.device) -> Iterator[Any]:
     runtime = _runtime()
     # torch hands out 32 streams of each priority by turns, also those in use. A capture on the
     # stream of the thread that moves experts would take in its copies.
-    graph, stream = runtime.CUDAGraph(), runtime.Stream(device, priority=-1)
+    graph = runtime.CUDAGraph()
+    stream = runtime.Stream(device, priority=-1)
     # `torch.cuda.graph` would collect Python's garbage each time, longer than a capture takes.
     with current(device), runtime.stream(stream):
         # By default a capture forbids other threads much, and one thread moves experts meanwhile.

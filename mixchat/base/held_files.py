@@ -31,7 +31,8 @@ def read_text(path: Path) -> str:
         return path.read_text(errors="replace")
     with _lock:
         descriptor = _descriptor(path)
-        data, piece = bytearray(), bytearray(_PIECE_BYTES)
+        data = bytearray()
+        piece = bytearray(_PIECE_BYTES)
         while count := os.preadv(descriptor, [piece], len(data)):
             data += piece[:count]
         return data.decode(errors="replace")

@@ -83,10 +83,12 @@ class LimitedStream(httpcore2.NetworkStream):
     """A connection that reads in short attempts. A signal may have to wait for one to end."""
 
     def __init__(self, stream: httpcore2.NetworkStream, limits: Callable[[], ReadLimits]) -> None:
-        self._stream, self._limits = stream, limits
+        self._stream = stream
+        self._limits = limits
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        limits, started = self._limits(), time.monotonic()
+        limits = self._limits()
+        started = time.monotonic()
         while True:
             try:
                 data = self._stream.read(max_bytes, min(limits.seconds(), _READ_S))

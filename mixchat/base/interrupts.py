@@ -30,7 +30,8 @@ _END_TIMEOUT_S = 0.7  # until it is ended by force
 _RAISE_AGAIN_S = 0.01  # until a swallowed exception is raised again
 _MAIN = threading.main_thread().ident or 0
 
-_SHOW_CURSOR, _NO_PASTE_MARKS = "\x1b[?25h", "\x1b[?2004l"
+_SHOW_CURSOR = "\x1b[?25h"
+_NO_PASTE_MARKS = "\x1b[?2004l"
 
 
 class _SignalState:
@@ -99,7 +100,8 @@ def deferred() -> Iterator[None]:
         _state.deferred -= 1
         _give_back(previous)
         if not _state.deferred and _state.pending is not None:
-            number, _state.pending = _state.pending, None
+            number = _state.pending
+            _state.pending = None
             if previous is None or number != signal.SIGINT:
                 raise _exception(number)
             previous(number, None)
@@ -118,7 +120,8 @@ def saving() -> Iterator[None]:
 def check() -> None:
     """Raise the exception of a deferred signal. Nothing may be half done."""
     if _state.pending is not None and _is_main():
-        number, _state.pending = _state.pending, None
+        number = _state.pending
+        _state.pending = None
         raise _exception(number)
 
 
@@ -160,7 +163,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def _stop_answer() -> bool:
     """Stop the current answer, and return whether that is enough."""
-    overdue, _state.overdue = _state.overdue, None
+    overdue = _state.overdue
+    _state.overdue = None
     if overdue is not None:
         return overdue is not _state.stop  # that answer has ended meanwhile
     stop = _state.stop

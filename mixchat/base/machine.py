@@ -12,7 +12,8 @@ from pathlib import Path
 from mixchat.base import cgroups
 from mixchat.base.held_files import hold_from_now_on, read_text
 
-_CPU_INFO, _MEMORY_INFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+_CPU_INFO = Path("/proc/cpuinfo")
+_MEMORY_INFO = Path("/proc/meminfo")
 _BLOCK = 512  # bytes, of `st_blocks`, which leaves out a file's holes
 
 

@@ -14,7 +14,8 @@ from mixchat.base.rope_parameters import RopeParameters
 
 # The bounds of a context that nobody chose. Mixtral's tokens take 128 KiB each, and coding agents
 # begin with prompts of 10,000 to 20,000 tokens.
-DEFAULT_TOKENS, MAX_DEFAULT_TOKENS = 8192, 32768
+DEFAULT_TOKENS = 8192
+MAX_DEFAULT_TOKENS = 32768
 
 _MAX_EXPERTS = 100_000  # in all layers, more than any model has
 _MAX_HEADS = 50_000  # in all layers. Llama 3.1 of 405B has 16,128
@@ -135,7 +136,8 @@ class ModelConfig:
 
     def attention_shape(self, layer: int) -> tuple[int, int, int]:
         """Return the heads of a layer's queries, and of its keys and values, and their columns."""
-        groups, width = self.num_key_value_heads, self.head_dim
+        groups = self.num_key_value_heads
+        width = self.head_dim
         if not self._is_sliding(layer):
             groups = self.num_global_key_value_heads or groups
             width = self.global_head_dim or width
@@ -169,7 +171,8 @@ class ModelConfig:
 
         A rope of type "yarn" with `mscale_all_dim` sharpens them.
         """
-        rope, width = self.rope_parameters, self.qk_nope_head_dim + self.qk_rope_head_dim
+        rope = self.rope_parameters
+        width = self.qk_nope_head_dim + self.qk_rope_head_dim
         sharper = 1.0
         if rope.mscale_all_dim and rope.factor > 1:
             sharper += 0.1 * rope.mscale_all_dim * log(rope.factor)
@@ -219,7 +222,8 @@ class ModelConfig:
         transformers has no limit. A `factor` of "linear", "dynamic" or "yarn" multiplies the
         original context, and people add one without a new `max_position_embeddings`.
         """
-        rope, stretched = self.rope_parameters, 0.0
+        rope = self.rope_parameters
+        stretched = 0.0
         if rope.rope_type in ("linear", "dynamic", "yarn"):
             stretched = rope.factor * rope.original_max_position_embeddings
         return max(self.max_position_embeddings, int(stretched))
@@ -249,8 +253,10 @@ class ModelConfig:
             rope.check(columns)
 
     def _faults(self) -> Iterator[str]:
-        heads, shared = self.num_attention_heads, self.num_key_value_heads
-        layers, experts = self.num_hidden_layers, self.num_local_experts
+        heads = self.num_attention_heads
+        shared = self.num_key_value_heads
+        layers = self.num_hidden_layers
+        experts = self.num_local_experts
         if heads % shared:
             yield f"{heads} attention heads cannot share {shared} key-value heads"
         if self.num_moe_layers < 1:
@@ -299,7 +305,8 @@ class ModelConfig:
             for name in needed.get(mixer, ()):
                 if getattr(self, name) < 1:
                     yield f"{name} is missing"
-        heads, keys = self.linear_num_value_heads, self.linear_num_key_heads
+        heads = self.linear_num_value_heads
+        keys = self.linear_num_key_heads
         if "linear_attention" in mixers and heads % keys:
             yield f"{heads} value heads cannot share {keys} key heads"
         if "mamba" in mixers and self.mamba_n_heads % self.mamba_n_groups:

@@ -31,7 +31,9 @@ class MemoryBudget:
                 f"cannot read {text!r} as an amount of memory",
                 hint="Write it like 300MB, 1.5GiB or 50%.",
             )
-        number, percent, unit = float(match[1]), match[2], (match[3] or "").upper()
+        number = float(match[1])
+        percent = match[2]
+        unit = (match[3] or "").upper()
         if number > 1e18:
             raise UsageError(f"{text[:20]}... is more memory than any machine has")
         if percent:

@@ -80,7 +80,8 @@ class RopeParameters:
             raise CheckpointError(f"config.json: rope type '{self.rope_type}' {fault}")
 
     def _faults(self, head_dim: int) -> Iterator[str]:
-        rope_type, pairs = self.rope_type, head_dim // 2
+        rope_type = self.rope_type
+        pairs = head_dim // 2
         if not 1 <= self.factor <= _MAX_FACTOR:
             yield f"has the factor {self.factor:g}, not one from 1 to {_MAX_FACTOR}"
         if rope_type == "proportional" and not 0 < self.partial_rotary_factor <= 1:

@@ -80,7 +80,9 @@ class Header:
     """
 
     def __init__(self, text: bytes | bytearray, size: int, where: str) -> None:
-        self.where, self.size, self._text = where, size, text
+        self.where = where
+        self.size = size
+        self._text = text
         try:
             raw = json.loads(text.decode("utf-8"))
         except (ValueError, RecursionError):
@@ -173,7 +175,8 @@ class SafetensorsFile:
         Each is read once, in the file's order, because a hard disk seeks forward.
         """
         spec = self.header.spec(name)
-        first, size = self.header.start(name), spec.nbytes // spec.shape[0]
+        first = self.header.start(name)
+        size = spec.nbytes // spec.shape[0]
         numbers = rows.tolist()
         positions = {number: position for position, number in enumerate(sorted(set(numbers)))}
         starts = [first + number * size for number in positions]
@@ -332,7 +335,8 @@ def wrong_tensors(
 
 def header_bytes(specs: Sequence[TensorSpec]) -> bytes:
     """Return a file's bytes before these tensors, padded to a multiple of 4096."""
-    entries, end = {}, 0
+    entries = {}
+    end = 0
     for spec in specs:
         entries[spec.name] = {
             "dtype": _NAMES[spec.dtype],

@@ -54,7 +54,8 @@ def exchange(one: Path, other: Path) -> bool:
     """Exchange the names of two directories in one step. Return False if that is impossible."""
     import ctypes
 
-    library, names = ctypes.CDLL(None), (os.fsencode(one), os.fsencode(other))
+    library = ctypes.CDLL(None)
+    names = (os.fsencode(one), os.fsencode(other))
     try:
         if sys.platform == "darwin":
             return bool(library.renamex_np(*names, _RENAME_SWAP) == 0)

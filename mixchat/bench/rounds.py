@@ -117,7 +117,9 @@ class Bench:
         options: BenchOptions,
         note: Note = lambda text: None,
     ) -> None:
-        self._directory, self._load, self._options = directory, load, options
+        self._directory = directory
+        self._load = load
+        self._options = options
         self._note = note
         self._random = random.Random(0)
         with InstalledModel(directory) as installed:
@@ -152,7 +154,8 @@ class Bench:
         while self.engine.experts.is_filling:  # it would slow what is measured next
             time.sleep(_FILLING_CHECK_S)
         later = [self._first_token() for _ in range(_WARM_PROMPTS)]
-        model, device = (self.blueprint, self._directory), self.engine.device
+        model = (self.blueprint, self._directory)
+        device = self.engine.device
         speeds = saved_speeds(*model, device) or measure_machine(*model, device)
         self.cold_start = ColdStart(
             starting,
@@ -233,7 +236,8 @@ class LimitsMeter:
     """Measures the limits again and again, because they change."""
 
     def __init__(self, device: torch.device, blueprint: Blueprint, *, exact: bool = False) -> None:
-        self._device, self._exact = device, exact
+        self._device = device
+        self._exact = exact
         self._experts = None if gpu.is_gpu(device) else ExpertTimer(blueprint, Effort())
 
     @torch.inference_mode()

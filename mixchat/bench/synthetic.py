@@ -87,7 +87,8 @@ def write_random(directory: Path, config: dict[str, Any], blueprint: Blueprint) 
     text = json.dumps(config).encode()
     write_file(directory / "config.json", text)
     files = {"config.json": FileRecord.of(text)}
-    weights, own = {}, blueprint.descriptions()
+    weights = {}
+    own = blueprint.descriptions()
     for seed, (name, specs) in enumerate(blueprint.files().items()):
         weights[name] = replace(_write(directory / name, specs, seed), quantization=own[name])
     manifest = Manifest(Source("synthetic"), blueprint.description(), files, weights)
@@ -96,7 +97,8 @@ def write_random(directory: Path, config: dict[str, Any], blueprint: Blueprint) 
 
 def _write(path: Path, specs: Iterable[TensorSpec], seed: int) -> WeightsRecord:
     generator = torch.Generator().manual_seed(seed)
-    specs, digests = list(specs), {}
+    specs = list(specs)
+    digests = {}
     with SafetensorsWriter(path, specs) as writer:
         for spec in specs:
             tensor = _random(spec, generator)

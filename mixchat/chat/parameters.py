@@ -41,7 +41,8 @@ def change(session: ChatSession, name: str, text: str) -> None:
 
     Raises `UsageError` if no parameter has this name, or if the value is not allowed.
     """
-    name, nothing = name.lstrip("-").replace("_", "-"), text.lower() in _NONE
+    name = name.lstrip("-").replace("_", "-")
+    nothing = text.lower() in _NONE
     name = "temp" if name == "temperature" else name
     if name in SAMPLING:
         number = SAMPLING[name]

@@ -73,11 +73,15 @@ class ChatSession:
         options: ChatOptions,
         form: OutputConstraint | None = None,
     ) -> None:
-        self.model, self.form = model, form
+        self.model = model
+        self.form = form
         self._flags = accepted_numbers(options.sampling)
         self.changed: dict[str, int | float] = {}  # numbers of sampling since then, by name
-        self.system, self.max_tokens = options.system, options.max_tokens
-        self.stop, self.overflow, self.think = tuple(options.stop), options.overflow, options.think
+        self.system = options.system
+        self.max_tokens = options.max_tokens
+        self.stop = tuple(options.stop)
+        self.overflow = options.overflow
+        self.think = options.think
         self.history: list[Message] = []
         self._undone: list[list[Message]] = []  # what each `undo` since the last answer removed
         self._first = 0  # message of the history that is in the prompt
@@ -128,7 +132,9 @@ class ChatSession:
 
     def restore(self, history: Sequence[Message]) -> None:
         """Replace the history by these questions and answers."""
-        self.history, self._first, self._undone = list(history), 0, []
+        self.history = list(history)
+        self._first = 0
+        self._undone = []
         self._turns = sum(message.role == "assistant" for message in history)
 
     def take_model(self, opened: ChatSession) -> None:
@@ -215,7 +221,8 @@ class ChatSession:
         self._has_token = self._interrupted = False
         if self.context is not None:
             self.context.check_text(asked[-1].content, "the question")
-        first, sampling = min(self._first, len(asked) - 1), self.sampling
+        first = min(self._first, len(asked) - 1)
+        sampling = self.sampling
         if "seed" in sampling:  # So /regen gives a different answer.
             sampling["seed"] = (int(sampling["seed"]) + self._turns) % 2**63
         begun = [] if answered is None else [answered]
@@ -250,14 +257,17 @@ class ChatSession:
         finally:
             # An answer that was left early has to end before the next question comes.
             events.close()
-            self._events, self._stats = None, events.stats if end is None else end.stats
+            self._events = None
+            self._stats = events.stats if end is None else end.stats
         self._remember(events, asked, first)
         yield end or End("interrupted", self._stats, message=events.message())
 
     def _remember(self, events: AnswerEvents, asked: Sequence[Message], first: int) -> None:
         message = events.message()
         if message is not None:
-            self.history, self._first, self._undone = [*asked, message], first, []
+            self.history = [*asked, message]
+            self._first = first
+            self._undone = []
             self._turns += 1
 
     def _system(self) -> list[Message]:

@@ -112,7 +112,8 @@ def _check(context: typer.Context, flags: BenchFlags) -> None:
     """Raise `UsageError` for flags that do not go together, and for a shape that is not known."""
     from mixchat.install.known_models import KNOWN
 
-    layers, shape = flags.synthetic, flags.shape
+    layers = flags.synthetic
+    shape = flags.shape
     if layers is None:
         for flag, bits in ("--expert-bits", flags.expert_bits), ("--dense-bits", flags.dense_bits):
             if bits is not None:

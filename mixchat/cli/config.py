@@ -68,14 +68,17 @@ def _show(commands: dict[str, Any], as_json: bool) -> None:
         defaults = config_defaults(commands)
         file_values = defaults["serve"] | defaults["run"]
     except UsageError as error:
-        file_values, problems = {}, [error]
-    command, path = commands["run"], config_file()
+        file_values = {}
+        problems = [error]
+    command = commands["run"]
+    path = config_file()
     context = command.context_class(command, info_name="run", default_map=file_values)
     values: dict[str, dict[str, Any]] = {}
     rows = [("SETTING", "VALUE", "FROM")]
     for key, parameter in all_settings(commands).items():
         problem = _problem(context, parameter)
-        value, source = context.params.get(parameter.name), value_source(context, parameter.name)
+        value = context.params.get(parameter.name)
+        source = value_source(context, parameter.name)
         if value == [] or value == ():
             value = None
         elif isinstance(value, Path):

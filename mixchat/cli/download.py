@@ -240,7 +240,8 @@ def _show_plan(
 ) -> None:
     from mixchat.install.make.download import plan_download
 
-    plan, ref = plan_download(request, progress), request.ref
+    plan = plan_download(request, progress)
+    ref = request.ref
     if plan is not None:
         _report(plan, request, remade).show(as_json)
         plan.check()

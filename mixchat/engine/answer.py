@@ -43,9 +43,12 @@ class TokenAnswer:
         at_max: Literal["length", "context"] = "length",
     ) -> None:
         self.ids = list(ids)
-        self.sampling, self.stop_ids = sampling, stop_ids
-        self.max_tokens, self.at_max = max_tokens, at_max
-        self.constraint, self._on_prefill = constraint, on_prefill
+        self.sampling = sampling
+        self.stop_ids = stop_ids
+        self.max_tokens = max_tokens
+        self.at_max = at_max
+        self.constraint = constraint
+        self._on_prefill = on_prefill
         self.stats = GenerationStats(len(self.ids))
         self.prefix: CachedPrefix | None = None
         self.logits: torch.Tensor | None = None  # [vocab_size], of the last token

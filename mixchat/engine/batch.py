@@ -55,8 +55,11 @@ class Batch:
         chunk: int | None = None,
         shared_prefix: bool = True,
     ) -> None:
-        self._passes, self._sequences, self._speculation = passes, sequences, speculation
-        self._exact_prompts, self._shares = exact_prompts, shared_prefix
+        self._passes = passes
+        self._sequences = sequences
+        self._speculation = speculation
+        self._exact_prompts = exact_prompts
+        self._shares = shared_prefix
         # The least recently used comes first. At the start, empty ones come first.
         self._free = sorted(sequences, key=lambda prefix: bool(prefix.ids))
         self._answers: list[TokenAnswer] = []

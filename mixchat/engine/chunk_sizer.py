@@ -7,9 +7,11 @@ from mixchat.engine.caches.kv_cache import MAX_CUT_TOKENS
 # Tokens. Chunks are large, because each reads most experts on disk again.
 PREFILL_CHUNK = MAX_CUT_TOKENS
 # Tokens of prompts in a pass in which other answers decode.
-_FIRST_CHUNK, SMALLEST_CHUNK = 32, 16
+_FIRST_CHUNK = 32
+SMALLEST_CHUNK = 16
 # Seconds that a pass may take if other answers decode in it, and if none do.
-_DECODING_TARGET_S, _PREFILL_TARGET_S = 0.7, 8.0
+_DECODING_TARGET_S = 0.7
+_PREFILL_TARGET_S = 8.0
 # On a slow machine, the first target as a multiple of a pass that only decodes.
 _DECODING_TARGET_RATIO = 4
 _OLD_PASS_WEIGHT = 0.7  # of each earlier pass, against the one after it
@@ -20,7 +22,8 @@ class PassSizer:
     """Chooses how many tokens of prompts the next pass takes, or `fixed` if given."""
 
     def __init__(self, fixed: int | None = None) -> None:
-        self._fixed, self._decoding_seconds = fixed, 0.0
+        self._fixed = fixed
+        self._decoding_seconds = 0.0
         self._most = PREFILL_CHUNK  # that a GPU's memory has room for
         # By whether other answers decode in the pass.
         self._sizers = {
@@ -60,7 +63,9 @@ class ChunkSizer:
     """
 
     def __init__(self, first: int, least: int, most: int) -> None:
-        self._first, self._least, self._most = first, least, most
+        self._first = first
+        self._least = least
+        self._most = most
         self._weight = self._tokens = self._seconds = 0.0
         self._squares = self._products = 0.0
         self._last = first
@@ -78,7 +83,8 @@ class ChunkSizer:
         if not self._weight:
             return self._first
         # Fit `fixed` and `each` by least squares.
-        tokens, seconds = self._tokens / self._weight, self._seconds / self._weight
+        tokens = self._tokens / self._weight
+        seconds = self._seconds / self._weight
         variance = self._squares / self._weight - tokens**2
         covariance = self._products / self._weight - tokens * seconds
         # The prior belief, of a line through 0, decides while all passes have the same tokens.

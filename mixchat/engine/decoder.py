@@ -40,7 +40,9 @@ class Decoder:
         dtype: torch.dtype,
         output: Output | None = None,
     ) -> None:
-        self._blocks, self._cache, self._output = blocks, cache, output
+        self._blocks = blocks
+        self._cache = cache
+        self._output = output
         self._new_buffers = partial(TokenBuffers, cache, hidden_size, dtype)
         # By the count of sequences. The most recently used one comes last.
         self._decoders = {1: _Decoder(blocks, self._new_buffers(1), output)}
@@ -66,7 +68,8 @@ class _Decoder:
     def __init__(
         self, blocks: Sequence[Block], buffers: TokenBuffers, output: Output | None
     ) -> None:
-        self._buffers, self._runner = buffers, blocks[-1].experts.runner
+        self._buffers = buffers
+        self._runner = blocks[-1].experts.runner
         self._head = None if output is None else _Head(output, buffers)
         dense = [*takewhile(lambda block: block.is_dense, blocks)]
         sparse = blocks[len(dense) :]
@@ -83,7 +86,8 @@ class _Decoder:
             for block in dense
             for stage in staged(layer_works(block.operations, buffers), buffers.sequences)
         ]
-        self._first, self._last = first, [] if self._head is None else self._head.stages
+        self._first = first
+        self._last = [] if self._head is None else self._head.stages
         self._dense = len(dense)
         # By the layers, from and to, and how many of them have all experts in memory.
         self._programs: dict[tuple[int, int, int], Program] = {}
@@ -164,7 +168,9 @@ class _Layer:
         operation = block.experts
         place = block.operations.index(operation)
         buffers.put(operation.selected, selected)
-        self._operation, self._buffers, self.keys = operation, buffers, block.keys
+        self._operation = operation
+        self._buffers = buffers
+        self.keys = block.keys
         self._before = layer_works(block.operations[:place], buffers)
         self._after = layer_works(block.operations[place + 1 :], buffers)
         self.up_to_experts = staged(self._before, buffers.sequences)
@@ -194,7 +200,8 @@ class _Head:
     """The norm and the head, as stages if the head is packed."""
 
     def __init__(self, output: Output, buffers: TokenBuffers) -> None:
-        self._output, self._x = output, buffers.x
+        self._output = output
+        self._x = buffers.x
         self.stages: list[Stage] = []
         self._project: Step | None = None
         norm, head, _ = output

@@ -53,13 +53,19 @@ class Engine:
         context_is_chosen: bool = True,
         load_seconds: float = 0.0,
     ) -> None:
-        self.config, self.identity, self.exact_prompts = model.config, identity, exact_prompts
-        self.experts, self.blueprint = experts, blueprint
+        self.config = model.config
+        self.identity = identity
+        self.exact_prompts = exact_prompts
+        self.experts = experts
+        self.blueprint = blueprint
         self.passes = ForwardPasses(model, experts, note, name)
         self.sequences = [CachedPrefix(cache) for cache in caches]
-        self.prefill_chunk, self.speculation = prefill_chunk, speculation
-        self._stats, self._experts_at_start = GenerationStats(), ExpertStats()
-        self._context_is_chosen, self.load_seconds = context_is_chosen, load_seconds
+        self.prefill_chunk = prefill_chunk
+        self.speculation = speculation
+        self._stats = GenerationStats()
+        self._experts_at_start = ExpertStats()
+        self._context_is_chosen = context_is_chosen
+        self.load_seconds = load_seconds
         self.is_closed = False
 
     @property
@@ -103,7 +109,8 @@ class Engine:
 
     def close(self) -> None:
         """Give all memory back. An error's traceback may keep the object alive."""
-        device, self.is_closed = self.device, True
+        device = self.device
+        self.is_closed = True
         for sequence in self.sequences:
             sequence.clear()
         self.experts.close()
@@ -151,7 +158,8 @@ class Engine:
         batch = self.new_batch(1)
         answer = TokenAnswer(prompt_ids, sampling, stop_ids, most, constraint, on_prefill)
         batch.add(answer)
-        self._stats, self._experts_at_start = answer.stats, self.experts.stats
+        self._stats = answer.stats
+        self._experts_at_start = self.experts.stats
 
         # A generator's own body would raise the errors of `add` only at its first token.
         def tokens() -> Iterator[int]:

@@ -115,14 +115,18 @@ class _Section:
         caches: Sequence[SequenceCache],
         experts: GpuExperts,
     ) -> None:
-        self._used, self._blocks, self._output, self._experts = used, blocks, output, experts
+        self._used = used
+        self._blocks = blocks
+        self._output = output
+        self._experts = experts
         self.device = next(iter(blocks.values())).device
         self._sparse = [number for number, block in blocks.items() if not block.is_dense]
         self._reached = gpu.streams(self.device).Event()
         self._captured: list[Kernels] = []
         with gpu.current(self.device), torch.inference_mode():
             self._forms = {number: self._forms_of(number) for number in blocks}
-            config, sums = used.config, max(map(self._count_sums, blocks))
+            config = used.config
+            sums = max(map(self._count_sums, blocks))
             selected = len(self._sparse), config.num_experts_per_tok
             dtype = used.quantization.dtype
             # The places of each layer's addresses, two for each tensor of its state.
@@ -142,7 +146,8 @@ class _Section:
 
     def run(self, x: torch.Tensor, cache: SequenceCache, after_layer: AfterLayer) -> torch.Tensor:
         """Map a token's row [1, D] to its row after these layers, or to logits [1, V] in RAM."""
-        tokens, graphs = self._tokens, self._graphs[id(cache)]
+        tokens = self._tokens
+        graphs = self._graphs[id(cache)]
         tokens.x.copy_(x[0], non_blocking=True)
         self._set_place(cache)
         if self._experts.holds_all(self.device):
@@ -178,17 +183,20 @@ class _Section:
 
     def _add_missing(self, place: int) -> None:
         """Let the CPU compute a layer's experts that the GPU does not hold, and add their part."""
-        host, layer = self._host, self._blocks[self._sparse[place]].experts.layer
+        host = self._host
+        layer = self._blocks[self._sparse[place]].experts.layer
         chosen = host["selected"][place].tolist()
         if missing := self._experts.missing(layer, chosen):
-            experts, weights = [chosen[index] for index in missing], host["weights"][missing]
+            experts = [chosen[index] for index in missing]
+            weights = host["weights"][missing]
             row = self._experts.row_on_host(layer, host["normed"], experts, weights)
             host["row"].copy_(row)
             self._tokens.sums[0].copy_(host["row"], non_blocking=True)
 
     def _forms_of(self, number: int) -> dict[str, GpuExpertForm]:
         """Return the forms of a layer's experts, and of its dense part."""
-        block, forms = self._blocks[number], {}
+        block = self._blocks[number]
+        forms = {}
         if not block.is_dense:
             spec = self._used.expert_of(block.experts.layer)
             forms["experts"] = expert_form(spec, self.device)
@@ -248,7 +256,8 @@ class _Section:
 
         with_host: whether the host adds to the outputs of layers with experts.
         """
-        tokens, config = self._tokens, self._used.config
+        tokens = self._tokens
+        config = self._used.config
         writer = GraphWriter(config, tokens)
         for number, block in self._blocks.items():
             place = LayerPlace(
@@ -265,7 +274,8 @@ class _Section:
 
     def _last_kernels(self, writer: GraphWriter) -> Kernels:
         """Return the kernels after the layers, which add what the last one left to add."""
-        tokens, output = self._tokens, self._output
+        tokens = self._tokens
+        output = self._output
         first = next(iter(self._blocks.values())).operations[0]
         assert isinstance(first, Norm)
         kernels = [*writer.last(first.norm if output is None else output.norm)]

@@ -66,7 +66,8 @@ class Transformer:
         head: Linear,
     ) -> None:
         self.config = config
-        self._embedding, self.blocks = embedding, blocks
+        self._embedding = embedding
+        self.blocks = blocks
         self.output = Output(norm, head, config.final_logit_softcapping)
         self._decoder: SingleTokenDecoder | None = None
         self._record: Record | None = None
@@ -90,7 +91,8 @@ class Transformer:
         All tokens are recorded for the head, although it computes few.
         """
         # Its programs do not record.
-        self._decoder, self._record = None, record
+        self._decoder = None
+        self._record = record
 
     def forward(
         self,

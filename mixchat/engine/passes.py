@@ -125,9 +125,12 @@ class ForwardPasses:
     """
 
     def __init__(self, model: Transformer, experts: ExpertHolder, note: Note, name: str) -> None:
-        self.model, self.experts = model, experts
-        self.total_tokens, self.total_seconds = 0, 0.0
-        self._note, self._name = note, name
+        self.model = model
+        self.experts = experts
+        self.total_tokens = 0
+        self.total_seconds = 0.0
+        self._note = note
+        self._name = name
 
     def compute(
         self,

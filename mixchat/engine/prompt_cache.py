@@ -36,7 +36,9 @@ from mixchat.kernels.cpu.pages import PAGE
 from mixchat.weights.format.manifest import Manifest
 
 _FORMAT = 3
-_DESCRIPTION, _IDS, _DIGEST = "mixchat_prompt_cache", "ids", "sha256"
+_DESCRIPTION = "mixchat_prompt_cache"
+_IDS = "ids"
+_DIGEST = "sha256"
 _MAX_DESCRIPTION_BYTES = 4096
 # In a file, which has the state of each.
 _MAX_CHECKPOINTS = TURN_ENDS
@@ -57,7 +59,9 @@ class PromptCache:
     """
 
     def __init__(self, path: Path, engine: Engine, number: int = 0) -> None:
-        self.path, self._engine, self._number = path, engine, number
+        self.path = path
+        self._engine = engine
+        self._number = number
         self._saved: list[int] = []  # the ids in the file
         self._extent = Extent()  # of the content in the file
 
@@ -75,7 +79,8 @@ class PromptCache:
         except BaseException:
             cache.clear()
             raise
-        self._saved, self._extent = saved, extent
+        self._saved = saved
+        self._extent = extent
         self._engine.resume(saved[:length], self._number)
         return length
 
@@ -91,7 +96,8 @@ class PromptCache:
             extent = _write(self.path, cache, ids, self._engine)
         except OSError as error:
             raise write_error(error, self.path, "the prompt cache cannot be written") from None
-        self._saved, self._extent = ids, extent
+        self._saved = ids
+        self._extent = extent
         return True
 
 
@@ -224,7 +230,8 @@ def _check_description(file: SafetensorsFile, cache: SequenceCache, engine: Engi
 
 def _extent(file: SafetensorsFile, fields: dict[str, Any]) -> Extent:
     """Return the extent in a description. Raises `CheckpointError` for wrong numbers."""
-    tokens, first = fields.get("tokens"), fields.get("first")
+    tokens = fields.get("tokens")
+    first = fields.get("first")
     if type(tokens) is not int or not 0 < tokens < 2**31:
         raise CheckpointError(f"{file.path} is damaged (its count of tokens is wrong)")
     if type(first) is not int or not 0 <= first < tokens or first % PAGE:

@@ -73,7 +73,9 @@ class ExpertReport:
 
 def report_of(engine: Engine, model: str) -> ExpertReport:
     """Return the report of the engine's experts since its start."""
-    config, experts, stats = engine.config, engine.experts, engine.experts.stats
+    config = engine.config
+    experts = engine.experts
+    stats = engine.experts.stats
     layers = range(config.num_moe_layers)
     keys = [[ExpertKey(n, e) for e in range(config.num_local_experts)] for n in layers]
     return ExpertReport(

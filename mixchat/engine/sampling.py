@@ -57,20 +57,24 @@ class Sampler:
         stop_ids: Set[int] = frozenset(),
         constraint: Constraint | None = None,
     ) -> None:
-        self._options, self._stop_ids, self._constraint = options, stop_ids, constraint
+        self._options = options
+        self._stop_ids = stop_ids
+        self._constraint = constraint
         self._counts: Counter[int] = Counter()
         self._random = Random(options.seed)
 
     @one_thread()
     def sample(self, logits: torch.Tensor, history: Sequence[int]) -> int:
         """Return the next token after `history`. logits: [V], any float type, on the CPU."""
-        options, logits = self._options, logits.float()
+        options = self._options
+        logits = logits.float()
         if options.repeat_penalty != 1:
             # With a penalty for stop tokens, short answers would not end.
             recent = set(history[-_REPEAT_PENALTY_TOKENS:]) - self._stop_ids
             logits = penalize(logits, recent, options.repeat_penalty)
         if options.presence_penalty or options.frequency_penalty:
-            presence, frequency = options.presence_penalty, options.frequency_penalty
+            presence = options.presence_penalty
+            frequency = options.frequency_penalty
             logits = raised(
                 logits, [(i, -presence - n * frequency) for i, n in self._counts.items()]
             )
@@ -170,7 +174,8 @@ def candidates(
             probabilities = probabilities[ids]
         kept = probabilities.cumsum(0) - probabilities < options.top_p
         kept[0] = True  # top_p may be 0 in fp32
-        ids, probabilities = ids[kept], probabilities[kept]
+        ids = ids[kept]
+        probabilities = probabilities[kept]
     if options.min_p > 0:
         kept = probabilities >= options.min_p * probabilities.max()
         ids = kept.nonzero()[:, 0] if ids is None else ids[kept]

@@ -49,7 +49,8 @@ class Speculation:
     def add_single(self, seconds: float) -> None:
         """Note a pass of one token."""
         if not self.single_seconds:
-            self.single_seconds, self._saved_seconds = seconds, _MAX_SAVED_PASSES * seconds
+            self.single_seconds = seconds
+            self._saved_seconds = _MAX_SAVED_PASSES * seconds
         elif self._has_verified:
             # Verifying evicted experts. The time to bring them back is lost by it.
             self._save(self.single_seconds - seconds)
@@ -80,7 +81,8 @@ class Proposals:
 
     def __init__(self, speculation: Speculation | None, stop_ids: Set[int]) -> None:
         self.stats = SpeculationStats()
-        self._speculation, self._stop_ids = speculation, stop_ids
+        self._speculation = speculation
+        self._stop_ids = stop_ids
         self._verified: list[tuple[int, torch.Tensor]] = []
         self._text = bytearray()  # the tokens so far as bytes, which are searched fast
 
@@ -109,7 +111,8 @@ class Proposals:
             return []
         # Propose as many tokens as are repeated: the longer the quote, the farther it goes on.
         end = match // _TOKEN_BYTES + _MIN_MATCH_TOKENS
-        longest, repeated = min(end, _MAX_PROPOSAL_TOKENS), 0
+        longest = min(end, _MAX_PROPOSAL_TOKENS)
+        repeated = 0
         while repeated < longest and ids[end - 1 - repeated] == ids[-1 - repeated]:
             repeated += 1
         count = min(repeated, most)

@@ -9,7 +9,8 @@ import torch
 # torch takes memory in multiples of 2 MB. Slots as tensors of their own lost 4.6% of it for Qwen3
 # and 19.5% for LFM2, whose experts it puts into 20 MB by eights and by threes. Large pieces lose
 # less than half a percent. An eighth of them can be given back, so those of few slots are smaller.
-_PIECE_BYTES, _LEAST_PIECES = 2**29, 8
+_PIECE_BYTES = 2**29
+_LEAST_PIECES = 8
 
 
 class Arena:
@@ -19,7 +20,8 @@ class Arena:
     """
 
     def __init__(self, device: torch.device, sizes: Sequence[int]) -> None:
-        self._device, self._sizes = device, sizes
+        self._device = device
+        self._sizes = sizes
         self._pieces = _divided(sizes)
         self.blocks: dict[int, torch.Tensor] = {}
         self._taken = 0  # pieces

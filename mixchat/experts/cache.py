@@ -82,7 +82,8 @@ class ExpertCache:
         """
         assert key not in self._slots
         size = self._size_of(key.layer)
-        free, slot = self._free[size], None
+        free = self._free[size]
+        slot = None
         # More than one expert is evicted if `resize` had to leave pinned ones.
         while not free or len(self._slots) >= self.limit:
             victim = self._victim(pinned, None if free else size)

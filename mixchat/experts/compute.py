@@ -37,7 +37,9 @@ class HostCompute:
     """
 
     def __init__(self, fetcher: Fetcher, experts: int, forms: Sequence[int] | None = None) -> None:
-        self.fetcher, self._experts, self._forms = fetcher, experts, forms
+        self.fetcher = fetcher
+        self._experts = experts
+        self._forms = forms
         self._order: list[ExpertKey] = []  # those that are still to be computed
         self._least = 1  # of them that are computed together, if as many are left
         self._unrequested: list[ExpertKey] = []
@@ -92,7 +94,8 @@ class HostCompute:
     def _compute_together(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
         experts = LayerExperts(self.fetcher.ready(key) for key in keys)
         counts = [rows.counts[key] for key in keys]
-        x, pairs = rows.hidden_states, rows.memory.shape[0]
+        x = rows.hidden_states
+        pairs = rows.memory.shape[0]
         if not experts[0].has_stages(x):
             for key, expert in zip(keys, experts, strict=True):
                 interrupts.check()
@@ -128,7 +131,8 @@ class HostCompute:
         resident = self.fetcher.resident([self._keys[layer]])
         if not resident or not resident[0][0].has_stages(hidden_states):
             return None
-        pairs, experts = selected.numel(), resident[0]
+        pairs = selected.numel()
+        experts = resident[0]
         program = self._program(layer, experts[0], hidden_states, pairs)
         tokens = torch.arange(pairs) // selected.shape[1]
         outputs = program(hidden_states, experts.addresses, selected.flatten(), tokens)
@@ -176,9 +180,11 @@ class RowExperts:
     """
 
     def __init__(self, expert: Expert, x: torch.Tensor, pairs: int, experts: int) -> None:
-        self._x, self._pairs = torch.empty_like(x), torch.zeros(2, pairs, dtype=torch.int64)
+        self._x = torch.empty_like(x)
+        self._pairs = torch.zeros(2, pairs, dtype=torch.int64)
         slots = ExpertSlots(expert, self._x, pairs)
-        self._outputs, self.places = slots.outputs, slots.places
+        self._outputs = slots.outputs
+        self.places = slots.places
         table = torch.zeros(experts, len(expert.addresses), dtype=torch.int64)
         self._arrange = slots.arrange(self._pairs[0], self._pairs[1], table)
         self._program = Program([alone(self._arrange), *slots.stages])

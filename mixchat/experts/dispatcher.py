@@ -38,10 +38,14 @@ class Dispatcher(ExpertHolder):
         workers: Sequence[WorkerExperts] = (),
         copies: Set[ExpertKey] = frozenset(),
     ) -> None:
-        self._local, self.ram, self._stats = local, local.fetcher, stats
+        self._local = local
+        self.ram = local.fetcher
+        self._stats = stats
         self.tiers = {"host": [self.ram]}
-        self.workers, self._copies = workers, copies
-        self._next_routers, self._layers_ahead = next_routers, layers_ahead
+        self.workers = workers
+        self._copies = copies
+        self._next_routers = next_routers
+        self._layers_ahead = layers_ahead
         self.on_gpus: Set[ExpertKey] = frozenset()
         # The last layer's outputs, which nobody reads any more. New memory would take as long as
         # some matrix products.
@@ -118,7 +122,8 @@ class Dispatcher(ExpertHolder):
         exact: bool = False,
     ) -> LayerRows:
         """Return the experts' outputs. The arguments are as in `run`."""
-        memory, self._memory = self._memory, None
+        memory = self._memory
+        self._memory = None
         rows = LayerRows(layer, hidden_states, selected_experts, exact=exact, memory=memory)
         local, sent = self._divide(rows)
         # The workers compute while this machine does, and its disk reads what comes next.

@@ -22,7 +22,8 @@ from mixchat.weights.format.expert import Expert
 RESIDENT, LOADING, MISSING = range(3)
 # Prefetches at once, and slots for each of them. A prefetch takes the slot of an expert that may be
 # needed: with 8 of 34 slots, Mixtral's tokens missed 8 to 9 experts instead of 7.
-_MAX_PREFETCHES, _SLOTS_PER_PREFETCH = 16, 16
+_MAX_PREFETCHES = 16
+_SLOTS_PER_PREFETCH = 16
 # Pieces in flight from which on no predicted one begins. If a third of the predictions are wrong,
 # tokens came at 5.0 and 4.9 a second with four, 4.2 and 4.6 with eight, which keep the next layer
 # waiting, and 5.0 without predictions. With two, a disk that was needed most of the time gave less.
@@ -47,8 +48,12 @@ class Fetcher:
         stats: ExpertStats,
         watch: MemoryWatch | None = None,
     ) -> None:
-        self._cache, self._store, self._placement = cache, store, placement
-        self._passes, self.stats, self._watch = passes, stats, watch
+        self._cache = cache
+        self._store = store
+        self._placement = placement
+        self._passes = passes
+        self.stats = stats
+        self._watch = watch
         self.elsewhere: Set[ExpertKey] = frozenset()
         self._borrowed: set[ExpertKey] = set()  # nobody else may get their slots
         # For `holds_all`: what it depends on, and what it was.
@@ -135,7 +140,8 @@ class Fetcher:
         self.follow_memory()
         if self._cache.limit < self._placement.experts:
             return ()
-        resident, held = list[LayerExperts](), self._held_layers
+        resident = list[LayerExperts]()
+        held = self._held_layers
         for keys in layers:
             layer = keys[0].layer
             # To ask for each of thousands of experts takes milliseconds.
@@ -170,7 +176,8 @@ class Fetcher:
         self.follow_memory()
         for key in [key for key in self._loads if key.layer == layer]:
             # Read once: a thread of the queue may end the load meanwhile.
-            load, ended = self._loads[key], self._loads[key].ended
+            load = self._loads[key]
+            ended = self._loads[key].ended
             if load.priority == REQUESTED:
                 pass  # by a pass that was interrupted
             elif key in chosen:
@@ -340,7 +347,8 @@ class Fetcher:
         A prefetched expert stays, unless a requested one finds no other slot.
         """
         self.count_hits()
-        kept, held = {*pinned, *self._borrowed}, self._store.blocks
+        kept = {*pinned, *self._borrowed}
+        held = self._store.blocks
         slot = self._cache.admit(load.key, {*kept, *self._prefetches}, held)
         if slot is None and load.priority == REQUESTED:
             slot = self._cache.admit(load.key, kept, held)

@@ -41,10 +41,14 @@ class GpuExperts(ExpertHolder):
         copy_seconds: CopySeconds,
         host_seconds: HostSeconds,
     ) -> None:
-        self.host, self.gpus, self.ram, self.workers = host, gpus, host.ram, host.workers
+        self.host = host
+        self.gpus = gpus
+        self.ram = host.ram
+        self.workers = host.workers
         others = {"other-device": gpus[1:]} if gpus[1:] else {}
         self.tiers = {"device": gpus[:1], **others, **host.tiers}
-        self._copy_seconds, self._host_seconds = copy_seconds, host_seconds
+        self._copy_seconds = copy_seconds
+        self._host_seconds = host_seconds
         self._by_layer = {layer: vram for vram in gpus for layer in vram.layers}
         self._hits, self._misses = (
             {vram: np.zeros(vram.table.shape, np.int64) for vram in gpus} for _ in range(2)
@@ -65,7 +69,8 @@ class GpuExperts(ExpertHolder):
 
     def fitting(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
         """Return the first of these experts that there are slots for."""
-        on_gpus, keys = self._fill_gpus(), list(keys)
+        on_gpus = self._fill_gpus()
+        keys = list(keys)
         in_ram = self.host.fitting(key for key in keys if key not in on_gpus)
         held = {*on_gpus, *in_ram}
         return [key for key in keys if key in held]

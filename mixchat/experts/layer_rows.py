@@ -31,14 +31,18 @@ class LayerRows:
         exact: bool = False,
         memory: torch.Tensor | None = None,
     ) -> None:
-        self.layer, self.hidden_states, self.exact = layer, hidden_states, exact
+        self.layer = layer
+        self.hidden_states = hidden_states
+        self.exact = exact
         device, (tokens, choices) = hidden_states.device, selected.shape
         if self.is_one_token:
-            experts, counts = selected[0].tolist(), [1] * choices
+            experts = selected[0].tolist()
+            counts = [1] * choices
         else:
             counted = selected.flatten().bincount()
             by_count = counted.argsort(descending=True, stable=True)
-            experts, counts = by_count.tolist(), counted[by_count].tolist()
+            experts = by_count.tolist()
+            counts = counted[by_count].tolist()
             # The flattened selection, expert by expert.
             order = by_count.argsort()[selected.flatten()].argsort(stable=True)
             self._tokens = (order // choices).to(device, non_blocking=True)

@@ -55,7 +55,8 @@ class ExpertLoad:
     """
 
     def __init__(self, key: ExpertKey, priority: int = REQUESTED) -> None:
-        self.key, self.priority = key, priority
+        self.key = key
+        self.priority = priority
         self.cancelled = False
         self._ended = threading.Event()
         self._error: BaseException | None = None
@@ -99,7 +100,9 @@ class LoadQueue:
         may_fill: Callable[[], bool] = lambda: True,
         count_moved: Callable[[float, int], None] = lambda seconds, size: None,
     ) -> None:
-        self._limit, self._inside, self._may_fill = threads, inside, may_fill
+        self._limit = threads
+        self._inside = inside
+        self._may_fill = may_fill
         self._count_moved = count_moved
         self.predicted_limit = threads  # pieces in flight from which on no predicted one begins
         # A heap: priority, the layer of a prefetch, and the order of arrival. A load may be in the
@@ -137,7 +140,8 @@ class LoadQueue:
         with self._changed:
             self._limit = 0
             # They may refer to the queue's owner, which would be garbage in a circle.
-            self._inside, self._count_moved = nullcontext, lambda seconds, size: None
+            self._inside = nullcontext
+            self._count_moved = lambda seconds, size: None
             self._changed.notify_all()
 
     def _put(self, load: ExpertLoad) -> None:
@@ -256,7 +260,8 @@ class LoadQueue:
         return bool(load.pieces)
 
     def _carry_out(self, load: ExpertLoad, job: Job, piece: Piece) -> None:
-        size, error = 0, None
+        size = 0
+        error = None
         try:
             size = piece()
         except BaseException as failure:

@@ -35,8 +35,12 @@ class MemoryWatch:
     def __init__(
         self, free: Callable[[], int], *, reserve: int, expert: int, slots: int, least: int
     ) -> None:
-        self._free, self._reserve, self._expert = free, reserve, expert
-        self._slots, self._least, self._limit = slots, least, slots
+        self._free = free
+        self._reserve = reserve
+        self._expert = expert
+        self._slots = slots
+        self._least = least
+        self._limit = slots
         self._measured = self._asked = -INTERVAL
         self._is_ample = True
 

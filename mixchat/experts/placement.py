@@ -82,7 +82,8 @@ class Demand:
 
     def of_layers(self, start: int, end: int) -> Demand:
         """Return the part of these layers, with slots of their sizes."""
-        own, total = self.layers[start:end], len(self.layers)
+        own = self.layers[start:end]
+        total = len(self.layers)
         sizes = tuple(size for size in own if size)
         each = self.experts // sum(1 for size in self.layers if size)
         return Demand(

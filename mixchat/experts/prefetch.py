@@ -59,14 +59,16 @@ class NextRouters:
         # A weight of almost zero has lost its input, which counts as zero.
         self._undo = [torch.where(norm.abs() > 1e-3, 1 / norm.float(), 0) for norm in norms]
         self._experts = gates[0].shape[0]
-        self.layers, self._experts_per_token = len(gates), experts_per_token
+        self.layers = len(gates)
+        self._experts_per_token = experts_per_token
 
     def __call__(self, layer: int, hidden_states: torch.Tensor, depth: int) -> torch.Tensor:
         """Return the likely choices of the next `depth` layers: [layers, T * K], int64.
 
         hidden_states: [T, D], as this layer's router sees them.
         """
-        first, last = layer + 1, min(layer + 1 + depth, self.layers)
+        first = layer + 1
+        last = min(layer + 1 + depth, self.layers)
         if first >= last:
             return hidden_states.new_empty((0, 0), dtype=torch.int64)
         rows = slice(first * self._experts, last * self._experts)

@@ -19,7 +19,8 @@ class RecordingRunner:
     """Lets another `ExpertRunner` compute, and records its input."""
 
     def __init__(self, runner: ExpertRunner, record: Record) -> None:
-        self._runner, self._record = runner, record
+        self._runner = runner
+        self._record = record
 
     def run(
         self,

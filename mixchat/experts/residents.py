@@ -57,7 +57,8 @@ class Residents:
     def __init__(
         self, first: int, layers: Sequence[int], experts: int, slots: Sequence[int]
     ) -> None:
-        self._first, self._sizes = first, layers
+        self._first = first
+        self._sizes = layers
         # Without uses, each layer gets the same number of experts.
         order = np.arange(experts, 0, -1, dtype=np.float32)
         self._uses = np.tile(1e-6 * order, (len(layers), 1))
@@ -108,7 +109,8 @@ class Residents:
 
     def next_exchange(self) -> Exchange | None:
         """Return the exchange that gains most, or None if none is worth it."""
-        best, gain = None, 0.0
+        best = None
+        gain = 0.0
         for size in sorted({*self._sizes}):
             of_size = np.equal(self._sizes, size)[:, None]
             missing = np.where(of_size & (self._states == _MISSING), self._uses, -np.inf)
@@ -125,7 +127,8 @@ class Residents:
             # alike differ by about the root of their sum, and should not make them take turns.
             lead = more - less - 1 - math.sqrt(more + less)
             if lead > gain:
-                best, gain = (candidate, victim), lead
+                best = (candidate, victim)
+                gain = lead
         if best is None:
             return None
         key, evicted = map(self._key, best)
@@ -166,7 +169,8 @@ class Residents:
         for free in self._free.values():
             free[:] = [slot for slot in free if slot not in slots]
         lost = [key for key in self._arriving if self._slots[key] in slots]
-        inside, outside = [], defaultdict[int, list[ExpertKey]](list)
+        inside = []
+        outside = defaultdict[int, list[ExpertKey]](list)
         for key in sorted(self._slots.keys() - self._arriving, key=self._uses_of, reverse=True):
             if self._slots[key] in slots:
                 inside.append(key)

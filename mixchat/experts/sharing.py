@@ -104,7 +104,8 @@ def _layer_counts(quotas: Sequence[int], held: Sequence[int], experts: int) -> l
 
     After each layer all holders have the same share of their quotas, up to rounding.
     """
-    done, every = sum(held) + experts, sum(quotas)
+    done = sum(held) + experts
+    every = sum(quotas)
     due = [quota * done / every - count for quota, count in zip(quotas, held, strict=True)]
     counts = [max(int(missing), 0) for missing in due]
     # Rounding leaves some experts over, or too few. The holder that is owed most gets the next.

@@ -30,13 +30,17 @@ class ExpertStore:
     def __init__(
         self, read: ReadExpert, layouts: Layouts, size: Callable[[int], int], stats: ExpertStats
     ) -> None:
-        self._read, self._layouts, self._size, self._stats = read, layouts, size, stats
+        self._read = read
+        self._layouts = layouts
+        self._size = size
+        self._stats = stats
         self._slots: dict[int, _Slot] = {}
         self._lock = threading.Lock()  # of the memory of slots, and of the count
 
     def job(self, key: ExpertKey, slot: int) -> Job:
         """Return the work of loading an expert into a slot."""
-        target, layout = self._slot(slot), self._layouts(key.layer)
+        target = self._slot(slot)
+        layout = self._layouts(key.layer)
 
         def read(start: int) -> int:
             # Not as the load begins, under the queue's lock. The system gives no new memory while
@@ -91,7 +95,8 @@ class _Slot:
     """A slot's memory, and the expert in it. `filled` counts bytes that were touched."""
 
     def __init__(self, size: int, lock: threading.Lock) -> None:
-        self._size, self._lock = size, lock
+        self._size = size
+        self._lock = lock
         self._block: torch.Tensor | None = None
         self._layout: ExpertSpec | None = None
         self.expert: Expert | None = None
@@ -117,7 +122,9 @@ class _Slot:
     def free(self) -> None:
         # Queued loads still have the slot, and would keep its memory.
         with self._lock:
-            self._is_freed, self._block, self.expert = True, None, None
+            self._is_freed = True
+            self._block = None
+            self.expert = None
 
 
 def touch(fresh: torch.Tensor) -> None:

@@ -25,7 +25,8 @@ from mixchat.experts.store import Layouts, ReadExpert, new_block
 from mixchat.weights.format.expert import Expert
 
 # Page-locked RAM, through which all bytes go to the GPU: 32 MB, whatever the model's size.
-_STAGE_BYTES, _STAGES = 8 << 20, 4
+_STAGE_BYTES = 8 << 20
+_STAGES = 4
 _GUESTS = 2  # slots for experts of a prompt that are not to stay
 
 
@@ -60,8 +61,12 @@ class VramSlots:
         lender: Lender,
         reserve: int = 0,
     ) -> None:
-        self.device, self.layers, self._reserve = device, layers, reserve
-        self._layouts, self._sizes, self._lender = layouts, sizes, lender
+        self.device = device
+        self.layers = layers
+        self._reserve = reserve
+        self._layouts = layouts
+        self._sizes = sizes
+        self._lender = lender
         self._strides = [layouts(layer).stride for layer in layers]
         self.residents = Residents(layers.start, self._strides, experts, sizes)
         self.table = torch.zeros(len(layers), experts, dtype=torch.int64, device=device)
@@ -203,7 +208,8 @@ class VramSlots:
         load = self._loads[key] = ExpertLoad(key, FILL)
         try:
             # The slot may be given up before its turn comes.
-            block, size = self._lender.borrow(key), self._layouts(key.layer).stride
+            block = self._lender.borrow(key)
+            size = self._layouts(key.layer).stride
             self._uploader.begin(load, slot, lambda: self._arena.blocks.get(slot), size, block)
         except BaseException as error:
             load.end(error)
@@ -247,7 +253,10 @@ class Guests:
         lender: Lender,
         queue: Iterator[tuple[ExpertKey, torch.Tensor]],
     ) -> None:
-        self._uploader, self._layouts, self._lender, self._queue = uploader, layouts, lender, queue
+        self._uploader = uploader
+        self._layouts = layouts
+        self._lender = lender
+        self._queue = queue
         self._loads = deque[tuple[ExpertLoad, torch.Tensor]]()
 
     def __enter__(self) -> Guests:
@@ -273,7 +282,8 @@ class Guests:
                 self._invite(*following)
 
     def _invite(self, key: ExpertKey, block: torch.Tensor) -> None:
-        load, size = ExpertLoad(key), self._layouts(key.layer).stride
+        load = ExpertLoad(key)
+        size = self._layouts(key.layer).stride
         self._loads.append((load, block))
         self._uploader.begin(load, id(block), lambda: block, size, self._lender.borrow(key))
 
@@ -282,7 +292,8 @@ class Uploader:
     """Copies experts to a GPU in threads and a stream of its own, requested ones first."""
 
     def __init__(self, device: torch.device, read: ReadExpert) -> None:
-        self._device, self._read = device, read
+        self._device = device
+        self._read = read
         self._streams = gpu.streams(device)
         self._side = self._streams.Stream(device)
         self.queue = LoadQueue(

@@ -158,8 +158,10 @@ def _token_ids(ids: Any, vocab_size: int) -> tuple[int, ...]:
 
 def _message(message: Any, vocab_size: int) -> Message:
     if isinstance(message, Mapping):
-        role, content = message.get("role"), message.get("content")
-        tool_calls, call_id = message.get("tool_calls"), message.get("tool_call_id")
+        role = message.get("role")
+        content = message.get("content")
+        tool_calls = message.get("tool_calls")
+        call_id = message.get("tool_call_id")
         if tool_calls is None:
             tool_calls = ()
         calls = tuple(map(_call, tool_calls if _is_list(tool_calls) else [tool_calls]))

@@ -32,7 +32,9 @@ class FormCompiler:
     """Compiles forms, each within `seconds` of computing. Any thread may call it."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template, seconds: float = PATIENT_S):
-        self._tokenizer, self._template, self._seconds = tokenizer, template, seconds
+        self._tokenizer = tokenizer
+        self._template = template
+        self._seconds = seconds
         self._compiler: ConstraintCompiler | None = None
         self._known: dict[bytes, tuple[OutputConstraint, int]] = {}  # by hash, with its characters
 

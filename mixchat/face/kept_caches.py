@@ -26,7 +26,8 @@ class KeptCaches:
     """
 
     def __init__(self, key: str, note: Note) -> None:
-        self._directory, self._note = server_caches_dir(key), note
+        self._directory = server_caches_dir(key)
+        self._note = note
         self._caches: list[PromptCache] = []
 
     def load(self, engine: Engine) -> None:

@@ -78,7 +78,8 @@ def open_model(
 
         files = InstalledModel(directory)  # its hint names `repair`, if need be
         opened.callback(files.close)
-        tokenizer, template = text.tokenizer(), text.template(files.config.eos_token_ids)
+        tokenizer = text.tokenizer()
+        template = text.template(files.config.eos_token_ids)
         options = replace(options, least_context=least_context(template) or options.least_context)
         caches = KeptCaches(directory.name, reporter.note) if keep_caches else None
 

@@ -28,7 +28,9 @@ class LocalModels:
     place = "on this machine"
 
     def __init__(self, load: LoadOptions, reporter: Reporter, *, usual: str) -> None:
-        self._load, self._reporter, self._usual = load, reporter, usual
+        self._load = load
+        self._reporter = reporter
+        self._usual = usual
 
     def choose(self, name: str | None, resumed: str | None, *, from_server: bool) -> str:
         """Return a model. The usual one continues a server's chat whose model is unknown here."""

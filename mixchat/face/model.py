@@ -68,12 +68,17 @@ class Model:
         shared_prefix: bool = True,
         close: Callable[[Engine], object] = lambda engine: engine.close(),
     ) -> None:
-        self.name, self.tokenizer, self.template = name, text.tokenizer, text.template
-        self.sampling, self.advised_tokens = text.sampling, text.max_tokens
+        self.name = name
+        self.tokenizer = text.tokenizer
+        self.template = text.template
+        self.sampling = text.sampling
+        self.advised_tokens = text.max_tokens
         self._thread = ModelThread(load, close, waiting=waiting, shared_prefix=shared_prefix)
         weakref.finalize(self, self._thread.end).atexit = False  # all are closed then
-        self.engine, self.capacity = self._thread.engine, self._thread.capacity
-        self.context, self.identity = self.engine.context, self.engine.identity
+        self.engine = self._thread.engine
+        self.capacity = self._thread.capacity
+        self.context = self.engine.context
+        self.identity = self.engine.identity
         self.forms = FormCompiler(text.tokenizer, text.template, form_seconds)
         self._prompts = PromptMaker(text.tokenizer, text.template, self.context, self.forms)
 
@@ -162,7 +167,8 @@ class Model:
             if sampling.seed is None:
                 sampling = replace(sampling, seed=secrets.randbelow(2**32))
             asked = replace(request, sampling=sampling, max_tokens=limit)
-            parser, stop_ids = self._prompts.parser(prompt), self.template.stop_ids
+            parser = self._prompts.parser(prompt)
+            stop_ids = self.template.stop_ids
             running.append(
                 RunningAnswer(asked, prompt, sink, self.tokenizer, parser, stop_ids, most)
             )
@@ -223,7 +229,8 @@ class ModelAnswer:
         if isinstance(event, Piece):
             self._shown.append(event)
         elif isinstance(event, End | Failed):
-            self._end, self._model = event, None
+            self._end = event
+            self._model = None
         if isinstance(event, Failed):
             raise event.error
         return event
@@ -231,7 +238,8 @@ class ModelAnswer:
     def message(self) -> Message | None:
         if isinstance(self._end, End):
             return self._end.message
-        shown, computed = shown_message(self._earlier, self._shown), self._answer.message()
+        shown = shown_message(self._earlier, self._shown)
+        computed = self._answer.message()
         if shown is None or computed is None or shown.content != computed.content:
             return shown
         return computed if shown.thinking == computed.thinking else shown

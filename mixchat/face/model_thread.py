@@ -84,12 +84,15 @@ class ModelThread:
         waiting: int,
         shared_prefix: bool,
     ) -> None:
-        self._close_engine, self._shared_prefix = close, shared_prefix
+        self._close_engine = close
+        self._shared_prefix = shared_prefix
         self._waiting: list[RunningAnswer] = []
         self._running: list[RunningAnswer] = []
         self._tasks: list[tuple[Callable[[Engine], Any], Future[Any]]] = []
         self._changed = threading.Condition()
-        self._closing, self._is_copy, self._passes = False, False, 0
+        self._closing = False
+        self._is_copy = False
+        self._passes = 0
         self._ended_stats = ModelStats()  # without the tokens of running answers
         loaded: Future[Engine] = Future()
         self._thread = threading.Thread(
@@ -314,7 +317,8 @@ def _close_all() -> None:
 def _forget_all() -> None:
     """Let a forked process wait for no thread, and for no lock of one."""
     for thread in _alive:
-        thread._changed, thread._is_copy = threading.Condition(), True
+        thread._changed = threading.Condition()
+        thread._is_copy = True
     _alive.clear()
 
 

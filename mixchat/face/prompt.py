@@ -36,7 +36,9 @@ LEAVE_OUT_HINT = (
 # Fractions of the context, as divisors. Old turns are left out if less room is left than the answer
 # may need. That is --max-tokens, but at most 1/2, or 1/8 without it. Turns are then left out until
 # 1/4 is free, because all that stays has to be prefilled again, which should be rare.
-_MAX_NEEDED_DIVISOR, _DEFAULT_NEEDED_DIVISOR, _FREED_DIVISOR = 2, 8, 4
+_MAX_NEEDED_DIVISOR = 2
+_DEFAULT_NEEDED_DIVISOR = 8
+_FREED_DIVISOR = 4
 _HARMONY_TOKENS = ("<|channel|>", "<|constrain|>", "<|message|>")
 
 
@@ -66,8 +68,10 @@ class PromptMaker:
     def __init__(
         self, tokenizer: Tokenizer, template: Template, context: Context, forms: FormCompiler
     ) -> None:
-        self._tokenizer, self._template = tokenizer, template
-        self._context, self._forms = context, forms
+        self._tokenizer = tokenizer
+        self._template = template
+        self._context = context
+        self._forms = forms
 
     def parser(self, prompt: Prompt) -> ThinkingParser:
         """Return the parser of the answer to a prompt."""
@@ -94,7 +98,8 @@ class PromptMaker:
             raise PromptError("there is nothing to answer: the conversation is empty")
         answered = messages.pop() if messages[-1].role == "assistant" else None
         begun = self._content_ids(answered)
-        thinking, variables = self._template.thinking, dict(request.variables)
+        thinking = self._template.thinking
+        variables = dict(request.variables)
         tools = None if request.tools is None else self._template.tools or PLAIN
         constraint, must_match = self._constraint(request, tools, begun, at_end)
         think = False if must_match else request.think
@@ -106,7 +111,8 @@ class PromptMaker:
         leads = thinking is not None and (answered is not None or must_match) and not has_channel
         thought = answered is not None and answered.thinking_tokens and answered.ids
         if thought and think is not False:
-            begun, leads = thought, False
+            begun = thought
+            leads = False
         system = list(takewhile(lambda message: message.role == "system", messages))
         talk = messages[len(system) :]
 
@@ -172,7 +178,8 @@ class PromptMaker:
         An answer that may call a tool is free until it opens a call. All others have their form
         from the start, and so no thinking.
         """
-        offer, continued = request.tools, self._template.continues_prompt
+        offer = request.tools
+        continued = self._template.continues_prompt
         if offer is None or tools is None:
             if request.form is None:
                 return None, False
@@ -208,7 +215,8 @@ class PromptMaker:
     def _encoded(
         self, messages: Sequence[Message], variables: dict[str, object], offer: ToolOffer | None
     ) -> list[int]:
-        template, tools = self._template, () if offer is None else offer.tools
+        template = self._template
+        tools = () if offer is None else offer.tools
         if not tools and not any(message.calls for message in messages):
             return template.encode(messages, variables)
         if template.tools is None:
@@ -222,7 +230,8 @@ class PromptMaker:
 
         With "drop-oldest", the prompt may begin at any question. `encoded` takes the first message.
         """
-        size, first = self._context.tokens, 0
+        size = self._context.tokens
+        first = 0
         drops = request.overflow == "drop-oldest"
         later = [i for i, message in enumerate(talk) if i and message.role == "user"]
         tools = () if request.tools is None else request.tools.tools
@@ -233,7 +242,8 @@ class PromptMaker:
             first = later.pop(0)
         ids, begun = encoded(first)
         if drops:
-            limit, default = request.max_tokens, size // _DEFAULT_NEEDED_DIVISOR
+            limit = request.max_tokens
+            default = size // _DEFAULT_NEEDED_DIVISOR
             needed = min(limit, size // _MAX_NEEDED_DIVISOR) if limit else default
             freed = 0 if len(ids) + max(needed, 1) <= size else max(needed, size // _FREED_DIVISOR)
             for start in later if freed else ():
@@ -248,7 +258,8 @@ class PromptMaker:
         self, talk: Sequence[Message], first: int, tokens: int, encoded: _Encode
     ) -> PromptError:
         """Return the error for a prompt that does not fit. Its hint says if old turns could go."""
-        error, last = self._context.prompt_too_long(tokens), len(talk) - 1
+        error = self._context.prompt_too_long(tokens)
+        last = len(talk) - 1
         if first < last and talk[last].role == "user":
             size = self._context.tokens
             if _tokens_at_least(talk[last:]) < size and len(encoded(last)[0]) < size:

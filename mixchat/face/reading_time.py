@@ -19,7 +19,8 @@ class ReadingTime:
     """Estimates the time to read a prompt with an engine. Without one, its pace alone counts."""
 
     def __init__(self, predictor: Predictor = lambda: None, engine: Engine | None = None) -> None:
-        self._predictor, self._engine = predictor, engine
+        self._predictor = predictor
+        self._engine = engine
         self._pace: float | None = None  # seconds a token
         self._is_first = True
 
@@ -34,7 +35,8 @@ class ReadingTime:
         """Return the seconds that so many tokens will take, None if that is not known."""
         if self._pace is not None:
             return tokens * self._pace
-        prediction, engine = self._predictor(), self._engine
+        prediction = self._predictor()
+        engine = self._engine
         if prediction is None:
             return None
         # If all experts fit, they come before anyone asks.

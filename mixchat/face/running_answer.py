@@ -64,7 +64,10 @@ class RunningAnswer(TokenAnswer):
             max_tokens,
             at_max="length" if max_tokens == request.max_tokens else "context",
         )
-        self._request, self._prompt, self.sink, self._parser = request, prompt, sink, parser
+        self._request = request
+        self._prompt = prompt
+        self.sink = sink
+        self._parser = parser
         self._detokenizer = Detokenizer(
             tokenizer.token_bytes, prompt.ids if prompt.continues else ()
         )
@@ -75,7 +78,8 @@ class RunningAnswer(TokenAnswer):
         self._is_cut = self._is_whole = False  # at a stop string, or all was shown
         self._length, self._ends = 0, list[int]()  # of all text, and where each token ends in it
         self._tokens: list[TokenLogprob] = []  # since the last piece
-        self._tokens_seen, self._is_thinking = 0, False
+        self._tokens_seen = 0
+        self._is_thinking = False
         self._tokens_told, self._next_reading = -1, 0.0  # of the prompt
         self._experts: ExpertStats | None = None  # at the start
         self._lock = threading.Lock()  # guards the text
@@ -113,10 +117,12 @@ class RunningAnswer(TokenAnswer):
 
     def note_read(self, tokens: int) -> None:
         """Report the progress of prompt processing, its beginning and end always."""
-        now, total = time.monotonic(), self.tokens_to_read
+        now = time.monotonic()
+        total = self.tokens_to_read
         is_due = now >= self._next_reading or tokens == total
         if tokens > self._tokens_told and is_due and not self.is_cancelled:
-            self._tokens_told, self._next_reading = tokens, now + _READING_INTERVAL_S
+            self._tokens_told = tokens
+            self._next_reading = now + _READING_INTERVAL_S
             self.sink(Reading(tokens, total))
 
     def report(self, experts: ExpertHolder) -> End | Failed | None:
@@ -154,12 +160,14 @@ class RunningAnswer(TokenAnswer):
             return
         tokens: tuple[TokenLogprob, ...] = ()
         if shows:
-            tokens, self._tokens = tuple(self._tokens), []
+            tokens = tuple(self._tokens)
+            self._tokens = []
         self.sink(Piece(new.text, new.thinking, new.calls, tokens, self._thinking_tokens))
 
     def _read(self, token: int) -> AnswerText:
         """Return the text that the last token shows, which may be empty."""
-        mark, end = self._parser.marks.get(token), self.end
+        mark = self._parser.marks.get(token)
+        end = self.end
         if end == "stop" or (mark is not None and self._parser.ends_at(mark)):
             return self._finish("stop")
         self._ends.append(self._length)
@@ -205,7 +213,8 @@ class RunningAnswer(TokenAnswer):
         stats = replace(self.stats)
         if self._experts is not None:
             stats.experts = experts.stats.since(self._experts)
-        thought, seed = self._thinking_tokens, self.sampling.seed
+        thought = self._thinking_tokens
+        seed = self.sampling.seed
         return End(self.reason, stats, thought, seed, self.message(), self._is_thinking)
 
     def message(self) -> Message | None:
@@ -216,7 +225,8 @@ class RunningAnswer(TokenAnswer):
         with self._lock:
             if not (self._is_whole or self._is_cut or self.text or self.thinking):
                 return None
-            ids, thought = None if self._calls else self._shown_ids(), self._thinking_tokens
+            ids = None if self._calls else self._shown_ids()
+            thought = self._thinking_tokens
             if ids is not None:
                 thought = min(thought, len(ids))
             earlier = self._prompt.answered or Message("assistant", "", ())
@@ -264,6 +274,7 @@ class RunningAnswer(TokenAnswer):
         """
         self.wake = lambda: None
         self.error = self.logits = None
-        constraint, self.constraint = self.constraint, None
+        constraint = self.constraint
+        self.constraint = None
         if constraint is not None:
             constraint.close()

@@ -106,7 +106,8 @@ def calibrate_model(
     checkpoint is not the one that the model was made of.
     """
     with local_errors(), not_in_use(directory):
-        manifest, path = read_manifest(directory), workspace(directory) / INPUTS_DIR
+        manifest = read_manifest(directory)
+        path = workspace(directory) / INPUTS_DIR
         check_files(directory, manifest)
         blueprint = installed_blueprint(directory, manifest)
         _check_types(directory, blueprint)
@@ -183,7 +184,8 @@ def forecast(plan: DownloadPlan, bits: ExpertSize, *, again: bool) -> str:
 
     Raises `UsageError` if the experts cannot have these bits.
     """
-    blueprint, config = plan.blueprint, plan.blueprint.config
+    blueprint = plan.blueprint
+    config = plan.blueprint.config
     made = expected_mix(blueprint, bits)
     directory = machine.nearest_existing(plan.target)
     windows = default_windows(config, directory)
@@ -209,7 +211,8 @@ def _record_inputs(
 ) -> None:
     """Record the inputs of a model's experts. size: the bytes of the calibrated model."""
     blueprint = installed_blueprint(directory, read_manifest(directory))
-    config, dense_rows = blueprint.config, _dense_rows(blueprint, directory)
+    config = blueprint.config
+    dense_rows = _dense_rows(blueprint, directory)
     windows = _windows(text, text.windows or default_windows(config, directory))
     _check_memory(blueprint, directory, len(windows))
     target = workspace(directory) / INPUTS_DIR
@@ -283,7 +286,8 @@ def _seconds_to_fit(config: ModelConfig, windows: int) -> float:
     what w2 makes up for. C = columns, R = rows. The factor is slower than a product.
     """
     rows = windows * WINDOW * config.num_experts_per_tok / config.num_local_experts
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
+    inner = config.intermediate_size
     operations = sum(
         rows * C**2 + C**3 / 2 + 6 * R * C**2 + min(2 * rows, 6 * HELD_OUT_MAX) * R * C
         for R, C in ((2 * inner, width), (width, inner))
@@ -296,7 +300,8 @@ def _seconds_to_fit(config: ModelConfig, windows: int) -> float:
 @functools.cache
 def _operations_a_second() -> float:
     """Return the speed of a product in fp32, the best of three."""
-    matrix, seconds = torch.ones(_MEASURED_SIZE, _MEASURED_SIZE), []
+    matrix = torch.ones(_MEASURED_SIZE, _MEASURED_SIZE)
+    seconds = []
     for _ in range(3):
         start = time.perf_counter()
         matrix @ matrix
@@ -314,7 +319,9 @@ def _windows(text: CalibrationText, count: int) -> Sequence[Sequence[int]]:
                 hint="Let the model read a text: mixchat calibrate MODEL --calibrate-text FILE.",
             )
         return [start] * count
-    ids, room, least = text.ids, WINDOW - len(start), text.windows or FOLD
+    ids = text.ids
+    room = WINDOW - len(start)
+    least = text.windows or FOLD
     if len(ids) < least * room:
         raise UsageError(
             f"the text has {len(ids)} tokens: {least} windows need {least * room}",
@@ -360,7 +367,8 @@ def _memory(blueprint: Blueprint, directory: Path, windows: int) -> int:
 
 def _expert_memory(config: ModelConfig, windows: int) -> int:
     """Return the bytes to round an expert's w2, for three matrices of its inputs and of w2."""
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
+    inner = config.intermediate_size
     matrices = 3 * 4 * max(width, inner) ** 2 + 12 * width * inner
     return matrices + windows * _memory_of_window(config)
 
@@ -382,6 +390,7 @@ def _dense_memory(blueprint: Blueprint, rows: int) -> int:
 
 def _memory_of_window(config: ModelConfig) -> int:
     """Return the bytes of a window's inputs, of a layer and of an expert."""
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
+    inner = config.intermediate_size
     share = config.num_experts_per_tok / config.num_local_experts
     return int(2 * WINDOW * (width + share * (width + 3 * inner)))

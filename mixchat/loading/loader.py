@@ -79,7 +79,8 @@ def build_engine(
     with ExitStack() as on_error:
         on_error.callback(installed.close)
         require_kernels()
-        config, blueprint = installed.config, installed.blueprint
+        config = installed.config
+        blueprint = installed.blueprint
         devices = devices_for(blueprint, installed.directory, options, note)
         device = devices[0]
         exact = options.exact_prompts
@@ -93,7 +94,8 @@ def build_engine(
         # Before the kernels' steps are made, since they are made for a count of threads.
         choose_threads(blueprint)
         experts = build_experts(installed, share, devices, note)
-        layers, each = range(config.num_moe_layers), range(config.num_local_experts)
+        layers = range(config.num_moe_layers)
+        each = range(config.num_local_experts)
         runner = wrap(experts)
         # Workers compute many rows otherwise than one. A record has only the text's tokens.
         alone = not workers and runner is experts
@@ -152,11 +154,13 @@ def speed_predictor(
     def predict() -> SpeedEstimate | None:
         if "worker" in engine.slots_by_tier:
             return None
-        first, more = engine.device, []
+        first = engine.device
+        more = []
         if gpu.is_gpu(first):
             first, *more = usable_devices(device_name).devices
         held = dict(engine.slots_by_tier)
-        elsewhere, in_ram = held.pop("other-device", 0), held.pop("host")
+        elsewhere = held.pop("other-device", 0)
+        in_ram = held.pop("host")
         slots = held.pop("device", None)
         count = engine.blueprint.expert_count
         if slots is None:
@@ -192,8 +196,11 @@ def _build_model(
     on: Sequence[torch.device],
 ) -> Transformer:
     """Build the model with each layer on its device, and the head on the last layer's."""
-    blueprint, first, last = installed.blueprint, on[0], on[-1]
-    config, dtype = blueprint.config, blueprint.quantization.dtype
+    blueprint = installed.blueprint
+    first = on[0]
+    last = on[-1]
+    config = blueprint.config
+    dtype = blueprint.quantization.dtype
     tensors = {device: _InstalledTensors(installed, device) for device in dict.fromkeys(on)}
     ropes = {device: rotary_embeddings(config, context, dtype, device) for device in tensors}
     # The embedding's table is in memory only if it is the head.
@@ -222,7 +229,8 @@ def _build_model(
 
 class _InstalledTensors:
     def __init__(self, installed: InstalledModel, device: torch.device) -> None:
-        self._installed, self._device = installed, device
+        self._installed = installed
+        self._device = device
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
         return self._installed.tensor(spec).to(self._device)

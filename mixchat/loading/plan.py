@@ -49,10 +49,13 @@ def plan(
     old.
     """
     require_kernels()
-    choice, blueprint = usable_devices(options.device), outline.blueprint
-    reason, device = choice.reason, told.device(choice.devices[0])
+    choice = usable_devices(options.device)
+    blueprint = outline.blueprint
+    reason = choice.reason
+    device = told.device(choice.devices[0])
     machine = told.machine(Machine.now(outline.directory, choice.devices))
-    free, chooses = machine.free, bool(machine.gpus) and is_free_to_choose(options)
+    free = machine.free
+    chooses = bool(machine.gpus) and is_free_to_choose(options)
     try:  # what does not fit is refused before anything is measured
         fit_model(blueprint, free, options)
     except ResourceError:
@@ -71,7 +74,8 @@ def plan(
     if chooses:
         model, why = fit_on_faster(blueprint, free, options, told.speeds(measured))
         if why is not None:
-            reason, device = on_cpu_because(machine.gpus[0].name, why), CPU
+            reason = on_cpu_because(machine.gpus[0].name, why)
+            device = CPU
             machine = machine.without_gpus()
     else:
         model = ModelPlan.of(fit_model(blueprint, free, options), device, told.speeds(measured))

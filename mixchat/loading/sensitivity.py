@@ -41,7 +41,8 @@ def measure_sensitivities(
     ids: the tokens of the text. on_layer: takes the layers done, and their number. Each layer costs
     two passes over the text.
     """
-    tokens, noisy = torch.tensor(ids), list[_NoisyRunner]()
+    tokens = torch.tensor(ids)
+    noisy = list[_NoisyRunner]()
     with InstalledModel(directory) as installed:
 
         def wrap(runner: ExpertRunner) -> ExpertRunner:
@@ -49,7 +50,8 @@ def measure_sensitivities(
             return noisy[0]
 
         options = LoadOptions(context_size=len(ids) + 1)
-        layers, sensitivities = installed.config.num_moe_layers, []
+        layers = installed.config.num_moe_layers
+        sensitivities = []
         with closing(load_engine(directory, options, wrap=wrap)) as engine:
             expected = _log_probabilities(engine, tokens)
             for layer in range(layers):
@@ -104,7 +106,8 @@ class _NoisyRunner(RecordingRunner):
         form = self._installed.blueprint.expert_of(key.layer)
         block = new_block(form.stride)
         self._installed.read_expert(*key, block)
-        expert, matrix = form.build(block.to(device)), self.noisy_matrix[1]
+        expert = form.build(block.to(device))
+        matrix = self.noisy_matrix[1]
         # By the expert, so that a measurement can be repeated.
         seed = 2 * (key.layer * 2**10 + key.expert)
         if matrix == "down":
@@ -116,7 +119,8 @@ class _NoisyLinear:
     """Lets another map compute, and adds noise to its products [n, R]."""
 
     def __init__(self, linear: Linear, seed: int) -> None:
-        self._linear, self._seed = linear, seed
+        self._linear = linear
+        self._seed = seed
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         products = self._linear(x, exact=exact)

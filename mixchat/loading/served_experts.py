@@ -43,10 +43,14 @@ class ServedExperts:
         devices: Sequence[torch.device],
         note: Note,
     ) -> None:
-        self._installed, self._options = installed, options
-        self._device, self._devices, self._note = devices[0], devices, note
+        self._installed = installed
+        self._options = options
+        self._device = devices[0]
+        self._devices = devices
+        self._note = note
         config = installed.config
-        self.num_layers, self.num_experts = config.num_moe_layers, config.num_local_experts
+        self.num_layers = config.num_moe_layers
+        self.num_experts = config.num_local_experts
         self.hidden_size = config.hidden_size
         self.identity = identity_of(installed.manifest)
         self.name = installed.directory.name

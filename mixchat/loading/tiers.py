@@ -31,7 +31,8 @@ from mixchat.weights.format.installed_model import InstalledModel
 # Bytes a second. Below the first the page cache keeps a model. Below the second a token's experts
 # are not predicted: with 500 MB/s right predictions gained nothing. If a third of them were wrong,
 # Qwen3's tokens came at 3.5 a second instead of 4.2 to 5.7.
-_SLOW_DISK, _SLOWEST_TO_PREDICT = 1e9, 6e8
+_SLOW_DISK = 1e9
+_SLOWEST_TO_PREDICT = 6e8
 
 
 def build_experts(
@@ -66,7 +67,8 @@ def build_experts(
                 every = (ExpertKey(*key) for key in product(layers, each))
                 vram.residents.exclude(key for key in every if key not in share.here)
             gpus.append(vram)
-    blueprint, first = installed.blueprint, gpus[0].device
+    blueprint = installed.blueprint
+    first = gpus[0].device
     speeds = saved_speeds(blueprint, installed.directory, first)
     known = speeds or estimated_speeds(blueprint, [first])
     return GpuExperts(
@@ -88,7 +90,8 @@ def _in_ram(
     installed: InstalledModel, share: ExpertShare, placement: Placement, *, predicts: bool
 ) -> Dispatcher:
     """Return the holder of experts in RAM, which the CPU computes."""
-    stats, passes = ExpertStats(), Passes(installed.config.num_moe_layers)
+    stats = ExpertStats()
+    passes = Passes(installed.config.num_moe_layers)
     blueprint = installed.blueprint
     disk_rate = _disk_rate(installed)
     direct = not _stays_cached(installed, placement, disk_rate) and installed.open_direct()
@@ -183,7 +186,8 @@ def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
 
 
 def _next_routers(installed: InstalledModel) -> NextRouters:
-    config, blueprint = installed.config, installed.blueprint
+    config = installed.config
+    blueprint = installed.blueprint
     layers = range(config.first_k_dense_replace, config.num_hidden_layers)
     routers = [blueprint.router(layer) for layer in layers]
     gates, biases, corrections = (

@@ -41,9 +41,13 @@ def product_rate(device: torch.device) -> float:
 
     GPUs without instructions for bf16 multiply it more slowly than fp32.
     """
-    tokens, columns, rows = _TOKENS, _COLUMNS, _ROWS
+    tokens = _TOKENS
+    columns = _COLUMNS
+    rows = _ROWS
     while 8 * columns * rows > room_on(device, 8 * _COLUMNS * _ROWS):
-        tokens, columns, rows = tokens // 2, columns // 2, rows // 2
+        tokens = tokens // 2
+        columns = columns // 2
+        rows = rows // 2
     seconds: list[float] = []
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(tokens, columns).to(device, dtype)

@@ -40,7 +40,8 @@ ROWS = (1, 8, 64, 512)
 _FILLING = 0x3C
 _CONTEXT = 128  # tokens before the one that a layer computes
 # Layers in turn, so that no CPU cache holds one. Every fourth or sixth may have another form.
-_COPIES, _MIXED_COPIES = 4, 8
+_COPIES = 4
+_MIXED_COPIES = 8
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,11 @@ def thread_seconds(
     On a busy machine there may be one round.
     """
     effort = replace(effort, until=time.perf_counter() + _MAX_THREADS_S)
-    previous, seconds = torch.get_num_threads(), dict.fromkeys(counts, math.inf)
+    previous = torch.get_num_threads()
+    seconds = dict.fromkeys(counts, math.inf)
     # One token through a few layers, with experts in memory.
-    choices, pool = blueprint.config.num_experts_per_tok, _filled_experts(blueprint, effort)
+    choices = blueprint.config.num_experts_per_tok
+    pool = _filled_experts(blueprint, effort)
     numbers = range(min(_COPIES, blueprint.config.num_moe_layers))
     layers = _Layers(blueprint, [(n, _PoolRunner(pool, n * choices)) for n in numbers])
     try:
@@ -89,7 +92,9 @@ def thread_seconds(
 def samples_of(run: Callable[[], object], effort: Effort) -> list[float]:
     """Return the seconds that `run` takes each time but the first."""
     samples: list[float] = []
-    spent, least, most = 0.0, effort.seconds, 3 * effort.seconds
+    spent = 0.0
+    least = effort.seconds
+    most = 3 * effort.seconds
     _seconds_of(run)  # compiles kernels, and brings memory into the caches
     while spent < least or (len(samples) < 5 and spent < most):
         if samples and effort.is_over:
@@ -110,9 +115,12 @@ class ExpertTimer:
 
     def __init__(self, blueprint: Blueprint, effort: Effort) -> None:
         self._turns = itertools.cycle(_filled_experts(blueprint, effort))
-        config, self._are_alike = blueprint.config, len(blueprint.expert_forms) == 1
-        self._choices, self._columns = config.num_experts_per_tok, config.hidden_size
-        self._dtype, self._effort = blueprint.quantization.dtype, effort
+        config = blueprint.config
+        self._are_alike = len(blueprint.expert_forms) == 1
+        self._choices = config.num_experts_per_tok
+        self._columns = config.hidden_size
+        self._dtype = blueprint.quantization.dtype
+        self._effort = effort
         matrices = (blueprint.expert.gate_up, blueprint.expert.down)
         self._weights = sum(matrix.rows * matrix.columns for matrix in matrices)
         self._one_row = self._rows(1)
@@ -142,10 +150,12 @@ class ExpertTimer:
         return numbers.view(count, self._columns).to(self._dtype)
 
     def _seconds_for(self, x: torch.Tensor) -> float:
-        first, count = next(self._turns), self._choices
+        first = next(self._turns)
+        count = self._choices
         if x.shape[0] == 1 and self._are_alike and first.has_stages(x):
             # As a token's experts are computed.
-            program, numbers = RowExperts(first, x, count, count), torch.arange(count)
+            program = RowExperts(first, x, count, count)
+            numbers = torch.arange(count)
 
             def compute() -> None:
                 experts = LayerExperts(itertools.islice(self._turns, count))
@@ -161,7 +171,8 @@ class ExpertTimer:
 
 def _filled_experts(blueprint: Blueprint, effort: Effort) -> list[Expert]:
     """Return experts of all layers in at least the pool's bytes."""
-    size, layers = blueprint.expert.stride, blueprint.config.num_moe_layers
+    size = blueprint.expert.stride
+    layers = blueprint.config.num_moe_layers
     count = max(2, -(-effort.pool_bytes // size))
     if len(blueprint.expert_forms) > 1:
         count = max(count, layers)
@@ -186,8 +197,10 @@ class _Layers:
     """Layers for the given runners, each with its number, and a cache that is half full."""
 
     def __init__(self, blueprint: Blueprint, runners: Sequence[tuple[int, _PoolRunner]]) -> None:
-        config, dtype = blueprint.config, blueprint.quantization.dtype
-        self._blueprint, tensors = blueprint, FilledTensors(CPU)
+        config = blueprint.config
+        dtype = blueprint.quantization.dtype
+        self._blueprint = blueprint
+        tensors = FilledTensors(CPU)
         ropes = rotary_embeddings(config, 2 * _CONTEXT, dtype, CPU)
         dense = config.first_k_dense_replace
         runners = [(dense + number, runner) for number, runner in runners]
@@ -216,7 +229,8 @@ class _PoolRunner:
     """An `ExpertRunner` with experts of a pool, from one number on, or without any."""
 
     def __init__(self, pool: Sequence[Expert] = (), start: int = 0) -> None:
-        self._pool, self._start = pool, start
+        self._pool = pool
+        self._start = start
         self._held = functools.cache(lambda count: LayerExperts(map(self._expert, range(count))))
 
     def run(

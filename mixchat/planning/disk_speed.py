@@ -94,7 +94,8 @@ def _written(
     with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
         system.set_direct(file.fileno(), not system.drops_pages())
         # Random, because some disks compress.
-        data, written = memoryview(os.urandom(min(size, _SYNC_BYTES))), 0
+        data = memoryview(os.urandom(min(size, _SYNC_BYTES)))
+        written = 0
         latest = min(time.perf_counter() + 4 * seconds, until)
         while written < size and (not written or time.perf_counter() < latest):
             written += os.write(file.fileno(), data[: size - written])
@@ -116,11 +117,13 @@ class _Disk:
     """Reads blocks that are not in the page cache."""
 
     def __init__(self, places: Places, block: int, readers: ThreadPoolExecutor) -> None:
-        self._block, self._readers = block, readers
+        self._block = block
+        self._readers = readers
         # None again before all were read.
         self._places = cycle(random.sample(places, len(places)))
         # Small experts are read together, as the queue of loads does, but not on a slow disk.
-        self._together, self._most_together = 1, min(-(-2 * READS * PIECE // block), len(places))
+        self._together = 1
+        self._most_together = min(-(-2 * READS * PIECE // block), len(places))
         # Filled, so that no page is given while time is taken. Numpy asks for large pages. Reads
         # into the small ones that a process gets first had 1.1 GB/s, and others 2.1 to 2.8.
         filled = np.ones(self._most_together * block + ALIGNMENT, np.uint8)
@@ -137,7 +140,8 @@ class _Disk:
                 system.set_direct(fd, False)
 
     def measure(self, work: Callable[[], None], seconds: float, until: float) -> DiskRates:
-        busy, idle = [], []
+        busy = []
+        idle = []
         for _ in range(_ROUNDS):
             with ThreadPoolExecutor(1) as pool:
                 reading = pool.submit(self._round, seconds, until)
@@ -151,7 +155,8 @@ class _Disk:
 
     def _round(self, seconds: float, until: float) -> tuple[int, float]:
         """Read for so many seconds. Return bytes and seconds."""
-        size, total = 0, 0.0
+        size = 0
+        total = 0.0
         while not size or (total < seconds and time.perf_counter() < until):
             taken = self._read(list(islice(self._places, self._together)))
             if taken < _SHORT * seconds and self._together < self._most_together:

@@ -23,7 +23,8 @@ from mixchat.weights.matrix.linear import LinearSpec
 # The part that is read of what could be read while a GPU or several answers' tokens compute. Their
 # experts are known too late for all, by `tests/benchmarks/beyond_memory.py`. A prompt needs most
 # experts of a layer, which are read while the layers before it are computed.
-OVERLAP, PROMPT_OVERLAP = 0.5, 1.0
+OVERLAP = 0.5
+PROMPT_OVERLAP = 1.0
 # The part of the disk's measured speed that reads into slots of small pages have.
 # `tests/benchmarks/beyond_memory.py` measures 0.7 to 0.95.
 IN_USE = 0.85
@@ -32,7 +33,9 @@ IN_USE = 0.85
 MISSING_EXPERTS_S = 8e-4
 # On a GPU, the kernels of a layer in a graph, a wait for the host, and a matrix of a prompt, which
 # needs three kernels without a graph.
-GPU_LAYER_S, SYNC_S, _PROMPT_MATRIX_S = 2e-5, 2e-5, 1.5e-5
+GPU_LAYER_S = 2e-5
+SYNC_S = 2e-5
+_PROMPT_MATRIX_S = 1.5e-5
 # Tokens a second. People read 238 words a minute (Brysbaert 2019, doi 10.1016/j.jml.2019.104047)
 # of some 1.3 tokens each. With the other figure, 200 words take four minutes.
 READING = 5.0
@@ -96,7 +99,8 @@ class SpeedEstimate:
 
         A GPU has missing experts copied.
         """
-        config, placement = self.blueprint.config, self.placement
+        config = self.blueprint.config
+        placement = self.placement
         read = 1.0 if cold else 1 - placement.held / placement.experts
         chunks = [min(PREFILL_CHUNK, tokens - start) for start in range(0, tokens, PREFILL_CHUNK)]
         distinct = [expected_distinct(config, chunk) for chunk in chunks]
@@ -113,8 +117,11 @@ class SpeedEstimate:
         return self._cost(computing, copying=copying, read=uses * read, overlap=PROMPT_OVERLAP)
 
     def _cpu_token(self) -> Cost | None:
-        config, answers, speeds = self.blueprint.config, self.answers, self.speeds
-        layers, uses = config.num_moe_layers, expected_distinct(config, answers)
+        config = self.blueprint.config
+        answers = self.answers
+        speeds = self.speeds
+        layers = config.num_moe_layers
+        uses = expected_distinct(config, answers)
         # More rows slow all matrices alike.
         slowdown = speeds.expert_time(answers) / speeds.expert_time(1)
         layers_s = (
@@ -122,7 +129,8 @@ class SpeedEstimate:
             + (layers * MISSING_EXPERTS_S if self.hit_rate < 1 else 0.0)
             + layers * uses * speeds.expert_time(answers * config.num_experts_per_tok / uses)
         )
-        computing, overlap = layers_s + slowdown * self._pace(self._head_bytes), OVERLAP
+        computing = layers_s + slowdown * self._pace(self._head_bytes)
+        overlap = OVERLAP
         if answers == 1:
             # The experts of a token's first layers are not predicted, as many are predicted too
             # late, and nothing is read beside the head. With 0.5 for all, plans for 12 layers of
@@ -137,7 +145,9 @@ class SpeedEstimate:
 
         Several answers take turns, but what one of them has read from the disk serves the others.
         """
-        config, gpu, hit_rate = self.blueprint.config, self._gpu, self.hit_rate
+        config = self.blueprint.config
+        gpu = self._gpu
+        hit_rate = self.hit_rate
         uses = config.num_moe_layers * config.num_experts_per_tok
         size = sum(matrix.nbytes for matrix in self._dense) + self._head_bytes
         size += int(hit_rate * uses * self.blueprint.mean_expert)
@@ -153,7 +163,8 @@ class SpeedEstimate:
 
     def _cpu_chunk(self, tokens: int, distinct: float) -> float:
         """Return the seconds of a chunk that uses `distinct` experts of each layer, on a CPU."""
-        config, speeds = self.blueprint.config, self.speeds
+        config = self.blueprint.config
+        speeds = self.speeds
         slowdown = speeds.expert_time(tokens) / speeds.expert_time(1)
         rows = tokens * config.num_experts_per_tok / distinct
         layer_s = slowdown * speeds.layer_seconds + distinct * speeds.expert_time(rows)
@@ -164,7 +175,9 @@ class SpeedEstimate:
 
         Weights become 16-bit numbers once for a chunk, and tensor cores multiply them.
         """
-        config, gpu, expert = self.blueprint.config, self._gpu, self.blueprint.expert
+        config = self.blueprint.config
+        gpu = self._gpu
+        expert = self.blueprint.expert
         matrices = [expert.gate_up, expert.down]
         uses = config.num_moe_layers * distinct
         rows = tokens * config.num_experts_per_tok / distinct
@@ -186,15 +199,18 @@ class SpeedEstimate:
         overlap: float = OVERLAP,
     ) -> Cost | None:
         """Return the cost of a token or a prompt that reads `read` experts from disk."""
-        busy, idle = self.speeds.disk_busy, self.speeds.disk_idle
+        busy = self.speeds.disk_busy
+        idle = self.speeds.disk_idle
         if not read:
-            moving, slowed = copying, 1.0
+            moving = copying
+            slowed = 1.0
         elif busy is None or idle is None:
             return None
         else:
             alone = max(busy, idle)
             reading = read * self.blueprint.mean_expert / (IN_USE * alone)
-            moving, slowed = copying + reading, busy / alone
+            moving = copying + reading
+            slowed = busy / alone
         hidden = overlap * min((computing + waiting) * slowed, moving)
         return Cost(computing, waiting, copying, moving - copying, hidden)
 

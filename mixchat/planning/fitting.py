@@ -101,7 +101,8 @@ def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> M
     demand = replace(demand, context=context_bytes)
     placement = _place(demand, free, options)
     # The largest context leaves the fewest experts. A budget of RAM keeps its slots.
-    least_slots, room = MIN_SLOTS, free.host
+    least_slots = MIN_SLOTS
+    room = free.host
     if free.device is not None:
         first = free.rooms(options.device_memory)[0]
         room = first.free if first.budget is None else first.budget.of(first.free)
@@ -117,7 +118,9 @@ class _SpareMemory:
     """The memory that a context can take, in bytes, so that each expert keeps its place."""
 
     def __init__(self, demand: Demand, free: FreeMemory, options: LoadOptions) -> None:
-        self._demand, self._free, self._options = demand, free, options
+        self._demand = demand
+        self._free = free
+        self._options = options
 
     def place_beside(self, context: int) -> Placement | None:
         """Return the places of the experts beside a context, None if they do not fit."""
@@ -234,13 +237,15 @@ def _context_bytes(
 
     checkpoints: of each answer, None for the usual ones.
     """
-    config, dtype = blueprint.config, blueprint.quantization.dtype
+    config = blueprint.config
+    dtype = blueprint.quantization.dtype
     return cache_bytes(config, tokens, dtype, options.kv_bits, options.parallel, checkpoints)
 
 
 def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Placement:
     """Return the places of a worker's experts. Raises as `fit_model`."""
-    expert, whole = blueprint.expert.stride, blueprint.experts_size
+    expert = blueprint.expert.stride
+    whole = blueprint.experts_size
     demand = Demand(0, 0, expert, blueprint.expert_count, whole, layers=_layers(blueprint))
     return _place(demand, free, options)
 

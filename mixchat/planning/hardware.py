@@ -15,7 +15,9 @@ from mixchat.planning.fitting import FreeMemory
 from mixchat.planning.machine_speeds import GPUSpeeds, MachineSpeeds
 
 # Bytes that other programs need on a described machine, and the largest part of all.
-_TAKEN_RAM, _TAKEN_GPU, _TAKEN_PART = 2 * 10**9, 5 * 10**8, 0.25
+_TAKEN_RAM = 2 * 10**9
+_TAKEN_GPU = 5 * 10**8
+_TAKEN_PART = 0.25
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class ToldMachine:
 
     def machine(self, here: Machine) -> Machine:
         """Return this machine, `here`, with the figures that are told."""
-        there, free = here, here.free
+        there = here
+        free = here.free
         if self.ram is not None:
             free = replace(free, host=_free(self.ram, _TAKEN_RAM), limit=None)
             there = replace(there, memory=self.ram)

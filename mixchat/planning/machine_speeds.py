@@ -18,12 +18,15 @@ BUSY = 0.2  # of the cores' time that other programs take
 # Of a layer on a CPU, whatever its size. Granite's took 0.13 ms longer than reading its bytes.
 LAYER_START_S = 1e-4
 # Of a data sheet, the parts that weights and copies from RAM and products of prompts reach.
-_MEMORY_PART, _BUS_PART, _COMPUTE_PART = 0.8, 0.8, 0.5
+_MEMORY_PART = 0.8
+_BUS_PART = 0.8
+_COMPUTE_PART = 0.5
 # Trellis codes take 9 to 12 instructions a weight, which hold up a GPU's memory. By counts of the
 # compiled loop they take 1.4 times (RTX 3090) to 2.2 times (H100) as long as their bytes.
 _TRELLIS_SLOWDOWN = 1.8
 # Turing has no tensor cores for bf16, so its products run at the rate of fp32.
-_BF16_CAPABILITY, _BF16_PART = (8, 0), 0.25
+_BF16_CAPABILITY = (8, 0)
+_BF16_PART = 0.25
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class GPUSpeeds:
         if card.capability is not None and card.capability < _BF16_CAPABILITY:
             compute *= _BF16_PART
         source = "its data sheet" if card.is_known else "a cheap card"
-        memory, bus = _MEMORY_PART * card.bandwidth, _BUS_PART * card.bus
+        memory = _MEMORY_PART * card.bandwidth
+        bus = _BUS_PART * card.bus
         return cls(card.name, memory, bus, compute, source)
 
     def for_trellis(self) -> GPUSpeeds:

@@ -83,7 +83,8 @@ def measure_machine(blueprint: Blueprint, directory: Path, device: torch.device)
 
     Without figures of the disk nothing is saved. A file that cannot be written is ignored.
     """
-    key, programs = measurement_key(blueprint, directory, device), machine.OtherPrograms()
+    key = measurement_key(blueprint, directory, device)
+    programs = machine.OtherPrograms()
     effort = Effort(until=time.perf_counter() + MOST_SECONDS)
     speeds = replace(
         take_speeds(blueprint, directory, gpus_with(device), effort),
@@ -141,9 +142,11 @@ def _measure_gpu(blueprint: Blueprint, device: torch.device) -> GPUSpeeds:
 
 def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device) -> str:
     """Return all that a measurement depends on, as a line."""
-    expert, forms = blueprint.expert, blueprint.expert_forms
+    expert = blueprint.expert
+    forms = blueprint.expert_forms
     mixed = [f"{blueprint.mean_expert} on average"] if len(forms) > 1 else []
-    gate_up, layers = expert.gate_up, blueprint.layer_forms
+    gate_up = expert.gate_up
+    layers = blueprint.layer_forms
     gpus = [gpu.name(device) for device in gpus_with(device)]
     return "; ".join(
         (

@@ -64,7 +64,8 @@ def fit_on_faster(
     Also return why it is not the GPUs, as the end of a sentence. Without memory for the model on
     the GPUs it is the CPU, too. Raises `ResourceError` if the model fits on neither.
     """
-    device, on_cpu = torch.device(gpu.KIND, 0), None
+    device = torch.device(gpu.KIND, 0)
+    on_cpu = None
     try:
         on_cpu = ModelPlan.of(fit_model(blueprint, free.without_gpus(), options), CPU, speeds)
         on_gpu = ModelPlan.of(fit_model(blueprint, free, options), device, speeds)
@@ -72,7 +73,8 @@ def fit_on_faster(
         if on_cpu is None:
             return ModelPlan.of(fit_model(blueprint, free, options), device, speeds), None
         return on_cpu, f"too little memory ({format_size(free.device or 0)} are free)"
-    gpu_speed, cpu_speed = on_gpu.speed.tokens_per_second, on_cpu.speed.tokens_per_second
+    gpu_speed = on_gpu.speed.tokens_per_second
+    cpu_speed = on_cpu.speed.tokens_per_second
     if gpu_speed is None or cpu_speed is None or cpu_speed < _LEAST_GAIN * gpu_speed:
         return on_gpu, None
     return on_cpu, f"slower by the plan ({gpu_speed:.2g} tok/s, the CPU {cpu_speed:.2g})"

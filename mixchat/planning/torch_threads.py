@@ -33,7 +33,8 @@ def choose_threads(blueprint: Blueprint) -> None:
     physical = _torch_default()
     if os.environ.get("OMP_NUM_THREADS"):  # set by a person
         return
-    config, used = blueprint.config, blueprint.quantization
+    config = blueprint.config
+    used = blueprint.quantization
     shape = (
         f"layers of {config.hidden_size} columns with {config.num_attention_heads} heads in "
         f"{used.attention}, {config.num_experts_per_tok} experts of {config.intermediate_size} in "

@@ -104,7 +104,8 @@ class Answers:
     ) -> None:
         self.last = self.count = 0
         self.failed: set[int] = set()
-        self._path, self._descriptor = path, descriptor
+        self._path = path
+        self._descriptor = descriptor
         if path is not None:
             with os.fdopen(os.dup(descriptor), "rb") as file:
                 size = self._read(file, path)

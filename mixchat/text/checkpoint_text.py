@@ -74,7 +74,8 @@ class _Sandboxed:
     """An object in the sandbox. Errors about it begin with `subject`."""
 
     def __init__(self, sandbox: Sandbox, subject: str) -> None:
-        self._sandbox, self._subject = sandbox, subject
+        self._sandbox = sandbox
+        self._subject = subject
 
     def _ask_ids(self, method: str, *arguments: object) -> list[int]:
         call = SandboxCall(self._subject, method, arguments)

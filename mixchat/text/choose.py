@@ -47,7 +47,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     chat template also brings control tokens, which tokenizer.json describes better. Raises
     `CheckpointError` if there is neither, or one cannot be read.
     """
-    spm_file, json_file = directory / _SENTENCEPIECE_FILE, directory / _JSON_FILE
+    spm_file = directory / _SENTENCEPIECE_FILE
+    json_file = directory / _JSON_FILE
     template = read_chat_template(directory)
     generation = 1 if template is None else _mistral_generation(template.source)
     if spm_file.exists() and (generation or not json_file.exists()):

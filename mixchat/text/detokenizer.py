@@ -84,7 +84,8 @@ class StopStrings:
         text = self._held + text
         ends = [(i + len(s), i) for s in self._strings if (i := text.find(s)) >= 0]
         if ends:
-            self._held, self._stopped = "", True
+            self._held = ""
+            self._stopped = True
             return text[: min(ends)[1]], True
         longest = max((len(s) - 1 for s in self._strings), default=0)
         sizes = range(min(longest, len(text)), 0, -1)
@@ -95,5 +96,6 @@ class StopStrings:
 
     def flush(self) -> str:
         """Return the text that was held back, at the end of a text without a stop string."""
-        held, self._held = self._held, ""
+        held = self._held
+        self._held = ""
         return held

@@ -112,7 +112,8 @@ class JinjaTemplate:
         if not any(message.calls for message in messages) or self._takes_calls:
             return messages
         # Then an answer has the ids of its content and its calls, as a model writes them.
-        encode, encoded = self._tokenizer.encode, []
+        encode = self._tokenizer.encode
+        encoded = []
         opening, closing = map(self._tokenizer.encode_template, (format.opening, format.closing))
         for message in messages:
             if message.calls:
@@ -262,7 +263,8 @@ class _CoveredText(str):
 
     def __new__(cls, covered: str, plain: str, cover: Callable[[str], str]) -> _CoveredText:
         text = super().__new__(cls, covered)
-        text._plain, text._cover = plain, cover
+        text._plain = plain
+        text._cover = cover
         return text
 
     def __lt__(self, other: str) -> bool:

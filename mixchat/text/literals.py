@@ -126,7 +126,8 @@ class LiteralEnd:
                 # The end may be half of an escape or of a quote.
                 self._at = max(self._at, len(text) - len(self._form))
                 return None
-            stop, after = match[0], match.end()
+            stop = match[0]
+            after = match.end()
             if self._quote:
                 if self._form == PYTHON and stop == self._quote:
                     if not text[after:].strip():

@@ -51,7 +51,8 @@ def shown_thinking(message: Message, variables: Variables) -> str:
 
 def as_parts(message: Message, variables: Variables = None) -> list[Any]:
     """Return the parts of a message that a template with these variables reads, as JSON."""
-    calls, thinking = [astuple(call) for call in message.calls], shown_thinking(message, variables)
+    calls = [astuple(call) for call in message.calls]
+    thinking = shown_thinking(message, variables)
     return [message.role, message.content, message.content_ids, thinking, calls, message.call_id]
 
 

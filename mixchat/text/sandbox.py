@@ -99,7 +99,8 @@ class Sandbox:
 
         `opening` are the calls that each child serves before all others.
         """
-        self._command, self._opening = (program, argument), opening
+        self._command = (program, argument)
+        self._opening = opening
         self._lock = threading.Lock()
         self._child: _Child | None = _Child(self._command, opening)
         _sandboxes.add(self)
@@ -133,7 +134,8 @@ class Sandbox:
 
     def close(self) -> None:
         """End the child, which no other thread uses."""
-        child, self._child = self._child, None
+        child = self._child
+        self._child = None
         if child is not None:
             child.end()
 
@@ -142,7 +144,9 @@ class Sandbox:
 
         Both would read each other's replies.
         """
-        self._lock, child, self._child = threading.Lock(), self._child, None
+        self._lock = threading.Lock()
+        child = self._child
+        self._child = None
         if child is not None:
             child.leave()
 
@@ -183,7 +187,8 @@ class _Child:
         # A child that wrote nothing must not be waited for.
         os.set_blocking(process.stderr.fileno(), False)
         self.values: list[Any] = []  # of the opening calls
-        self._process, self._channel = process, channel
+        self._process = process
+        self._channel = channel
         self.end = weakref.finalize(self, _end, process, channel)
         frames = [(call.frame(), call.allowed()) for call in opening]
 
@@ -272,7 +277,8 @@ def _value(reply: Any, subject: str) -> Any:
         raise unusable(subject)
     if "error" not in reply:
         return reply.get("value")
-    error, text = reply["error"], str(reply.get("text"))
+    error = reply["error"]
+    text = str(reply.get("text"))
     hint = reply.get("hint")
     if error in _ERRORS:
         raise _ERRORS[error](text, hint=hint if isinstance(hint, str) else None)

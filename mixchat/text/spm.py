@@ -91,13 +91,15 @@ class SentencePieceTokenizer(Tokenizer):
                     ids.extend(self.encode(segment))
                     continue
                 # SentencePiece omits the space only after other text, so a newline goes before.
-                after, head = self.encode("\n" + segment), len(self._newline)
+                after = self.encode("\n" + segment)
+                head = len(self._newline)
                 starts = after[:head] == self._newline
                 ids.extend(after[head:] if starts else self.encode(segment))
         return ids
 
     def _all_bytes(self) -> TokenBytes:
-        within, controls = [b""] * self.vocab_size, {*self.control_tokens.values()}
+        within = [b""] * self.vocab_size
+        controls = {*self.control_tokens.values()}
         for i in range(self._size):
             piece: str = self._model.id_to_piece(i)
             if i in controls:

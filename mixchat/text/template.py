@@ -67,7 +67,8 @@ class InstructTemplate:
         require_question(messages)
         placed = system_in_question(MISTRAL.with_its_ids(messages), 0 if self._is_first else -1)
         last_question = max(i for i, message in enumerate(placed) if message.role == "user")
-        ids, known = [*_optional(self._tokenizer.bos_id)], self._tokenizer.control_tokens
+        ids = [*_optional(self._tokenizer.bos_id)]
+        known = self._tokenizer.control_tokens
         for index, message in enumerate(placed):
             if message.role == "user":
                 if tools and index == last_question:
@@ -110,7 +111,8 @@ class InstructTemplate:
 
     def _between(self, begin: str, value: object, end: str) -> list[int]:
         """Return the ids of a value's JSON between two control tokens."""
-        text, known = json.dumps(value, ensure_ascii=False), self._tokenizer.control_tokens
+        text = json.dumps(value, ensure_ascii=False)
+        known = self._tokenizer.control_tokens
         return [known[begin], *self._tokenizer.encode(text), known[end]]
 
 

@@ -28,8 +28,11 @@ _TAGS = {
     "channel": ("<|channel>", "thought", "<channel|>", ""),
     "brackets": ("[THINK]", "", "[/THINK]", ""),
 }
-_CHANNEL, _MESSAGE, _FINAL = "<|channel|>", "<|message|>", "final"
-_TO_FUNCTION, _FUNCTION = "to=functions", re.compile(r"to=functions\.([\w.-]+)")
+_CHANNEL = "<|channel|>"
+_MESSAGE = "<|message|>"
+_FINAL = "final"
+_TO_FUNCTION = "to=functions"
+_FUNCTION = re.compile(r"to=functions\.([\w.-]+)")
 _TO_ANSWER = f"{_CHANNEL}{_FINAL}{_MESSAGE}"
 _CONSTRAIN = "<|constrain|>"  # between two words of a header
 # Marks that lead from a message to the next one, or into its header.
@@ -52,7 +55,8 @@ class AnswerText:
     calls: tuple[CallDelta, ...] = ()
 
     def __add__(self, later: AnswerText) -> AnswerText:
-        text, thinking = self.text + later.text, self.thinking + later.thinking
+        text = self.text + later.text
+        thinking = self.thinking + later.thinking
         return AnswerText(text, thinking, self.calls + later.calls)
 
 
@@ -108,8 +112,11 @@ class ThinkingParser(ABC):
     def __init__(self, marks: Mapping[int, str] | None = None) -> None:
         self.marks = marks or {}
         self.start: int | None = None
-        self.opens_call, self.may_call, self.calls = False, True, 0
-        self._place, self._held = 0, ""
+        self.opens_call = False
+        self.may_call = True
+        self.calls = 0
+        self._place = 0
+        self._held = ""
 
     @abstractmethod
     def add(self, text: str) -> AnswerText:
@@ -185,7 +192,8 @@ def _ends_open(tokenizer: Tokenizer, prompt_ids: Sequence[int], opening: str) ->
 
 def _unseen(tokenizer: Tokenizer, *names: str) -> dict[int, str]:
     """Return the names by id of those control tokens that a decoded text does not show."""
-    known, shown = tokenizer.control_tokens, tokenizer.token_bytes.names
+    known = tokenizer.control_tokens
+    shown = tokenizer.token_bytes.names
     ids = {known[name]: name for name in names if name in known}
     return {token: name for token, name in ids.items() if token not in shown}
 
@@ -226,7 +234,8 @@ class _TagParser(ThinkingParser):
         if self._state == "between":
             self._drop_space()
             if self._held:
-                self._state, self.start = "answer", self._place
+                self._state = "answer"
+                self.start = self._place
         answer = self._take(len(self._held)) if self._state == "answer" else ""
         return AnswerText(_MARK_CHAR.sub("", answer), _MARK_CHAR.sub("", thinking))
 
@@ -246,7 +255,8 @@ class _TagParser(ThinkingParser):
     def flush(self) -> AnswerText:
         if self._state != "before":
             return AnswerText()  # white space, or the beginning of the closing tag
-        self._state, self.start = "answer", 0
+        self._state = "answer"
+        self.start = 0
         return AnswerText(_MARK_CHAR.sub("", self._take(len(self._held))))
 
     def _begin(self) -> None:
@@ -256,7 +266,8 @@ class _TagParser(ThinkingParser):
             self._take(len(self._open))
             self._state = "thinking"
         elif not self._open.startswith(begins):
-            self._state, self.start = "answer", 0
+            self._state = "answer"
+            self.start = 0
 
     def _think(self) -> str:
         if not self._has_thought:
@@ -272,7 +283,8 @@ class _TagParser(ThinkingParser):
         return thinking
 
     def _take(self, count: int) -> str:
-        taken, self._held = self._held[:count], self._held[count:]
+        taken = self._held[:count]
+        self._held = self._held[count:]
         self._place += count
         return taken
 
@@ -298,7 +310,8 @@ class _HarmonyParser(ThinkingParser):
         super().__init__(marks)
         self._header: str | None = ""  # None within a message
         self._has_channel = self._has_marks = self._has_thought = False
-        self.may_call, self._function = finds_calls, ""
+        self.may_call = finds_calls
+        self._function = ""
 
     def add(self, text: str) -> AnswerText:
         self._place += len(text)
@@ -322,14 +335,16 @@ class _HarmonyParser(ThinkingParser):
         if name == _CONSTRAIN:
             self._header = None if self._header is None else f"{self._header} "
             return AnswerText()
-        header, self._header = self._header or "", None if name == _MESSAGE else ""
+        header = self._header or ""
+        self._header = None if name == _MESSAGE else ""
         if self.may_call and (match := _FUNCTION.search(header)):
             self._function = match[1]
         if name != _MESSAGE:
             self._has_channel = name == _CHANNEL
             return AnswerText()
         if self._function:
-            self.start, self.calls = self._place, 1
+            self.start = self._place
+            self.calls = 1
             return AnswerText(calls=(CallDelta(0, id=new_call_id(), name=self._function),))
         if not self._has_channel or header.split()[:1] in ([], [_FINAL]):
             self.start = self._place

@@ -75,7 +75,8 @@ def new_call_id() -> str:
 
 def properties_of(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return the schemas of an object's properties. One that is only required allows all values."""
-    properties, required = schema.get("properties"), schema.get("required")
+    properties = schema.get("properties")
+    required = schema.get("required")
     known = properties if isinstance(properties, dict) else {}
     needed = required if isinstance(required, list) else ()
     return {**known, **{name: {} for name in needed if name not in known}}

@@ -58,9 +58,12 @@ class _CallParser(ThinkingParser):
     def __init__(self, inner: ThinkingParser, opening: str, tokenizer: Tokenizer) -> None:
         known = tokenizer.control_tokens
         super().__init__({**inner.marks, **({known[opening]: opening} if opening in known else {})})
-        self._inner, self._opening, self._blanks = inner, opening, ""
+        self._inner = inner
+        self._opening = opening
+        self._blanks = ""
         self.start = inner.start
-        self._first, self._next = _FIRST, _NEXT
+        self._first = _FIRST
+        self._next = _NEXT
         self._object: _ObjectEnd | None = None  # of the arguments that come
 
     def add(self, text: str) -> AnswerText:
@@ -136,7 +139,8 @@ class _CallParser(ThinkingParser):
         return self._blanks + self._opening + self._take(len(self._held))
 
     def _take(self, count: int) -> str:
-        taken, self._held = self._held[:count], self._held[count:]
+        taken = self._held[:count]
+        self._held = self._held[count:]
         return taken
 
 
@@ -155,7 +159,9 @@ class _TaggedParser(_CallParser, ABC):
         self._tags = [name for name in format.marks if name in known]
         self.marks = {**self.marks, **{known[name]: name for name in self._tags}}
         self._tools = {tool.name: tool for tool in offered}
-        self._name, self._count, self._came = "", 0, ""
+        self._name = ""
+        self._count = 0
+        self._came = ""
         self._read_format(format)
 
     @abstractmethod
@@ -171,13 +177,15 @@ class _TaggedParser(_CallParser, ABC):
 
     def mark(self, name: str) -> AnswerText:
         """Take a mark, of which a tag in a call counts as its text, unless that has come."""
-        came, self._came = self._came.endswith(name), ""
+        came = self._came.endswith(name)
+        self._came = ""
         if self.opens_call and name in self._tags and not came:
             return self._found(AnswerText(name))
         return super().mark(name)
 
     def _begin(self, head: re.Match[str] | None) -> list[CallDelta]:
-        self._name, self._count = "" if head is None else head[1], 0
+        self._name = "" if head is None else head[1]
+        self._count = 0
         return super()._begin(head)
 
     def _takes_text(self, argument: str) -> bool:
@@ -204,7 +212,8 @@ class _NamedParser(_TaggedParser):
         *id_start, args_start = map(re.escape, format.markup)
         id = "".join(rf"(?:{text}\s*(?P<id>[a-zA-Z0-9]{{9}})\s*)?" for text in id_start)
         head = rf"\s*([\w.-]+)\s*{id}{args_start}\s*(?=\{{)"
-        self._first, self._next = re.compile(head), re.compile(re.escape(format.opening) + head)
+        self._first = re.compile(head)
+        self._next = re.compile(re.escape(format.opening) + head)
 
 
 class _MarkupParser(_TaggedParser):
@@ -216,7 +225,8 @@ class _MarkupParser(_TaggedParser):
         # A name without a text after it ends where an argument or the call's end begins.
         name_end = name_end or rf"(?=[ \n]{{0,2}}{key}|{last})"
         head = rf"[ \n]{{0,2}}{name_start}([\w.-]+){name_end}"
-        self._first, self._next = re.compile(head), re.compile(re.escape(format.opening) + head)
+        self._first = re.compile(head)
+        self._next = re.compile(re.escape(format.opening) + head)
         self._end = format.markup[4]
         # Only tried once the end is there. For each token it took cubic time on a page of HTML.
         self._argument = re.compile(
@@ -247,21 +257,27 @@ class _LiteralsParser(_TaggedParser):
 
     def _read_format(self, format: ToolFormat) -> None:
         name_start, name_end, _, equals, _, end = map(re.escape, format.markup)
-        before, between = r"\s*\[", r"\s*,"
+        before = r"\s*\["
+        between = r"\s*,"
         if not format.in_list:
-            before, between = "", rf"\s*{re.escape(format.closing)}\s*{re.escape(format.opening)}"
+            before = ""
+            between = rf"\s*{re.escape(format.closing)}\s*{re.escape(format.opening)}"
         head = rf"\s*{name_start}\s*([\w.-]+)\s*{name_end}"
-        self._first, self._next = re.compile(before + head), re.compile(between + head)
+        self._first = re.compile(before + head)
+        self._next = re.compile(between + head)
         self._key = re.compile(rf"\s*(?:,\s*)?([^\s:=,(){{}}]+)\s*{equals}\s*")
         self._last = re.compile(rf"\s*(?:,\s*)?{end}")
-        self._quote, self._argument = format.quote, ""
-        self._may_be_json, self._is_json = format.in_list, False
+        self._quote = format.quote
+        self._argument = ""
+        self._may_be_json = format.in_list
+        self._is_json = False
         self._literal = LiteralEnd(format.quote)
 
     def _call(self) -> list[CallDelta]:
         if self._may_be_json and not self.calls and _FIRST.match(self._held):
             self._is_json = True
-            self._first, self._next = _FIRST, _NEXT
+            self._first = _FIRST
+            self._next = _NEXT
         if self._is_json:
             return super()._call()
         if not self._name:
@@ -273,11 +289,13 @@ class _LiteralsParser(_TaggedParser):
             if match is None:
                 return []
             self._take(match.end())
-            self._argument, self._literal = match[1], LiteralEnd(self._quote)
+            self._argument = match[1]
+            self._literal = LiteralEnd(self._quote)
         size = self._literal.find(self._held)
         if size is None:
             return []
-        name, self._argument = self._argument, ""
+        name = self._argument
+        self._argument = ""
         text = self._take(size).strip()
         value = json_of(text, self._quote)
         is_other = self._takes_text(name) and not value.startswith('"')

@@ -18,7 +18,8 @@ def expert_table(report: ExpertReport) -> str:
     places = [PLACES[tier] for tier in report.tiers_used]
     rows = [("layer", "uses", "hits", *places, f"most used of {len(report.tiers[0])}")]
     for layer, tiers in enumerate(report.tiers):
-        hits, misses = report.hits[layer], report.misses[layer]
+        hits = report.hits[layer]
+        misses = report.misses[layer]
         counts = [str(tiers.count(tier)) for tier in report.tiers_used]
         uses = [hit + miss for hit, miss in zip(hits, misses, strict=True)]
         rate = _rate(sum(hits), sum(misses), 0)
@@ -47,13 +48,15 @@ def _totals(report: ExpertReport) -> Iterator[str]:
     yield f"experts  {'   '.join(places)}"
     model = sanitize(" ".join(report.model.split()))
     yield f"model    {model}: {report.tokens:,} tokens in {format_time(report.seconds)}"
-    hits, misses = sum(chain(*report.hits)), sum(chain(*report.misses))
+    hits = sum(chain(*report.hits))
+    misses = sum(chain(*report.misses))
     predictions = f"{report.predictions:,}"
     if report.predictions:
         share = report.right_predictions / report.predictions
         predictions += f", {report.right_predictions:,} right ({share:.0%})"
     yield f"uses     {hits + misses:,}, {_rate(hits, misses, 1)} hits; predictions {predictions}"
-    moved, stalled = format_size(report.bytes_moved), f"{report.stalled_seconds:,.1f} s"
+    moved = format_size(report.bytes_moved)
+    stalled = f"{report.stalled_seconds:,.1f} s"
     if report.tokens:
         moved += f", {format_size(report.bytes_moved // report.tokens)} a token"
     if report.seconds:

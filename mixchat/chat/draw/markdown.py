@@ -180,7 +180,8 @@ def blocks(text: str) -> list[MarkdownBlock]:
     A block cannot change when a complete line of the next one is there. So references and
     underlined headings are text here, and blank lines stay as they were written.
     """
-    lines, drawn = text.split("\n"), list[MarkdownBlock]()
+    lines = text.split("\n")
+    drawn = list[MarkdownBlock]()
     for block in _split(_parser().parse(text)):
         start, end = block[0].map or (0, 0)
         source = "\n".join(lines[start:end]).rstrip()
@@ -325,7 +326,9 @@ class _Table(TableElement):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for table in super().__rich_console__(console, options):
             assert isinstance(table, Table)
-            table.box, table.pad_edge, table.collapse_padding = box.SQUARE, True, False
+            table.box = box.SQUARE
+            table.pad_edge = True
+            table.collapse_padding = False
             yield table
 
 

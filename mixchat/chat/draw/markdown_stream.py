@@ -20,12 +20,16 @@ _MIN_FRAME_INTERVAL_S = 0.03
 _RESIZE_PAUSE_S = 0.3
 
 # A terminal that knows mode 2026 shows all of a frame at once.
-_BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
+_BEGIN = "\x1b[?2026h"
+_END = "\x1b[?2026l"
 # Without mode 7 no line of the tail takes two rows, even if Rich and the terminal disagree on a
 # character's width.
-_NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
-_FAINT, _NO_LONGER_FAINT = "\x1b[2m", "\x1b[22m"
-_HIDE_CURSOR, _SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+_NO_WRAP = "\x1b[?7l"
+_WRAP = "\x1b[?7h"
+_FAINT = "\x1b[2m"
+_NO_LONGER_FAINT = "\x1b[22m"
+_HIDE_CURSOR = "\x1b[?25l"
+_SHOW_CURSOR = "\x1b[?25h"
 # It starts at the second column. At the top of the screen, tmux takes the first column for clearing
 # the screen, and copies the old content to its history.
 _ERASE_BELOW = "\r\x1b[K\x1b[C\x1b[J\r"
@@ -50,9 +54,11 @@ class MarkdownStream:
         below: Callable[[], str] = str,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._console, self._clock = console, clock
+        self._console = console
+        self._clock = clock
         self._has_tail = console.is_terminal and not console.is_dumb_terminal
-        self._earlier, self._below = earlier, below
+        self._earlier = earlier
+        self._below = below
         self._rest = ""  # the text that can still change
         self._gap = False  # a blank line comes before the rest
         self._lacks_frame = False  # the line above the code of the rest is on the screen already
@@ -63,7 +69,8 @@ class MarkdownStream:
     def feed(self, text: str) -> None:
         """Take the next piece, and draw unless too much time was spent on drawing."""
         if self._earlier and text:
-            earlier, self._earlier = cleaned(self._earlier, self._console.encoding), ""
+            earlier = cleaned(self._earlier, self._console.encoding)
+            self._earlier = ""
             last = blocks(earlier)[-1:]
             self._rest = earlier.split("\n", last[0].start)[-1] if last and last[0].is_open else ""
         self._rest += cleaned(text, self._console.encoding)
@@ -71,11 +78,13 @@ class MarkdownStream:
         if started < self._next_frame:
             return
         if (size := self._console.size) != self._size:
-            self._size, self._next_frame = size, started + _RESIZE_PAUSE_S
+            self._size = size
+            self._next_frame = started + _RESIZE_PAUSE_S
             return
         with interrupts.deferred():  # no half frame, and none that is drawn twice
             options = self._console.options
-            final, tail = self._settled(), list[str]()
+            final = self._settled()
+            tail = list[str]()
             if self._has_tail:
                 line = self._below()
                 tail = [*self._tail_rows(), *([_faint(line)] if line else [])]
@@ -114,7 +123,8 @@ class MarkdownStream:
         rows = self._rows(final)
         if final:
             self._rest = self._rest.split("\n", last.start)[-1]
-            self._gap, self._lacks_frame = last.gap, False
+            self._gap = last.gap
+            self._lacks_frame = False
         if not last.is_open or last.tokens[0].type != "fence":
             return rows
         # Code above the screen is final up to a blank line. The lines after it get the same
@@ -125,7 +135,8 @@ class MarkdownStream:
             size = len(above) - above[::-1].index("")
             rows += self._rows(self._blocks("\n".join([fence, *above[:size], ""])))[:-1]
             self._rest = "\n".join([fence, *lines[size:]])
-            self._gap, self._lacks_frame = False, True
+            self._gap = False
+            self._lacks_frame = True
         return rows
 
     def _blocks(self, text: str) -> list[MarkdownBlock]:

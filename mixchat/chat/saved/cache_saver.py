@@ -45,7 +45,10 @@ class CacheSaver:
         named: Path | None = None,
         create: bool = False,
     ) -> None:
-        self._saver, self._reporter, self._named, self._create = saver, reporter, named, create
+        self._saver = saver
+        self._reporter = reporter
+        self._named = named
+        self._create = create
         self._loaded: PromptCache | None = None
 
     def __enter__(self) -> CacheSaver:
@@ -94,7 +97,8 @@ class CacheSaver:
         return cast("Model", self._saver.session.model)
 
     def _load(self) -> None:
-        path, self._loaded = self._path, None
+        path = self._path
+        self._loaded = None
         if not self._has_engine:
             return
         # Only the model's own thread works with the engine.
@@ -117,7 +121,8 @@ class CacheSaver:
             tell(error)
 
     def _save(self) -> None:
-        session, path = self._saver.session, self._path
+        session = self._saver.session
+        path = self._path
         if not self._has_engine:
             return
         if self._named is not None:

@@ -36,8 +36,12 @@ class ChatSaver:
         warn: Callable[[Exception], object] = lambda error: None,
         note: Callable[[str], object] = lambda text: None,
     ) -> None:
-        self.session, self.store, self.model = session, store, model
-        self._autosave_at_first, self._warn, self._note = autosave, warn, note
+        self.session = session
+        self.store = store
+        self.model = model
+        self._autosave_at_first = autosave
+        self._warn = warn
+        self._note = note
         self.start_new()
 
     @property
@@ -94,14 +98,16 @@ class ChatSaver:
         `except_for` names parts of the latter two that stay as they are. An answer by another model
         keeps its text, but not its token ids.
         """
-        session, same = self.session, chat.identity == self.session.model.identity
+        session = self.session
+        same = chat.identity == self.session.model.identity
         messages = chat.messages if same else [replace(m, ids=None) for m in chat.messages]
         session.restore(messages)
         if "system" not in except_for:
             session.system = chat.system
         saved = {name: value for name, value in chat.sampling.items() if name not in except_for}
         session.changed = accepted_numbers(saved)
-        self.chat, self.fault = chat, None
+        self.chat = chat
+        self.fault = None
         self.autosave = self._autosave_at_first
 
     def current(self) -> SavedChat:
@@ -119,4 +125,5 @@ class ChatSaver:
         chat = self.store.save(self.current(), name)
         if self.chat.revision and chat.id != self.chat.id:
             self._note(f"this chat was changed in another session; saved as {chat.id}")
-        self.chat, self.fault = chat, None
+        self.chat = chat
+        self.fault = None

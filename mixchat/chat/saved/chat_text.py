@@ -33,7 +33,8 @@ def chat_table(chats: Sequence[ChatSummary], width: int | None) -> str:
         used = f"{chat.updated.astimezone():%Y-%m-%d %H:%M}"
         rows.append((chat.id, used, _line(chat.model), str(chat.turns)))
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    count, room = len(widths), _PIPED_QUESTION_WIDTH
+    count = len(widths)
+    room = _PIPED_QUESTION_WIDTH
     if width is not None:
         while (room := width - sum(widths[:count]) - 2 * count) < _MIN_QUESTION_WIDTH and count > 1:
             count -= 1

@@ -44,8 +44,11 @@ class ActiveChat:
     """
 
     def __init__(self, opened: OpenChat, screen: Screen, at_end: ExitStack) -> None:
-        self._opened, self.screen, self._at_end = opened, screen, at_end
-        self.store, self.models = opened.store, opened.models
+        self._opened = opened
+        self.screen = screen
+        self._at_end = at_end
+        self.store = opened.store
+        self.models = opened.models
         self.attached: dict[str, str] = {}
         self.left = False  # this turn is the last one
         self.draft = ""  # the last question, offered at the prompt, whose text replaces it
@@ -61,7 +64,8 @@ class ActiveChat:
             except Exception:
                 self.left = True  # there is nothing to chat with
                 raise
-            self._is_open, self._figures = True, Figures(self._opened.saver)
+            self._is_open = True
+            self._figures = Figures(self._opened.saver)
         return self._opened
 
     @property
@@ -86,7 +90,8 @@ class ActiveChat:
                 self.left = True
             except KeyboardInterrupt:
                 # Ctrl-C stops a text that was sent. It clears one that was typed.
-                was_about, about_to_leave = about_to_leave, not (prompt.sent or prompt.typed)
+                was_about = about_to_leave
+                about_to_leave = not (prompt.sent or prompt.typed)
                 if prompt.sent:
                     self.screen.say("(stopped)\n")
                     self._note_attached()
@@ -123,7 +128,8 @@ class ActiveChat:
 
     def _turn(self, prompt: ChatPrompt, run_command: RunCommand) -> None:
         """Read one text. Run it as a command, or ask it."""
-        draft, self.draft = self.draft, ""
+        draft = self.draft
+        self.draft = ""
         # The thread that loads the model may print notes, which belong above the prompt.
         with nullcontext() if self._opened.is_open else patch_stdout(raw=True):
             text = prompt.read(draft).strip()
@@ -238,7 +244,8 @@ class ActiveChat:
             return
         finally:
             self.left = self.session.is_closed
-        self._figures, self._warned = Figures(self.saver), False
+        self._figures = Figures(self.saver)
+        self._warned = False
         self.saver.save()
         self.screen.say(f"(the model is {one_line(name)} from here on)")
         self._warn_of_context()
@@ -280,7 +287,8 @@ class ActiveChat:
             self._figures.count()
 
     def _warn_of_context(self) -> None:
-        used, size = self._figures.used, self._figures.size
+        used = self._figures.used
+        size = self._figures.size
         if used is None or size is None:
             return
         full = used >= NEARLY_FULL * size

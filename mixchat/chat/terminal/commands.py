@@ -172,7 +172,8 @@ def _set(chat: ActiveChat, argument: str) -> None:
         return
     parameters.change(chat.session, name, value.strip())
     chat.saver.save()
-    session, note = chat.session, "takes effect with the next answer"
+    session = chat.session
+    note = "takes effect with the next answer"
     if name == "think" and session.think in ("on", "off") and not session.model.can_skip_thinking:
         note = f"the model has no switch that turns thinking {session.think}"
         note += "; if it thinks, that is hidden" if session.think == "off" else ""
@@ -181,7 +182,8 @@ def _set(chat: ActiveChat, argument: str) -> None:
 
 @_command("", "model and settings", "show model, chat, system prompt and parameters")
 def _show(chat: ActiveChat, argument: str) -> None:
-    session, saver = chat.session, chat.saver
+    session = chat.session
+    saver = chat.saver
     rows = {
         "model": saver.model,
         "chat": f"{saver.chat.name or saver.chat.id}{'' if saver.autosave else ' (not saved)'}",
@@ -274,7 +276,8 @@ def _undo(chat: ActiveChat, argument: str) -> None:
         raise UsageError(f"/undo takes a number of turns, 1 or more, not {argument!r}")
     chat.session.undo(count)
     chat.saver.save()
-    turns, them = format_count(count, "turn"), "it" if count == 1 else "them"
+    turns = format_count(count, "turn")
+    them = "it" if count == 1 else "them"
     chat.screen.say(f"({turns} removed; /redo restores {them}, until your next question)")
 
 
@@ -344,11 +347,13 @@ def _read(chat: ActiveChat, argument: str) -> None:
 
 @_command("", "room in the context", "show how full the context is")
 def _tokens(chat: ActiveChat, argument: str) -> None:
-    session, stats = chat.session, chat.session.stats
+    session = chat.session
+    stats = chat.session.stats
     prompt = f"{stats.prompt_tokens:,}, {stats.reused_tokens:,} from the cache"
     if not stats.prompt_tokens and session.model.engine is None:
         prompt = "not told by the server"
-    used, context = session.used_tokens, session.context
+    used = session.used_tokens
+    context = session.context
     room = "not told by the server" if used is None else f"{used:,} tokens"
     if used is not None and context is not None:
         room = f"{used:,} of {context.tokens:,} tokens ({100 * used // context.tokens}%)"

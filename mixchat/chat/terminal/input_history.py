@@ -61,7 +61,8 @@ class InputHistory(History):
 
     def command_ended(self, *, worked: bool) -> None:
         """Save the entry that may be a command, or note that it failed."""
-        command, self._command = self._command, None
+        command = self._command
+        self._command = None
         if command is not None and not worked:
             self._failed.add(command)
         elif command is not None:

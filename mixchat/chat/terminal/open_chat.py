@@ -79,9 +79,15 @@ class OpenChat:
     ) -> None:
         from mixchat.chat.saved.chat_store import ChatStore
 
-        self.models, self.reporter, self.store = models, reporter, ChatStore()
-        self._name, self._options, self._form, self.saving = name, options, form, saving
-        self._new_report, self.resumed = new_report, resumed
+        self.models = models
+        self.reporter = reporter
+        self.store = ChatStore()
+        self._name = name
+        self._options = options
+        self._form = form
+        self.saving = saving
+        self._new_report = new_report
+        self.resumed = resumed
         self.is_open = False
         self._loading: Future[None] | None = None
 
@@ -95,7 +101,9 @@ class OpenChat:
         from mixchat.chat.saved.cache_saver import CacheSaver
         from mixchat.chat.saved.chat_saver import ChatSaver
 
-        reporter, saving, resumed = self.reporter, self.saving, self.resumed
+        reporter = self.reporter
+        saving = self.saving
+        resumed = self.resumed
         self.session = self._new_session(self._name, resumed and resumed.chat, shown=shown)
         self.saver = ChatSaver(
             self.session,
@@ -160,7 +168,8 @@ class OpenChat:
         Raises `MixchatError` if it cannot be loaded. Then the old model is loaded again. If that
         fails as well, the session's engine stays closed.
         """
-        is_local, former = self.session.model.engine is not None, self.saver.model
+        is_local = self.session.model.engine is not None
+        former = self.saver.model
         # Two models may not fit into memory together, so the old one goes before the new one comes.
         if is_local:
             self._save_report()
@@ -239,7 +248,8 @@ class OpenChat:
         from mixchat.engine.report import report_of, save_report
         from mixchat.face.local_models import report_path
 
-        engine, model = self.session.model.engine, self.saver.model
+        engine = self.session.model.engine
+        model = self.saver.model
         if engine is not None and not engine.is_closed:
             with suppress(OSError, ModelNotFoundError):
                 save_report(report_path(model), report_of(engine, model))

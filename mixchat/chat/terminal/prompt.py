@@ -36,7 +36,8 @@ from mixchat.chat.terminal.other_programs import edited
 from mixchat.chat.terminal.status_line import cut
 from mixchat.chat.terminal.typeahead import reading_keys
 
-_PROMPT, _CONTINUED = ">>> ", "... "
+_PROMPT = ">>> "
+_CONTINUED = "... "
 _QUOTES = '"""'
 _ESC_TIMEOUT_S = 0.05  # until Esc is a key by itself in vi mode, not the start of an arrow key
 
@@ -195,7 +196,8 @@ class ChatPrompt:
             self._to_editor = event.app.erase_when_done = True
             event.app.exit(result=event.current_buffer.text)
 
-        keys, focused = KeyBindings(), has_focus(DEFAULT_BUFFER)
+        keys = KeyBindings()
+        focused = has_focus(DEFAULT_BUFFER)
         inserting = focused & (emacs_insert_mode | vi_insert_mode)
         # The prompt takes colours, typed or pasted as \x1b[31m, for a mouse, and fails.
         keys.add(Keys.Vt100MouseEvent)(lambda event: None)

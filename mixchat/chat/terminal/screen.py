@@ -28,7 +28,8 @@ _LONG_WAIT_S = 3.0  # is announced
 _STATUS_INTERVAL_S = 0.5  # between two status lines below an answer
 _ERASE = "\r\x1b[K"
 _MAX_QUESTION_LINES = 12  # a longer question is shown by its first and last lines
-_FIRST_LINES, _LAST_LINES = 5, 4
+_FIRST_LINES = 5
+_LAST_LINES = 4
 
 
 class Screen:
@@ -44,7 +45,8 @@ class Screen:
         raw: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.out, self.raw = out or sys.stdout, raw
+        self.out = out or sys.stdout
+        self.raw = raw
         self._clock = clock
         self._waiting: _WaitingLine | None = None
         self._writer: _Writer | None = None  # that is showing something
@@ -162,12 +164,15 @@ class Screen:
         # Rich's Markdown is slow to load.
         from mixchat.chat.draw.markdown_stream import MarkdownStream, ThinkingStream
 
-        line, due, clock = "", self._clock(), self._clock
+        line = ""
+        due = self._clock()
+        clock = self._clock
 
         def twice_a_second() -> str:
             nonlocal line, due
             if (now := clock()) >= due:  # so that it can be read, and costs little
-                line, due = below(), now + _STATUS_INTERVAL_S
+                line = below()
+                due = now + _STATUS_INTERVAL_S
             return line
 
         if note is None:
@@ -194,7 +199,9 @@ class _WaitingLine:
         terminal: bool,
         expected: Callable[[int], float | None],
     ) -> None:
-        self._out, self._clock, self._terminal = out, clock, terminal
+        self._out = out
+        self._clock = clock
+        self._terminal = terminal
         self._expected = expected
         self._started = clock()
         self._next = self._started + _PROGRESS_DELAY_S
@@ -245,7 +252,8 @@ class _PlainWriter:
     """Shows an answer as it is written, or faintly a thinking, and then its `note()`."""
 
     def __init__(self, out: TextIO, note: Callable[[], str] | None = None) -> None:
-        self._out, self._note = out, note
+        self._out = out
+        self._note = note
         self._at_line_start = True
 
     def feed(self, text: str) -> None:

@@ -42,13 +42,15 @@ def status_line(
     """
     long = short = shortest = ""  # the use of the context in three lengths
     if used is not None and size is None:
-        long, short = f"{used:,} tokens", f"{used:,}"
+        long = f"{used:,} tokens"
+        short = f"{used:,}"
         shortest = short
     elif used is not None and size is not None:
         mark = "! " if used >= NEARLY_FULL * size else ""
         percent = f"{used * 100 // max(size, 1)}%"
         long = f"{mark}{used:,} of {size:,} tokens ({percent})"
-        short, shortest = f"{mark}{used:,}/{size:,} ({percent})", mark + percent
+        short = f"{mark}{used:,}/{size:,} ({percent})"
+        shortest = mark + percent
     name = " ".join(sanitize(model).split())
     known = ((show, figures.get(key)) for key, show in _FIGURES.items())
     measured = [show(figure) for show, figure in known if figure is not None]
@@ -64,7 +66,8 @@ def cut(text: str, width: int) -> str:
     """Return `text` in at most `width` cells of the terminal, with `…` if it is cut."""
     if get_cwidth(text) <= width:
         return text
-    shown, cells = "", 1
+    shown = ""
+    cells = 1
     for character in text:
         cells += get_cwidth(character)
         if cells > width:
@@ -77,7 +80,8 @@ class Figures:
     """The figures of the status line, counted once a turn because it is drawn at every key."""
 
     def __init__(self, saver: ChatSaver) -> None:
-        self._saver, self._session = saver, saver.session
+        self._saver = saver
+        self._session = saver.session
         self.used: int | None = 0
         self._measured: dict[str, Any] = {}  # arguments of `status_line`
         self.count()
@@ -90,7 +94,8 @@ class Figures:
 
     def line(self, *, is_answering: bool = False) -> str:
         """Return the status line, in the middle of an answer with the answer's own speed."""
-        width, model = shutil.get_terminal_size().columns, self._saver.model
+        width = shutil.get_terminal_size().columns
+        model = self._saver.model
         if not is_answering:
             return status_line(model, self.used, self.size, width=width, **self._measured)
         # `used_tokens` would make the whole prompt anew twice a second.
@@ -110,7 +115,8 @@ class Figures:
 
     def turn(self, end: End) -> None:
         """Take the figures of an answer that has ended."""
-        stats, experts = end.stats, end.stats.experts
+        stats = end.stats
+        experts = end.stats.experts
         if speed := _speed(stats):
             self._measured["speed"] = speed
         if experts.hits.total() + experts.misses.total():

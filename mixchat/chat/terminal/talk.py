@@ -20,7 +20,8 @@ def talk(opened: OpenChat, files: Mapping[Path, str], *, raw: bool, vi: bool) ->
 
     The model of a new chat is loaded behind the prompt.
     """
-    name, saving = opened.name, opened.saving
+    name = opened.name
+    saving = opened.saving
     # A resumed chat shows its last turn first. A KV cache may take long to read.
     waits = opened.resumed is not None or saving.cache is not None
     behind = sys.stdout.isatty() and not waits and opened.models.prepare(name)

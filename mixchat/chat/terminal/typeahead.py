@@ -21,8 +21,10 @@ from mixchat.base import system
 
 _CTRL_D = b"\x04"
 # A terminal puts these around a paste, if it was told to mark pastes.
-_MARK_PASTES, _NO_MARKS = b"\x1b[?2004h", b"\x1b[?2004l"
-_PASTE, _END_OF_PASTE = b"\x1b[200~", b"\x1b[201~"
+_MARK_PASTES = b"\x1b[?2004h"
+_NO_MARKS = b"\x1b[?2004l"
+_PASTE = b"\x1b[200~"
+_END_OF_PASTE = b"\x1b[201~"
 _PASTE_TIMEOUT_S = 0.5  # for the rest of a paste
 
 
@@ -99,7 +101,9 @@ def _take(source: Input) -> None:
     Outside a prompt the terminal turned Enter into a newline, which the prompt would take for
     Ctrl-J, and Ctrl-D into a zero.
     """
-    typed, pasting, timeout = b"", False, 0.0
+    typed = b""
+    pasting = False
+    timeout = 0.0
     try:
         fd = source.fileno()
         while os.isatty(fd) and select.select([fd], [], [], timeout)[0]:

@@ -48,7 +48,8 @@ def read_prompt(
     empty, not text, or too long for the context.
     """
     # Read up to what the context can hold: `yes | mixchat run` took 16 GB until it was killed.
-    named, piped = STDIN in map(str, files), None
+    named = STDIN in map(str, files)
+    piped = None
     if not named and (argument == STDIN or not stdin_is_terminal()):
         piped = _read_stdin(context, note)
     argument = None if argument == STDIN else argument

@@ -300,10 +300,12 @@ def _check_first_word(context: typer.Context, words: Sequence[str]) -> None:
     named = any(is_given(context, name) for name in ("model", "resume", "server"))
     if not words or named or context.meta[_DASHES] or not is_model(words[0]):
         return
-    name, question = words[0], shlex.join(words[1:])
+    name = words[0]
+    question = shlex.join(words[1:])
     if len(question) > _LONGEST_SHOWN:
         question = "PROMPT"
-    meant, literal = f"run -m {name} {question}".rstrip(), f"run -- {name} {question}".rstrip()
+    meant = f"run -m {name} {question}".rstrip()
+    literal = f"run -- {name} {question}".rstrip()
     raise UsageError(
         f"{name} is the name of a model; did you mean -m {name}?",
         hint=f"Run: mixchat {meant} (or, to ask just that: mixchat {literal})",

@@ -22,9 +22,15 @@ _MORE_SETTINGS = {"serve": ("alias",)}  # that `run` has no flags for
 _LARGEST_NUMBER = 10**30  # Python refuses to write numbers of thousands of digits
 
 # What flags are about, in the order of --help.
-MODEL, PROMPT, SAMPLING, OUTPUT = "Model", "Prompt and input", "Sampling", "Output"
-MEMORY, CHAT = "Memory and speed", "Chat"
-SERVER, MACHINE, MEASURING = "Server", "Another machine", "Measuring"
+MODEL = "Model"
+PROMPT = "Prompt and input"
+SAMPLING = "Sampling"
+OUTPUT = "Output"
+MEMORY = "Memory and speed"
+CHAT = "Chat"
+SERVER = "Server"
+MACHINE = "Another machine"
+MEASURING = "Measuring"
 _ORDER = (MODEL, PROMPT, SERVER, MACHINE, MEASURING, SAMPLING, OUTPUT, MEMORY, CHAT, None)
 
 ValueSource = Literal["flag", "variable", "file", "default"]
@@ -169,7 +175,8 @@ def config_defaults(commands: dict[str, Any]) -> dict[str, dict[str, Any]]:
     Raises `UsageError` for a bad file, key or type.
     """
     path = config_file()
-    known, values = all_settings(commands), read_config(path)
+    known = all_settings(commands)
+    values = read_config(path)
     for key in values:
         if key in known:
             continue

@@ -30,7 +30,8 @@ class BenchReport(Report):
     def heading(self) -> str:
         """Return machine, model, limits and cold start, a line for each."""
         # The limits change from round to round. GB and TFLOP are decimal, as data sheets have them.
-        bench, cold = self.bench, self.bench.cold_start
+        bench = self.bench
+        cold = self.bench.cold_start
         memory = median(limits.memory for limits in bench.limits) / 1e9
         gemm = median(limits.gemm for limits in bench.limits) / 1e12
         limits = f"Limits: memory {memory:.1f} GB/s, matrix products {gemm:.2f} TFLOP/s"
@@ -52,7 +53,8 @@ class BenchReport(Report):
 
     def as_json(self) -> dict[str, Any]:
         """Return figures by round, rates in tokens a second, the rest in SI units."""
-        bench, cold = self.bench, self.bench.cold_start
+        bench = self.bench
+        cold = self.bench.cold_start
         return {
             "machine": _machine(bench),
             "model": _model(bench),
@@ -113,7 +115,8 @@ def _machine(bench: Bench) -> str:
 
 
 def _model(bench: Bench) -> str:
-    config, stored = bench.blueprint.config, bench.blueprint.quantization
+    config = bench.blueprint.config
+    stored = bench.blueprint.quantization
     dense = str(stored.dtype).removeprefix("torch.")
     types = {"experts": stored.quant_type, "attention": stored.attention, "head": stored.head}
     in_words = ", ".join(

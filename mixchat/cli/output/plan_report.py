@@ -50,7 +50,8 @@ class PlanReport(Report):
         return " ".join((shlex.join(("mixchat", *run)), *chosen))
 
     def as_text(self) -> str:
-        outline, plan = self.outline, self.plan
+        outline = self.outline
+        plan = self.plan
         here = "the machine" if plan.told.is_another else "this machine"
         texts = [section(f"{outline.name} on {here}", aligned([*self.verdict()]))]
         if plan.known:  # which says of each model what it needs
@@ -62,9 +63,12 @@ class PlanReport(Report):
         return "\n\n".join(texts)
 
     def as_json(self) -> dict[str, Any]:
-        outline, plan = self.outline, self.plan
-        fit, speed = plan.model.fit, plan.model.speed
-        rate, cost = speed.tokens_per_second, speed.token
+        outline = self.outline
+        plan = self.plan
+        fit = plan.model.fit
+        speed = plan.model.speed
+        rate = speed.tokens_per_second
+        cost = speed.token
         return {
             "model": outline.name,
             "path": str(outline.directory),
@@ -118,7 +122,9 @@ class PlanReport(Report):
 
     def verdict(self) -> Iterator[tuple[str, str]]:
         """Yield the lines on the fit, the speed and the next command."""
-        outline, plan, speed = self.outline, self.plan, self.plan.model.speed
+        outline = self.outline
+        plan = self.plan
+        speed = self.plan.model.speed
         for need in outline.lacking:
             disk = f" in {need.place}" if plan.told.free_disk is None else ""
             yield (
@@ -131,7 +137,8 @@ class PlanReport(Report):
             yield "it runs here" if is_here else "it fits", self._places()
         if not plan.known:
             yield from plan_text.needs(outline, plan)
-        rate, answers = speed.tokens_per_second, speed.answers
+        rate = speed.tokens_per_second
+        answers = speed.answers
         text = speed_text(rate)
         if rate and answers > 1:
             together = speed_text(answers * rate)
@@ -161,8 +168,10 @@ class PlanReport(Report):
 
     def _places(self) -> str:
         """Return where the experts are."""
-        free, placement = self.plan.machine.free, self.plan.model.speed.placement
-        first, held = sum(placement.by_device), placement.held
+        free = self.plan.machine.free
+        placement = self.plan.model.speed.placement
+        first = sum(placement.by_device)
+        held = placement.held
         gpus = "on the GPUs" if free.other_gpus else "on the GPU"
         tier = "in RAM" if free.device is None else gpus
         tiers = [f"{first} of {format_count(placement.experts, 'expert')} {tier}"]
@@ -174,7 +183,8 @@ class PlanReport(Report):
 
     def _faster_model(self) -> str | None:
         """Return how to get the largest known model at a reader's speed, if this one is slower."""
-        plan, told = self.plan, self.plan.told
+        plan = self.plan
+        told = self.plan.told
         rate = plan.model.speed.tokens_per_second
         if rate is None or rate >= READING:
             return None

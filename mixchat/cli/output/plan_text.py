@@ -26,7 +26,9 @@ def section(title: str, text: str) -> str:
 
 def needs(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     """Yield what the model needs of memory and disk, and what is free."""
-    fit, free, told = plan.model.fit, plan.machine.free, plan.told
+    fit = plan.model.fit
+    free = plan.machine.free
+    told = plan.told
     demand = fit.demand
     assumed = ", assumed" if told.ram else f", limited by {free.limit}" if free.limit else ""
     yield "RAM", f"{format_size(free.host)} of {format_size(plan.machine.memory)} free{assumed}"

@@ -52,7 +52,8 @@ def print_answer(
     elif sys.stdout.isatty():
         from mixchat.chat.terminal.screen import Screen
 
-        events, shows_thinking = session.ask(question), session.shows_thinking
+        events = session.ask(question)
+        shows_thinking = session.shows_thinking
         end = Screen(raw=output.raw).show(events, shows_thinking=shows_thinking)
     else:
         # A shell's prompt must not follow the answer in its last line.
@@ -74,7 +75,8 @@ def print_answer(
         moment = " while the model was thinking" if end.is_thinking else ""
         note(f"the answer is cut off{moment}: the context of {size} tokens is full")
     if end.reason == "length" and (session.max_tokens is None or end.is_thinking):
-        tokens, is_thinking = end.stats.generated_tokens, end.is_thinking
+        tokens = end.stats.generated_tokens
+        is_thinking = end.is_thinking
         note(cut_off_note(tokens, "-n N", is_thinking=is_thinking))
     return end
 
@@ -117,9 +119,12 @@ def as_json(session: ChatSession, end: End, model: str) -> dict[str, Any]:
 
     The key `thinking` is there if the model thought before it answered.
     """
-    stats, answer, context = end.stats, session.history[-1], session.context
+    stats = end.stats
+    answer = session.history[-1]
+    context = session.context
     # The prefill generates the first token.
-    decoded, seconds = stats.generated_tokens - 1, stats.decode_seconds
+    decoded = stats.generated_tokens - 1
+    seconds = stats.decode_seconds
     ids = answer.content_ids
     return {
         "model": model,

@@ -109,7 +109,8 @@ class Bars:
 
 class _Bar:
     def __init__(self, bars: RichProgress, task: TaskID) -> None:
-        self._bars, self._task = bars, task
+        self._bars = bars
+        self._task = task
 
     def advance(self, amount: int) -> None:
         # A thread that fetches may move the bar after it was closed.
@@ -126,7 +127,8 @@ class Lines:
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream, self._clock = stream, clock
+        self._stream = stream
+        self._clock = clock
         self._lock = threading.RLock()  # `ended` and `moved` print with it
         self._tasks: list[_TaskLine] = []
         self._last_line = clock()
@@ -167,8 +169,11 @@ class _TaskLine:
     """A task's progress. The printed rate is the rate since the line before."""
 
     def __init__(self, lines: Lines, name: str, total: int, done: int, now: float) -> None:
-        self._lines, self._name = lines, name
-        self._total, self._done, self._first = total, done, done
+        self._lines = lines
+        self._name = name
+        self._total = total
+        self._done = done
+        self._first = done
         self._began = self._last = now
         self._last_done = done
 
@@ -183,8 +188,10 @@ class _TaskLine:
 
     def state(self, now: float) -> str:
         text = f"{self._name}: {format_size(self._done)} of {format_size(self._total)}"
-        seconds, came = now - self._last, self._done - self._last_done
-        self._last, self._last_done = now, self._done
+        seconds = now - self._last
+        came = self._done - self._last_done
+        self._last = now
+        self._last_done = self._done
         if seconds <= 0 or came <= 0:
             return text
         remaining = (self._total - self._done) * seconds / came

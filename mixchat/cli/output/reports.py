@@ -49,8 +49,10 @@ class ModelList(Report):
     def as_text(self) -> str:
         table = [("NAME", "SIZE", "QUANTIZATION", "CONTEXT", "COMMIT", "SOURCE")]
         for model in self.models:
-            quantization, context = model.problem or model.quantization, str(model.context or "-")
-            size, commit = format_size(model.size), (model.commit or "-")[:12]
+            quantization = model.problem or model.quantization
+            context = str(model.context or "-")
+            size = format_size(model.size)
+            commit = (model.commit or "-")[:12]
             table.append((model.key, size, quantization, context, commit, model.source or "-"))
         return aligned(table)
 
@@ -67,8 +69,10 @@ class ModelDetails(Report):
     config: ModelConfig
 
     def as_text(self) -> str:
-        facts, manifest = self.as_json(), self.manifest
-        dtype, original = manifest.quantization["dtype"], checkpoint_dtype(self.directory)
+        facts = self.as_json()
+        manifest = self.manifest
+        dtype = manifest.quantization["dtype"]
+        original = checkpoint_dtype(self.directory)
         is_rounded = original not in (None, dtype, "bfloat16")
         facts |= {
             "commit": manifest.source.commit or "none",
@@ -94,7 +98,9 @@ class ModelDetails(Report):
         `revision` is the requested branch, tag or commit, or null. `weight_bytes` counts the files
         of weights. `scales` is the method of the experts' scales.
         """
-        manifest, config, quantization = self.manifest, self.config, self.manifest.quantization
+        manifest = self.manifest
+        config = self.config
+        quantization = self.manifest.quantization
         # The manifest's values, even of a damaged model.
         return {
             **_entry_as_json(describe(self.directory)),

@@ -22,7 +22,8 @@ class VerboseReport:
     """Prints a turn's figures and the predicted speed. `engine` is None if a server answers."""
 
     def __init__(self, engine: Engine | None, predict: Callable[[], SpeedEstimate | None]) -> None:
-        self._engine, self._predict = engine, predict
+        self._engine = engine
+        self._predict = predict
         self._first = True
 
     def __call__(self, end: End) -> None:
@@ -66,7 +67,8 @@ def generation_lines(
         first_token += f" ({format_rate(cost.seconds)} s predicted{from_disk})"
     first_token_lines = [first_token]
     if loading is not None:
-        waiting, size = stats.prefill_waiting_seconds, stats.prefill_bytes_read
+        waiting = stats.prefill_waiting_seconds
+        size = stats.prefill_bytes_read
         parts = [f"{waiting:.1f} s waiting for {format_size(size)} from disk"] if size else []
         parts.append(f"{stats.prefill_seconds - waiting:.1f} s computing")
         if loading:
@@ -78,7 +80,8 @@ def generation_lines(
     if predicted is not None and (rate := predicted.tokens_per_second) is not None:
         age = format_age(time.time() - predicted.speeds.measured_at)
         decode += f" ({format_rate(rate)} predicted, measured {age})"
-    lines, speculation = [*prompt, *first_token_lines, decode], stats.speculation
+    lines = [*prompt, *first_token_lines, decode]
+    speculation = stats.speculation
     if speculation.passes:
         lines.append(
             f"proposed {speculation.proposed} tokens, {speculation.accepted} of them accepted, in "
@@ -89,9 +92,11 @@ def generation_lines(
 
 def expert_lines(stats: ExpertStats, slots: Mapping[str, int]) -> list[str]:
     """Return a turn's use of experts and of prefetching."""
-    hits, misses = stats.hits.total(), stats.misses.total()
+    hits = stats.hits.total()
+    misses = stats.misses.total()
     rate = f"hit rate {stats.hit_rate:.1%}" if hits + misses else "none used"
-    moved, waited = format_size(stats.bytes_moved), stats.stalled_seconds
+    moved = format_size(stats.bytes_moved)
+    waited = stats.stalled_seconds
     lines = [
         f"experts  {hits} hits, {misses} misses ({rate}), {slots_in_words(slots)}",
         f"loaded   {moved}, waited {waited:.1f} s for it",

@@ -10,7 +10,8 @@ from collections.abc import Collection
 
 # The bytes of the checkpoints of all sequences, if little memory is free and if much is. A state of
 # Qwen3.6 takes 66 MB, so one sequence has 8 to 64 of them.
-_USUAL_BYTES, _MOST_BYTES = 2**29, 2**32
+_USUAL_BYTES = 2**29
+_MOST_BYTES = 2**32
 # Where a turn begins, its question ends, and near that. /undo, /regen and the next turn go there.
 TURN_ENDS = 3
 _MIN_CHECKPOINTS = TURN_ENDS + 1

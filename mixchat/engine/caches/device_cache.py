@@ -22,7 +22,8 @@ class Past:
     """The tokens before a pass, as a number and as what the kernels of a GPU read."""
 
     def __init__(self, device: torch.device) -> None:
-        self._number, self._on_device = 0, torch.zeros(1, dtype=torch.int32, device=device)
+        self._number = 0
+        self._on_device = torch.zeros(1, dtype=torch.int32, device=device)
 
     def at(self, past: int) -> torch.Tensor:
         """Return the tensor of this number."""
@@ -72,14 +73,16 @@ class DeviceKVCache(PlainKVCache):
         It counts one more, which a graph may have stored in a pass that was interrupted. All that
         the token after `past` sees is kept, as in the other caches.
         """
-        first, room = self._first if past else 0, self.tensors.room
+        first = self._first if past else 0
+        room = self.tensors.room
         if self._is_ring and end + 1 - first > room:
             first = -(-(end + 1 - room) // PAGE) * PAGE
         self._first = first
 
     def _pieces(self, start: int, end: int) -> Iterator[tuple[slice, slice]]:
         """Yield slices of the tokens from `start` on, from 0, and their places in the ring."""
-        room, token = self.tensors.room, start
+        room = self.tensors.room
+        token = start
         while token < end:
             place = token % room
             count = min(end - token, room - place)
@@ -142,7 +145,8 @@ class DeviceKVCache(PlainKVCache):
         values: torch.Tensor,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        tensors, window = self.tensors, self.window
+        tensors = self.tensors
+        window = self.window
         tokens, heads, _ = queries.shape
         out = queries.new_empty(tokens, heads, self.shape.value_dim)
         # What a ring takes without losing what the first of these tokens sees.
@@ -171,7 +175,8 @@ def device_caches(
     """
     caches: dict[int, LayerCache] = {}
     for device in dict.fromkeys(on.values()):
-        layers, past = [layer for layer, each in on.items() if each == device], Past(device)
+        layers = [layer for layer, each in on.items() if each == device]
+        past = Past(device)
         stored = {layer: torch.int8 if shapes[layer].bits == 8 else dtype for layer in layers}
         rows = {layer: shapes[layer].groups * room_of(capacity, windows[layer]) for layer in layers}
         columns = {n: shapes[n].key_dim + shapes[n].value_dim for n in layers}
@@ -181,9 +186,11 @@ def device_caches(
         pieces = torch.split(block, [*sizes, *scales])
         # Scales lie behind all numbers, which stay aligned for wide loads.
         for layer, piece, behind in zip(layers, pieces, pieces[len(layers) :], strict=False):
-            shape, window = shapes[layer], windows[layer]
+            shape = shapes[layer]
+            window = windows[layer]
             scale = behind.view(torch.float32).view(2, shape.groups, -1) if len(behind) else None
-            numbers, rotating = piece.view(stored[layer]), None
+            numbers = piece.view(stored[layer])
+            rotating = None
             if shape.latent_dim:
                 ends = [rows[layer] * columns for columns in (shape.value_dim, shape.key_dim)]
                 latents, others = torch.split(numbers, ends)

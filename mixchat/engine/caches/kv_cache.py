@@ -27,7 +27,9 @@ class KVCache(LayerCache):
 
     def __init__(self, shape: CacheShape, capacity: int, window: int | None) -> None:
         super().__init__()
-        self.shape, self.capacity, self.window = shape, capacity, window
+        self.shape = shape
+        self.capacity = capacity
+        self.window = window
         self._first = 0
 
     @property

@@ -21,7 +21,8 @@ from mixchat.kernels.cpu.program import Program, together
 
 # Of a call to the kernel. Pairs are of a new token and one that it may see. With more, the parts
 # that it merges leave the CPU's caches, and each call waits for new memory.
-_MAX_PAIRS_PER_CALL, _MIN_TOKENS_PER_CALL = 2**19, 32
+_MAX_PAIRS_PER_CALL = 2**19
+_MIN_TOKENS_PER_CALL = 32
 _NO_PAGE = torch.empty(0, dtype=torch.uint8)  # of tokens that no window reaches, at the address 0
 
 
@@ -32,7 +33,8 @@ class PagedKVCache(KVCache):
 
     def __init__(self, shape: CacheShape, capacity: int, window: int | None) -> None:
         super().__init__(shape, capacity, window)
-        row, scales = shape.width * shape.bits // 8, shape.scales_at
+        row = shape.width * shape.bits // 8
+        scales = shape.scales_at
         # The start in a group's part of a page, and the bytes of one token.
         self._parts = {"values": (shape.values_at, row)}
         if not shape.latent_dim:
@@ -91,11 +93,13 @@ class PagedKVCache(KVCache):
 
     def _with_room(self, tokens: int) -> torch.Tensor:
         """Return the addresses of the pages, with room for T new tokens."""
-        addresses, end = self._addresses, self.length + tokens
+        addresses = self._addresses
+        end = self.length + tokens
         # Almost always a token fits into the last page, and no list has to be made.
         if addresses.numel() * PAGE >= end and self.length >= self._first:
             return addresses
-        first, count = self._first_to_keep(tokens), -(-end // PAGE)
+        first = self._first_to_keep(tokens)
+        count = -(-end // PAGE)
         kept = [_NO_PAGE] * (first // PAGE) + self._pages[first // PAGE : count]
         kept += [_NO_PAGE] * (count - len(kept))
         for number in range(first // PAGE, len(kept)):
@@ -103,7 +107,9 @@ class PagedKVCache(KVCache):
                 kept[number] = torch.zeros(self.shape.page_bytes, dtype=torch.uint8)
         addresses = torch.tensor([page.data_ptr() for page in kept])
         # Last, because memory for a page may be missing.
-        self._pages, self._addresses, self._first = kept, addresses, first
+        self._pages = kept
+        self._addresses = addresses
+        self._first = first
         return addresses
 
     def attend(
@@ -113,7 +119,8 @@ class PagedKVCache(KVCache):
         values: torch.Tensor,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        past, end = self.length, self.length + keys.shape[0]
+        past = self.length
+        end = self.length + keys.shape[0]
         assert end <= self.capacity
         self.store(keys, values)
         # Ctrl-C is handled between two calls of some hundredths of a second.

@@ -56,10 +56,13 @@ class SequenceCache:
     def __init__(
         self, config: ModelConfig, capacity: int, layers: Sequence[LayerCache], checkpoints: int
     ) -> None:
-        self.config, self.capacity, self.layers = config, capacity, layers
+        self.config = config
+        self.capacity = capacity
+        self.layers = layers
         self.programs: dict[Hashable, Any] = {}
         self.needs_checkpoints = any(layer.needs_checkpoints for layer in layers)
-        self._max_checkpoints, self._spacing = checkpoints, spacing_of(capacity)
+        self._max_checkpoints = checkpoints
+        self._spacing = spacing_of(capacity)
         self.clear()
 
     def clear(self) -> None:
@@ -92,7 +95,8 @@ class SequenceCache:
         return replace(extent, checkpoints=tuple(kept))
 
     def is_like(self, cache: SequenceCache) -> bool:
-        mine, theirs = (self.config, self.capacity), (cache.config, cache.capacity)
+        mine = (self.config, self.capacity)
+        theirs = (cache.config, cache.capacity)
         return mine == theirs and self.form == cache.form
 
     def usable(self, length: int, extent: Extent | None = None) -> int:
@@ -100,7 +104,8 @@ class SequenceCache:
 
         extent: of a file's content, None for the cache's own.
         """
-        extent, most = self.extent if extent is None else extent, -1
+        extent = self.extent if extent is None else extent
+        most = -1
         while length != most:
             most = length
             for layer in self.layers:
@@ -119,7 +124,8 @@ class SequenceCache:
         if not self.needs_checkpoints:
             return
         regular = range(self._spacing, self.capacity, self._spacing)
-        end, least = max(ends), max(self.length, 1)
+        end = max(ends)
+        least = max(self.length, 1)
         self._turns |= {*ends, *places}
         start = max((n for n in self._turns if n < min(ends)), default=0)
         self._latest = {start, *ends}
@@ -185,12 +191,15 @@ class SequenceCache:
             layer.cut(length)
         self._checkpoints = [n for n in self._checkpoints if n <= length]
         self._turns &= {*self._checkpoints}
-        self.length, self._lengths = length, []
+        self.length = length
+        self._lengths = []
 
     def set_extent(self, extent: Extent) -> None:
         """Note what the layers hold, after each was filled."""
-        self.length, self._checkpoints = extent.tokens, [*extent.checkpoints]
-        self._turns, self._latest = {*extent.checkpoints}, set()
+        self.length = extent.tokens
+        self._checkpoints = [*extent.checkpoints]
+        self._turns = {*extent.checkpoints}
+        self._latest = set()
 
     def copy_from(self, cache: SequenceCache, length: int) -> None:
         """Hold the first tokens of another cache of the same form."""
@@ -271,9 +280,11 @@ def state_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     if mixer == "conv":
         return {"conv": (config.conv_L_cache - 1, config.hidden_size)}
     if mixer == "linear_attention":
-        shape, taps = DeltaNetShape(*config.delta_net_shape), config.linear_conv_kernel_dim
+        shape = DeltaNetShape(*config.delta_net_shape)
+        taps = config.linear_conv_kernel_dim
     elif mixer == "mamba":
-        shape, taps = DeltaNetShape(*config.mamba_shape), config.mamba_d_conv
+        shape = DeltaNetShape(*config.mamba_shape)
+        taps = config.mamba_d_conv
     else:
         return {}
     return {"conv": (taps - 1, shape.channels), "state": shape.state_shape}

@@ -33,7 +33,8 @@ class StateCache(LayerCache):
         self, shapes: Mapping[str, tuple[int, ...]], device: torch.device, *, has_steps: bool
     ) -> None:
         super().__init__()
-        self._shapes, self._device = dict(shapes), device
+        self._shapes = dict(shapes)
+        self._device = device
         self.has_steps = has_steps
         self.clear()
 
@@ -67,7 +68,8 @@ class StateCache(LayerCache):
     def state(self) -> State:
         """Return the state after `length` tokens, which nobody may change."""
         if self._current is None:
-            self._current, self._is_private = self._new(), True
+            self._current = self._new()
+            self._is_private = True
         return self._current
 
     def segments(self, tokens: int) -> Iterator[Segment]:
@@ -77,7 +79,8 @@ class StateCache(LayerCache):
         """
         end = self.length + tokens
         stops = sorted(length for length in self._lengths if self.length < length < end)
-        self._written, before = {}, self.state
+        self._written = {}
+        before = self.state
         for start, stop in pairwise([self.length, *stops, end]):
             after = self._new() if stop < end or self._spare is None else self._spare
             yield slice(start - self.length, stop - self.length), before, after
@@ -90,18 +93,23 @@ class StateCache(LayerCache):
                 tensor.normal_()
 
     def advance(self, tokens: int) -> None:
-        old, end = self._current if self._is_private else None, self.length + tokens
+        old = self._current if self._is_private else None
+        end = self.length + tokens
         written = {n: state for n, state in self._written.items() if n in self._lengths}
         self._checkpoints |= written
-        self._current, self._is_private = self._written[end], end not in written
-        self._spare, self._written, self.length = old, {}, end
+        self._current = self._written[end]
+        self._is_private = end not in written
+        self._spare = old
+        self._written = {}
+        self.length = end
 
     def cut(self, length: int) -> None:
         if length != self.length:
             self._current = self._checkpoints[length] if length else None
             self._is_private = False
         self._checkpoints = {n: state for n, state in self._checkpoints.items() if n <= length}
-        self._lengths, self.length = set(), length
+        self._lengths = set()
+        self.length = length
 
     def specs(self, extent: Extent) -> list[TensorSpec]:
         """Return specs of each state tensor, for all checkpoints and the last state [n, ...]."""
@@ -126,7 +134,8 @@ class StateCache(LayerCache):
         # Both caches have the same memory, which neither writes to again.
         assert isinstance(cache, StateCache)
         self._checkpoints = {count: cache._published(count) for count in extent.checkpoints}
-        self._current, self._is_private = cache._published(extent.tokens), False
+        self._current = cache._published(extent.tokens)
+        self._is_private = False
         self.length = extent.tokens
 
     def _published(self, length: int) -> State:

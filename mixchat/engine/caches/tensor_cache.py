@@ -30,7 +30,8 @@ class PlainKVCache(KVCache):
         self, shape: CacheShape, capacity: int, window: int | None, dtype: torch.dtype
     ) -> None:
         super().__init__(shape, capacity, window)
-        self._dtype, self._quantized = dtype, shape.bits == 8
+        self._dtype = dtype
+        self._quantized = shape.bits == 8
         self._stored_dtype = torch.int8 if self._quantized else dtype
 
     @property
@@ -134,7 +135,8 @@ class TensorKVCache(PlainKVCache):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         tokens, heads, _ = queries.shape
-        groups, shared = self.shape.groups, self.shape.shared
+        groups = self.shape.groups
+        shared = self.shape.shared
         assert self.length + tokens <= self.capacity
         self.store(keys, values)
         # The first token that the first query sees.

@@ -37,14 +37,17 @@ def attention(
     attention's output.
     """
     assert rope is not None
-    spec, config = used.mixer(layer), used.config
+    spec = used.mixer(layer)
+    config = used.config
     heads, groups, width = config.attention_shape(layer)
     norms = [RMSNorm(tensors.tensor(norm), config.rms_norm_eps) for norm in spec.norms]
     first_value = heads if config.values_are_keys(layer) else heads + groups
     end = first_value + groups
     gates = heads if config.attn_output_gate else 0
     qkv = Rows.new("qkv", end + gates, width)
-    queries, keys, values = qkv[:heads], qkv[heads : heads + groups], qkv[first_value:end]
+    queries = qkv[:heads]
+    keys = qkv[heads : heads + groups]
+    values = qkv[first_value:end]
     rotated = Rows.new("rotated", heads + groups, width)
     attended = Rows.new("attended", heads, width)
 

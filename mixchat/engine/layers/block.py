@@ -169,7 +169,8 @@ def _experts(
     layer: int, used: Blueprint, tensors: ModelTensors, runner: ExpertRunner, x: Rows, out: Rows
 ) -> list[Operation]:
     """Describe a layer's router and experts."""
-    config, specs = used.config, used.router(layer)
+    config = used.config
+    specs = used.router(layer)
     bias, correction, scales = (
         tensors.tensor(specs[role]).float() if role in specs else None
         for role in ("bias", "correction", "expert_scales")
@@ -203,7 +204,8 @@ def _dense_part(
     spec = used.mlp_expert(layer)
     if spec is None:
         return []
-    network, config = tensors.expert(spec), used.config
+    network = tensors.expert(spec)
+    config = used.config
     gate_up = Rows.new("dense gate and up", spec.gate_up.rows)
     activated = Rows.new("dense activated", spec.down.columns)
     has_gate = config.shared_expert_gate and layer >= config.first_k_dense_replace

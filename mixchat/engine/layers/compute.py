@@ -49,7 +49,9 @@ class RowsPass:
         exact: bool = False,
         record: Record | None = None,
     ) -> None:
-        self.context, self.exact, self.record = context, exact, record
+        self.context = context
+        self.exact = exact
+        self.record = record
         self.buffers = {"x": x}
         self._segments: dict[int, list[tuple[slice, list[Segment]]]] = {}
 
@@ -200,8 +202,11 @@ def _attend(
 
 @compute.register
 def _(operation: ops.Convolve, own: RowsPass) -> None:
-    x, out, convolution = own.read(operation.x), operation.out, operation.convolution
-    columns, dtype = out.size + (0 if convolution.gated else _PAD), out.dtype or x.dtype
+    x = own.read(operation.x)
+    out = operation.out
+    convolution = operation.convolution
+    columns = out.size + (0 if convolution.gated else _PAD)
+    dtype = out.dtype or x.dtype
     convolved = x.new_empty(len(x), columns, dtype=dtype)[:, : out.size]
     for piece, segments in own.segments(operation.layer):
         for segment, before, after in segments:
@@ -212,7 +217,9 @@ def _(operation: ops.Convolve, own: RowsPass) -> None:
 
 @compute.register
 def _(operation: ops.UpdateState, own: RowsPass) -> None:
-    qkv, ba, read = own.read(operation.qkv), own.read(operation.ba), []
+    qkv = own.read(operation.qkv)
+    ba = own.read(operation.ba)
+    read = []
     for piece, segments in own.segments(operation.layer):
         for segment, before, after in segments:
             inputs = qkv[piece][segment], ba[piece][segment]

@@ -129,7 +129,8 @@ class GraphWriter:
     """
 
     def __init__(self, config: ModelConfig, tokens: TokenTensors) -> None:
-        self._config, self._tokens = config, tokens
+        self._config = config
+        self._tokens = tokens
         self._kernels: Kernels = []
         self._dense: Kernels = []  # of a dense part that nothing has needed yet
         self._sums: dict[str, torch.Tensor] = {}  # fp32 [P, D], by the names of buffers
@@ -157,7 +158,9 @@ class GraphWriter:
             elif isinstance(operation, ops.Apply) and isinstance(operation.kernel, Scaling):
                 self._factor = operation.kernel.factor
             elif isinstance(operation, ops.Experts):
-                up, own, self._kernels = self._kernels, self._experts(place), []
+                up = self._kernels
+                own = self._experts(place)
+                self._kernels = []
             elif isinstance(operation, ops.Route) and operation is route_of_experts:
                 self._route(operation, place.selected, self._tokens.weights, self._kernels)
             else:
@@ -167,7 +170,8 @@ class GraphWriter:
                 self._dense_part(dense, place)
         self._run_dense()
         if block.is_dense:
-            up, self._kernels = self._kernels, []
+            up = self._kernels
+            self._kernels = []
         return up, own
 
     def last(self, norm: RMSNorm) -> Kernels:
@@ -176,14 +180,16 @@ class GraphWriter:
         return self._kernels
 
     def _norm(self, operation: ops.Norm) -> None:
-        name, tokens = operation.x.name, self._tokens
+        name = operation.x.name
+        tokens = self._tokens
         if name == "x":
             self._add_norm(operation.norm)
             return
         if name == "dense":
             self._run_dense()
         # Outputs that are added later lie one behind the other, and their sum is another row.
-        outputs, sums = tokens.tensor("outputs", 3, *tokens.x.shape, dtype=_FP32), self._sums[name]
+        outputs = tokens.tensor("outputs", 3, *tokens.x.shape, dtype=_FP32)
+        sums = self._sums[name]
         row = 0 if name == "dense" else 1 + (sums.data_ptr() == outputs.data_ptr())
         self._kernels.append(_normalized(sums, operation.norm, outputs[row], tokens))
         self._sums[name] = outputs[row : row + 1]
@@ -193,7 +199,8 @@ class GraphWriter:
         operands = self._added, norm.weight, tokens.normed, norm.eps, tokens.finished
         factor = None if self._factor == 1 else self._factor
         self._kernels.append(partial(add_norm, tokens.x, *operands, factor=factor))
-        self._added, self._factor = tokens.sums[:0], 1.0
+        self._added = tokens.sums[:0]
+        self._factor = 1.0
 
     def _add(self, operation: ops.Apply) -> None:
         """Let the next norm add the outputs to x, or let both outputs be one."""
@@ -226,7 +233,8 @@ class GraphWriter:
         self, operation: ops.Route, selected: torch.Tensor, weights: torch.Tensor, kernels: Kernels
     ) -> None:
         """Write the choice of experts [K] of the normed row, and their weights [K]."""
-        router, tokens = operation.router, self._tokens
+        router = operation.router
+        tokens = self._tokens
         if router.groups > 1:
             raise UnsupportedOperationError("Route by groups of experts")
         logits = tokens.tensor("logits of experts", len(router.gate), dtype=_FP32)
@@ -237,18 +245,21 @@ class GraphWriter:
         """Return the kernels of the experts, and of a dense part that nothing needs before."""
         assert place.experts is not None
         assert place.table is not None
-        tokens, end = self._tokens, 1 + place.experts.sums(len(place.selected))
+        tokens = self._tokens
+        end = 1 + place.experts.sums(len(place.selected))
         self._sums["added"] = tokens.sums[0 if place.with_host else 1 : end]
         chosen = place.table, place.selected, tokens.weights
         kernels = _selected_experts(place.experts, *chosen, tokens.sums[1:end], tokens)
-        dense, self._dense = self._dense, []
+        dense = self._dense
+        self._dense = []
         return [*kernels, *dense]
 
     def _dense_part(self, operations: Sequence[Operation], place: LayerPlace) -> None:
         """Write a dense part, an expert that is always chosen, with its own weight."""
         _only(operations, ops.Product, ops.Route, Swiglu, Weighting)
         assert place.dense is not None
-        tokens, device = self._tokens, self._tokens.x.device
+        tokens = self._tokens
+        device = self._tokens.x.device
         selected = torch.zeros(1, dtype=torch.int32, device=device)
         weight = torch.ones(1, device=device)
         for gate in _all(operations, ops.Route):
@@ -328,7 +339,9 @@ def _attention(
     norms = [norm.norm.weight for norm in _all(operations, ops.Norm) if norm.out == norm.x]
     clip = next((clamping.limit for clamping in _kernels(operations, Clamping)), None)
     assert isinstance(place.cache, DeviceKVCache)
-    stored, window, past = place.cache.tensors, place.cache.window, tokens.past
+    stored = place.cache.tensors
+    window = place.cache.window
+    past = tokens.past
     count, width = attending.queries.shape
     queries, attended = (tokens.tensor(name, 1, count, width) for name in ("queries", "attended"))
     has_gates = bool(_kernels(operations, Gating))
@@ -340,7 +353,8 @@ def _attention(
     }
     project, qkv = _product(into, tokens.normed, tokens)
     project_out, outputs = _product(out, attended.view(-1), tokens)
-    tables, eps = turn.rope.tables, config.rms_norm_eps
+    tables = turn.rope.tables
+    eps = config.rms_norm_eps
     kernels: Kernels = [
         project,
         partial(heads, qkv, queries[0], stored, past, tables, norms, eps, clip, gates, **of_values),
@@ -408,7 +422,8 @@ def _latent_attention(
     of_keys, of_values = _all(operations, ops.HeadProducts)
     (attending,), turn = _all(operations, ops.Attend), _all(operations, ops.Rotate)[0]
     assert isinstance(place.cache, DeviceKVCache)
-    stored, past = place.cache.tensors, tokens.past
+    stored = place.cache.tensors
+    past = tokens.past
     count, latent = attending.out.shape
     whole = tokens.tensor("queries", 1, *attending.queries.shape)
     kept = tokens.tensor("kept queries", *of_keys.x.shape)
@@ -462,7 +477,8 @@ def _selected_experts(
 
     table: the addresses of all experts, int64. selected: int32 [K]. weights: of each, fp32 [K].
     """
-    form, levels = expert.form, expert.levels
+    form = expert.form
+    levels = expert.levels
     if not form.is_supported:
         raise UnsupportedOperationError("Experts with matrices that no kernel takes")
     gated = tokens.tensor("gated", len(selected), form.down.form.columns)

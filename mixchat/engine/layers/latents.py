@@ -42,13 +42,12 @@ def latent_attention(
     and the r columns of its keys that rotate. Queries are all heads' n columns, then their r.
     """
     assert rope is not None
-    spec, config = used.mixer(layer), used.config
+    spec = used.mixer(layer)
+    config = used.config
     norms = {role: RMSNorm(tensors.tensor(own), _NORM_EPS) for role, own in spec.tensors.items()}
-    heads, latent, turning = (
-        config.num_attention_heads,
-        config.kv_lora_rank,
-        config.qk_rope_head_dim,
-    )
+    heads = config.num_attention_heads
+    latent = config.kv_lora_rank
+    turning = config.qk_rope_head_dim
     size = heads * (config.qk_nope_head_dim + turning)  # of all queries
 
     def product(role: str, x: Rows, out: Rows) -> Product:
@@ -61,7 +60,9 @@ def latent_attention(
 
     first = config.q_lora_rank or size
     row = Rows.new("latents", first + latent + turning)
-    queries, latents, keys = row[:first], row[first : first + latent], row[first + latent :]
+    queries = row[:first]
+    latents = row[first : first + latent]
+    keys = row[first + latent :]
     steps: list[Operation] = [
         product("a_proj", x, row),
         Norm(latents, latents, norms["kv_a_norm"]),

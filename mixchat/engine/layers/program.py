@@ -110,7 +110,9 @@ class TokenBuffers:
     def __init__(
         self, cache: SequenceCache, hidden_size: int, dtype: torch.dtype, sequences: int = 1
     ) -> None:
-        self._cache, self.dtype, self.sequences = cache, dtype, sequences
+        self._cache = cache
+        self.dtype = dtype
+        self.sequences = sequences
         self._buffers: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
         self._results = count()
         self._rotations: dict[tuple[RotaryEmbedding, int], Step] = {}
@@ -277,7 +279,9 @@ def _(operation: ops.Norm, own: TokenBuffers) -> list[Work]:
 @works.register
 def _(operation: ops.Product, own: TokenBuffers) -> list[Work]:
     matrix = own.packed(operation, operation.matrix)
-    x, out, rounded = own.flat(operation.x), own.flat(operation.out), own.result()
+    x = own.flat(operation.x)
+    out = own.flat(operation.out)
+    rounded = own.result()
     round_x, multiply = matrix.steps(x, out)
     return [
         Work([round_x], [span(operation.x)], [rounded]),
@@ -288,7 +292,8 @@ def _(operation: ops.Product, own: TokenBuffers) -> list[Work]:
 @works.register
 def _(operation: ops.DenseProduct, own: TokenBuffers) -> list[Work]:
     own.require(operation, operation.x.size)
-    x, out = own.flat(operation.x), own.flat(operation.out)
+    x = own.flat(operation.x)
+    out = own.flat(operation.out)
     return [_work(operation, matmul_step(x, operation.weight, out), is_wide=True)]
 
 
@@ -296,18 +301,24 @@ def _(operation: ops.DenseProduct, own: TokenBuffers) -> list[Work]:
 def _(operation: ops.HeadProducts, own: TokenBuffers) -> list[Work]:
     matrices = [own.packed(operation, matrix).matrix for matrix in operation.matrices]
     own.require(operation, *(part.shape[-1] for part in (operation.x, operation.out)))
-    heads, tokens = operation.x.shape[0], own.sequences
+    heads = operation.x.shape[0]
+    tokens = own.sequences
     by_head = torch.empty(heads, tokens, operation.out.shape[1], dtype=own.dtype)
-    copied, rounded, multiplied = own.result(), own.result(), own.result()
+    copied = own.result()
+    rounded = own.result()
+    multiplied = own.result()
     copies: list[Work] = []
     # The matrix of a head has the rows of all tokens as its input.
-    x, x_rows, read = own.tensor(operation.x), None, span(operation.x)
+    x = own.tensor(operation.x)
+    x_rows = None
+    read = span(operation.x)
     if operation.x.is_whole:
         x_rows = torch.arange(tokens * heads).view(tokens, heads).t().flatten()
     else:
         gathered = torch.empty(heads, tokens, x.shape[2], dtype=own.dtype)
         copies.append(Work(_copies(x, gathered.transpose(0, 1)), [read], [copied]))
-        x, read = gathered, copied
+        x = gathered
+        read = copied
     flat = x.flatten(0, 1)
     rounds, products = grouped_matmul_steps(flat, matrices, [*by_head], x_rows, exact=True)
     result = [*copies, Work(rounds, [read], [rounded])]
@@ -335,21 +346,26 @@ def _(operation: ops.Apply, own: TokenBuffers) -> list[Work]:
 
 @works.register
 def _(operation: ops.Rotate, own: TokenBuffers) -> list[Work]:
-    x, out, turned = own.tensor(operation.x), own.tensor(operation.out), operation.rope.width
+    x = own.tensor(operation.x)
+    out = own.tensor(operation.out)
+    turned = operation.rope.width
     own.require(operation, turned // 2, x.shape[2] - turned)
     return [_work(operation, own.rotate(operation.rope, x, out))]
 
 
 @works.register
 def _(operation: ops.ScaleByPosition, own: TokenBuffers) -> list[Work]:
-    x, out = own.tensor(operation.x), own.tensor(operation.out)
+    x = own.tensor(operation.x)
+    out = own.tensor(operation.out)
     own.require(operation, x.shape[1])
     return [_work(operation, own.scale(operation.rope, x, out))]
 
 
 @works.register
 def _(operation: ops.Attend, own: TokenBuffers) -> list[Work]:
-    steps, stored, attended = own.attend(operation), own.result(), own.result()
+    steps = own.attend(operation)
+    stored = own.result()
+    attended = own.result()
     queries, keys, values = map(span, operation.inputs)
     return [
         Work([each.store for each in steps], [keys, values], [stored]),
@@ -370,7 +386,8 @@ def _(operation: ops.Convolve, own: TokenBuffers) -> list[Work]:
 
 @works.register
 def _(operation: ops.UpdateState, own: TokenBuffers) -> list[Work]:
-    rule, prepared = operation.rule, own.result()
+    rule = operation.rule
+    prepared = own.result()
     if not rule.shape.can_compute(own.dtype, "cpu"):
         raise UnsupportedOperationError(f"UpdateState of {rule.shape} in {own.dtype}")
     parts = operation.qkv, operation.ba, operation.out
@@ -378,7 +395,8 @@ def _(operation: ops.UpdateState, own: TokenBuffers) -> list[Work]:
     pairs = [rule.steps(*sequence) for sequence in zip(*tensors, strict=True)]
     prepares, recurs = zip(*pairs, strict=True)
     own.bind_state(operation.layer, "state", recurs)
-    qkv, ba = span(operation.qkv), span(operation.ba)
+    qkv = span(operation.qkv)
+    ba = span(operation.ba)
     return [
         Work(prepares, [qkv, ba], [qkv, prepared]),
         Work(recurs, [qkv, prepared], [span(operation.out)], is_wide=True),
@@ -410,7 +428,8 @@ class ExpertWorks:
         added = rows.weighted_sum_step(
             slots.outputs, weights, own.tensor(operation.out), slots.places
         )
-        arranged, computed = own.result(), own.result()
+        arranged = own.result()
+        computed = own.result()
         of_x, of_selected, of_weights = map(span, operation.inputs)
         self.works = [Work([self._arrange], [of_selected], [arranged], is_serial=True)]
         for stage in slots.stages:

@@ -43,7 +43,8 @@ class RotaryEmbedding:
         # In fp32: bf16 has 8 bits, and could not tell position 1000 from 1001.
         angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)
         factor = _attention_factor(parameters)
-        cos, sin = angles.cos() * factor, angles.sin() * factor
+        cos = angles.cos() * factor
+        sin = angles.sin() * factor
         self._cos = torch.cat((cos, cos), dim=-1).to(device, dtype)  # [context, h]
         # `sin` has the sign, so that a rotation needs no negation.
         self._sin = torch.cat((-sin, sin), dim=-1).to(device, dtype)
@@ -66,7 +67,8 @@ class RotaryEmbedding:
 
         Return the tensors that it points to.
         """
-        tables, offset = self.tables, 0
+        tables = self.tables
+        offset = 0
         if len(positions) == 1:
             # A row's address, since torch takes some 40 us to make a view.
             offset = positions[0] * tables[0].stride(0) * tables[0].element_size()
@@ -107,7 +109,8 @@ def _frequencies(rope: RopeParameters, head_dim: int, context: int) -> torch.Ten
         case "dynamic" if length is not None:
             # A larger theta, by how much the context exceeds the original one. A tensor, because
             # transformers rounds these steps to fp32.
-            tokens, original = torch.tensor(length), rope.original_max_position_embeddings
+            tokens = torch.tensor(length)
+            original = rope.original_max_position_embeddings
             ratio = (rope.factor * tokens / original) - (rope.factor - 1)
             theta = rope.rope_theta * ratio ** (head_dim / (head_dim - 2))
             return 1.0 / _powers(theta, head_dim)
@@ -119,8 +122,10 @@ def _frequencies(rope: RopeParameters, head_dim: int, context: int) -> torch.Ten
             return _yarn(rope, powers, head_dim)
         case "llama3":
             # High frequencies stay, low ones are divided, and those between are a mix of both.
-            low, high = rope.low_freq_factor, rope.high_freq_factor
-            frequencies, original = 1.0 / powers, rope.original_max_position_embeddings
+            low = rope.low_freq_factor
+            high = rope.high_freq_factor
+            frequencies = 1.0 / powers
+            original = rope.original_max_position_embeddings
             lengths = 2 * math.pi / frequencies  # of one rotation, in tokens
             kept = (original / lengths - low) / (high - low)
             mixed = (1 - kept) * frequencies / rope.factor + kept * frequencies
@@ -146,10 +151,13 @@ def _yarn(rope: RopeParameters, powers: torch.Tensor, head_dim: int) -> torch.Te
         turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
         return (head_dim * math.log(turns)) / (2 * math.log(rope.rope_theta))
 
-    low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
+    low = pair_with(rope.beta_fast)
+    high = pair_with(rope.beta_slow)
     if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, head_dim - 1)
     if low == high:
         high += 0.001
     pairs = torch.arange(head_dim // 2, dtype=torch.float32)

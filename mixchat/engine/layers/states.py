@@ -38,18 +38,22 @@ def delta_net(
     the same logits. `in_proj` gives queries, keys and values, and the gate of the output. `ba_proj`
     is [2V, D], for the logits of rates and decays, or [V, D] in Mamba2.
     """
-    spec, config = used.mixer(layer), used.config
+    spec = used.mixer(layer)
+    config = used.config
     own = {role: tensors.tensor(tensor) for role, tensor in spec.tensors.items()}
     is_mamba = config.mixer(layer) == "mamba"
     shape = DeltaNetShape(*(config.mamba_shape if is_mamba else config.delta_net_shape))
     size = shape.value_heads * shape.value_dim
-    in_proj, out_proj = spec.matrices["in_proj"], spec.matrices["out_proj"]
+    in_proj = spec.matrices["in_proj"]
+    out_proj = spec.matrices["out_proj"]
     ba_proj = own["ba_proj"].contiguous()
     projected = Rows.new("projected", shape.channels + size)
-    qkv, gate = projected[: shape.channels], projected[shape.channels :]
+    qkv = projected[: shape.channels]
+    gate = projected[shape.channels :]
     convolved = Rows.new("convolved", shape.channels, dtype=torch.float32)
     ba = Rows.new("ba", len(ba_proj))
-    read, normed = Rows.new("read", size), Rows.new("normed values", size)
+    read = Rows.new("read", size)
+    normed = Rows.new("normed values", size)
     rule = DeltaRule(shape, own["A_log"], own["dt_bias"], own.get("D"))
     norm = GatedNorm(own["norm"].contiguous(), config.rms_norm_eps, config.mamba_n_groups or None)
     return [
@@ -74,9 +78,12 @@ def short_convolution(
 
     `in_proj` gives both gates and the inputs.
     """
-    spec, hidden = used.mixer(layer), used.config.hidden_size
-    in_proj, out_proj = spec.matrices["in_proj"], spec.matrices["out_proj"]
-    projected, convolved = Rows.new("projected", 3 * hidden), Rows.new("convolved", hidden)
+    spec = used.mixer(layer)
+    hidden = used.config.hidden_size
+    in_proj = spec.matrices["in_proj"]
+    out_proj = spec.matrices["out_proj"]
+    projected = Rows.new("projected", 3 * hidden)
+    convolved = Rows.new("convolved", hidden)
     convolution = Convolution(tensors.tensor(spec.tensors["conv"]), gated=True)
     return [
         Product(projected, x, tensors.linear(in_proj), in_proj.name),

@@ -33,7 +33,8 @@ from mixchat.experts.workers.address import Address
 # For the greeting. The worker may have to compute experts of another chat first.
 _WELCOME_S = 10.0
 # For an answer: loading from a slow disk, and for each row several times a slow processor's time.
-_REQUEST_S, _ROW_S = 60.0, 0.2
+_REQUEST_S = 60.0
+_ROW_S = 0.2
 _POLL_S = 0.05  # between two checks for Ctrl-C and the connection's end
 
 _FAILED = (
@@ -63,7 +64,8 @@ class Link:
         self.address = address
         self.seconds_computing = 0.0  # by the worker's clock
         self._socket = WorkerSocket(address, key, silence)
-        self._hidden_size, self._dtype = hello.hidden_size, getattr(torch, hello.dtype)
+        self._hidden_size = hello.hidden_size
+        self._dtype = getattr(torch, hello.dtype)
         # With its rows and deadline.
         self._request: tuple[messages.Compute, torch.Tensor, float] | None = None
         try:
@@ -76,7 +78,8 @@ class Link:
                 welcome = messages.expect(messages.Welcome, answer)
         except sockets.ConnectionLostError as error:
             raise ServerError(f"{address}: the worker is lost: {error.reason}") from None
-        self.slots, self.arithmetic = welcome.slots, welcome.arithmetic
+        self.slots = welcome.slots
+        self.arithmetic = welcome.arithmetic
 
     @property
     def is_lost(self) -> bool:

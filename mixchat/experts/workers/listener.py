@@ -50,7 +50,9 @@ class Listener:
         system.allow_open_files(_MAX_DESCRIPTORS)  # each stranger takes one for a moment
         system.hold_back_open_files(_HELD_BACK)
         machine.survive_without_descriptors()
-        self._note, self._quiet_until, self._read_at = note, 0.0, 0.0
+        self._note = note
+        self._quiet_until = 0.0
+        self._read_at = 0.0
         # By descriptor: the route of the connection, once it has spoken.
         self._open: dict[int, bytes | None] = {}
         self._speaker: Peer | None = None  # the last one
@@ -65,14 +67,17 @@ class Listener:
             self._authenticator.configure_curve_callback(_DOMAIN, admission)
             self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
             sockets.prepare(self._socket, sockets.curve_keys(key, b"worker"))
-            self._socket.curve_server, self._socket.zap_domain = True, _DOMAIN.encode()
-            self._socket.router_mandatory, self._socket.backlog = True, _BACKLOG
+            self._socket.curve_server = True
+            self._socket.zap_domain = _DOMAIN.encode()
+            self._socket.router_mandatory = True
+            self._socket.backlog = _BACKLOG
             self._socket.ipv6 = address.family == socket.AF_INET6
             self._monitor = sockets.watch(self._socket, _EVENTS)
             self._socket.bind(sockets.endpoint(address))
         except zmq.ZMQError as error:
             self.close()
-            fault, flags = OSError(error.errno, error.strerror), ("--listen HOST:PORT", "--listen")
+            fault = OSError(error.errno, error.strerror)
+            flags = ("--listen HOST:PORT", "--listen")
             raise listen_error(address, fault, "worker", *flags) from None
         except BaseException:
             self.close()

@@ -179,7 +179,8 @@ def send_rows(send: Callable[[bytes], None], message: WorkerMessage, rows: torch
 
 def receive_rows(rows: torch.Tensor, piece: bytes, receive: Callable[[], bytes]) -> torch.Tensor:
     """Fill `rows` with a piece and those that follow. Raises `ConnectionLostError`."""
-    data, filled = _bytes_of(rows), 0
+    data = _bytes_of(rows)
+    filled = 0
     while True:
         # The size is known from the request, so a longer or shorter piece is a fault of the sender.
         if len(piece) != min(PIECE, len(data) - filled):

@@ -27,14 +27,16 @@ class RemoteWorker:
     """The experts of a worker. The error of the first `connect` is raised."""
 
     def __init__(self, connect: Callable[[], Link], note: Note) -> None:
-        self._connect, self._note = connect, note
+        self._connect = connect
+        self._note = note
         self._link: Link | None = connect()
         self._planned: list[ExpertKey] = []
         self._held: frozenset[ExpertKey] = frozenset()
         self._unanswered: Sequence[ExpertKey] = ()
         self._rests_until = 0.0
         self._is_noted = False  # that it is lost
-        self.slots, self.name = self._link.slots, str(self._link.address)
+        self.slots = self._link.slots
+        self.name = str(self._link.address)
         self.arithmetic = self._link.arithmetic
 
     @property
@@ -65,7 +67,8 @@ class RemoteWorker:
 
     def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
         x = rows.of(*keys)
-        unanswered, self._unanswered = self._unanswered, keys
+        unanswered = self._unanswered
+        self._unanswered = keys
         try:
             assert self._link is not None
             if unanswered:  # a layer begins again, since a GPU's memory ran out
@@ -77,7 +80,8 @@ class RemoteWorker:
 
     def finish(self, rows: LayerRows) -> Sequence[ExpertKey]:
         # Cleared first: a layer that begins again must not wait for an answer that nobody owes.
-        keys, self._unanswered = self._unanswered, ()
+        keys = self._unanswered
+        self._unanswered = ()
         if self._link is not None:
             try:
                 outputs = torch.split(self._link.finish(), [rows.counts[key] for key in keys])
@@ -92,7 +96,8 @@ class RemoteWorker:
     def close(self) -> None:
         if self._link is not None:
             self._link.close()
-        self._link, self._held = None, frozenset()
+        self._link = None
+        self._held = frozenset()
 
     def _hold_planned(self) -> None:
         assert self._link is not None
@@ -102,7 +107,8 @@ class RemoteWorker:
         except ConnectionLostError as error:
             self._lose(error)
         else:
-            self._held, self._is_noted = frozenset(keys), False
+            self._held = frozenset(keys)
+            self._is_noted = False
 
     def _lose(self, error: ConnectionLostError) -> None:
         self.close()

@@ -68,7 +68,9 @@ class Server:
     """Serves the chats that come to a listener, and closes it at the end."""
 
     def __init__(self, listener: Listener, model: WorkerModel, note: Callable[[str], None]) -> None:
-        self._listener, self._model, self._note = listener, model, note
+        self._listener = listener
+        self._model = model
+        self._note = note
 
     def serve(self, over: Callable[[], bool] = lambda: False) -> None:
         """Serve one chat after another until it is `over`, or Ctrl-C."""
@@ -100,7 +102,8 @@ class Server:
         if (hello.model_identity, hello.hidden_size) != (model.identity, model.hidden_size):
             text = messages.describe_model(model.name, model.identity)
             return messages.Refusal(cause="model", text=text)
-        arithmetic, slots = model.begin(hello), model.slots
+        arithmetic = model.begin(hello)
+        slots = model.slots
         if slots < _MIN_SLOTS:
             text = f"has room for {slots} of the experts, and {_MIN_SLOTS} are the fewest"
             return messages.Refusal(cause="room", text=text)
@@ -148,7 +151,9 @@ class Session:
         answer_other: Callable[[PeerMessage], None],
     ) -> None:
         self.requests = 0
-        self._listener, self._peer, self._model = listener, peer, model
+        self._listener = listener
+        self._peer = peer
+        self._model = model
         self.send = partial(listener.send, peer)
         self._answer_other = answer_other
         self._dtype = getattr(torch, hello.dtype)

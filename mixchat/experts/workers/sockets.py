@@ -85,7 +85,8 @@ def prepare(prepared: zmq.Socket[bytes], keys: CurveKeys, silence: float = SILEN
     prepared.heartbeat_timeout = int(1000 * silence)
     prepared.maxmsgsize = _MAX_HEAD + PIECE
     # One request at a time bounds what is sent. Only a limit bounds what is received.
-    prepared.sndhwm, prepared.rcvhwm = 0, _MAX_QUEUED
+    prepared.sndhwm = 0
+    prepared.rcvhwm = _MAX_QUEUED
 
 
 def watch(watched: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:

@@ -27,7 +27,9 @@ from mixchat.weights.format.manifest import (
     read_manifest,
 )
 
-HEADER, SIZE, MISSING = "its header", "its size", "it is missing"
+HEADER = "its header"
+SIZE = "its size"
+MISSING = "it is missing"
 
 
 @dataclass(frozen=True)

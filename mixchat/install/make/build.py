@@ -52,7 +52,9 @@ class Build:
         work: Mapping[str, object],
         kept: Collection[str] = (),
     ) -> None:
-        self.target, self.source, self.blueprint = real_path(target), source, blueprint
+        self.target = real_path(target)
+        self.source = source
+        self.blueprint = blueprint
         self.place = workspace(target)
         self.directory = self.place / MODEL_DIR
         self.journal = Journal(self.place)
@@ -142,7 +144,8 @@ class Build:
             progress.note(f"damaged since the last run: {tensors}; making again")
 
     def _finish(self, manifest: Manifest) -> None:
-        weights, own = manifest.weights, self.blueprint.descriptions()
+        weights = manifest.weights
+        own = self.blueprint.descriptions()
         for name, header in self.headers.items():
             recorded = self.journal.made[name]
             digests = {spec.name: recorded[spec.name] for spec in header.specs}

@@ -49,7 +49,8 @@ from mixchat.weights.matrix.quant_type import Inputs, Way, dense_linear
 FOLD = 5  # windows, of which the last is held out
 _ROWS_OF_ALL = 32  # of any tokens
 HELD_OUT_MAX = 1024  # rows of an expert, since more change no decision but take time
-_MIX, _TEXT = "mix.json", "text.json"
+_MIX = "mix.json"
+_TEXT = "text.json"
 _DENSE = "dense-{}"  # a file of inputs of attention or head, by the matrix's name
 
 
@@ -67,8 +68,10 @@ class InputsWriter:
     """
 
     def __init__(self, directory: Path, dense_rows: int = 0) -> None:
-        self._directory, self._temporary = directory, temporary_path(directory)
-        self._dense_rows, self._written = dense_rows, Counter[str]()
+        self._directory = directory
+        self._temporary = temporary_path(directory)
+        self._dense_rows = dense_rows
+        self._written = Counter[str]()
 
     def add(self, layer: int, hidden_states: torch.Tensor, selected_experts: torch.Tensor) -> None:
         """Append rows [T, D] and their experts [T, K]."""
@@ -107,8 +110,11 @@ class ExpertInputs:
     """Reads the files of `InputsWriter`. One layer at a time is in memory."""
 
     def __init__(self, directory: Path, config: ModelConfig) -> None:
-        self._directory, self._config = directory, config
-        self._layer, self._inputs, self._selected = -1, torch.empty(0), torch.empty(0)
+        self._directory = directory
+        self._config = config
+        self._layer = -1
+        self._inputs = torch.empty(0)
+        self._selected = torch.empty(0)
 
     @property
     def text(self) -> list[int]:
@@ -159,7 +165,8 @@ class ExpertInputs:
 
     def _read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, selected = map(_read, _paths(self._directory, layer))
-        width, choices = self._config.hidden_size, self._config.num_experts_per_tok
+        width = self._config.hidden_size
+        choices = self._config.num_experts_per_tok
         rows = len(selected) // (2 * choices)
         if not rows or len(inputs) != 2 * rows * width:
             raise CheckpointError(f"{self._directory}: the inputs of layer {layer} are damaged")
@@ -179,10 +186,13 @@ class Calibrator:
     def __init__(
         self, inputs: ExpertInputs, checkpoint: Checkpoint, reader: CheckpointReader, window: int
     ):
-        self._inputs, self._reader = inputs, reader
-        self._index, self._window = checkpoint.index, window
+        self._inputs = inputs
+        self._reader = reader
+        self._index = checkpoint.index
+        self._window = window
         self._w2_inputs = Inputs(torch.empty(0), torch.empty(0), self._note)
-        self._ways, self._errors = Counter[Way](), 0.0
+        self._ways = Counter[Way]()
+        self._errors = 0.0
 
     @torch.inference_mode()
     def make(self, part: ModelPart) -> list[torch.Tensor]:
@@ -215,7 +225,8 @@ class Calibrator:
 
     def report(self) -> str:
         """Return the count of matrices made in each way, and the gain."""
-        ways, count = self._ways, max(1, self._ways.total())
+        ways = self._ways
+        count = max(1, self._ways.total())
         return (
             f"of {count} matrices {ways['gptq']} are rounded with error feedback (GPTQ), "
             f"{ways['weighted']} have weighted scales, {ways['plain']} are as they were; on text "

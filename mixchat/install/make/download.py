@@ -155,7 +155,9 @@ def _find_installed(request: DownloadRequest) -> Path | None:
 def _check_same(request: DownloadRequest, target: Path) -> None:
     manifest = read_manifest(target)
     check_files(target, manifest)
-    source, key, revision = manifest.source, request.ref.key, request.revision
+    source = manifest.source
+    key = request.ref.key
+    revision = request.revision
     hint = f"Remove it first (mixchat rm {key}), or install this one beside it with --name."
     if source.repo != (request.ref.source_repo or source.repo):
         difference = f"; it came from {source.repo}"

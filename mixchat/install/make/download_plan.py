@@ -64,7 +64,9 @@ class DownloadPlan:
 
 def make_plan(build: CheckpointBuild, free_disk: int | None = None) -> DownloadPlan:
     """Make the plan of a build. free_disk: as for `find_disk_needs`."""
-    checkpoint, blueprint, target = build.checkpoint, build.blueprint, build.target
+    checkpoint = build.checkpoint
+    blueprint = build.blueprint
+    target = build.target
     fetch = sum(checkpoint.missing(shard) for shard in build.shards)
     caches = [(checkpoint.cache, fetch)] if checkpoint.cache else []
     shards = ShardBytes.of(checkpoint.index, blueprint, checkpoint.temporary)

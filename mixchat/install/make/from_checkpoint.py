@@ -38,7 +38,8 @@ class CheckpointBuild(Build):
     ahead = True
 
     def __init__(self, checkpoint: Checkpoint, target: Path, blueprint: Blueprint) -> None:
-        self.checkpoint, self._index = checkpoint, checkpoint.index
+        self.checkpoint = checkpoint
+        self._index = checkpoint.index
         work = {"base": None, "fingerprint": checkpoint.fingerprint}
         super().__init__(target, checkpoint.source, blueprint, work)
 
@@ -49,7 +50,8 @@ class CheckpointBuild(Build):
         self.shards = sorted({self._index.shard_of(name) for name in needed - self._spill.names})
 
     def begin(self) -> Manifest:
-        records, companions = {}, self.checkpoint.companions()
+        records = {}
+        companions = self.checkpoint.companions()
         self.directory.mkdir(parents=True, exist_ok=True)  # now that they are fetched
         for name in COMPANION_FILES:
             if (companions / name).exists():
@@ -111,7 +113,8 @@ def _fetched(
     """Yield each shard's name and path. With `ahead` a thread fetches the next one."""
     missing = sum(checkpoint.missing(shard) for shard in shards)
     shown = progress if missing else NO_PROGRESS
-    title, done = f"fetching {checkpoint.source.repo}", checkpoint.size - missing
+    title = f"fetching {checkpoint.source.repo}"
+    done = checkpoint.size - missing
     stop = threading.Event()
     with progress_bar(shown, title, checkpoint.size, done) as task:
         coming: Future[Path] | None = None

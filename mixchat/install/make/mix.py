@@ -53,7 +53,8 @@ def choose_mix(
     convex hull of each layer's forms, while the budget allows it. Raises `UsageError` if not even
     the smallest types fit.
     """
-    count, sizes = blueprint.config.num_local_experts, _sizes(blueprint)
+    count = blueprint.config.num_local_experts
+    sizes = _sizes(blueprint)
     options = [[*_options(sizes, each)] for each in sensitivities]
     chosen = [min(own) for own in options]
     remaining = budget - count * sum(option.size for option in chosen)
@@ -159,7 +160,8 @@ def squared_error(quant_type: QuantType) -> float:
 
 def _sizes(blueprint: Blueprint) -> dict[tuple[QuantType, QuantType], int]:
     """Return the bytes of an expert, by the types that its matrices can have."""
-    stored, config = blueprint.quantization, blueprint.config
+    stored = blueprint.quantization
+    config = blueprint.config
     return {
         (up, down): Blueprint(config, replace(stored, quant_type=up, down=down)).expert.stride
         for up, down in itertools.product(mixable_types(), repeat=2)

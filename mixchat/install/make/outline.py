@@ -58,20 +58,23 @@ def outline(
     free_disk: the free bytes of another machine's disk. Asks the hub only for one of its models
     that is neither installed nor known.
     """
-    source, target = None, ref.directory
+    source = None
+    target = ref.directory
     flags = [] if bits is None else ["--expert-bits", str(bits)]
     with suppress(ModelNotFoundError):
         directory = models.installed_directory(ref.name)
         manifest = read_manifest(directory)
         check_files(directory, manifest)
-        source, installed = manifest.source, installed_blueprint(directory, manifest)
+        source = manifest.source
+        installed = installed_blueprint(directory, manifest)
         if bits not in (None, TYPES[installed.quantization.quant_type].bits):
             target = models_dir() / f"{directory.name.rpartition('--')[2]}-{bits}bit"
             flags += ["--name", target.name]
         elif free_disk is None:
             return Outline(ref.name, installed, directory, installed=True)
     source = source or ref.find_source(Journal(workspace(target)).source)
-    wanted, plan = type_of_bits(bits or 4), None
+    wanted = type_of_bits(bits or 4)
+    plan = None
     if (known := known_model(source.repo)) is not None:
         experts = experts_type(source.repo, known.experts_quant_type, wanted)
         blueprint = default_blueprint(read_config(known.config), experts)

@@ -63,7 +63,8 @@ class ModelPart:
 
     def dense(self, index: CheckpointIndex, read: Read) -> torch.Tensor:
         """Return the checkpoint's matrices, one above the other."""
-        linear, pieces = self.linear, _read(index.slices(self.name), index, read)
+        linear = self.linear
+        pieces = _read(index.slices(self.name), index, read)
         if linear is None:
             spec, (first, *others) = self.tensors[0], pieces
             whole = torch.cat([first, *others]) if others else first
@@ -119,7 +120,8 @@ def model_parts(blueprint: Blueprint) -> Iterator[ModelPart]:
 
 
 def _expert(blueprint: Blueprint, layer: int, expert: int) -> Iterator[ModelPart]:
-    form, file = blueprint.expert_of(layer), experts_file(layer)
+    form = blueprint.expert_of(layer)
+    file = experts_file(layer)
     prefix = layer_prefix(blueprint.config.first_k_dense_replace + layer)
     specs = tuple(form.tensors(expert))
     cut = len(form.gate_up.tensors)

@@ -26,7 +26,8 @@ DEMO_LOSS: dict[str, tuple[float | None, float]] = {
 # Attention and head get 6 bits if they have more bytes than this, and than this part of the bytes
 # of the experts that a token uses. It is 0.25 to 0.3 in Mixtral, and 0.89 or more in models of
 # small experts. Small models lose much by rounding. The demo's have 57 MB.
-_SMALL_DENSE_BYTES, _LARGE_DENSE_PART = 10**8, 0.5
+_SMALL_DENSE_BYTES = 10**8
+_LARGE_DENSE_PART = 0.5
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ class Rebuild(Build):
         damaged: Collection[str] = (),
     ) -> None:
         self.title = f"{doing} {directory.name}"
-        self._manifest, self._remake = read_manifest(directory), remake
+        self._manifest = read_manifest(directory)
+        self._remake = remake
         old = installed_blueprint(directory, self._manifest)
         self._old_headers = old.headers()
         self._old_parts = {part.name: part for part in model_parts(old)}
@@ -119,7 +120,8 @@ class Rebuild(Build):
 
     def _read(self, part: ModelPart) -> list[torch.Tensor]:
         """Read a part of the installed model. Raises `CheckpointError` if it is damaged."""
-        path, header = self.target / part.file, self._old_headers[part.file]
+        path = self.target / part.file
+        header = self._old_headers[part.file]
         tensors = []
         with reading(path), open(open_regular(path), "rb") as file:
             for spec in part.tensors:

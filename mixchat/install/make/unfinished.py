@@ -36,7 +36,8 @@ class ModelWriter:
     """
 
     def __init__(self, directory: Path, headers: Mapping[str, Header]) -> None:
-        self._directory, self._headers = directory, headers
+        self._directory = directory
+        self._headers = headers
         self._descriptors: dict[str, int] = {}
         self._unsynced: set[str] = set()
         self._unnamed = False
@@ -114,7 +115,8 @@ class Spill:
         self, shard: str, file: SafetensorsFile, names: list[str]
     ) -> tuple[str, dict[str, str]]:
         """Copy tensors of `file`, and return the copy's name and their SHA-256s."""
-        path, digests = self._directory / f"{SPILL_PREFIX}{shard}", {}
+        path = self._directory / f"{SPILL_PREFIX}{shard}"
+        digests = {}
         with SafetensorsWriter(path, [file.header.spec(name) for name in names]) as writer:
             for name in names:
                 tensor = file.read(name)

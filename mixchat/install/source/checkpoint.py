@@ -92,7 +92,8 @@ class DirectoryCheckpoint(Checkpoint):
     """A checkpoint in a directory. Raises `CheckpointError` if it is not complete."""
 
     def __init__(self, directory: Path, source: Source) -> None:
-        self.source, self._directory = source, directory
+        self.source = source
+        self._directory = directory
         config = read_config_file(directory / CONFIG)
         where = str(directory)
         with reading(directory):
@@ -152,7 +153,8 @@ class CheckpointReader:
     def __init__(
         self, checkpoint: Checkpoint, expected: Mapping[str, str] = MappingProxyType({})
     ) -> None:
-        self._checkpoint, self._expected = checkpoint, expected
+        self._checkpoint = checkpoint
+        self._expected = expected
         self._open: dict[str, ShardReader] = {}
         self._stack = ExitStack()
 

@@ -61,7 +61,8 @@ class CheckpointIndex:
         weight_map: Mapping[str, str] | None,
         where: str,
     ) -> None:
-        self.config, self.where = config, where
+        self.config = config
+        self.where = where
         self._headers = dict(headers)
         self._gguf = any(isinstance(header, GgufHeader) for header in headers.values())
         if weight_map is None:

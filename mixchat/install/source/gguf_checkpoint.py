@@ -39,7 +39,9 @@ class GgufCheckpoint(Checkpoint):
     """
 
     def __init__(self, files: Mapping[str, Path], source: Source, directory: Path) -> None:
-        self.source, self._files, self._directory = source, files, directory
+        self.source = source
+        self._files = files
+        self._directory = directory
         headers = {}
         for name, path in files.items():
             with GgufFile(path) as file:

@@ -29,7 +29,8 @@ _ITEMS_MAX = 1_000_000  # of a list, twice as many as the largest vocabulary has
 _NAME_BYTES_MAX = 1_000
 _DIMENSIONS_MAX = 4
 _ALIGNMENT = 32
-_STRING, _ARRAY = 8, 9
+_STRING = 8
+_ARRAY = 9
 _SCALARS = "BbHhIif?..Qqd"  # as struct and numpy call the types, those of 8 and 9 are not scalars
 
 ReadPiece = Callable[[int, int], "bytes | bytearray"]
@@ -49,8 +50,11 @@ class GgufHeader(Header):
         size: int,
         where: str,
     ) -> None:
-        self.where, self.size, self._text = where, size, b""
-        self._entries, self.metadata = entries, metadata
+        self.where = where
+        self.size = size
+        self._text = b""
+        self._entries = entries
+        self.metadata = metadata
 
 
 class GgufFile(SafetensorsFile):
@@ -75,7 +79,8 @@ def read_header(read: ReadPiece, size: int, where: str) -> GgufHeader:
         raise CheckpointError(
             f"{where}: GGUF of version {version}, mixchat reads 2 and 3 in little endian"
         )
-    tensors, entries = cursor.count(_ENTRIES_MAX), cursor.count(_ENTRIES_MAX)
+    tensors = cursor.count(_ENTRIES_MAX)
+    entries = cursor.count(_ENTRIES_MAX)
     metadata: dict[str, Any] = {}
     for _ in range(entries):
         key = cursor.text(_NAME_BYTES_MAX)
@@ -105,7 +110,9 @@ class _Cursor:
     """Reads values from the beginning of a file, which is fetched in growing pieces."""
 
     def __init__(self, read: ReadPiece, size: int, where: str) -> None:
-        self._read, self._size, self.where = read, min(size, _HEADER_BYTES_MAX), where
+        self._read = read
+        self._size = min(size, _HEADER_BYTES_MAX)
+        self.where = where
         self._data = bytearray()
         self.position = 0
 
@@ -166,8 +173,10 @@ def _placed(
     tensors: list[tuple[TensorSpec, int]], base: int, alignment: int, size: int, where: str
 ) -> dict[str, tuple[TensorSpec, int]]:
     """Return each tensor with the offset of its bytes, by name. Nothing may lie between them."""
-    header, base = base, _aligned(base, alignment)
-    end, entries = 0, {}
+    header = base
+    base = _aligned(base, alignment)
+    end = 0
+    entries = {}
     # A tensor without bytes has the offset of the next one, and comes first.
     for spec, offset in sorted(tensors, key=lambda tensor: (tensor[1], tensor[0].nbytes)):
         if offset != end:

@@ -16,7 +16,11 @@ from mixchat.base.errors import CheckpointError
 
 _KEY = "tokenizer.ggml."
 # Types of tokens, as SentencePiece numbers them.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_NORMAL = 1
+_UNKNOWN = 2
+_CONTROL = 3
+_USER_DEFINED = 4
+_BYTE = 6
 _TYPES = range(1, 7)
 _SCORE_MAX = 3.4028234663852886e38  # of fp32
 _PIECES = {"unk": 45, "bos": 46, "eos": 47, "pad": 48}  # fields of the model's trainer
@@ -39,7 +43,8 @@ _MARKED_WORDS = (  # with the accents that are characters of their own
     + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     + r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}?"
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}?"
@@ -158,7 +163,8 @@ class _Vocabulary:
     """The tokens and their types. Raises `CheckpointError` if they do not fit together."""
 
     def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
-        self._metadata, self.where = metadata, where
+        self._metadata = metadata
+        self.where = where
         self.model = metadata.get(f"{_KEY}model")
         self.tokens = self.texts("tokens")
         types = self.numbers("token_type", int) or [_NORMAL] * len(self.tokens)
@@ -232,7 +238,8 @@ def _characters() -> dict[str, Any]:
 
 def _merging(vocabulary: _Vocabulary, form: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tokenizer.json of a vocabulary with merges, whose other parts are in `form`."""
-    tokens, added = vocabulary.tokens, (_CONTROL, _USER_DEFINED)
+    tokens = vocabulary.tokens
+    added = (_CONTROL, _USER_DEFINED)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",

@@ -129,7 +129,8 @@ def _headers(shards: dict[str, RemoteFile]) -> dict[str, Any]:
 
 
 def _header(file: RemoteFile, stop: Event) -> Header:
-    url, first = file.url, bytearray()
+    url = file.url
+    first = bytearray()
 
     def read(start: int, size: int) -> bytearray:
         nonlocal first

@@ -46,10 +46,13 @@ class HubCheckpoint(Checkpoint):
     def __init__(
         self, remote: HubListing, source: Source, place: Path, *, keep_source: bool = False
     ) -> None:
-        self.source, self.index = source, remote.index
-        self.size, self.fingerprint = remote.index.size, remote.commit
+        self.source = source
+        self.index = remote.index
+        self.size = remote.index.size
+        self.fingerprint = remote.commit
         self.cache = cache_dir() if keep_source else None
-        self._remote, self._directory = remote, place / SOURCE_DIR
+        self._remote = remote
+        self._directory = place / SOURCE_DIR
 
     def companions(self) -> Path:
         read = self._remote.read
@@ -87,7 +90,9 @@ class HubCheckpoint(Checkpoint):
 
     def fetch(self, shard: str, task: Task, stop: Event) -> Path:
         file = self._remote.shards[shard]
-        cached, size, sha256 = file.cached(), file.size, str(file.sha256)
+        cached = file.cached()
+        size = file.size
+        sha256 = str(file.sha256)
         with plain_errors(self._remote.repo_id, "HF_HOME" if self.cache else "MIXCHAT_HOME"):
             # What is good in the cache stays, whatever the hub lists.
             if cached and is_intact(cached, size, sha256, stop):
@@ -115,7 +120,9 @@ class HubCheckpoint(Checkpoint):
         missing = [shard for shard in shards if self.missing(shard)]
         if not missing:
             return None
-        shard, came, stop = missing[0], _Count(), Event()
+        shard = missing[0]
+        came = _Count()
+        stop = Event()
         timer = Timer(_PROBE_S, stop.set)
         start = time.monotonic()
         timer.start()
@@ -144,10 +151,12 @@ class _Count:
 
 class _RemoteShard:
     def __init__(self, file: RemoteFile, header: Header) -> None:
-        self._file, self._header = file, header
+        self._file = file
+        self._header = header
 
     def read(self, name: str) -> torch.Tensor:
-        spec, start = self._header.spec(name), self._header.start(name)
+        spec = self._header.spec(name)
+        start = self._header.start(name)
         with plain_errors(self._file.repo_id):
             data = read_range(self._file.url, start, spec.nbytes, Event(), of=self._file.size)
         flat = torch.frombuffer(data, dtype=torch.uint8)

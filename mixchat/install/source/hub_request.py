@@ -34,9 +34,11 @@ from mixchat.install.source.hub_errors import HubRefusal
 _TIMEOUT_S = 30.0  # without a byte
 _TIMEOUTS = dict.fromkeys(("connect", "read", "write", "pool"), _TIMEOUT_S)
 _KEEPALIVE_S = 5.0  # of a connection that nothing uses
-_REDIRECTS, _REDIRECTS_MAX = (301, 302, 303, 307, 308), 20
+_REDIRECTS = (301, 302, 303, 307, 308)
+_REDIRECTS_MAX = 20
 _DECODED_BYTES = 1 << 20  # of a compressed answer, at once
-_JSON_BYTES_MAX, _JSON_S = 2**24, 300.0
+_JSON_BYTES_MAX = 2**24
+_JSON_S = 300.0
 _WAIT_S_MAX = 300.0  # the hub counts requests over five minutes
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 _RANGE_NOT_SATISFIABLE = 416
@@ -47,7 +49,8 @@ _SPARE_BYTES = 1 << 20  # of a body in chunks
 _SPARE_SHARE = 4  # a quarter more, for small chunks
 _UNKNOWN_BYTES = 1 << 36  # of a body whose size nobody knows: 64 GiB
 # A line that is slower is not refused, but asked again, where it stopped.
-_PACE_BYTES, _PACE_S = 1 << 16, 60.0
+_PACE_BYTES = 1 << 16
+_PACE_S = 60.0
 Headers = dict[bytes | str, bytes | str]
 _LATER = "Run the same command again later; it continues where it stopped."
 _current = threading.local()  # `limits` are those of the request that the thread waits for
@@ -89,7 +92,8 @@ class RemoteBytes:
             yield reply, first
 
     def _first_byte(self, reply: HubReply, start: int) -> int:
-        first, whole = 0, reply.header("Content-Length")
+        first = 0
+        whole = reply.header("Content-Length")
         if reply.status == 206:
             match = _CONTENT_RANGE.match(reply.header("Content-Range"))
             first, whole = (int(match[1]), match[2]) if match else (-1, "")
@@ -238,7 +242,8 @@ def _authorization(url: str) -> Headers:
 
 def _connections(url: str) -> httpcore2.ConnectionPool:
     """Return the connections for an address, by the proxy that the environment names for it."""
-    parts, proxies = urlsplit(url), getproxies()
+    parts = urlsplit(url)
+    proxies = getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
     return _pool("" if proxy_bypass(parts.netloc.rpartition("@")[2]) else proxy)
 
@@ -265,7 +270,8 @@ def retry_after(failure: Exception | None) -> float:
     """Return the seconds that a busy server asks to wait, at most 300."""
     if not isinstance(failure, HubRefusal) or failure.status not in _BUSY:
         return 0.0
-    text, seconds = failure.retry_after.strip(), 0.0
+    text = failure.retry_after.strip()
+    seconds = 0.0
     with suppress(ValueError, TypeError, OverflowError):
         is_date = not text.isdecimal()
         seconds = parsedate_to_datetime(text).timestamp() - time.time() if is_date else float(text)
@@ -293,7 +299,8 @@ class HubLimits(ReadLimits):
         if self._waited >= _PACE_S:
             if self._came < _PACE_BYTES:
                 raise self.too_slow()
-            self._came, self._waited = 0, 0.0
+            self._came = 0
+            self._waited = 0.0
 
     def too_much(self) -> WrongAnswer:
         return WrongAnswer("the hub sends an answer without an end", hint=_LATER)

@@ -47,16 +47,19 @@ def _open_checkpoint(
 ) -> Checkpoint:
     if source.repo == DEMO:
         return DemoCheckpoint(workspace(target), progress)
-    path, place = Path(source.repo), workspace(target)
+    path = Path(source.repo)
+    place = workspace(target)
     small_files = place / SOURCE_DIR
     for directory in (place, small_files):
         if directory.is_symlink():  # a link must not choose where files are written
             directory.unlink()
     if path.is_absolute():
-        directory, known = path, source
+        directory = path
+        known = source
         files = local_files(path) if path.suffix == SUFFIX else _gguf_files(path, source.repo)
     elif snapshot := _offline_snapshot(source):
-        directory, known = snapshot, replace(source, commit=snapshot.name)
+        directory = snapshot
+        known = replace(source, commit=snapshot.name)
         repo, _, quantization = source.repo.partition(":")
         files = _gguf_files(snapshot, repo, quantization)
     else:

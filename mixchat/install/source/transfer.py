@@ -26,7 +26,8 @@ _CHUNK_BYTES = 1 << 20
 _SYNC_BYTES = 1 << 28  # that a power cut can take back
 # The progress after which a file's attempts are counted anew: bytes, or a part of a small file. A
 # proxy that breaks after a few bytes each time would be asked for ever otherwise.
-_PROGRESS_BYTES, _PROGRESS_PARTS = 1 << 16, 100
+_PROGRESS_BYTES = 1 << 16
+_PROGRESS_PARTS = 100
 # Before each further attempt.
 _WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 
@@ -68,7 +69,8 @@ def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None =
 
     Raises as `fetch_file` does.
     """
-    got, remote = bytearray(), RemoteBytes(url, of)
+    got = bytearray()
+    remote = RemoteBytes(url, of)
 
     def attempt() -> None:
         with remote.stream(start + len(got), start + size - 1) as (reply, first):
@@ -105,9 +107,11 @@ def wrong_bytes(name: str) -> HubError:
 
 class _Download:
     def __init__(self, url: str, partial: Path, size: int, task: Task, stop: Event) -> None:
-        self._part, self._size = partial, size
+        self._part = partial
+        self._size = size
         self._remote = RemoteBytes(url, size)
-        self._task, self._stop = task, stop
+        self._task = task
+        self._stop = stop
         self._done = self._synced = 0
         self._digest = hashlib.sha256()
 
@@ -169,7 +173,8 @@ def _retry(
     Few bytes, and bytes that are fetched a second time, do not count, because that could repeat for
     ever.
     """
-    waits, most = iter(_WAITS_S), done()
+    waits = iter(_WAITS_S)
+    most = done()
     progress = min(_PROGRESS_BYTES, size // _PROGRESS_PARTS)
     while done() < size:
         failure: Exception | None = None
@@ -182,7 +187,8 @@ def _retry(
                 raise
             failure = error
         if done() > most + progress:
-            waits, most = iter(_WAITS_S), done()
+            waits = iter(_WAITS_S)
+            most = done()
         if done() >= size:
             return
         wait = next(waits, None)

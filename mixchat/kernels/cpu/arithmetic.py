@@ -46,7 +46,8 @@ def softplus(function: Function, x: Value) -> Value:
     power = exponential(function, is_positive.choose(-x, x))
     # ln(1 + p) = 2 artanh(p / (2 + p)), which is exact for small p, too.
     ratio = power / (power + 2.0)
-    square, series = ratio * ratio, function.constant(x.type, _LOG_SERIES[-1])
+    square = ratio * ratio
+    series = function.constant(x.type, _LOG_SERIES[-1])
     for factor in reversed(_LOG_SERIES[:-1]):
         series = function.multiply_add(series, square, function.constant(x.type, factor))
     return function.maximum(x, function.constant(x.type, 0.0)) + ratio * series
@@ -95,7 +96,8 @@ def reduced(function: Function, value: Value, how: Literal["fadd", "fmax"]) -> V
     count = value.type.count
     while count > 1:
         count //= 2
-        high, low = value.half(1), value.half(0)
+        high = value.half(1)
+        low = value.half(0)
         value = low + high if how == "fadd" else function.maximum(low, high)
     return Value(function, function.builder.extract_element(value.raw, i32(0)))
 
@@ -104,7 +106,8 @@ def totals(function: Function, vectors: Sequence[Value]) -> Value:
     """Return the sum of each of 2^n vectors, by halves. Their lanes are at least as many."""
     lanes = vectors[0].type.count
     while lanes > 1:
-        half, size = lanes // 2, vectors[0].type.count
+        half = lanes // 2
+        size = vectors[0].type.count
         # Two vectors become one, whose halves are theirs, as long as there are two.
         are_pairs = len(vectors) > 1
         firsts = range(0, 2 * size if are_pairs else size, lanes)

@@ -93,12 +93,11 @@ class _Arrange:
         self._args = _SIGNATURE.read_by(self._function)
 
     def write(self) -> None:
-        function, args = self._function, self._args
-        zero, starts, count = (
-            function.constant(i64, 0),
-            args.pointer("starts"),
-            args.number("count"),
-        )
+        function = self._function
+        args = self._args
+        zero = function.constant(i64, 0)
+        starts = args.pointer("starts")
+        count = args.number("count")
         with function.each_item(function.pointer, function.constant(i64, 1)):
             with function.loop(0, count, 1) as (expert, _):
                 starts.store(zero, expert * 8)
@@ -132,9 +131,12 @@ class _Arrange:
         return number
 
     def _fill(self, slot: Value, expert: Value, first: Value, rows: Value) -> None:
-        function, args = self._function, self._args
-        columns, of_rows = args.number("columns"), args.number("of_rows")
-        table, factors = args.pointer("table"), args.pointer("factors")
+        function = self._function
+        args = self._args
+        columns = args.number("columns")
+        of_rows = args.number("of_rows")
+        table = args.pointer("table")
+        factors = args.pointer("factors")
         targets = args.pointer("targets").plus(slot * (columns + of_rows) * 8)
         with function.loop(0, columns, 1) as (column, _):
             self._target(targets, column).store(table.load(i64, (expert * columns + column) * 8))

@@ -28,7 +28,8 @@ _PARTS = 2  # of a latent, with a scale each
 _VECTORS = 2
 # Scores. If all keys so far are masked, the largest score is _LOWEST, and e^(masked - lowest) is 0.
 # With infinities the difference would be NaN.
-_MASKED, _LOWEST = -3e38, -1e38
+_MASKED = -3e38
+_LOWEST = -1e38
 SIGNATURE = Signature(
     "pages", "queries", "parts", "out", "past", "tokens", "splits", "per_item", "window", "sinks"
 )
@@ -41,13 +42,16 @@ class AttendKernel:
     """
 
     def __init__(self, module: Any, shape: CacheShape, lanes: int, bf16: bool) -> None:
-        self.shape, self.lanes, self.bf16 = shape, lanes, bf16
+        self.shape = shape
+        self.lanes = lanes
+        self.bf16 = bf16
         self.floats = vector(f32, lanes)
         self.function = function = Function(module, "attend")
         self.args = SIGNATURE.read_by(function)
         self._counts = (8, 4, 1) if lanes == 16 else (4, 1)  # rows at once, as registers allow
         self.products: Products = products_of(function, shape, lanes)
-        rows, size = self.rows_of(shape), self.products.size
+        rows = self.rows_of(shape)
+        size = self.products.size
         self.queries = function.scratch(rows * shape.width * size)
         self.query_scales = function.scratch(rows * 4 * _PARTS)
         self.scores = function.scratch(rows * KEYS * 4)
@@ -62,13 +66,18 @@ class AttendKernel:
         return max(1, _ROWS // shape.shared) * shape.shared
 
     def write(self) -> None:
-        function, args, shape = self.function, self.args, self.shape
-        tokens, splits = args.number("tokens"), args.number("splits")
-        per_item, past = args.number("per_item"), args.number("past")
+        function = self.function
+        args = self.args
+        shape = self.shape
+        tokens = args.number("tokens")
+        splits = args.number("splits")
+        per_item = args.number("per_item")
+        past = args.number("past")
         all_rows = tokens * shape.shared  # of a group
         blocks = (all_rows + per_item - 1) // per_item
         with function.each_item(function.pointer, blocks * splits * shape.groups) as item:
-            split, block_and_group = item % splits, item // splits
+            split = item % splits
+            block_and_group = item // splits
             group = block_and_group % shape.groups
             first = block_and_group // shape.groups * per_item
             rows = function.minimum(per_item, all_rows - first)
@@ -91,13 +100,17 @@ class AttendKernel:
         function.finish()
 
     def _row(self, row: Value, first: Value, group: Value) -> Value:
-        shared, number = self.shape.shared, first + row
+        shared = self.shape.shared
+        number = first + row
         return number // shared * self.shape.heads + group * shared + number % shared
 
     def _begin(self, first: Value, group: Value, rows: Value) -> None:
         """Prepare the queries and an empty state."""
-        function, shape, lanes = self.function, self.shape, self.lanes
-        zeros, size = function.constant(self.floats, 0.0), self.products.size
+        function = self.function
+        shape = self.shape
+        lanes = self.lanes
+        zeros = function.constant(self.floats, 0.0)
+        size = self.products.size
         with function.loop(0, rows, 1) as (row, _):
             queries = self.queries.plus(row * (shape.width * size))
             # The padding to whole vectors stays 0, in queries as in pages, and adds nothing.
@@ -129,8 +142,12 @@ class AttendKernel:
             done = end
 
     def score(self, page: Pointer, line: Value, rows: Value) -> None:
-        function, shape, lanes = self.function, self.shape, self.lanes
-        words, per_word, products = shape.width // shape.per_word, shape.per_word, self.products
+        function = self.function
+        shape = self.shape
+        lanes = self.lanes
+        words = shape.width // shape.per_word
+        per_word = shape.per_word
+        products = self.products
         block_bytes = words * KEY_BLOCK * 4
         # The values of these keys have as many bytes, so each step of the loop prefetches one line.
         values = page.plus(line // per_word * (shape.width * 4) + shape.values_at)
@@ -178,7 +195,9 @@ class AttendKernel:
 
     def _weigh(self, page: Pointer, key: Value, first: Value, rows: Value) -> None:
         """Turn scores into weights e^(score - largest), and scale the sums down."""
-        function, shape, lanes = self.function, self.shape, self.lanes
+        function = self.function
+        shape = self.shape
+        lanes = self.lanes
         past = self.args.number("past")
         window = self.args.number("window").narrowed(i32).broadcast(lanes)
         steps = function.constant(vector(i32, lanes), range(lanes))
@@ -218,8 +237,11 @@ class AttendKernel:
     def _add_values(
         self, page: Pointer, line: Value, rows: Value, next_page: Pointer, next_line: Value
     ) -> None:
-        function, shape, lanes = self.function, self.shape, self.lanes
-        products, words = self.products, KEYS // shape.per_word
+        function = self.function
+        shape = self.shape
+        lanes = self.lanes
+        products = self.products
+        words = KEYS // shape.per_word
         values = page.plus(line // shape.per_word * (shape.width * 4) + shape.values_at)
         together = _VECTORS * lanes
         # The next keys have as many bytes as these values. Whoever scores them finds them cached.
@@ -251,8 +273,11 @@ class AttendKernel:
                     self._sums.store(added, target)
 
     def _end(self, first: Value, group: Value, rows: Value, split: Value, splits: Value) -> None:
-        function, shape, lanes = self.function, self.shape, self.lanes
-        parts, size = self.args.pointer("parts"), shape.value_width + 2
+        function = self.function
+        shape = self.shape
+        lanes = self.lanes
+        parts = self.args.pointer("parts")
+        size = shape.value_width + 2
         with function.loop(0, rows, 1) as (row, _):
             target = (self._row(row, first, group) * splits + split) * (size * 4)
             parts.store(self._state.load(vector(f32, 2), row * 8), target)

@@ -116,8 +116,11 @@ def _write_merge(module: Any, shape: CacheShape, lanes: int, bf16: bool) -> None
     """Write `merge`. An item of work is a row. A head's sink counts like a part without values."""
     function = Function(module, "merge")
     args = SIGNATURE.read_by(function)
-    parts, out, splits = args.pointer("parts"), args.pointer("out"), args.number("splits")
-    floats, size = vector(f32, lanes), (shape.value_width + 2) * 4
+    parts = args.pointer("parts")
+    out = args.pointer("out")
+    splits = args.number("splits")
+    floats = vector(f32, lanes)
+    size = (shape.value_width + 2) * 4
     vectors = shape.value_width // lanes
     line = function.scratch(shape.value_width * 4)
     with function.each_item(function.pointer, args.number("tokens") * shape.heads) as row:

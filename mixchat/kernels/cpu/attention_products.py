@@ -36,8 +36,11 @@ class Products(ABC):
     size: ClassVar[int] = 4  # bytes of a factor
 
     def __init__(self, function: Function, shape: CacheShape, lanes: int) -> None:
-        self.function, self.shape, self.lanes = function, shape, lanes
-        self.floats, self.integers = vector(f32, lanes), vector(i32, lanes)
+        self.function = function
+        self.shape = shape
+        self.lanes = lanes
+        self.floats = vector(f32, lanes)
+        self.integers = vector(i32, lanes)
         self.zero = function.constant(self.floats, 0.0)  # an empty sum
 
     def store_query(self, source: Pointer, first: Value, bf16: bool, target: Pointer) -> Value:
@@ -197,7 +200,8 @@ class _WordProducts(Products):
         self._add_words = CPUS[instructions].add_words
 
     def store_query(self, source: Pointer, first: Value, bf16: bool, target: Pointer) -> Value:
-        function, step = self.function, self._step
+        function = self.function
+        step = self._step
         count, least = (None, i32(0)) if step == 1 else (step, None)
         integers: Any = i32 if step == 1 else self.integers
         start = function.constant(integers, 0) if least is None else Value(function, least)

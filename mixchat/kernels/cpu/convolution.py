@@ -125,14 +125,20 @@ class _Activated:
     def __init__(
         self, module: ir.Module, lanes: int, bf16: bool, taps: int, vectors: int, has_bias: bool
     ) -> None:
-        self.function, self._has_bias = Function(module, "convolve"), has_bias
-        self.lanes, self.bf16, self._taps, self._vectors = lanes, bf16, taps, vectors
+        self.function = Function(module, "convolve")
+        self._has_bias = has_bias
+        self.lanes = lanes
+        self.bf16 = bf16
+        self._taps = taps
+        self._vectors = vectors
         self._floats = vector(f32, lanes)
         args = self.args = _SIGNATURE.read_by(self.function)
-        self.columns, self.x = args.number("columns"), args.pointer("x")
+        self.columns = args.number("columns")
+        self.x = args.pointer("x")
 
     def write(self) -> None:
-        function, args = self.function, self.args
+        function = self.function
+        args = self.args
         wide = self.lanes * self._vectors
         with function.each_item(function.pointer, self.columns // wide) as item:
             channels = [item * wide + number * self.lanes for number in range(self._vectors)]

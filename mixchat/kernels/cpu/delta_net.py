@@ -115,7 +115,8 @@ class DeltaRule:
         skips: torch.Tensor | None = None,
     ) -> None:
         self.shape = shape
-        self.rates, self.biases = -a_log.float().exp(), dt_bias.float().contiguous()
+        self.rates = -a_log.float().exp()
+        self.biases = dt_bias.float().contiguous()
         self.skips = None if skips is None else skips.float().contiguous()
 
     def __call__(
@@ -141,16 +142,21 @@ class DeltaRule:
     def _by_torch(
         self, qkv: torch.Tensor, ba: torch.Tensor, before: torch.Tensor, after: torch.Tensor
     ) -> torch.Tensor:
-        shape, tokens = self.shape, qkv.shape[0]
+        shape = self.shape
+        tokens = qkv.shape[0]
         gates = self.prepare(qkv, ba)[..., None, None]  # [T, V, 2, 1, 1]
-        keys, repeats = shape.key_heads * shape.key_dim, shape.value_heads // shape.key_heads
+        keys = shape.key_heads * shape.key_dim
+        repeats = shape.value_heads // shape.key_heads
         heads = qkv[:, : 2 * keys].view(tokens, 2, shape.key_heads, shape.key_dim)
         heads = heads.repeat_interleave(repeats, dim=2)[:, :, :, None, :, None]
-        queries, keys_of_heads = heads[:, 0], heads[:, 1]
+        queries = heads[:, 0]
+        keys_of_heads = heads[:, 1]
         blocks = shape.value_dim // shape.block
         values = qkv[:, 2 * keys :].view(tokens, shape.value_heads, blocks, shape.block)
-        decay, beta = gates[:, :, 0], gates[:, :, 1]
-        state, read = before, []
+        decay = gates[:, :, 0]
+        beta = gates[:, :, 1]
+        state = before
+        read = []
         for token in range(tokens):
             key = keys_of_heads[token]  # [V, 1, k, 1]
             state = state * decay[token][..., None]
@@ -186,7 +192,8 @@ class DeltaRule:
 
     def steps(self, qkv: torch.Tensor, ba: torch.Tensor, out: torch.Tensor) -> tuple[Step, Step]:
         """Return `__call__` as steps. `before` and `after` of the second one are not set yet."""
-        shape, tokens = self.shape, qkv.shape[0]
+        shape = self.shape
+        tokens = qkv.shape[0]
         gates = torch.empty(tokens, shape.value_heads, 2)
         numbers = _SIGNATURE.numbers(
             qkv=qkv.data_ptr(),
@@ -229,11 +236,14 @@ class _Prepare:
 
     def __init__(self, module: ir.Module, lanes: int, bf16: bool, is_mamba: bool) -> None:
         self._function = Function(module, "prepare")
-        self._lanes, self._bf16, self._is_mamba = lanes, bf16, is_mamba
+        self._lanes = lanes
+        self._bf16 = bf16
+        self._is_mamba = is_mamba
         self._args = _SIGNATURE.read_by(self._function)
 
     def write(self) -> None:
-        function, args = self._function, self._args
+        function = self._function
+        args = self._args
         value_heads = args.number("value_heads")
         with function.each_item(function.pointer, args.number("tokens")) as token:
             if not self._is_mamba:
@@ -243,16 +253,20 @@ class _Prepare:
         function.finish()
 
     def _normalize_heads(self, token: Value) -> None:
-        function, args = self._function, self._args
-        key_heads, key_dim = args.number("key_heads"), args.number("key_dim")
-        scale, one = args.load("scale", f32), function.constant(f32, 1.0)
+        function = self._function
+        args = self._args
+        key_heads = args.number("key_heads")
+        key_dim = args.number("key_dim")
+        scale = args.load("scale", f32)
+        one = function.constant(f32, 1.0)
         with function.loop(0, key_heads * 2, 1) as (head, _):
             factor = head.compare("<", key_heads).choose(scale, one)
             start = token * args.number("stride") + head * key_dim
             self._normalize(args.pointer("qkv").plus(start * 4), key_dim, factor)
 
     def _normalize(self, row: Pointer, width: Value, factor: Value) -> None:
-        function, floats = self._function, vector(f32, self._lanes)
+        function = self._function
+        floats = vector(f32, self._lanes)
         zeros = function.constant(floats, 0.0)
         with function.loop(0, width, self._lanes, [zeros]) as (column, sums):
             numbers = row.load(floats, column * 4)
@@ -264,7 +278,8 @@ class _Prepare:
             row.store(row.load(floats, column * 4) * scale, column * 4)
 
     def _gates(self, token: Value, head: Value, value_heads: Value) -> None:
-        function, args = self._function, self._args
+        function = self._function
+        args = self._args
         at = token * args.number("logits_stride") + head
         of_decay = at if self._is_mamba else at + value_heads
         alpha = as_fp32(args.pointer("logits"), of_decay, self._bf16)
@@ -289,19 +304,27 @@ class _Recur:
         self, module: ir.Module, lanes: int, block: int, bf16: bool, is_mamba: bool
     ) -> None:
         self._function = Function(module, "recur")
-        self._lanes, self._block, self._bf16 = lanes, block, bf16
+        self._lanes = lanes
+        self._block = block
+        self._bf16 = bf16
         self._is_mamba = is_mamba
         self._floats = vector(f32, lanes)
         self._args = _SIGNATURE.read_by(self._function)
         self._offsets = [number * lanes * 4 for number in range(block // lanes)]
 
     def write(self) -> None:
-        function, args, block = self._function, self._args, self._block
-        key_heads, value_heads = args.number("key_heads"), args.number("value_heads")
-        key_dim, last = args.number("key_dim"), args.number("tokens") - 1
-        blocks, row_bytes = args.number("value_dim") // block, args.number("stride") * 4
+        function = self._function
+        args = self._args
+        block = self._block
+        key_heads = args.number("key_heads")
+        value_heads = args.number("value_heads")
+        key_dim = args.number("key_dim")
+        last = args.number("tokens") - 1
+        blocks = args.number("value_dim") // block
+        row_bytes = args.number("stride") * 4
         with function.each_item(function.pointer, value_heads * blocks) as item:
-            head, start = item // blocks, item * key_dim * (block * 4)
+            head = item // blocks
+            start = item * key_dim * (block * 4)
             key_head = head // (value_heads // key_heads)
             before, after = (args.number(name) + start for name in ("before", "after"))
             # Of the first token. The rows of the others follow.
@@ -359,8 +382,10 @@ class _Recur:
 
     def _predict(self, state: Pointer, keys: Pointer) -> list[Value]:
         """Return S^T k."""
-        function, zero = self._function, self._function.constant(self._floats, 0.0)
-        key_dim, zeros = self._args.number("key_dim"), [zero] * len(self._offsets)
+        function = self._function
+        zero = self._function.constant(self._floats, 0.0)
+        key_dim = self._args.number("key_dim")
+        zeros = [zero] * len(self._offsets)
         with function.loop(0, key_dim, _TOGETHER, zeros) as (first, sums):
             for row in range(_TOGETHER):
                 key = keys.load(f32, (first + row) * 4).broadcast(self._lanes)
@@ -384,8 +409,10 @@ class _Recur:
         factors: the query, the key and the next token's key, if there is one. prefetches: the block
         that this thread will probably take next, so that memory is read while it is written, too.
         """
-        function, zero = self._function, self._function.constant(self._floats, 0.0)
-        count, lanes = len(deltas), self._lanes
+        function = self._function
+        zero = self._function.constant(self._floats, 0.0)
+        count = len(deltas)
+        lanes = self._lanes
         queries, keys, next_keys = factors
         zeros = [zero] * (count if next_keys is None else 2 * count)
         with function.loop(0, self._args.number("key_dim"), _TOGETHER, zeros) as (first, sums):

@@ -34,7 +34,8 @@ def dense_matmul(x: torch.Tensor, weight: torch.Tensor, *, exact: bool = False) 
 
     With `exact`, each row of x has the bits that it has alone, if the kernel takes it.
     """
-    tokens, columns = x.shape[:-1].numel(), weight.shape[1]
+    tokens = x.shape[:-1].numel()
+    columns = weight.shape[1]
     alike = x.dtype == weight.dtype and x.shape[-1] == columns
     if (exact or tokens == 1) and alike and rows.can_compute(x.dtype, columns, x.device.type):
         return exact_matmul(x, weight)
@@ -51,7 +52,8 @@ def dense_matmul(x: torch.Tensor, weight: torch.Tensor, *, exact: bool = False) 
             torch._C._set_mkldnn_enabled(was_enabled)
     # Hardly any CPU has instructions for fp16. Without them fp32 is up to four times as fast.
     if tokens >= _MANY and (x.dtype == torch.float16 or not multiplies_bf16()):
-        wide, height = x.float(), max(1, _WIDENED // columns)
+        wide = x.float()
+        height = max(1, _WIDENED // columns)
         pieces = (functional.linear(wide, piece.float()) for piece in torch.split(weight, height))
         return torch.cat([piece.to(x.dtype) for piece in pieces], dim=-1)
     return functional.linear(x, weight)
@@ -97,15 +99,21 @@ class _DenseTile:
     """The product of some rows with some tokens, in registers."""
 
     def __init__(self, module: Any, lanes: int, bf16: bool, rows: int, tokens: int) -> None:
-        self.rows, self.tokens, self._lanes, self._bf16 = rows, tokens, lanes, bf16
+        self.rows = rows
+        self.tokens = tokens
+        self._lanes = lanes
+        self._bf16 = bf16
         self.function = Function(module, f"tile_{rows}_{tokens}", numbers=2)
         self._write()
 
     def _write(self) -> None:
-        function, args = self.function, _SIGNATURE.read_by(self.function)
-        x, weight = args.pointer("x"), args.pointer("weight")
+        function = self.function
+        args = _SIGNATURE.read_by(self.function)
+        x = args.pointer("x")
+        weight = args.pointer("weight")
         columns, (row, token) = args.number("columns"), function.numbers
-        zero, size = function.constant(vector(f32, self._lanes), 0.0), 2 if self._bf16 else 4
+        zero = function.constant(vector(f32, self._lanes), 0.0)
+        size = 2 if self._bf16 else 4
         zeros = [zero] * (self.rows * self.tokens)
         with function.loop(0, columns, self._lanes, zeros) as (column, sums):
             numbers = [
@@ -135,7 +143,8 @@ def _write_multiply(module: Any, tiles: Sequence[Sequence[_DenseTile]]) -> None:
     function = Function(module, "multiply")
     args = _SIGNATURE.read_by(function)
     rows, tokens, chunk = (args.number(name) for name in ("rows", "tokens", "chunk"))
-    groups, chunks = (rows + (_GROUP - 1)) // _GROUP, (tokens + chunk - 1) // chunk
+    groups = (rows + (_GROUP - 1)) // _GROUP
+    chunks = (tokens + chunk - 1) // chunk
     with function.each_item(function.pointer, groups * chunks) as item:
         start = item // groups * chunk
         end = function.minimum(start + chunk, tokens)

@@ -36,7 +36,9 @@ class Value:
     """A number, or a vector of numbers, in a function that is being written."""
 
     def __init__(self, function: Function, raw: Any) -> None:
-        self._function, self._builder, self.raw = function, function.builder, raw
+        self._function = function
+        self._builder = function.builder
+        self.raw = raw
 
     @property
     def type(self) -> Any:
@@ -158,7 +160,9 @@ class Pointer:
     """The address of a byte."""
 
     def __init__(self, function: Function, raw: Any) -> None:
-        self._function, self._builder, self.raw = function, function.builder, raw
+        self._function = function
+        self._builder = function.builder
+        self.raw = raw
 
     def plus(self, offset: Value | int) -> Pointer:
         moved = self._builder.gep(self.raw, [self._function.constant(i64, offset).raw])
@@ -316,7 +320,8 @@ class Function:
         """
         builder = self.builder
         # The blocks have LLVM's names. A phi takes the value of the block that was left last.
-        first, last = self.constant(i64, start).raw, self.constant(i64, end).raw
+        first = self.constant(i64, start).raw
+        last = self.constant(i64, end).raw
         preheader = builder.block
         header, body, exit_block = (self.raw.append_basic_block() for _ in range(3))
         builder.branch(header)
@@ -366,7 +371,8 @@ class Function:
 
         What is written inside runs again and again until then. Yields how often it has run.
         """
-        builder, preheader = self.builder, self.builder.block
+        builder = self.builder
+        preheader = self.builder.block
         header, body, exit_block = (self.raw.append_basic_block() for _ in range(3))
         builder.branch(header)
         builder.position_at_end(header)

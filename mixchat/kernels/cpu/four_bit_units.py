@@ -40,7 +40,8 @@ class _InHalves(Unit):
     def in_order(self, sums: list[Value]) -> list[Value]:
         if self.lanes == 16:
             return sums
-        lower, upper = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+        lower = [0, 1, 2, 3, 8, 9, 10, 11]
+        upper = [4, 5, 6, 7, 12, 13, 14, 15]
         return [
             first.shuffled(rows, second)
             for first, second in (sums[:2], sums[2:])
@@ -52,7 +53,8 @@ def _interleaved(even: Value, odd: Value) -> list[Value]:
     """Return the numbers of two vectors by turns."""
     # In the order of vpunpcklbw and vpunpckhbw, which interleave within each 128 bits.
     count = even.type.count
-    half, quarter = count // 2, count // 4
+    half = count // 2
+    quarter = count // 4
     mixed = []
     for start in (0, quarter):
         lanes = [*range(start, start + quarter), *range(start + half, start + half + quarter)]
@@ -113,7 +115,9 @@ def _shifted(line: Value, by: int) -> Value:
 class FourBitsInBytes(_InHalves, ByteUnit):
     """4-bit codes with x in 8 bits, with AVX-512 twice as fast as words, with AVX2 1.7 times."""
 
-    columns, level_of_one, offset = 4, 127, 128
+    columns = 4
+    level_of_one = 127
+    offset = 128
 
     def __init__(self, function: Function, table: Pointer) -> None:
         super().__init__(function, table)
@@ -159,7 +163,8 @@ class _Mxfp4(Unit):
     The scale of 32 weights is the exponent of a float. The exponent 0 (2^-127) is read as 0.
     """
 
-    block, scale_bytes = 32, 1
+    block = 32
+    scale_bytes = 1
 
     def scales(self, absmax: Pointer, index: Value) -> Value:
         # Shifted to the exponent's place in fp32, whose denormal numbers 2^-127 would need.

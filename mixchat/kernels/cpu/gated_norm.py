@@ -27,7 +27,9 @@ class GatedNorm:
     """
 
     def __init__(self, weight: torch.Tensor, eps: float, groups: int | None = None) -> None:
-        self.weight, self.eps, self._gates_first = weight, eps, groups is not None
+        self.weight = weight
+        self.eps = eps
+        self._gates_first = groups is not None
         self.width = weight.shape[0] // (groups or 1)
 
     def __call__(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -76,12 +78,16 @@ class _GatedNormWriter:
 
     def __init__(self, module: ir.Module, lanes: int, bf16: bool, gates_first: bool) -> None:
         self._function = Function(module, "gated_norm")
-        self._lanes, self._bf16, self._gates_first = lanes, bf16, gates_first
+        self._lanes = lanes
+        self._bf16 = bf16
+        self._gates_first = gates_first
         self._args = _SIGNATURE.read_by(self._function)
 
     def write(self) -> None:
-        function, args = self._function, self._args
-        heads, width = args.number("heads"), args.number("width")
+        function = self._function
+        args = self._args
+        heads = args.number("heads")
+        width = args.number("width")
         with (
             function.each_item(function.pointer, args.number("tokens")) as token,
             function.loop(0, heads, 1) as (head, _),
@@ -92,7 +98,10 @@ class _GatedNormWriter:
         function.finish()
 
     def _head(self, first: Value, gate: Value, weight: Value, width: Value) -> None:
-        function, args, lanes, bf16 = self._function, self._args, self._lanes, self._bf16
+        function = self._function
+        args = self._args
+        lanes = self._lanes
+        bf16 = self._bf16
         zeros = function.constant(vector(f32, lanes), 0.0)
         with function.loop(0, width, lanes, [zeros]) as (column, sums):
             numbers = self._numbers(first + column, gate + column)

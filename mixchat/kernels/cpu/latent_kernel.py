@@ -33,7 +33,10 @@ class LatentKernel(AttendKernel):
         return _ROWS
 
     def prepare_query(self, row: Value, first: Value, target: Pointer) -> None:
-        function, shape, lanes, products = self.function, self.shape, self.lanes, self.products
+        function = self.function
+        shape = self.shape
+        lanes = self.lanes
+        products = self.products
         self._load_query(first)
         for part, (start, end) in enumerate(self._parts):
             factor, scale = products.scaled(self._query.plus(start * 4), end - start)
@@ -49,7 +52,9 @@ class LatentKernel(AttendKernel):
 
     def _load_query(self, first: Value) -> None:
         """Store a query in fp32, with the padding of a latent."""
-        function, shape, lanes = self.function, self.shape, self.lanes
+        function = self.function
+        shape = self.shape
+        lanes = self.lanes
         zeros = function.constant(self.floats, 0.0)
         for start in range(0, shape.width, lanes):
             self._query.store(zeros, start * 4)
@@ -72,7 +77,10 @@ class LatentKernel(AttendKernel):
 
     def _join(self, page: Pointer, line: Value) -> None:
         """Store the numbers of some tokens for `add_joined`, vectors of all tokens in turn."""
-        function, shape, lanes, products = self.function, self.shape, self.lanes, self.products
+        function = self.function
+        shape = self.shape
+        lanes = self.lanes
+        products = self.products
         words = page.plus(line // shape.per_word * (shape.width * 4))
         with function.loop(0, shape.width, lanes * products.joined) as (column, _):
             tokens = []
@@ -88,7 +96,9 @@ class LatentKernel(AttendKernel):
 
     def _score_tile(self, page: Pointer, line: Value, token: Value, row: Value, count: int) -> None:
         """Store the scores of some tokens for `count` rows."""
-        function, shape, products = self.function, self.shape, self.products
+        function = self.function
+        shape = self.shape
+        products = self.products
         # Floats of both parts are added up together.
         parts = self._parts if shape.bits == 8 else [(0, shape.width)]
         scores: list[Value] = []
@@ -112,8 +122,12 @@ class LatentKernel(AttendKernel):
 
     def _products(self, row: Value, count: int, start: int, end: int) -> list[Value]:
         """Return sums over columns, of `_TOKENS` tokens with the first row, then the next."""
-        function, shape, lanes, products = self.function, self.shape, self.lanes, self.products
-        zeros, size = [products.zero] * (count * _TOKENS), products.size
+        function = self.function
+        shape = self.shape
+        lanes = self.lanes
+        products = self.products
+        zeros = [products.zero] * (count * _TOKENS)
+        size = products.size
         with function.loop(start, end, lanes * products.joined, zeros) as (column, sums):
             tokens = [
                 self._tokens.load(

@@ -46,7 +46,8 @@ class ObjectCache:
                 content = _read_trusted(self._name, directory)
         except OSError:
             return None
-        digest, code = content[:_DIGEST], content[_DIGEST:]
+        digest = content[:_DIGEST]
+        code = content[_DIGEST:]
         return code if hashlib.sha256(code).digest() == digest else None
 
     def save(self, code: bytes) -> None:
@@ -110,7 +111,8 @@ def _check_trusted(status: os.stat_result, *, above: bool = False) -> None:
 def _is_own_group(gid: int) -> bool:
     """Return whether a group has the user's name and no other member."""
     try:
-        group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
+        group = grp.getgrgid(gid)
+        user = pwd.getpwuid(os.geteuid())
     except KeyError:
         return False
     return gid == user.pw_gid and group.gr_name == user.pw_name and not group.gr_mem

@@ -147,20 +147,25 @@ class _StoreKernel:
     """The function `store`. An item of work is a token."""
 
     def __init__(self, module: Any, shape: CacheShape, bf16: bool) -> None:
-        self.shape, self._bf16 = shape, bf16
+        self.shape = shape
+        self._bf16 = bf16
         self.function = Function(module, "store")
         self._args = _SIGNATURE.read_by(self.function)
 
     def write(self) -> None:
-        function, args, shape = self.function, self._args, self.shape
-        keys, values = args.pointer("keys"), args.pointer("values")
+        function = self.function
+        args = self._args
+        shape = self.shape
+        keys = args.pointer("keys")
+        values = args.pointer("values")
         with function.each_item(function.pointer, args.number("tokens")) as token:
             position = args.number("past") + token
             line = position % PAGE
             with function.loop(0, shape.groups, 1) as (group, _):
                 target = group_part(args, shape, position, group)
                 number = token * shape.groups + group
-                first, of_value = number * shape.key_dim, number * shape.value_dim
+                first = number * shape.key_dim
+                of_value = number * shape.value_dim
                 if shape.latent_dim:
                     self._store_row(keys, first, shape.key_dim, target, line, shape.value_width)
                 else:
@@ -169,7 +174,8 @@ class _StoreKernel:
         function.finish()
 
     def _store_block(self, keys: Pointer, first: Value, target: Pointer, line: Value) -> None:
-        shape, size = self.shape, self.shape.bits // 8
+        shape = self.shape
+        size = self.shape.bits // 8
         block = line // KEY_BLOCK * (KEY_BLOCK * shape.width * size) + line % KEY_BLOCK * 4
         scale = target.plus(line * 4 + shape.scales_at)
         with self._encoded(keys, first, shape.head_dim, scale) as (number, key):
@@ -180,7 +186,8 @@ class _StoreKernel:
         self, source: Pointer, first: Value, count: int, target: Pointer, line: Value, column: int
     ) -> None:
         """Store `count` numbers of a value, or from a column on those of a latent's key alone."""
-        shape, size = self.shape, self.shape.bits // 8
+        shape = self.shape
+        size = self.shape.bits // 8
         word = line // shape.per_word * (shape.width * 4) + line % shape.per_word * size
         scale = target.plus(line * 4 + shape.scales_at + (0 if column else PAGE * 4))
         with self._encoded(source, first, count, scale) as (number, value):

@@ -53,7 +53,8 @@ class _Planes(Unit):
 
     def with_high_bits(self, levels: Value, high: Value, first: int) -> Value:
         """Return levels of low bits with their other bits, of a high line."""
-        extra, width = self.bits - LOW_BITS, 16 // self.fields
+        extra = self.bits - LOW_BITS
+        width = 16 // self.fields
         for number in range(self.fields):
             # To just above the low bits, by one shift, whichever way it goes.
             up = LOW_BITS + width * number - extra * (first + 2 * number)
@@ -63,13 +64,15 @@ class _Planes(Unit):
 
 
 class _InWords(_Planes, WordUnit):
-    largest_x, fields = 32767, 1
+    largest_x = 32767
+    fields = 1
 
 
 class InBytes(_Planes, ByteUnit):
     """A word of a low line has codes of columns 0 and 2, or 1 and 3. So has x."""
 
-    fields, x_order = 2, (0, 2, 1, 3)
+    fields = 2
+    x_order = (0, 2, 1, 3)
 
 
 class WordsByBytes(InBytes):
@@ -79,7 +82,8 @@ class WordsByBytes(InBytes):
     are added after a block. They are integers, so the result has the same bits as `_InWords`'.
     """
 
-    x_type, largest_x = i16, 32767
+    x_type = i16
+    largest_x = 32767
     needs = "avx512vnni", "avx512vbmi"
 
     @classmethod

@@ -67,7 +67,8 @@ class Arguments:
     """The arguments of a function that is being written."""
 
     def __init__(self, function: Function, indices: dict[str, int]) -> None:
-        self.function, self._indices = function, indices
+        self.function = function
+        self._indices = indices
 
     def load(self, name: str, value_type: Any) -> Value:
         """Load an argument from the lowest of its 64 bits."""
@@ -200,12 +201,16 @@ class _Walk:
         self._args = _SIGNATURE.read_by(self._function)
 
     def write(self) -> None:
-        function, args = self._function, self._args
-        stages, start = args.pointer("stages"), function.constant(i64, 0)
+        function = self._function
+        args = self._args
+        stages = args.pointer("stages")
+        start = function.constant(i64, 0)
         team = function.call_address(args.number("team_size"), i32).sign_extended(i64)
         with function.loop(0, args.number("count"), 1, [start]) as (stage, carried):
-            entry, first = stages.plus(stage * _STAGE_BYTES), carried[0]
-            shared_end, end = entry.load(i64), entry.load(i64, 8)
+            entry = stages.plus(stage * _STAGE_BYTES)
+            first = carried[0]
+            shared_end = entry.load(i64)
+            end = entry.load(i64, 8)
             with function.loop(first, shared_end, 1) as (step, _):
                 self._call(step)
             # The last thread to arrive has seen all results ("acq_rel"). It resets what the next

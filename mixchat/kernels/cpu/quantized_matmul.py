@@ -42,7 +42,8 @@ from mixchat.kernels.cpu.units import BAND, Unit, UnitSet
 # Bands that are read at once for few tokens. Memory was slower with more.
 _STREAMS = 2
 # Bytes of a stream in one item of work, if each thread still gets enough items.
-_STREAM_BYTES, _ITEMS = 2**20, 8
+_STREAM_BYTES = 2**20
+_ITEMS = 8
 _DECODING = 8  # trellises that share a stage with several tokens, which bounds their memory
 _X_BYTES = 2**19  # of x in one item of work, which fit in the second-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -126,7 +127,8 @@ def grouped_matmul_steps(
         most_rows = max(most, *(counts[number] for number in group))
         round_x, multiply = _steps(source, chosen, matrices[0], unit, len(group), most_rows)
         rounds.append(round_x)
-        parts, row = _RowProducts(multiply), 0
+        parts = _RowProducts(multiply)
+        row = 0
         for index, number in enumerate(group):
             decoded = index % _DECODING * _decoded_bytes(unit, matrices[0])
             products.append(parts.step(row, matrices[number], outs[number], decoded))
@@ -142,7 +144,8 @@ class _RowProducts:
     """Products of some rows of the rounded x, as steps of their own."""
 
     def __init__(self, multiply: Step) -> None:
-        self._multiply, tokens = multiply, multiply.get("tokens") or 1
+        self._multiply = multiply
+        tokens = multiply.get("tokens") or 1
         x, scales, sums = (multiply.get(name) for name in ("x_integers", "x_scales", "x_sums"))
         self._starts = x, scales, sums
         self._sizes = (scales - x) // tokens, (sums - scales) // tokens  # of a row
@@ -197,7 +200,8 @@ def _steps(
     (rows, columns), units, levels = matrix.shape, matrix.units, matrix.levels
     tokens = flat.shape[0] if x_rows is None else x_rows.shape[0]
     bf16 = flat.dtype == torch.bfloat16
-    size, block = unit.x_type.width // 8, unit.block
+    size = unit.x_type.width // 8
+    block = unit.block
     width = unit.widths()[0]
     # Enough items for all threads, if `alike` matrices share the stage. Of many small ones each is
     # one item, so that a thread reads on from matrix to matrix.
@@ -257,10 +261,15 @@ def _write_round_x(module: Any, unit: type[Unit], bf16: bool, chosen: bool) -> N
     """
     function = Function(module, "round_chosen" if chosen else "round_x")
     args = SIGNATURE.read_by(function)
-    x, x_integers = args.pointer("x"), args.pointer("x_integers")
-    scales, sums = args.pointer("x_scales"), args.pointer("x_sums")
-    columns, lanes = args.number("columns"), unit.lanes
-    blocks, size, integers = columns // unit.block, unit.x_type.width // 8, vector(i32, lanes)
+    x = args.pointer("x")
+    x_integers = args.pointer("x_integers")
+    scales = args.pointer("x_scales")
+    sums = args.pointer("x_sums")
+    columns = args.number("columns")
+    lanes = unit.lanes
+    blocks = columns // unit.block
+    size = unit.x_type.width // 8
+    integers = vector(i32, lanes)
     with (
         function.each_item(function.pointer, args.number("tokens")) as token,
         function.loop(0, blocks, 1) as (block, _),
@@ -326,7 +335,8 @@ class _DecodedTokens(_TokenProducts):
         return args.number("tokens").compare("==", 1) | with_slot
 
     def write(self, args: Arguments, band: Value, start: Value, end: Value) -> None:
-        function, slot = args.function, self._slot * args.number("columns") * BAND
+        function = args.function
+        slot = self._slot * args.number("columns") * BAND
         for half, decode in enumerate(self._decodes):
             function.call_own(decode, function.pointer, band, slot)
             self._each_tile(function, band * 2 + half, start, end, slot)
@@ -360,7 +370,8 @@ def _write_multiply(
     function = Function(module, "multiply")
     args = SIGNATURE.read_by(function)
     rows, tokens, chunk, run = (args.number(name) for name in ("rows", "tokens", "chunk", "run"))
-    bands, size = rows // unit.band, run * _STREAMS
+    bands = rows // unit.band
+    size = run * _STREAMS
     groups = (bands + size - 1) // size
     chunks = (tokens + chunk - 1) // chunk
     items = groups * chunks

@@ -24,7 +24,10 @@ _FEW = 4  # tokens that one thread finishes before a second one has started
 _TOGETHER = 4  # logits of a token that are summed up at once, so that no sum waits for itself
 # Ranks. Experts not yet chosen are above `_START`, however low their logits are. As in torch, NaN
 # is above all numbers.
-_CHOSEN, _START, _LOWEST, _NO_NUMBER = -3.4e38, -3.3e38, -3.2e38, 3.4e38
+_CHOSEN = -3.4e38
+_START = -3.3e38
+_LOWEST = -3.2e38
+_NO_NUMBER = 3.4e38
 _SIGNATURE = Signature(
     "x",
     "gate",
@@ -144,7 +147,8 @@ class Router:
 
         The second one needs the first.
         """
-        tokens, count = experts.shape[0], self.gate.shape[0]
+        tokens = experts.shape[0]
+        count = self.gate.shape[0]
         logits, ranks = torch.empty(2, tokens, count)
         correction = torch.zeros(count) if self.correction is None else self.correction
         scales = torch.ones(count) if self.scales is None else self.scales
@@ -196,16 +200,21 @@ class _Score:
     def __init__(
         self, module: ir.Module, lanes: int, x_bf16: bool, gate_bf16: bool, biased: bool
     ) -> None:
-        self._function, self._lanes = Function(module, "score"), lanes
-        self._x_bf16, self._gate_bf16, self._biased = x_bf16, gate_bf16, biased
+        self._function = Function(module, "score")
+        self._lanes = lanes
+        self._x_bf16 = x_bf16
+        self._gate_bf16 = gate_bf16
+        self._biased = biased
         self._args = _SIGNATURE.read_by(self._function)
 
     def write(self) -> None:
-        function, args = self._function, self._args
+        function = self._function
+        args = self._args
         count = args.number("count")
         groups = (count + _TOGETHER - 1) // _TOGETHER
         with function.each_item(function.pointer, args.number("tokens") * groups) as item:
-            token, first = item // groups, item % groups * _TOGETHER
+            token = item // groups
+            first = item % groups * _TOGETHER
             # Beyond the last expert, the last one is computed again.
             experts = [function.minimum(first + number, count - 1) for number in range(_TOGETHER)]
             for expert, logit in zip(experts, self._logits(token, experts), strict=True):
@@ -215,8 +224,11 @@ class _Score:
         function.finish()
 
     def _logits(self, token: Value, experts: Sequence[Value]) -> list[Value]:
-        function, args, lanes = self._function, self._args, self._lanes
-        columns, zeros = args.number("columns"), function.constant(vector(f32, lanes), 0.0)
+        function = self._function
+        args = self._args
+        lanes = self._lanes
+        columns = args.number("columns")
+        zeros = function.constant(vector(f32, lanes), 0.0)
         with function.loop(0, columns, lanes, [zeros] * len(experts)) as (column, sums):
             x = as_fp32(args.pointer("x"), token * columns + column, self._x_bf16, lanes)
             for number, expert in enumerate(experts):
@@ -247,8 +259,10 @@ class _Choose:
         self._args = _SIGNATURE.read_by(self._function)
 
     def write(self) -> None:
-        function, args = self._function, self._args
-        count, choices = args.number("count"), args.number("choices")
+        function = self._function
+        args = self._args
+        count = args.number("count")
+        choices = args.number("choices")
         with function.each_item(function.pointer, args.number("tokens")) as token:
             first = token * choices
             self._score(token * count, count)
@@ -273,7 +287,8 @@ class _Choose:
 
     def _soften(self, token: Value, first: Value, choices: Value) -> None:
         """Turn logits into weights. The first logit is the largest."""
-        function, weights = self._function, self._args.pointer("weights")
+        function = self._function
+        weights = self._args.pointer("weights")
         largest = weights.load(f32, first * 4)
         zero = function.constant(f32, 0.0)
         with function.loop(first, first + choices, 1, [zero]) as (index, sums):
@@ -286,8 +301,10 @@ class _Choose:
 
     def _unchosen(self, token: Value, largest: Value) -> Value:
         """Return the sum of the powers of the experts that were not chosen, if they count."""
-        function, args = self._function, self._args
-        zero, first = function.constant(f32, 0.0), token * args.number("count")
+        function = self._function
+        args = self._args
+        zero = function.constant(f32, 0.0)
+        first = token * args.number("count")
         with function.loop(0, args.number("unchosen"), 1, [zero]) as (expert, sums):
             offset = (first + expert) * 4
             is_unchosen = args.pointer("ranks").load(f32, offset).compare(">", _START)
@@ -305,17 +322,21 @@ class _ChooseByScores(_Choose):
 
     def __init__(self, module: ir.Module, scores: Scoring, limits: _GroupLimits) -> None:
         super().__init__(module)
-        self._scores, self._limits = scores, limits
+        self._scores = scores
+        self._limits = limits
         self._group_scores = self._function.scratch(limits.groups * 4)
 
     def _score(self, first: Value, count: Value) -> None:
-        function, args = self._function, self._args
-        logits, ranks = args.pointer("logits"), args.pointer("ranks")
+        function = self._function
+        args = self._args
+        logits = args.pointer("logits")
+        ranks = args.pointer("ranks")
         if self._scores == "softmax":
             start = function.constant(f32, _CHOSEN)
             with function.loop(first, first + count, 1, [start]) as (index, best):
                 best[0] = function.maximum(logits.load(f32, index * 4), best[0])
-            largest, zero = best[0], function.constant(f32, 0.0)
+            largest = best[0]
+            zero = function.constant(f32, 0.0)
             with function.loop(first, first + count, 1, [zero]) as (index, sums):
                 sums[0] = sums[0] + self._power(logits.load(f32, index * 4) - largest)
             total = sums[0]
@@ -335,10 +356,14 @@ class _ChooseByScores(_Choose):
 
     def _limit(self, first: Value, count: Value) -> None:
         """Leave only the experts of the best groups to the choice."""
-        function, limits, scores = self._function, self._limits, self._group_scores
-        ranks, size = self._args.pointer("ranks"), count // limits.groups
+        function = self._function
+        limits = self._limits
+        scores = self._group_scores
+        ranks = self._args.pointer("ranks")
+        size = count // limits.groups
         with function.loop(0, limits.groups, 1) as (group, _):
-            start, lowest = first + group * size, function.constant(f32, _CHOSEN)
+            start = first + group * size
+            lowest = function.constant(f32, _CHOSEN)
             with function.loop(start, start + size, 1, [lowest, lowest]) as (index, best):
                 rank = ranks.load(f32, index * 4)
                 best[1] = function.maximum(function.minimum(rank, best[0]), best[1])
@@ -359,8 +384,11 @@ class _ChooseByScores(_Choose):
 
     def _soften(self, token: Value, first: Value, choices: Value) -> None:
         """Normalize the scores of the chosen experts, if asked, and scale them."""
-        function, args, weights = self._function, self._args, self._args.pointer("weights")
-        zero, scaling = function.constant(f32, 0.0), args.load("scaling", f32)
+        function = self._function
+        args = self._args
+        weights = self._args.pointer("weights")
+        zero = function.constant(f32, 0.0)
+        scaling = args.load("scaling", f32)
         with function.loop(first, first + choices, 1, [zero]) as (index, sums):
             sums[0] = sums[0] + weights.load(f32, index * 4)
         is_normalized = args.number("unchosen").compare("==", 0)

@@ -109,7 +109,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     (tokens, heads, width), rotated = x.shape, cos.shape[-1]
     parts = rotated // 2, width - rotated
     if not all(can_compute(x.dtype, columns, x.device.type) for columns in parts):
-        turned, kept = x[..., :rotated], x[..., rotated:]
+        turned = x[..., :rotated]
+        kept = x[..., rotated:]
         swapped = turned.roll(rotated // 2, dims=-1)
         return torch.cat((turned * cos[:, None] + swapped * sin[:, None], kept), dim=-1)
     out = torch.empty(tokens, heads, width, dtype=x.dtype)
@@ -166,7 +167,8 @@ class Swiglu:
             return functional.gelu(gate, approximate="tanh") * up
         if self.limit is None:
             return functional.silu(gate) * up
-        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        gate = gate.clamp(max=self.limit)
+        up = up.clamp(-self.limit, self.limit)
         return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
 
     def step(self, gate_up: torch.Tensor, out: torch.Tensor) -> Step:
@@ -255,7 +257,8 @@ def weighted_sum(
     if not can_compute(x.dtype, x.shape[-1], x.device.type):
         wide = (x if places is None else x[places]).float()
         return (wide * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
-    x, weights = x.contiguous(), weights.contiguous()
+    x = x.contiguous()
+    weights = weights.contiguous()
     out = torch.empty(weights.shape[0], x.shape[-1], dtype=x.dtype)
     weighted_sum_step(x, weights, out, places).run()
     return out
@@ -289,10 +292,8 @@ def _step(
 
 @compiled_here
 def _compiled(module: ir.Module, lanes: int, bf16: bool) -> None:
-    norms, products = (
-        (_RMSNormWriter, _UnroundedRMSNormWriter),
-        (_SwigluWriter, _LimitedSwiglu, _Geglu, _Gate),
-    )
+    norms = (_RMSNormWriter, _UnroundedRMSNormWriter)
+    products = (_SwigluWriter, _LimitedSwiglu, _Geglu, _Gate)
     operations = (
         *norms,
         *products,
@@ -314,9 +315,12 @@ class _RowWriter(ABC):
     name: str
 
     def __init__(self, module: ir.Module, lanes: int, bf16: bool) -> None:
-        self.function, self.lanes, self._bf16 = Function(module, self.name), lanes, bf16
+        self.function = Function(module, self.name)
+        self.lanes = lanes
+        self._bf16 = bf16
         args = self.args = _SIGNATURE.read_by(self.function)
-        self.x, self.out = args.pointer("x"), args.pointer("out")
+        self.x = args.pointer("x")
+        self.out = args.pointer("out")
         self.columns = args.number("columns")
 
     def write(self) -> None:
@@ -342,7 +346,9 @@ class _RMSNormWriter(_RowWriter):
     name = "rms_norm"
 
     def row(self, token: Value) -> None:
-        function, args, lanes = self.function, self.args, self.lanes
+        function = self.function
+        args = self.args
+        lanes = self.lanes
         with function.loop(0, args.number("count"), 1) as (head, _):
             first = token * args.number("stride") + head * self.columns
             target = token * args.number("out_stride") + head * self.columns
@@ -408,10 +414,14 @@ class _RotationWriter(_RowWriter):
     name = "rotate"
 
     def row(self, token: Value) -> None:
-        function, args, width = self.function, self.args, self.columns
-        heads, rotated = args.number("count"), args.number("rotated")
+        function = self.function
+        args = self.args
+        width = self.columns
+        heads = args.number("count")
+        rotated = args.number("rotated")
         half = rotated // 2
-        cos, sin = args.pointer("cos"), args.pointer("sin")
+        cos = args.pointer("cos")
+        sin = args.pointer("sin")
         with function.loop(0, heads, 1) as (head, _):
             source = token * args.number("stride") + head * width
             target = (token * heads + head) * args.number("out_stride")
@@ -430,7 +440,8 @@ class _SwigluWriter(_RowWriter):
     name = "swiglu"
 
     def row(self, token: Value) -> None:
-        function, columns = self.function, self.columns
+        function = self.function
+        columns = self.columns
         with function.loop(0, columns, self.lanes) as (column, _):
             index = token * columns + column
             gate = self.load(self.x, index + token * columns)
@@ -468,7 +479,8 @@ class _Gate(_RowWriter):
     name = "gate"
 
     def row(self, token: Value) -> None:
-        function, gates = self.function, self.args.pointer("weight")
+        function = self.function
+        gates = self.args.pointer("weight")
         first = token * self.args.number("stride")
         with function.loop(0, self.columns, self.lanes) as (column, _):
             index = token * self.columns + column
@@ -485,8 +497,10 @@ class _WeightedSum(_RowWriter):
     name = "weighted_sum"
 
     def row(self, token: Value) -> None:
-        function, count = self.function, self.args.number("count")
-        weights, places = self.args.pointer("weight"), self.args.pointer("places")
+        function = self.function
+        count = self.args.number("count")
+        weights = self.args.pointer("weight")
+        places = self.args.pointer("places")
         with function.loop(0, self.columns, self.lanes) as (column, _):
             with function.loop(0, count, 1, [self.zeros]) as (choice, sums):
                 number = token * count + choice

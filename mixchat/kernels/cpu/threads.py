@@ -17,7 +17,8 @@ class NativeFunction:
     """A compiled function, which takes a pointer. The code lives as long as `owner`."""
 
     def __init__(self, address: int, owner: object) -> None:
-        self.address, self._owner = address, owner
+        self.address = address
+        self._owner = owner
         self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
     def run(self, arguments: ctypes.Array[ctypes.c_int64], threads: int) -> None:

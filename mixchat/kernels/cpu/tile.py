@@ -54,16 +54,23 @@ class Tile:
     def __init__(
         self, module: Any, unit: type[Unit], bf16: bool, biased: bool, bands: int, tokens: int
     ) -> None:
-        self.bands, self.tokens, self._biased = bands, tokens, biased
+        self.bands = bands
+        self.tokens = tokens
+        self._biased = biased
         self.function = Function(module, f"{type(self).__name__}_{bands}_{tokens}", numbers=3)
         args = self._args = SIGNATURE.read_by(self.function)
         self._units = unit.passes(self.function, args.pointer("levels"))
-        self._unit, self._bf16 = self._units[0], bf16
-        self._x, self._codes = args.pointer("x_integers"), args.pointer("codes")
-        self._absmax, self._out = args.pointer("absmax"), args.pointer("out")
-        self._x_scales, self._x_sums = args.pointer("x_scales"), args.pointer("x_sums")
+        self._unit = self._units[0]
+        self._bf16 = bf16
+        self._x = args.pointer("x_integers")
+        self._codes = args.pointer("codes")
+        self._absmax = args.pointer("absmax")
+        self._out = args.pointer("out")
+        self._x_scales = args.pointer("x_scales")
+        self._x_sums = args.pointer("x_sums")
         self._bias = args.pointer("bias")
-        self._rows, self._columns = args.number("rows"), args.number("columns")
+        self._rows = args.number("rows")
+        self._columns = args.number("columns")
         first, self._token, self._apart = self.function.numbers
         self._numbers = [first + self._apart * number for number in range(bands)]
         self._blocks = self._columns // unit.block
@@ -75,7 +82,9 @@ class Tile:
         return self._codes.plus(self._bytes_of(band * self._columns))
 
     def _write(self) -> None:
-        function, unit, parts = self.function, self._unit, self._parts
+        function = self.function
+        unit = self._unit
+        parts = self._parts
         zeros = [function.constant(vector(f32, unit.lanes), 0.0)] * (
             self.bands * self.tokens * parts
         )
@@ -94,7 +103,8 @@ class Tile:
         """Return the sums of one block, for each token of each band."""
         passes = []
         for unit in self._units:
-            starts, steps = self._starts(block), unit.block // unit.columns
+            starts = self._starts(block)
+            steps = unit.block // unit.columns
             with self.function.loop(0, steps, unit.unrolled, starts) as (first_step, sums):
                 self._prefetch(block * unit.block + first_step * unit.columns)
                 for unrolled in range(unit.unrolled):
@@ -147,7 +157,9 @@ class Tile:
         return (band * self._blocks + block) * self._unit.band
 
     def _add(self, block: Value, sums: list[list[Value]], totals: list[Value]) -> None:
-        function, unit, parts = self.function, self._unit, self._parts
+        function = self.function
+        unit = self._unit
+        parts = self._parts
         floats = vector(f32, unit.lanes)
         x_scales = [
             self._x_scales.load(f32, self._block_of(token, block)).broadcast(unit.lanes)
@@ -186,7 +198,8 @@ def write_decode(module: Any, unit: type[Trellis], half: int) -> Function:
     args = SIGNATURE.read_by(function)
     band, apart = function.numbers
     decoder = unit(function, args.pointer("levels"), half)
-    columns, out = args.number("columns"), args.pointer("decoded").plus(apart)
+    columns = args.number("columns")
+    out = args.pointer("decoded").plus(apart)
     codes, size = args.pointer("codes"), unit.band * unit.bits // 8  # bytes of a column
     with function.loop(0, columns, unit.columns) as (column, _):
         decoder.decode(codes, (band * columns + column) * size, out, column)

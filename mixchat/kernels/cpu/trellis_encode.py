@@ -23,7 +23,8 @@ from mixchat.kernels.cpu.program import Signature, Step
 from mixchat.kernels.cpu.trellis_units import FACTOR, RING, SUBSET_BITS, WINDOW
 
 _SIGNATURE = Signature("x", "weights", "levels", "codes", "chosen", "count")
-_STATES, _SUBSETS = 1 << WINDOW, 1 << SUBSET_BITS
+_STATES = 1 << WINDOW
+_SUBSETS = 1 << SUBSET_BITS
 _MASK = 2  # bytes of a bit for each lane
 # Lanes that are traced back at once, because each step of a lane waits for the one before.
 _TRACED = 4
@@ -54,7 +55,8 @@ def encode_trellis(
     ]
     padded = by_row[0].shape[1]
     codes = torch.empty(padded, 1 + planes, dtype=torch.int64)
-    chosen, levels = torch.empty(padded, RING), levels.contiguous()
+    chosen = torch.empty(padded, RING)
+    levels = levels.contiguous()
     tensors = (*by_row, levels, codes, chosen)
     names = ("x", "weights", "levels", "codes", "chosen")
     addresses = {name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)}
@@ -73,8 +75,11 @@ class _Encode:
 
     def __init__(self, module: ir.Module, lanes: int, planes: int) -> None:
         function = self._function = Function(module, "encode")
-        self._lanes, self._planes, self._size = lanes, planes, 4 * lanes
-        self._floats, self._integers = vector(f32, lanes), vector(i32, lanes)
+        self._lanes = lanes
+        self._planes = planes
+        self._size = 4 * lanes
+        self._floats = vector(f32, lanes)
+        self._integers = vector(i32, lanes)
         self._args = _SIGNATURE.read_by(function)
         self._costs = [function.scratch(_STATES * self._size) for _ in range(2)]
         self._errors = function.scratch(_SUBSETS * self._size)
@@ -83,12 +88,14 @@ class _Encode:
         self._states = function.scratch(self._size)
 
     def write(self) -> None:
-        function, count = self._function, self._args.number("count")
+        function = self._function
+        count = self._args.number("count")
         with (
             function.each_item(function.pointer, count // self._lanes) as item,
             function.loop(0, 2, 1) as (run, _),
         ):
-            first, is_first = item * self._lanes, run.compare("==", 0)
+            first = item * self._lanes
+            is_first = run.compare("==", 0)
             self._start(is_first)
             end = is_first.choose(function.constant(i64, RING // 2), 0)
             with function.loop(0, RING, 2) as (turn, _):
@@ -112,7 +119,9 @@ class _Encode:
 
     def _visit(self, first: Value, row: Value, old: Pointer, new: Pointer) -> None:
         """Find the costs of a row's states from the costs of the next row's."""
-        function, args, half = self._function, self._args, _STATES // 2
+        function = self._function
+        args = self._args
+        half = _STATES // 2
         offset = (row * args.number("count") + first) * 4
         x, weights = (args.pointer(name).load(self._floats, offset) for name in ("x", "weights"))
         # w (x - level)^2 = w x^2 + (w level - 2 w x) level, whose first term all codes share.
@@ -143,7 +152,8 @@ class _Encode:
 
     def _find_state_of_row_0(self) -> None:
         """Trace each lane's cheapest state back from row 32 to row 0. Of equals, take the first."""
-        function, costs = self._function, self._costs[0]
+        function = self._function
+        costs = self._costs[0]
         start = [costs.load(self._floats), function.constant(self._integers, 0)]
         with function.loop(1, _STATES, 1, start) as (state, best):
             cost = costs.load(self._floats, state * self._size)
@@ -170,7 +180,9 @@ class _Encode:
 
     def _trace(self, first: Value) -> None:
         """Write codes and levels from row 0 on."""
-        function, args, size = self._function, self._args, 2 + self._planes
+        function = self._function
+        args = self._args
+        size = 2 + self._planes
         with function.loop(0, self._lanes, _TRACED) as (lane, _):
             zero = function.constant(i64, 0)
             start: list[Value] = []

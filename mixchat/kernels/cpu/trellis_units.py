@@ -48,13 +48,16 @@ _ROWS_OF_LANES = RING // 16  # lanes with the same columns
 class _LevelBytes(ByteUnit):
     """Multiplies levels of 7 bits with x in 7 bits and a sign."""
 
-    scale_bytes, level_of_one, offset = 1, 64, 64
+    scale_bytes = 1
+    level_of_one = 64
+    offset = 64
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
         if self.cpu.multiplies_bytes:
             return super().add_products(sums, levels, x)
         x = x if x.type == self.totals else x.broadcast(self.lanes)
-        x, cpu = x.bits_as(self.bytes), self.cpu
+        x = x.bits_as(self.bytes)
+        cpu = self.cpu
         # Pairs of products are added up in words, and then pairs of words.
         if cpu.add_pairs is not None and cpu.add_words is not None:
             words = self.function.call(cpu.add_pairs, self.words, levels, x)
@@ -87,12 +90,15 @@ class _LevelBytes(ByteUnit):
 class Trellis(_LevelBytes):
     """Codes of 2 or 3 bits. An object computes the rows of one pass."""
 
-    bits, band, columns = 2, RING, COLUMNS
+    bits = 2
+    band = RING
+    columns = COLUMNS
     decoded: ClassVar[type[Decoded]]
 
     def __init__(self, function: Function, table: Pointer, half: int = 0) -> None:
         super().__init__(function, table)
-        self._half, self._planes = half, self.bits - 1
+        self._half = half
+        self._planes = self.bits - 1
         self._table = table.load(vector(i8, 2 ** (SUBSET_BITS + self._planes)))
 
     @classmethod
@@ -113,7 +119,8 @@ class Trellis(_LevelBytes):
 
     def levels(self, codes: Pointer, offset: Value) -> Iterator[list[Value]]:
         """Yield the levels of `columns_at_once` columns, for each turn."""
-        rows, first_plane = _ROWS_OF_LANES, (2 + self._half * self._planes) * _VECTOR
+        rows = _ROWS_OF_LANES
+        first_plane = (2 + self._half * self._planes) * _VECTOR
         turns_of_byte = 8 // self._planes
         for start in range(0, _VECTOR, 4 * self.lanes):
             rings = []
@@ -187,7 +194,8 @@ class Trellis(_LevelBytes):
         """Store the levels of `COLUMNS` columns, in bytes, as `Decoded` reads them."""
         for group, levels in enumerate(self.levels(codes, offset)):
             # Vectors hold all columns for one turn. Halving them ends with four columns in each.
-            fours, size = [[level.bits_as(self.totals) for level in levels]], self.lanes
+            fours = [[level.bits_as(self.totals) for level in levels]]
+            size = self.lanes
             while size > _ROWS_OF_LANES:
                 size //= 2
                 pairs = [[*zip(*self._halves(vectors, size), strict=True)] for vectors in fours]
@@ -201,7 +209,8 @@ class Trellis(_LevelBytes):
 class Decoded(_LevelBytes):
     """Levels that `Trellis.decode` has stored. A band is the rows of one pass."""
 
-    bits, columns = 8, 4
+    bits = 8
+    columns = 4
 
     def levels(self, codes: Pointer, offset: Value) -> Iterator[list[Value]]:
         size = 4 * self.lanes
@@ -220,10 +229,12 @@ class WholeTableTrellis(Trellis):
             return super()._level_of(subsets, planes, first)
         up = SUBSET_BITS - first
         moved = planes << up if up > 0 else planes >> -up
-        mask, count = 0x1010 * (2**self._planes - 1), self._table.type.count
+        mask = 0x1010 * (2**self._planes - 1)
+        count = self._table.type.count
         codes = (subsets | moved & mask).bits_as(self.bytes)
         if is_wide:
-            name, tables = "llvm.x86.avx512.permvar.qi.512", [self._repeated(0, count)]
+            name = "llvm.x86.avx512.permvar.qi.512"
+            tables = [self._repeated(0, count)]
         else:
             name = f"llvm.aarch64.neon.tbl{count // 16}.v16i8"
             tables = [self._repeated(start, 16) for start in range(0, count, 16)]
@@ -247,4 +258,5 @@ def _trellis(bits: int) -> TrellisSet:
 
 
 _DECODED = on_each(Decoded) | {"avx512": on("avx512", Decoded, unrolled=4)}
-TRELLIS_2, TRELLIS_3 = _trellis(2), _trellis(3)
+TRELLIS_2 = _trellis(2)
+TRELLIS_3 = _trellis(3)

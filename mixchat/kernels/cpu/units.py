@@ -58,7 +58,8 @@ class Unit(ABC):
     needs: ClassVar[tuple[str, ...]] = ()  # more features of the CPU, by LLVM's names
 
     def __init__(self, function: Function, table: Pointer) -> None:
-        self.function, self.table = function, table
+        self.function = function
+        self.table = table
         self.bytes, self.words, self.totals = (
             vector(element, 32 * self.lanes // element.width) for element in (i8, i16, i32)
         )
@@ -169,7 +170,8 @@ class WordUnit(Unit):
 class ByteUnit(Unit):
     """Multiplies levels of 8 bits with x in 8 bits, with four products in a lane."""
 
-    x_type, largest_x = i8, 127
+    x_type = i8
+    largest_x = 127
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
         operand_type = self.totals if self.cpu.operand_bits == 32 else self.bytes
@@ -183,7 +185,10 @@ class ByteUnit(Unit):
 class EightBits(WordUnit):
     """8-bit codes, loaded as words with their sign."""
 
-    bits, largest_x, level_of_one, unrolled = 8, 32767, 127, 2
+    bits = 8
+    largest_x = 32767
+    level_of_one = 127
+    unrolled = 2
 
     def levels(self, codes: Pointer, offset: Value) -> list[list[Value]]:
         size = 2 * self.lanes

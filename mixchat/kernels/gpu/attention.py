@@ -25,7 +25,8 @@ _MOST_SPLITS = 256
 _PARTS = 8  # that are merged at once
 # Scores. If all keys so far are masked, the largest score is _LOWEST, and 2^(masked - lowest) is 0.
 # With infinities the difference would be NaN.
-_MASKED, _LOWEST = tl.constexpr(-3e38), tl.constexpr(-1e38)
+_MASKED = tl.constexpr(-3e38)
+_LOWEST = tl.constexpr(-1e38)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -54,7 +55,8 @@ class Parts(NamedTuple):
         scratch: fp32 memory for it, of `token_scratch` numbers for one token, None for new memory.
         """
         groups, room, width = tensors.numbers.shape[1:]
-        rows, tile = tokens * heads // groups, _AttentionTile.of(tokens, heads, tensors)
+        rows = tokens * heads // groups
+        tile = _AttentionTile.of(tokens, heads, tensors)
         wanted = PROGRAMS // (triton.cdiv(rows, tile.rows) * groups)
         useful = triton.cdiv(min(room, (window or room) + tokens), tile.keys)
         splits = max(1, min(wanted, useful, _MOST_SPLITS))
@@ -82,18 +84,21 @@ class _AttentionTile(NamedTuple):
     def of(cls, tokens: int, heads: int, tensors: KVTensors) -> _AttentionTile:
         numbers = tensors.numbers
         _, groups, _, width = numbers.shape
-        eight_bits, rows = numbers.dtype == torch.int8, tokens * heads // groups
+        eight_bits = numbers.dtype == torch.int8
+        rows = tokens * heads // groups
         if width > MOST_WIDTH:
             # Latents, whose sums take most registers. Turing has 64 KiB of shared memory.
             options = {"num_warps": 8, "num_stages": 1 if gpu.is_amd() else 2}
             return cls(LATENT_ROWS if gpu.has_bf16(numbers.device) else 8, 16, options)
         if gpu.is_amd():
-            keys, options = 32 if width <= 64 else 16, {"num_warps": 4, "num_stages": 1}
+            keys = 32 if width <= 64 else 16
+            options = {"num_warps": 4, "num_stages": 1}
             return cls(16 if rows <= 16 else 32, keys, options)
         if not gpu.has_bf16(numbers.device):
             # For these cards Triton has no product of matrices but by single numbers.
             return cls(16, 32 if width <= 64 else 16, {"num_warps": 8, "num_stages": 1})
-        keys, options = 64 if width <= 128 else 32, {"num_warps": 8, "num_stages": 2}
+        keys = 64 if width <= 128 else 32
+        options = {"num_warps": 8, "num_stages": 2}
         if rows > 16:
             few = eight_bits or width > 128 or rows <= 64
             return cls(64 if few else 128, 32 if eight_bits else keys, options)
@@ -127,7 +132,8 @@ def attend(
     logits [H], fp32, of which each joins the sum of a head's softmax. `parts` are for T tokens.
     """
     (tokens, heads, _), (_, groups, _, width) = queries.shape, tensors.numbers.shape
-    shared, turning = heads // groups, queries.shape[2] - width
+    shared = heads // groups
+    turning = queries.shape[2] - width
     tile = _AttentionTile.of(tokens, heads, tensors)
     shape = {"WINDOW": window or 0, "H": heads, "R": shared, "WIDTH": width}
     shape |= {"ROWS": tile.rows, "KEYS": tile.keys}
@@ -196,7 +202,9 @@ def _attend(
     WHOLE: tl.constexpr,
 ):
     """Attend with some rows of a group to the keys of a split."""
-    block, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block = tl.program_id(0)
+    group = tl.program_id(1)
+    split = tl.program_id(2)
     length = tl.load(past)
     first, end, part = _keys_of(block, length, tokens, splits, WINDOW, R, ROWS, KEYS)
     start = first + split * part
@@ -205,7 +213,8 @@ def _attend(
         return
     rows = block * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    token, wide = rows // R, columns[None, :] < WIDTH
+    token = rows // R
+    wide = columns[None, :] < WIDTH
     inside = (token < tokens)[:, None] & wide
     row = token * H + group * R + rows % R  # in queries and `out`
     own = queries + row[:, None] * (WIDTH + TURNING)
@@ -301,7 +310,8 @@ def _merge(
 ):
     """Merge the splits of a token's head."""
     row = tl.program_id(0)
-    token, head = row // H, row % H
+    token = row // H
+    head = row % H
     block = (token * R + head % R) // ROWS
     first, end, part = _keys_of(block, tl.load(past), tokens, splits, WINDOW, R, ROWS, KEYS)
     split = tl.arange(0, SPLITS)
@@ -325,7 +335,8 @@ def _merge(
         place = (row.to(tl.int64) * splits + some)[:, None] * WIDTH + columns[None, :]
         mask = held[:, None] & (columns[None, :] < WIDTH)
         sums += tl.load(part_sums + place, mask, 0.0) * factor[:, None]
-    places, inside = row * WIDTH + columns, columns < WIDTH
+    places = row * WIDTH + columns
+    inside = columns < WIDTH
     tl.store(out + places, _gated(tl.sum(sums, 0) / total, gates, out, places, inside), inside)
 
 

@@ -90,7 +90,8 @@ def load(codes, row, block, place, C: tl.constexpr, TYPE: tl.constexpr):
     BITS: tl.constexpr = tile("bits", TYPE)
     words = codes.to(tl.pointer_type(tl.int32)) + row.to(tl.int64) * (BITS * C // 32)
     words += block * (tile("band", TYPE) * tile("block", TYPE) * BITS // 32)
-    group, part = place // tile("parts", TYPE), place % tile("parts", TYPE)
+    group = place // tile("parts", TYPE)
+    part = place % tile("parts", TYPE)
     if TYPE == "trellis2" or TYPE == "trellis3":
         # 16 columns lie together, and a place has four of them.
         words += group // 4 * (32 * BITS)
@@ -124,7 +125,8 @@ def _load_trellis(words, four_columns, part, TYPE: tl.constexpr):
     """
     four = tl.arange(0, 4)[None, :]
     words += four_columns * 4
-    is_second, turn = (part // 2)[:, None], (part % 2 * 4)[:, None]
+    is_second = (part // 2)[:, None]
+    turn = (part % 2 * 4)[:, None]
     result = ()
     for ring in tl.static_range(2):
         word = tl.load(words[:, None] + (ring * 16 + four))
@@ -213,7 +215,8 @@ def _plane_numbers(codes, pair: tl.constexpr, TYPE: tl.constexpr):
     # 64 as bf16, to which the code is added. The code itself is 32 too large.
     FLOAT: tl.constexpr = 0x42804280
     OFFSET: tl.constexpr = 96.0
-    low, high = codes[pair // 2], codes[len(codes) - 1]
+    low = codes[pair // 2]
+    high = codes[len(codes) - 1]
     result = ()
     for half in tl.static_range(2):
         nibble = (pair % 2 * 2 + half) * 4 - FIRST
@@ -222,7 +225,8 @@ def _plane_numbers(codes, pair: tl.constexpr, TYPE: tl.constexpr):
         above = _shifted(high, extra) & (((1 << EXTRA) - 1) * 0x00010001 << FIRST + 4)
         result += (below | above | FLOAT,)
     bits = _in_threads(tl.join(result[0], result[1]))
-    even, odd = fp32(bits << 16), fp32(bits & _UPPER)
+    even = fp32(bits << 16)
+    odd = fp32(bits & _UPPER)
     return even - OFFSET, odd - OFFSET
 
 
@@ -264,7 +268,8 @@ def scales(absmax, row, block, place, C: tl.constexpr, TYPE: tl.constexpr):
         return _trellis_scales(words + first // 4 + part * 4)
     elif TYPE == "mxfp4":
         words += first // 4 + part * 2
-        low, high = _words(words, 2), _words(words + 4, 2)
+        low = _words(words, 2)
+        high = _words(words + 4, 2)
         return fp32(_in_threads(tl.join(_exponents(low), _exponents(high))))
     elif TYPE == "int8":
         word = _words(words + first // 2 + part * 4, 4)
@@ -273,7 +278,8 @@ def scales(absmax, row, block, place, C: tl.constexpr, TYPE: tl.constexpr):
         # The rows of a part lie together in both halves of the band.
         COUNT: tl.constexpr = 8 // tile("parts", TYPE)
         words += first // 2 + part * COUNT
-        low, high = _words(words, COUNT), _words(words + 8, COUNT)
+        low = _words(words, COUNT)
+        high = _words(words + 8, COUNT)
         scale = fp32(join4(low << 16, high << 16, low & _UPPER, high & _UPPER))
         if TYPE == "int6":
             scale *= 2 / (1 << tile("bits", TYPE))

@@ -55,7 +55,8 @@ def _gated_convolution(
     gate = summed(projected, channel, wanted, S, 3 * C, AT_ONCE).to(dtype).to(tl.float32)
     out_gate = summed(projected, C + channel, wanted, S, 3 * C, AT_ONCE).to(dtype).to(tl.float32)
     x = summed(projected, 2 * C + channel, wanted, S, 3 * C, AT_ONCE).to(dtype).to(tl.float32)
-    before, after = floats_at(addresses), floats_at(addresses + 1)
+    before = floats_at(addresses)
+    after = floats_at(addresses + 1)
     total = convolved(x * gate, weight, before, after, channel, wanted, wanted, C, L)
     tl.store(out + channel, total * out_gate, wanted)
 

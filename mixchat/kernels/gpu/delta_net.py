@@ -134,10 +134,13 @@ def _delta_rule(
     BLOCKS: tl.constexpr,
 ):
     WIDTH: tl.constexpr = BLOCKS * BLOCK
-    head, block = tl.program_id(0), tl.program_id(1)
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    head = tl.program_id(0)
+    block = tl.program_id(1)
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
     places = (head * BLOCKS + block) * (KEY * BLOCK) + row[:, None] * BLOCK + column[None, :]
-    wanted, own = row < KEY, column < BLOCK
+    wanted = row < KEY
+    own = column < BLOCK
     inside = wanted[:, None] & own[None, :]
     state = tl.load(before + places, inside, 0.0)
     at = head * WIDTH + block * BLOCK + column
@@ -145,30 +148,34 @@ def _delta_rule(
     values = qkv + 2 * K * KEY + at
     gates += 2 * head
     # A token's numbers are loaded while the one before it is computed.
-    query, key = tl.load(queries, wanted, 0.0), tl.load(queries + K * KEY, wanted, 0.0)
-    value, decay, rate = tl.load(values, own, 0.0), tl.load(gates), tl.load(gates + 1)
+    query = tl.load(queries, wanted, 0.0)
+    key = tl.load(queries + K * KEY, wanted, 0.0)
+    value = tl.load(values, own, 0.0)
+    decay = tl.load(gates)
+    rate = tl.load(gates + 1)
     out += at
     for token in range(tokens):
         is_last = token + 1 == tokens
         skipped = tl.where(is_last, 0, stride)
-        queries, values = queries + skipped, values + skipped
+        queries = queries + skipped
+        values = values + skipped
         gates += tl.where(is_last, 0, 2 * V)
-        next_query, next_key = (
-            tl.load(queries, wanted, 0.0),
-            tl.load(queries + K * KEY, wanted, 0.0),
-        )
-        next_value, next_decay, next_rate = (
-            tl.load(values, own, 0.0),
-            tl.load(gates),
-            tl.load(gates + 1),
-        )
+        next_query = tl.load(queries, wanted, 0.0)
+        next_key = tl.load(queries + K * KEY, wanted, 0.0)
+        next_value = tl.load(values, own, 0.0)
+        next_decay = tl.load(gates)
+        next_rate = tl.load(gates + 1)
         state *= decay
         delta = rate * (value - tl.sum(state * key[:, None], 0))
         state += key[:, None] * delta[None, :]
         read = tl.sum(state * query[:, None], 0)
         tl.store(out, read, own)
         out += V * WIDTH
-        query, key, value, decay, rate = next_query, next_key, next_value, next_decay, next_rate
+        query = next_query
+        key = next_key
+        value = next_value
+        decay = next_decay
+        rate = next_rate
     tl.store(after + places, state, inside)
 
 
@@ -204,9 +211,11 @@ def _delta_net(
     C: tl.constexpr = 2 * K * KEY + V * WIDTH
     R: tl.constexpr = C + V * WIDTH
     dtype: tl.constexpr = x.dtype.element_ty
-    head, block = tl.program_id(0), tl.program_id(1)
+    head = tl.program_id(0)
+    block = tl.program_id(1)
     # The state comes first, since most time goes by until it is there.
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
     places = (head * BLOCKS + block) * (KEY * BLOCK) + row[:, None] * BLOCK + column[None, :]
     inside = (row < KEY)[:, None] & (column < BLOCK)[None, :]
     state = tl.load(floats_at(addresses + 2) + places, inside, 0.0)
@@ -216,12 +225,15 @@ def _delta_net(
     ba_proj += head * D + inputs
     rate = tl.sum(numbers * tl.load(ba_proj, inputs < D, 0.0).to(tl.float32))
     step = tl.sum(numbers * tl.load(ba_proj + V * D, inputs < D, 0.0).to(tl.float32))
-    rate, step = rate.to(dtype).to(tl.float32), step.to(dtype).to(tl.float32)
+    rate = rate.to(dtype).to(tl.float32)
+    step = step.to(dtype).to(tl.float32)
     step += tl.load(biases + head)
     step = tl.maximum(step, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(step)))
-    decay, rate = tl.exp(tl.load(rates + head) * step), tl.sigmoid(rate)
+    decay = tl.exp(tl.load(rates + head) * step)
+    rate = tl.sigmoid(rate)
 
-    before, after = floats_at(addresses), floats_at(addresses + 1)
+    before = floats_at(addresses)
+    after = floats_at(addresses + 1)
     key_head = head // (V // K)
     # Of the programs with the same queries and keys, one stores their inputs.
     is_first = (head % (V // K) == 0) & (block == 0)
@@ -238,7 +250,8 @@ def _delta_net(
     query *= tl.rsqrt(tl.sum(query * query) + 1e-6) * (1 / KEY**0.5)
     key *= tl.rsqrt(tl.sum(key * key) + 1e-6)
     at = head * WIDTH + block * BLOCK + column
-    channel, wanted = 2 * K * KEY + at, column < BLOCK
+    channel = 2 * K * KEY + at
+    wanted = column < BLOCK
     value = _activated(
         projected, convolution, before, after, channel, wanted, wanted, C, R, L, S, AT_ONCE, dtype
     )
@@ -255,7 +268,8 @@ def _delta_net(
         tl.store(finished + head, 0)
         every = tl.arange(0, VALUE)
         # Other programs have stored these, and the first-level cache is each one's own.
-        places_of_head, own = head * WIDTH + every, every < WIDTH
+        places_of_head = head * WIDTH + every
+        own = every < WIDTH
         values = tl.load(read + places_of_head, own, 0.0, cache_modifier=".cg").to(tl.float32)
         values *= tl.rsqrt(tl.sum(values * values) / WIDTH + eps)
         weights = tl.load(norm + every, own, 0.0)

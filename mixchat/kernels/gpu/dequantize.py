@@ -18,7 +18,8 @@ def dequantize(matrix: Matrix, out: torch.Tensor, first_row: int = 0) -> None:
 
     Rows of `out` beyond the matrix's stay as they are.
     """
-    form, tile = matrix.form, matrix.form.tile
+    form = matrix.form
+    tile = matrix.form.tile
     assert first_row % tile.band == 0
     blocks = _THREADS // tile.threads
     rows = min(len(out), form.rows - first_row)

@@ -84,7 +84,8 @@ def experts_up(
 
     selected: int32 [K]. addresses: int64 [E], of the blocks of experts, on a boundary of 16 bytes.
     """
-    part, matrix = form.gate_up, form.gate_up.form
+    part = form.gate_up
+    matrix = form.gate_up.form
     inner = matrix.rows // 2
     if out is None:
         out = x.new_empty(len(selected), inner)
@@ -127,7 +128,8 @@ def experts_down(
     They are partial sums fp32 [K * S, D] with the S of `ExpertForm.split`. gated: [K, I]. The
     other arguments are as in `experts_up`.
     """
-    part, matrix = form.down, form.down.form
+    part = form.down
+    matrix = form.down.form
     parts = form.split(len(selected))
     if out is None:
         out = weights.new_empty(len(selected) * parts.count, matrix.rows)
@@ -247,7 +249,8 @@ def _experts_down(
         tl.store(at, tl.zeros((BAND,), tl.float32), mask=row < ROWS)
     else:
         block = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
-        thread, first = tl.arange(0, T), tl.program_id(1) * PER
+        thread = tl.arange(0, T)
+        first = tl.program_id(1) * PER
         sums = band_product(
             gated + choice * C,
             (0,),

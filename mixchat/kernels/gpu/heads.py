@@ -96,7 +96,8 @@ def _heads(
     head = tl.program_id(0)
     is_query = head < H
     columns = tl.arange(0, BLOCK)
-    inside, turns = columns < WIDTH, columns < tl.where(head < H + G, ROTATED, 0)
+    inside = columns < WIDTH
+    turns = columns < tl.where(head < H + G, ROTATED, 0)
     # A column i < ROTATED / 2 turns with i + ROTATED / 2.
     partners = tl.where(columns < ROTATED // 2, columns + ROTATED // 2, columns - ROTATED // 2)
     # The head's sums. Those after the keys come earlier if there are none of values.
@@ -129,7 +130,8 @@ def _heads(
         x *= tl.load(key_norm + columns, of_key, 1.0).to(tl.float32)
         y *= tl.load(query_norm + partners, of_query & turns, 1.0).to(tl.float32)
         y *= tl.load(key_norm + partners, of_key & turns, 1.0).to(tl.float32)
-        x, y = x.to(dtype).to(tl.float32), y.to(dtype).to(tl.float32)
+        x = x.to(dtype).to(tl.float32)
+        y = y.to(dtype).to(tl.float32)
     if clip is not None:
         x = tl.clamp(x, -clip, clip, propagate_nan=tl.PropagateNan.ALL).to(dtype).to(tl.float32)
         y = tl.clamp(y, -clip, clip, propagate_nan=tl.PropagateNan.ALL).to(dtype).to(tl.float32)

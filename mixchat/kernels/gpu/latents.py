@@ -175,7 +175,8 @@ def _latent_heads(
 ):
     """Compute one head's query, or in the last program the token's latent and key."""
     dtype: tl.constexpr = kept.dtype.element_ty
-    head, position = tl.program_id(0), tl.load(past)
+    head = tl.program_id(0)
+    position = tl.load(past)
     turns = tl.arange(0, TURNS)
     if head < H:
         columns = tl.arange(0, KEPT)

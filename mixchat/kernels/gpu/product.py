@@ -83,11 +83,13 @@ def split(form: Form, products: int = 1) -> Split:
     tile = form.tile
     blocks = form.columns // tile.block
 
-    threads, step = _THREADS, _THREADS // tile.threads
+    threads = _THREADS
+    step = _THREADS // tile.threads
     half = max(1, step // 2)
     # In the last step, threads may have no block. Half of them may read far fewer blocks in all.
     if -(-blocks // step) * step > _WASTE * -(-blocks // half) * half:
-        threads, step = threads // 2, half
+        threads = threads // 2
+        step = half
     steps = -(-blocks // step)
     programs = -(-form.stored_rows // tile.band) * products
     count = max(1, min(_PROGRAMS // programs, steps // _LEAST_STEPS))
@@ -111,7 +113,8 @@ def product(x: torch.Tensor, matrix: Matrix, out: torch.Tensor | None = None) ->
 
     n is at most `MANY`. x is contiguous. The result is the sum over S of `split(matrix.form)`.
     """
-    form, parts = matrix.form, split(matrix.form)
+    form = matrix.form
+    parts = split(matrix.form)
     if out is None:
         out = x.new_empty(parts.count, len(x), form.rows, dtype=torch.float32)
     at_once = min(_AT_ONCE, 1 << (len(x) - 1).bit_length())
@@ -220,7 +223,8 @@ def _coded_product(
         block = start + thread // THREADS
         # Threads beyond the end compute the last block again, with zeros for x. For AMD, each load
         # with a mask would become a branch.
-        is_inside, block = block < end, tl.minimum(block, end - 1)
+        is_inside = block < end
+        block = tl.minimum(block, end - 1)
         words = coded.load(codes, row, block, place, C, TYPE)
         sums = _zeros(len(rows), thread.shape[0], COUNT)
         for pair in tl.static_range(coded.tile("pairs", TYPE)):
@@ -261,7 +265,8 @@ def _dense_product(
     totals = _zeros(len(rows), thread.shape[0], 8)
     for start in range(first, end, T):
         block = start + thread
-        is_inside, block = block < end, tl.minimum(block, end - 1)
+        is_inside = block < end
+        block = tl.minimum(block, end - 1)
         columns = (block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
         numbers = ()
         for index in tl.static_range(8):
@@ -314,7 +319,8 @@ def _product(
     rows = ()
     for index in tl.static_range(N):
         rows += (tl.minimum(tl.program_id(2) * N + index, n - 1),)
-    thread, row = tl.arange(0, T), tl.program_id(0) * BAND
+    thread = tl.arange(0, T)
+    row = tl.program_id(0) * BAND
     table = coded.table(levels, LANES, TYPE)
     sums = band_product(
         x, rows, codes, absmax, table, row + thread * 0, thread, first, end, R, C, T, TYPE
@@ -345,7 +351,8 @@ def _head_products(
     TYPE: tl.constexpr,
 ):
     BAND: tl.constexpr = coded.tile("band", TYPE)
-    head, thread = tl.program_id(1), tl.arange(0, T)
+    head = tl.program_id(1)
+    thread = tl.arange(0, T)
     codes = tl.load(addresses + head).to(tl.pointer_type(tl.uint8))
     absmax = tl.load(addresses + N + head).to(tl.pointer_type(tl.uint8))
     sums = band_product(

@@ -15,7 +15,8 @@ from mixchat.kernels.gpu.launch import launch
 _BLOCK = 1024  # columns that a program reads at once
 _LEAST_SUM = tl.constexpr(LEAST_SUM)
 # The least rank of an expert that was not chosen yet, and the rank of NaN.
-_LOWEST, _NO_NUMBER = tl.constexpr(-3.2e38), tl.constexpr(3.4e38)
+_LOWEST = tl.constexpr(-3.2e38)
+_NO_NUMBER = tl.constexpr(3.4e38)
 
 
 def route(
@@ -89,10 +90,13 @@ def _route(
     tl.debug_barrier()
     if tl.atomic_add(finished, 1) == E - 1:
         tl.store(finished, 0)
-        experts, choices = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
+        experts = tl.arange(0, EXPERTS)
+        choices = tl.arange(0, CHOICES)
         # Other programs have stored these, and the first-level cache is each one's own.
         all_logits = tl.load(logits + experts, experts < E, float("-inf"), cache_modifier=".cg")
-        ranks, largest, total = all_logits, 0.0, 1.0
+        ranks = all_logits
+        largest = 0.0
+        total = 1.0
         if SIGMOID:
             ranks = tl.sigmoid(all_logits)
         elif not PLAIN or not NORMALIZED:

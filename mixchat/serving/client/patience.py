@@ -34,7 +34,8 @@ class Patience(ReadLimits):
 
     def __init__(self, sent: int | None = None) -> None:
         super().__init__(_HEAD_BYTES, _SMALL_S if sent is None else _ANSWER_S + _BYTE_S * sent)
-        self._started, self._sent = time.monotonic(), sent or 0
+        self._started = time.monotonic()
+        self._sent = sent or 0
         self._read = 0  # tokens of the prompt
         self._may_extend = True
 

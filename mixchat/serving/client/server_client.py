@@ -39,7 +39,8 @@ class ServerClient:
     """
 
     def __init__(self, url: ServerURL, key: str | None = None) -> None:
-        self.url, self._key = url, key
+        self.url = url
+        self._key = key
         if key is not None and not (key.isascii() and key.isprintable()):
             raise UsageError("the key in MIXCHAT_API_KEY has characters that no key can have")
 
@@ -147,8 +148,10 @@ class HTTPReply:
         patience: Patience,
         close: Callable[[], None],
     ) -> None:
-        self.patience, self.close = patience, close
-        self._url, self._response = url, response
+        self.patience = patience
+        self.close = close
+        self._url = url
+        self._response = response
         self.status = response.status
         content_type, _, _ = (self.header("Content-Type") or "").partition(";")
         self.content_type = content_type.strip().lower()

@@ -99,7 +99,8 @@ def events(pieces: Iterable[bytes]) -> Iterator[str | Comment]:
         if not line:
             if data:
                 yield "\n".join(data)
-            data, size = [], 0
+            data = []
+            size = 0
             continue
         name, _, value = line.partition(":")
         if not name:
@@ -159,10 +160,12 @@ def read_chunk(data: str) -> Chunk:
 
 def _call(raw: object) -> CallDelta:
     call = _object(raw)
-    function, index = _object(call.get("function") or {}), call.get("index")
+    function = _object(call.get("function") or {})
+    index = call.get("index")
     if type(index) is not int or not 0 <= index < _MAX_CALLS:
         raise ServerError("the server sends a call of a tool without its number")
-    name, arguments = _text(function.get("name")), _text(function.get("arguments"))
+    name = _text(function.get("name"))
+    arguments = _text(function.get("arguments"))
     return CallDelta(index, arguments, _text(call.get("id")), name)
 
 

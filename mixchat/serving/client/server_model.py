@@ -36,7 +36,8 @@ class ServerModel:
     can_skip_thinking = True  # as far as one can know
 
     def __init__(self, client: ServerClient, model: ListedModel) -> None:
-        self._client, self._model = client, model
+        self._client = client
+        self._model = model
         self._counted: tuple[list[tuple[str, str]], int] = ([], 0)
 
     @property
@@ -66,7 +67,8 @@ class ServerModel:
         messages = list(request.messages)
         system = list(takewhile(lambda message: message.role == "system", messages))
         talk = messages[len(system) :]
-        first, later = 0, [i for i, message in enumerate(talk) if i and message.role == "user"]
+        first = 0
+        later = [i for i, message in enumerate(talk) if i and message.role == "user"]
         while True:
             sent = [*system, *talk[first:]]
             try:
@@ -78,7 +80,8 @@ class ServerModel:
                     error.hint = LEAVE_OUT_HINT
                     raise
                 half = (len(later) - 1) // 2
-                first, later = later[half], later[half + 1 :]
+                first = later[half]
+                later = later[half + 1 :]
 
     def send(
         self,
@@ -124,11 +127,14 @@ class ServerAnswer:
     ) -> None:
         self.close = stream.close
         self.stats = GenerationStats()
-        self._model, self._stream, self._messages = model, stream, messages
+        self._model = model
+        self._stream = stream
+        self._messages = messages
         self._answered = Message("assistant", "")
         if messages and messages[-1].role == "assistant":
             self._answered = messages[-1]
-        self._started, self._first_piece = started, 0.0
+        self._started = started
+        self._first_piece = 0.0
         self._shown: list[Piece] = []
         self._characters = self._thinking_tokens = 0
         self._reason: Reason = "interrupted"
@@ -202,7 +208,8 @@ class ServerAnswer:
         if comment == _WAITING:
             self._stream.patience.wait_in_queue()
         elif progress := _READING.fullmatch(comment):
-            done, total = int(progress[1]), int(progress[2])
+            done = int(progress[1])
+            total = int(progress[2])
             if done <= total:
                 self._stream.patience.read(done)
                 yield Reading(done, total)
@@ -216,7 +223,8 @@ class ServerAnswer:
 
     def _last(self) -> End:
         """Return the end, and note how many tokens the conversation has."""
-        stats, context = self.stats, self._model.context
+        stats = self.stats
+        context = self._model.context
         tokens = stats.prompt_tokens + stats.generated_tokens
         if self._reason == "length" and context is not None and tokens >= context.tokens:
             self._reason = "context"

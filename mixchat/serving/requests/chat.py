@@ -148,7 +148,8 @@ class OpenAIFields(shared.SamplingFields):
 
     def length(self) -> int | None:
         """Return the most tokens of an answer. Raises `RequestError` if there are two."""
-        old, new = self.max_tokens, self.max_completion_tokens
+        old = self.max_tokens
+        new = self.max_completion_tokens
         if old is not None and new is not None and old != new:
             raise field_error("max_tokens", "and max_completion_tokens differ: give one of them")
         return old if new is None else new
@@ -286,13 +287,15 @@ def read_chat(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIR
         raise field_error("top_logprobs", "needs logprobs: true", "invalid_value")
     if not fields.messages:
         raise field_error("messages", "is missing or empty", "missing_required_parameter")
-    messages, paths = list[Message](), list[str]()
+    messages = list[Message]()
+    paths = list[str]()
     for i, field in enumerate(fields.messages):
         messages.append(field.message(f"messages[{i}]"))
         has_id = field.role == "tool" or field.tool_call_id
         paths.append(f"messages[{i}].{'tool_call_id' if has_id else 'tool_calls'}")
     tool_fields.check_results(messages, paths)
-    choice, function = fields.tool_choice, None
+    choice = fields.tool_choice
+    function = None
     if isinstance(choice, dict):
         function = validated(_ChosenFunction, choice, "tool_choice").function.name
     elif choice not in ("none", "auto", "required"):
@@ -331,7 +334,8 @@ def _take_thinking(body: JSON, format: ThinkingFormat | None) -> tuple[JSON, JSO
     """
     if format is None:
         return body, {}
-    think, kwargs = body.get("think"), body.get(_KWARGS)
+    think = body.get("think")
+    kwargs = body.get(_KWARGS)
     variables, used = shared.thinking_variables(
         format, think if isinstance(think, bool) else None, body.get(EFFORT)
     )

@@ -40,7 +40,8 @@ def read_completion(body: JSON, model: Model, strict: bool, at_end: ExitStack) -
     fields, sampling, ignored = read_openai(_CompletionFields, body, model, strict)
     if fields.best_of not in (None, fields.n):
         raise field_error("best_of", "has to equal n", "unsupported_value")
-    prompts, limit = {"prompt": fields.prompt}, max_answers(model)
+    prompts = {"prompt": fields.prompt}
+    limit = max_answers(model)
     if isinstance(fields.prompt, list) and fields.prompt and type(fields.prompt[0]) is not int:
         if len(fields.prompt) * fields.n > limit:
             raise field_error("prompt", f"and n ask for more than {limit} answers", "invalid_value")

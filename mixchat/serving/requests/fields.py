@@ -154,7 +154,8 @@ def validated(model: type[_Model], value: object, path: str = "") -> _Model:
         return model.model_validate(value)
     except ValidationError as error:
         details = error.errors(include_url=False)[0]
-    inner, error_type = path_text(details["loc"]), details["type"]
+    inner = path_text(details["loc"])
+    error_type = details["type"]
     code = details.get("ctx", {}).get("code", _CODES.get(error_type, "invalid_value"))
     reason = _REASONS.get(error_type) or details["msg"].replace("Input should be", "has to be", 1)
     if code == "invalid_value" and reason.startswith("has to be"):

@@ -48,7 +48,8 @@ class Line:
     """
 
     def __init__(self, number: int) -> None:
-        self.number, self.id = number, None
+        self.number = number
+        self.id = None
         self.text = ""
         self.calls: tuple[CallDelta, ...] = ()
         self.seed: int | None = None

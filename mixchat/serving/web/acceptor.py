@@ -33,8 +33,11 @@ class Acceptor:
         make_room: Callable[[], object],
         limit: int,
     ) -> None:
-        self._bound, self._protocol, self._opened = bound, protocol, opened
-        self._make_room, self._limit = make_room, limit
+        self._bound = bound
+        self._protocol = protocol
+        self._opened = opened
+        self._make_room = make_room
+        self._limit = limit
         self._beginning: set[asyncio.Task[object]] = set()
         self._task = asyncio.ensure_future(self._accept())
 
@@ -45,7 +48,8 @@ class Acceptor:
         await asyncio.wait([self._task])
 
     async def _accept(self) -> None:
-        loop, number = asyncio.get_running_loop(), 0
+        loop = asyncio.get_running_loop()
+        number = 0
         while True:
             while len(self._opened) + len(self._beginning) >= self._limit:
                 await self._wait_for_room()

@@ -136,8 +136,10 @@ def _header_fault(scope: Scope, access: Access) -> RequestError | None:
         # A proxy that reads the other one would see other requests.
         message = "Content-Length and Transfer-Encoding exclude each other: send one of them"
         return RequestError(message, headers={"Connection": "close"})
-    origin, host = headers.get("origin"), headers.get("host", "")
-    message, allowed = "", {None, f"http://{host}", f"https://{host}", *access.origins}
+    origin = headers.get("origin")
+    host = headers.get("host", "")
+    message = ""
+    allowed = {None, f"http://{host}", f"https://{host}", *access.origins}
     if origin not in allowed and _ANY not in allowed:
         message = f"web pages of {origin!a:.80} may not use this server: see --cors"
     elif origin is None and _ANY not in allowed and _is_of_foreign_page(headers, scope["method"]):

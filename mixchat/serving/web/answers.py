@@ -33,7 +33,9 @@ PING_S = 3.0  # without an event, until a ping is sent
 _NO_BUFFER = (b"x-accel-buffering", b"no")  # nginx would hold pieces back
 _PIECE = 65_536  # bytes that are sent at once, so that a slow client's wait in the budget
 # Bytes of an event, of a token with its log probability, and of one of its likeliest tokens.
-_PER_EVENT, _PER_TOKEN, _PER_CHOICE = 300, 200, 130
+_PER_EVENT = 300
+_PER_TOKEN = 200
+_PER_CHOICE = 130
 
 
 class PendingAnswers:
@@ -45,7 +47,9 @@ class PendingAnswers:
 
     def __init__(self, model: Model, request: APIRequest, share: Share) -> None:
         """Submit nothing yet. This, `next` and `collect` need the event loop."""
-        self._model, self._request, self._share = model, request, share
+        self._model = model
+        self._request = request
+        self._share = share
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self._events = deque[tuple[int, Event, int]]()  # with their bytes
@@ -69,7 +73,8 @@ class PendingAnswers:
 
     def submit(self) -> None:
         """Queue all answers or none, which may block. Raises as `Model.submit` does."""
-        requests, prompts = self._request.requests, self._request.prompts
+        requests = self._request.requests
+        prompts = self._request.prompts
         sinks = [partial(self._hear, number) for number in range(len(requests))]
         self._answers = self._model.submit(*zip(requests, prompts, sinks, strict=True))
 
@@ -96,7 +101,8 @@ class PendingAnswers:
         self._arrived.clear()
         if not self._events and self._error is not None:
             raise self._error
-        events, size = list[tuple[int, Event]](), 0
+        events = list[tuple[int, Event]]()
+        size = 0
         while self._events and size < _PIECE:
             number, event, taken = self._events.popleft()
             events.append((number, event))
@@ -209,7 +215,8 @@ class WholeAnswer(Response):
 
     def __init__(self, body: bytes, share: Share) -> None:
         super().__init__(body, media_type="application/json")
-        self._share, self._left = share, b""
+        self._share = share
+        self._left = b""
         share.can_give_up(self._give_up)
         share.grow(len(body))
         self._left = body
@@ -217,7 +224,8 @@ class WholeAnswer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.body = b""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        sent, size = 0, len(self._left)
+        sent = 0
+        size = len(self._left)
         while sent < size:
             piece = self._left[sent : sent + _PIECE]
             if not piece:
@@ -240,7 +248,9 @@ class AnswerStream:
         responses: ResponseBuilder,
         explain: Callable[[Exception], RequestError],
     ) -> None:
-        self.answers, self._responses, self._explain = answers, responses, explain
+        self.answers = answers
+        self._responses = responses
+        self._explain = explain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -143,7 +143,8 @@ def read_counted(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> A
         raise field_error("messages", "is missing or empty", "missing_required_parameter")
     if system := _text(fields.system):
         messages.insert(0, Message("system", system))
-    config, thinks = fields.output_config, None
+    config = fields.output_config
+    thinks = None
     effort: str | None = config.effort
     if fields.thinking is not None and fields.thinking.type == "disabled":
         effort = "none"
@@ -189,7 +190,8 @@ def _messages(fields: _Fields) -> list[Message]:
     counts as a part of the question, so that the prompt before it stays cached. Raises
     `RequestError`.
     """
-    messages, paths = list[Message](), list[str]()
+    messages = list[Message]()
+    paths = list[str]()
     texts: list[list[str]] = []  # of each message, joined once at the end
     for number, field in enumerate(fields.messages):
         for message, path in _parts(field, f"messages[{number}].content"):

@@ -232,7 +232,8 @@ async def _ollama_models(state: AppState, request: Request) -> Response:
 
 async def _ollama_loaded(state: AppState, request: Request) -> Response:
     names = [state.models.name] if state.models.is_loaded else []
-    facts, context = await state.models.facts(names), state.models.context
+    facts = await state.models.facts(names)
+    context = state.models.context
     return _json(ollama.loaded_list(facts, context, state.models.idle_s))
 
 
@@ -311,7 +312,8 @@ class _Text(RequestObject):
 
 async def _tokenize(state: AppState, request: Request, model: Model, body: Body) -> Response:
     def encoded(fields: JSON) -> bytes:
-        text, tokenizer = _read_for(model, _Text, fields), model.tokenizer
+        text = _read_for(model, _Text, fields)
+        tokenizer = model.tokenizer
         model.context.check_text(text.content, "content")
         bos = [] if tokenizer.bos_id is None or not text.add_special else [tokenizer.bos_id]
         return to_json({"tokens": bos + tokenizer.encode(text.content)})
@@ -327,7 +329,8 @@ class _Tokens(RequestObject):
 async def _detokenize(state: AppState, request: Request, model: Model, body: Body) -> Response:
     def decoded(fields: JSON) -> bytes:
         items = _read_for(model, _Tokens, fields).tokens
-        limit, tokenizer = model.context.largest, model.tokenizer
+        limit = model.context.largest
+        tokenizer = model.tokenizer
         if len(items) > limit:
             raise field_error("tokens", f"has {len(items)} items; at most {limit} are taken")
         ids = token_ids(items, tokenizer.vocab_size, "tokens")
@@ -340,7 +343,8 @@ async def _body(state: AppState, request: Request) -> Body:
     """Return the body. Refuse one that no model can take before all of it is read."""
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RequestError("the body is compressed: send it as it is", status=415)
-    size, body = int(request.headers.get("content-length", "0")), bytearray()
+    size = int(request.headers.get("content-length", "0"))
+    body = bytearray()
     longest = state.models.context.longest_text
     if not size or size > longest:  # the model that it names may take more than the loaded one
         contexts = await state.models.contexts()

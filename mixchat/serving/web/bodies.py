@@ -31,7 +31,9 @@ _MIN_BUDGET, _MAX_BUDGET = 64_000_000, 512_000_000  # bytes
 _SMALL_SHARE = 400_000  # bytes; only such a small share gets some of the budget's last quarter
 # An upper bound of the bytes that a body takes while it is parsed and checked. A text is held as
 # bytes, as text and as parts of it. An object, with its fields' model, takes 500 bytes.
-_PER_BYTE, _PER_OBJECT, _PER_ITEM = 6, 500, 70
+_PER_BYTE = 6
+_PER_OBJECT = 500
+_PER_ITEM = 70
 _LIGHT = 1_000_000  # bytes; a lighter body waits for no heavy one
 _LIGHT_AT_ONCE = 2  # each takes up to 0.2 s
 _FORM_CHECKS = 2  # at once, each with up to a core and 1 GB
@@ -50,7 +52,8 @@ class MemoryBudget:
     """Bounds the bytes of all requests together. Only the event loop may use it."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.held = limit, 0
+        self.limit = limit
+        self.held = 0
         self.answers = set[Share]()  # those that can be given up
 
     @property
@@ -73,7 +76,8 @@ class Share:
     """The bytes that one request holds."""
 
     def __init__(self, budget: MemoryBudget) -> None:
-        self.budget, self.size = budget, 0
+        self.budget = budget
+        self.size = 0
         self._give_up: Callable[[], object] = lambda: None
 
     def can_give_up(self, give_up: Callable[[], object]) -> None:
@@ -83,7 +87,8 @@ class Share:
 
     def grow(self, count: int) -> None:
         """Hold more. Raises `QueueFullError` if there is no room."""
-        budget, is_answer = self.budget, self in self.budget.answers
+        budget = self.budget
+        is_answer = self in self.budget.answers
         is_small = self.size + count <= _SMALL_SHARE
         while budget.held + count > (budget.limit if is_answer or is_small else budget.most):
             largest = max(budget.answers, key=lambda share: share.size, default=self)
@@ -115,7 +120,8 @@ class Turns:
     """Lets `most` of many run at a time, the first of them the one that is due first."""
 
     def __init__(self, most: int = 1) -> None:
-        self._free, self._count = most, 0
+        self._free = most
+        self._count = 0
         self.waiting: list[tuple[float, int, asyncio.Future[None]]] = []
 
     @asynccontextmanager
@@ -157,7 +163,8 @@ class WorkTurns:
     """The turns of all work on the texts of requests."""
 
     def __init__(self) -> None:
-        self._heavy, self._light = Turns(), Turns(_LIGHT_AT_ONCE)
+        self._heavy = Turns()
+        self._light = Turns(_LIGHT_AT_ONCE)
         self._forms = Turns(_FORM_CHECKS)
 
     @asynccontextmanager
@@ -189,10 +196,14 @@ class Body:
 
         Raises `RequestError` if they are too many values for the budget.
         """
-        self._data, self._fields = data, JSON()
-        self._share, self._turns, self._model_name = share, turns, model_name
+        self._data = data
+        self._fields = JSON()
+        self._share = share
+        self._turns = turns
+        self._model_name = model_name
         self.has_form = False  # with schemas or a grammar
-        objects, items = data.count(b"{") + data.count(b"["), data.count(b",")
+        objects = data.count(b"{") + data.count(b"[")
+        items = data.count(b",")
         self.weight = len(data) * _PER_BYTE + objects * _PER_OBJECT + items * _PER_ITEM
         # A light body passes heavy ones. One that was parsed passes those that were not yet.
         self._due = time.monotonic() + self.weight * _PATIENCE_PER_BYTE
@@ -235,7 +246,8 @@ async def in_thread(work: Callable[[], _T], at_end: ExitStack | None = None) -> 
 
     Then work that waits for a thread does not begin, and `at_end` is closed, which may end it.
     """
-    at_end, is_over = at_end or ExitStack(), threading.Event()
+    at_end = at_end or ExitStack()
+    is_over = threading.Event()
     at_end.callback(is_over.set)
 
     def begun() -> _T:

@@ -184,10 +184,12 @@ def _messages(fields: Sequence[_Message]) -> list[Message]:
 
     Raises `RequestError`.
     """
-    messages, paths = list[Message](), list[str]()
+    messages = list[Message]()
+    paths = list[str]()
     waiting: list[ToolCall] = []  # without a result yet
     for number, field in enumerate(fields):
-        path, call_id = f"messages[{number}]", ""
+        path = f"messages[{number}]"
+        call_id = ""
         calls = tuple(
             ToolCall(
                 call.id or f"call_{number}_{i}",
@@ -339,9 +341,11 @@ def model_entry(name: str, facts: ModelFacts | None) -> JSON:
     if facts is None:  # the model's files are damaged or gone
         digest = hashlib.sha256(name.encode()).hexdigest()
         details = dict.fromkeys(("family", "parameter_size", "quantization_level"), "")
-        modified, families = datetime.now(timezone.utc), []
+        modified = datetime.now(timezone.utc)
+        families = []
     else:
-        digest, families = facts.digest, [facts.family]
+        digest = facts.digest
+        families = [facts.family]
         modified = datetime.fromtimestamp(facts.modified, timezone.utc)
         details = {
             "family": facts.family,

@@ -185,7 +185,8 @@ def _offer(fields: _Fields, unused: list[str]) -> ToolOffer | None:
             functions[f"tools[{number}]"] = validated(_FunctionTool, tool, f"tools[{number}]")
         else:
             unused.append(f"tools[{number}].type")
-    choice, function = fields.tool_choice, None
+    choice = fields.tool_choice
+    function = None
     if isinstance(choice, dict) and choice.get("type") == "function":
         function = validated(_FunctionChoice, choice, "tool_choice").name
     elif isinstance(choice, dict):
@@ -210,10 +211,13 @@ def _messages(items: Sequence[JSON]) -> list[Message]:
     Reasoning is of the next call, unless a question or a result comes between. Raises
     `RequestError`.
     """
-    messages, paths, thinking = list[Message](), list[str](), ""
+    messages = list[Message]()
+    paths = list[str]()
+    thinking = ""
     is_answer = False  # whether calls belong to the last message
     for number, fields in enumerate(items):
-        item_type, path = fields.get("type", "message"), f"input[{number}]"
+        item_type = fields.get("type", "message")
+        path = f"input[{number}]"
         # References are to items that a server has stored.
         if item_type == "item_reference":
             continue
@@ -236,7 +240,8 @@ def _messages(items: Sequence[JSON]) -> list[Message]:
         if item_type == "function_call_output":
             result = validated(_ResultItem, fields, path)
             messages.append(Message("tool", _text(result.output), call_id=result.call_id))
-            path, thinking = f"{path}.call_id", ""
+            path = f"{path}.call_id"
+            thinking = ""
         elif item_type == "message":
             message = validated(_MessageItem, fields, path)
             role: Role = "system" if message.role == "developer" else message.role

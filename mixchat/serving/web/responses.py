@@ -50,7 +50,8 @@ class ResponseBuilder(ABC):
     content_type = "text/event-stream; charset=utf-8"  # of a stream
 
     def __init__(self, request: APIRequest, model: Model) -> None:
-        self._request, self._model = request, model.name
+        self._request = request
+        self._model = model.name
 
     @abstractmethod
     def whole(self, answers: Sequence[tuple[Piece, End]]) -> JSON:
@@ -161,7 +162,9 @@ class OpenAIResponses(ResponseBuilder):
 class ChatResponses(OpenAIResponses):
     """The answers of /v1/chat/completions."""
 
-    prefix, name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix = "chatcmpl"
+    name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
 
     def beginning(self) -> bytes:
         """Return a chunk for each answer with its role."""
@@ -194,14 +197,17 @@ class ChatResponses(OpenAIResponses):
 class CompletionResponses(OpenAIResponses):
     """The answers of /v1/completions."""
 
-    prefix, name, chunk_name = "cmpl", "text_completion", "text_completion"
+    prefix = "cmpl"
+    name = "text_completion"
+    chunk_name = "text_completion"
 
     def __init__(self, request: APIRequest, model: Model) -> None:
         super().__init__(request, model)
         self._lengths = [0] * len(request.requests)  # of the tokens' texts so far, in characters
 
     def _choice(self, number: int, piece: Piece, finish: str | None, whole: bool = False) -> JSON:
-        texts, logprobs = self._texts, None
+        texts = self._texts
+        logprobs = None
         if texts is not None:
             offsets = []
             for token in piece.tokens:

@@ -83,15 +83,20 @@ class ServedModels:
         sleep_after: float | None = None,
         queue: int = 64,
     ) -> None:
-        self.name, self.context = first.name, first.context
+        self.name = first.name
+        self.context = first.context
         self._first = {self.name: self.context}
         self._model = cast("Model | None", first)
-        self._load, self._check = load, check
-        self._others, self._sleep_after = others, sleep_after
-        self._aliases, self._facts = aliases, facts
+        self._load = load
+        self._check = check
+        self._others = others
+        self._sleep_after = sleep_after
+        self._aliases = aliases
+        self._facts = facts
         self._queue = max(queue, 1)  # one lets the model be loaded
         self._waiting: list[_Waiting] = []
-        self._users, self._unused = 0, asyncio.Event()
+        self._users = 0
+        self._unused = asyncio.Event()
         self._unused.set()
         self._loaded_at = self._used_at = 0.0
         self._timer: asyncio.TimerHandle | None = None  # until the model sleeps
@@ -118,7 +123,8 @@ class ServedModels:
 
     def thinks(self, name: str) -> bool:
         """Return whether this model is loaded and thinks."""
-        model, is_loaded = self._model, self.resolve(name) == self.name
+        model = self._model
+        is_loaded = self.resolve(name) == self.name
         return model is not None and is_loaded and bool(model.template.thinking)
 
     async def contexts(self) -> dict[str, Context]:
@@ -182,7 +188,8 @@ class ServedModels:
     def close(self) -> None:
         """Close the model, as `Model.close` does, and load no more."""
         with self._lock:
-            self._closing, model = True, self._model
+            self._closing = True
+            model = self._model
         if model is not None:
             model.close()
 
@@ -252,7 +259,8 @@ class ServedModels:
 
     def _let_pass(self) -> None:
         """Give the loaded model to those who wait for it."""
-        for_others, model = self._others_waiting(), self._model
+        for_others = self._others_waiting()
+        model = self._model
         for waiting in [*self._waiting]:
             if waiting not in for_others and not waiting.model.done():
                 self._waiting.remove(waiting)
@@ -271,7 +279,8 @@ class ServedModels:
                 if not waiting.model.done():
                     waiting.model.set_exception(error)
         finally:
-            self._change, self._loaded_at = None, asyncio.get_running_loop().time()
+            self._change = None
+            self._loaded_at = asyncio.get_running_loop().time()
             if name:
                 self.await_sleep()
                 self._let_pass()
@@ -294,7 +303,8 @@ class ServedModels:
         with self._lock:
             if not self._closing:
                 self._model = model
-                self.name, self.context = model.name, model.context
+                self.name = model.name
+                self.context = model.context
                 return
         model.close()
         raise ShuttingDownError("the server is shutting down")

@@ -64,7 +64,8 @@ class WaitingConnections:
     """
 
     def __init__(self, limit: int = _MAX_WAITING, grace: float = _WAITING_GRACE_S) -> None:
-        self._limit, self._grace = limit, grace
+        self._limit = limit
+        self._grace = grace
         self._since: dict[ClientConnection, float] = {}
         self._look: asyncio.TimerHandle | None = None  # for connections that are too old
 
@@ -120,7 +121,8 @@ class ClientConnection(H11Protocol):
     ) -> None:
         super().__init__(*args, **options)
         self.conn: _ChunkLimit = _ChunkLimit(h11.SERVER)
-        self._waiting, self._timeout = waiting, timeout
+        self._waiting = waiting
+        self._timeout = timeout
         # "deadline" of a request, "stall" of a client that takes nothing, "probe" of one that sends
         # no more.
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -256,7 +258,9 @@ class WebServer(Server):
             timeout_graceful_shutdown=_FLUSH_TIMEOUT_S,
         )
         super().__init__(config)
-        self._bound, self._started, self._waiting = bound, started, waiting
+        self._bound = bound
+        self._started = started
+        self._waiting = waiting
         self._is_ready = threading.Event()
         self._over: Future[None] | None = None
 
@@ -271,8 +275,11 @@ class WebServer(Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])  # uvicorn would let asyncio accept
-        config, state, limit = self.config, self.server_state, most_connections()
-        opened, protocol_type = state.connections, cast("Any", config.http_protocol_class)
+        config = self.config
+        state = self.server_state
+        limit = most_connections()
+        opened = state.connections
+        protocol_type = cast("Any", config.http_protocol_class)
         protocol = partial(protocol_type, config, state, self.lifespan.state)
         for bound in sockets or []:
             bound.listen(config.backlog)

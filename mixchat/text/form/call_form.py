@@ -142,7 +142,8 @@ def _calls(form: CallForm) -> str:
 
 def _literal_arguments(form: CallForm, tool: Tool, number: int) -> list[str]:
     *_, equals, comma, _ = form.format.markup
-    spell, quote = partial(_tags, form), form.format.quote
+    spell = partial(_tags, form)
+    quote = form.format.quote
     rules = LiteralRules(
         *(_schema(tool), f"arguments_{number}", spell),
         quote=quote, equals=equals, comma=comma, lenient=not tool.strict,
@@ -156,7 +157,8 @@ def _literal_arguments(form: CallForm, tool: Tool, number: int) -> list[str]:
 
 def _markup_arguments(form: CallForm, tool: Tool, number: int) -> Iterator[str]:
     """Yield the rules of a tool's arguments, in the order of its schema."""
-    required, names = _schema(tool).get("required", ()), list[str]()
+    required = _schema(tool).get("required", ())
+    names = list[str]()
     for i, name in enumerate(tool.arguments):
         rule = f"argument_{number}_{i}"
         rules = [*_markup_argument(form, tool, name, rule)]
@@ -169,7 +171,8 @@ def _markup_arguments(form: CallForm, tool: Tool, number: int) -> Iterator[str]:
 def _markup_argument(form: CallForm, tool: Tool, name: str, rule: str) -> Iterator[str]:
     """Yield the rules of an argument, none if no value is allowed."""
     _, _, name_start, name_end, end, _ = form.format.markup
-    head, close = _tags(form, f"{name_start}{name}{name_end}"), _tags(form, end)
+    head = _tags(form, f"{name_start}{name}{name_end}")
+    close = _tags(form, end)
     schema_part = tool.arguments[name]
     if not tool.takes_text(name):
         if '"$ref"' in json.dumps(schema_part):
@@ -220,7 +223,8 @@ def _call(form: CallForm, name: str, arguments: str) -> str:
         id = " ".join(f"{text} {_ID}" for text in id_start)
         return f"{json.dumps(name)} {id} {args_start} {arguments}"
     if form.format.kind != "harmony":
-        head, call_end = f'{{"name": "{name}", "arguments": ', "}"
+        head = f'{{"name": "{name}", "arguments": '
+        call_end = "}"
         return f"{json.dumps(head)} {arguments} {json.dumps(call_end)}"
     channel, constrain, message = (
         _text(form, f"<|{token}|>") for token in ("channel", "constrain", "message")

@@ -60,7 +60,8 @@ class ConstraintCompiler:
         stops = sorted(i for i in stop_ids if i < len(tokens.within))
         if not stops:
             raise UsageError("the model has no token that ends an answer of a given form")
-        self.size, self.seconds = len(tokens.within), seconds
+        self.size = len(tokens.within)
+        self.seconds = seconds
         self.firsts = {i: self.size + number for number, i in enumerate(tokens.first)}
         all_bytes = [text.decode("latin-1") for text in (*tokens.within, *tokens.first.values())]
         self._load = SandboxCall(
@@ -113,8 +114,10 @@ class TokenConstraint:
         *,
         continued: bool = False,
     ) -> None:
-        self._size, self._firsts = compiler.size, compiler.firsts
-        self._begins_text, self._is_new = not continued, True
+        self._size = compiler.size
+        self._firsts = compiler.firsts
+        self._begins_text = not continued
+        self._is_new = True
         arguments = (grammar, [self._as_first(token) for token in beginning])
         call = SandboxCall(_SUBJECT, "start", arguments, compiler.seconds, MAX_CALL)
         self._sandbox = compiler.sandbox()
@@ -146,7 +149,8 @@ class TokenConstraint:
 
     def _as_first(self, token: int) -> int:
         """Return the id of a token as the sandbox knows it, at the start of a text or later."""
-        begins_text, self._begins_text = self._begins_text, False
+        begins_text = self._begins_text
+        self._begins_text = False
         return self._firsts.get(token, token) if begins_text else token
 
     def _ask(self, method: str, *arguments: object) -> Any:
@@ -175,7 +179,9 @@ class CallConstraint:
     def __init__(
         self, form: TokenConstraint, parser: ThinkingParser, opening: str, tokenizer: Tokenizer
     ) -> None:
-        self._form, self._parser, self._opening = form, parser, opening
+        self._form = form
+        self._parser = parser
+        self._opening = opening
         self._tokenizer = tokenizer
         self._opening_id = tokenizer.control_tokens.get(opening)
         self._last = deque[int](maxlen=_MAX_OPENING)

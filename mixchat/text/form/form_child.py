@@ -103,7 +103,10 @@ class _DigitLimit:
 
     def start(self, beginning: Sequence[int], *, is_json: bool) -> None:
         """Begin an answer with the tokens `beginning`. Another text than JSON has no limit."""
-        self._is_json, self._in_text, self._is_escaped, self._run = is_json, False, False, 0
+        self._is_json = is_json
+        self._in_text = False
+        self._is_escaped = False
+        self._run = 0
         for token in beginning:
             self.take(token)
 

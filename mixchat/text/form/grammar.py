@@ -46,7 +46,8 @@ class _BareTokenizer:
 
     def __init__(self, tokens: Sequence[bytes], stop_ids: Sequence[int]) -> None:
         self.tokens = [b"<stop>" if i in stop_ids else text for i, text in enumerate(tokens)]
-        self.special_token_ids, self.eos_token_id = stop_ids, stop_ids[0]
+        self.special_token_ids = stop_ids
+        self.eos_token_id = stop_ids[0]
 
     def __call__(self, text: bytes | str) -> list[int]:
         raise NotImplementedError("without forced tokens nothing is encoded")

@@ -52,9 +52,14 @@ class LiteralRules:
         the rule of this name for a text of Gemma's form with a schema. If `lenient`, what the form
         cannot keep to has no effect.
         """
-        self._schema, self._name, self._spell = schema, name, spell
-        self._quote, self._equals, self._comma = quote, equals, spell(comma)
-        self._lenient, self._open_text = lenient, open_text
+        self._schema = schema
+        self._name = name
+        self._spell = spell
+        self._quote = quote
+        self._equals = equals
+        self._comma = spell(comma)
+        self._lenient = lenient
+        self._open_text = open_text
         self._rules: list[str] = []
         self._known: dict[str, str] = {}  # rules by the pointer of their schema
 
@@ -71,7 +76,8 @@ class LiteralRules:
 
     def _pairs(self, schema: dict[str, Any], pointer: str, equals: str) -> str:
         """Return the rule of an object's properties, which may miss if they are not required."""
-        needed, properties = schema.get("required", ()), properties_of(schema)
+        needed = schema.get("required", ())
+        properties = properties_of(schema)
         # Gemma's template sorts the names, so its models have seen no other order.
         names = sorted(properties, key=str.lower) if self._quote == GEMMA else [*properties]
         # empty: if nothing has come yet. more: if something has come.
@@ -81,7 +87,8 @@ class LiteralRules:
             if not value:
                 continue
             pair = self._add(f"{self._spell(name + equals)} {value}")
-            first, next_pair = f"{pair} {more}", f"{self._comma} {pair}"
+            first = f"{pair} {more}"
+            next_pair = f"{self._comma} {pair}"
             empty = first if name in needed else self._add(f"{first} | {empty}")
             more = self._add(f"{next_pair if name in needed else f'({next_pair})?'} {more}")
         return empty
@@ -89,7 +96,8 @@ class LiteralRules:
     def _value(self, schema: Any, pointer: str) -> str:
         """Return the rule of a value with the schema at a pointer, "" if there is none."""
         schema = schema if isinstance(schema, dict) else {}
-        kind, refers = schema.get("type"), '"$ref"' in json.dumps(schema)
+        kind = schema.get("type")
+        refers = '"$ref"' in json.dumps(schema)
         if "enum" in schema or "const" in schema:
             return self._constants(constants(schema))
         if isinstance(schema.get("anyOf"), list) and schema["anyOf"]:

@@ -19,7 +19,8 @@ from mixchat.text.sandbox import Sandbox, SandboxCall
 PROGRAM = "mixchat.text.form.form_child"  # the inside of the sandbox
 MAX_CALL = 30_000_000  # bytes of a call to it, of which a vocabulary of 256,000 tokens has 3 MB
 # Computing time that compiling may take, for a stranger's request and for the person who waits.
-HASTY_S, PATIENT_S = 3.0, 30.0
+HASTY_S = 3.0
+PATIENT_S = 30.0
 # The sandbox's end if llguidance overflows its stack, as a long chain of references makes it.
 _OVERFLOW = f"ends its process (signal {signal.SIGSEGV:d})"
 _MAX_FILE = 4_000_000  # bytes
@@ -119,7 +120,8 @@ def read_grammar(path: Path, note: Note = _ignore) -> OutputConstraint:
     Raises `UsageError` as `checked` does.
     """
     with _named(str(path)):
-        text, suffix = _read(path, note), path.suffix.lower()
+        text = _read(path, note)
+        suffix = path.suffix.lower()
         is_gbnf = suffix == ".gbnf" or (suffix != ".lark" and looks_like_gbnf(text))
         return checked("gbnf" if is_gbnf else "lark", text)
 

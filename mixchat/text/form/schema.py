@@ -17,11 +17,13 @@ Schema: TypeAlias = "dict[str, Any]"
 _MAX_POINTER = 120  # characters in a message
 # The search of the part at fault. Each part costs as much as the whole schema.
 _MAX_SEARCHED, _SEARCH_CPU_S = 300, 1.0  # parts, and seconds of computing
-_SLIVER, _MAX_TIGHTENED = 1e-9, 1e6
+_SLIVER = 1e-9
+_MAX_TIGHTENED = 1e6
 # Of an integer. Without a bound, a weak model writes digits until its answer is cut off. llguidance
 # computes with 64 bits.
 _LARGEST = 9 * 10**18
-_MINIMA, _MAXIMA = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+_MINIMA = ("minimum", "exclusiveMinimum")
+_MAXIMA = ("maximum", "exclusiveMaximum")
 
 NOTES = {"title", "description", "default", "examples", "$defs", "definitions", "$schema"}
 """The keys that exclude nothing."""
@@ -88,7 +90,9 @@ def _unmet(fault: str | None) -> bool:
 
 def _deepest(schema: Schema, fault: str) -> tuple[str, str]:
     """Return the pointer of the deepest part with this fault, and what is wrong there."""
-    pointer, seen, began = "", {""}, time.process_time()
+    pointer = ""
+    seen = {""}
+    began = time.process_time()
     while True:
         for candidate in _parts_of(schema, pointer):
             if (
@@ -100,7 +104,8 @@ def _deepest(schema: Schema, fault: str) -> tuple[str, str]:
             seen.add(candidate)
             deeper = _fault(alone(schema, candidate))
             if deeper is not None and (deeper == fault or (_unmet(deeper) and _unmet(fault))):
-                pointer, fault = candidate, deeper
+                pointer = candidate
+                fault = deeper
                 break
         else:
             return pointer, fault

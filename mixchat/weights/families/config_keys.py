@@ -111,11 +111,13 @@ def latent_model(raw: dict[str, Any], *, rms_norm_eps: float) -> dict[str, Any]:
 
     It has multi-head latent attention, shared experts and dense layers at the beginning.
     """
-    heads, rotating = raw.get("num_attention_heads"), raw.get("qk_rope_head_dim")
+    heads = raw.get("num_attention_heads")
+    rotating = raw.get("qk_rope_head_dim")
     keys = of_experts(
         {**raw, "num_key_value_heads": heads, "head_dim": rotating}, "n_routed_experts"
     )
-    bias, rank = flag(raw, "attention_bias"), whole_number(raw, "q_lora_rank")
+    bias = flag(raw, "attention_bias")
+    rank = whole_number(raw, "q_lora_rank")
     if bias and not rank:
         raise CheckpointError("config.json: attention_bias needs a q_lora_rank")
     if not flag(with_defaults(raw), "rope_interleave", True):

@@ -58,12 +58,15 @@ def attention(*, rotates_neighbours: bool = False, norm_offset: float = 0.0) -> 
     """
 
     def tensors(config: ModelConfig, layer: int) -> Tensors:
-        own, hidden = f"model.layers.{layer}.self_attn.", config.hidden_size
+        own = f"model.layers.{layer}.self_attn."
+        hidden = config.hidden_size
         heads, groups, width = config.attention_shape(layer)
-        columns, step = heads * width, 2 if rotates_neighbours else 1
+        columns = heads * width
+        step = 2 if rotates_neighbours else 1
         # Granite multiplies scores by a number of its own. The engine divides by the root. A norm
         # of queries would undo a factor of the matrix.
-        scale, normed = config.attention_multiplier, config.qk_norm is not None
+        scale = config.attention_multiplier
+        normed = config.qk_norm is not None
         q_factor = 1.0 if scale is None else scale * sqrt(width)
         kinds = 2 if config.attn_output_gate else 1  # a head's gate comes after its query
         counts = {"q": kinds * columns, "k": groups * width, "v": groups * width}
@@ -89,7 +92,8 @@ def attention(*, rotates_neighbours: bool = False, norm_offset: float = 0.0) -> 
             # One norm of all heads of a projection (OLMoE), or a norm that heads share (Qwen3).
             together = config.qk_norm == "projection"
             for x, count, factor in (("q", columns, q_factor), ("k", groups * width, 1.0)):
-                name, size = f"{own}{x}_norm.weight", count if together else width
+                name = f"{own}{x}_norm.weight"
+                size = count if together else width
                 yield norm(name, size, factor=factor, offset=norm_offset)
         if config.attention_sinks:
             yield f"{own}sinks", (Slice(f"{own}sinks", (heads,)),)
@@ -124,9 +128,13 @@ def latent_attention(config: ModelConfig, layer: int) -> Tensors:
 
     The two columns of a rotated pair are side by side in a checkpoint.
     """
-    own, hidden = f"model.layers.{layer}.self_attn.", config.hidden_size
-    heads, latent, value = config.num_attention_heads, config.kv_lora_rank, config.v_head_dim
-    unrotated, width = config.qk_nope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim
+    own = f"model.layers.{layer}.self_attn."
+    hidden = config.hidden_size
+    heads = config.num_attention_heads
+    latent = config.kv_lora_rank
+    value = config.v_head_dim
+    unrotated = config.qk_nope_head_dim
+    width = config.qk_nope_head_dim + config.qk_rope_head_dim
     starts = range(0, heads * width, width)
     query_rows = [
         *(range(start, start + unrotated) for start in starts),
@@ -136,7 +144,8 @@ def latent_attention(config: ModelConfig, layer: int) -> Tensors:
             for x in (unrotated, unrotated + 1)
         ),
     ]
-    columns, name = config.q_lora_rank or hidden, f"{own}q_{'b_' if config.q_lora_rank else ''}proj"
+    columns = config.q_lora_rank or hidden
+    name = f"{own}q_{'b_' if config.q_lora_rank else ''}proj"
     queries = [Slice(f"{name}.weight", (heads * width, columns), rows) for rows in query_rows]
     a_rows = latent + config.qk_rope_head_dim
     latent_rows = [range(latent), range(latent, a_rows, 2), range(latent + 1, a_rows, 2)]
@@ -151,7 +160,8 @@ def latent_attention(config: ModelConfig, layer: int) -> Tensors:
         yield f"{own}q_b_proj.weight", tuple(queries)
         yield f"{own}q_a_norm.weight", norm(f"{own}q_a_layernorm.weight", config.q_lora_rank)[1]
     yield f"{own}kv_a_norm.weight", norm(f"{own}kv_a_layernorm.weight", latent)[1]
-    b_name, b_shape = f"{own}kv_b_proj.weight", (heads * (unrotated + value), latent)
+    b_name = f"{own}kv_b_proj.weight"
+    b_shape = (heads * (unrotated + value), latent)
     starts_of_heads = range(0, b_shape[0], unrotated + value)
     keys = (range(first, first + unrotated) for first in starts_of_heads)
     values = (range(first + unrotated, first + unrotated + value) for first in starts_of_heads)
@@ -162,7 +172,8 @@ def latent_attention(config: ModelConfig, layer: int) -> Tensors:
 
 def short_conv(config: ModelConfig, layer: int) -> Tensors:
     """Describe a short convolution with LFM2's names."""
-    hidden, kernel = config.hidden_size, (config.hidden_size, 1, config.conv_L_cache)
+    hidden = config.hidden_size
+    kernel = (config.hidden_size, 1, config.conv_L_cache)
     shapes = {"in_proj": (3 * hidden, hidden), "conv": kernel, "out_proj": (hidden, hidden)}
     own = f"model.layers.{layer}.conv."
     return whole_tensors(own, {f"{name}.weight": shape for name, shape in shapes.items()})
@@ -251,8 +262,10 @@ def _renamed(source: Slice, names: Mapping[str, str]) -> Slice:
 
 
 def _with_usual_names(config: ModelConfig, family: Family) -> Tensors:
-    hidden, vocabulary = config.hidden_size, (config.vocab_size, config.hidden_size)
-    offset, embedding = family.norm_offset, "model.embed_tokens.weight"
+    hidden = config.hidden_size
+    vocabulary = (config.vocab_size, config.hidden_size)
+    offset = family.norm_offset
+    embedding = "model.embed_tokens.weight"
     yield embedding, (Slice(embedding, vocabulary, factor=config.embedding_multiplier),)
     for layer in range(config.num_hidden_layers):
         prefix = layer_prefix(layer)
@@ -277,7 +290,8 @@ def norm(
 
 def router(config: ModelConfig, prefix: str, name: str) -> Tensors:
     """Yield the matrix of a layer's router, which a checkpoint calls `name`, and its bias."""
-    experts, installed = config.num_local_experts, f"{prefix}block_sparse_moe.gate"
+    experts = config.num_local_experts
+    installed = f"{prefix}block_sparse_moe.gate"
     yield f"{installed}.weight", (Slice(f"{prefix}{name}.weight", (experts, config.hidden_size)),)
     if config.moe_bias:
         yield f"{installed}.bias", (Slice(f"{prefix}{name}.bias", (experts,)),)
@@ -301,7 +315,8 @@ def with_shared_expert(moe: LayerTensors, name: str) -> LayerTensors:
 
 
 def _mlp(config: ModelConfig, prefix: str, name: str, inner: int) -> Tensors:
-    own, hidden = f"{prefix}{name}", config.hidden_size
+    own = f"{prefix}{name}"
+    hidden = config.hidden_size
     gate_up = (Slice(f"{own}.{x}_proj.weight", (inner, hidden)) for x in ("gate", "up"))
     yield f"{prefix}mlp.w13.weight", tuple(gate_up)
     down = Slice(f"{own}.down_proj.weight", (hidden, inner), factor=config.residual_multiplier)
@@ -322,10 +337,12 @@ def separate_experts(moe: str, gate: str, down: str, up: str) -> LayerTensors:
     """Describe experts whose three matrices are tensors of their own, and the router `moe`.gate."""
 
     def tensors(config: ModelConfig, prefix: str) -> Tensors:
-        inner, hidden = config.intermediate_size, config.hidden_size
+        inner = config.intermediate_size
+        hidden = config.hidden_size
         yield from router(config, prefix, f"{moe}.gate")
         for expert in range(config.num_local_experts):
-            own, installed = f"{prefix}{moe}.experts.{expert}.", expert_prefix(prefix, expert)
+            own = f"{prefix}{moe}.experts.{expert}."
+            installed = expert_prefix(prefix, expert)
             gate_up = (Slice(f"{own}{name}.weight", (inner, hidden)) for name in (gate, up))
             yield f"{installed}w13.weight", tuple(gate_up)
             yield f"{installed}w2.weight", (Slice(f"{own}{down}.weight", (hidden, inner)),)

@@ -123,7 +123,8 @@ _EXPERTS = with_shared_expert(separate_experts("moe", "gate_proj", "down_proj", 
 
 
 def _moe(config: ModelConfig, prefix: str) -> Tensors:
-    hidden, moe = config.hidden_size, f"{prefix}block_sparse_moe."
+    hidden = config.hidden_size
+    moe = f"{prefix}block_sparse_moe."
     norms = {
         f"{prefix}mixer_out_norm": "mixer_out_norm",
         f"{prefix}mlp.out_norm": "post_feedforward_layernorm_1",

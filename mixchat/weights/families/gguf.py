@@ -27,7 +27,9 @@ from mixchat.weights.families.granite import mamba
 from mixchat.weights.families.qwen import next_in_proj
 from mixchat.weights.families.read_config import FAMILIES
 
-EMBEDDING, HEAD, ROUTER = "token_embd.weight", "output.weight", "ffn_gate_inp"
+EMBEDDING = "token_embd.weight"
+HEAD = "output.weight"
+ROUTER = "ffn_gate_inp"
 # llama.cpp's name for each name of Hugging Face, in a layer and outside of them.
 _NAMES = {
     "model.embed_tokens.weight": EMBEDDING,
@@ -122,12 +124,15 @@ def _experts(config: ModelConfig, prefix: str, available: Collection[str]) -> Te
 
     It may have two, gate above up. Old files of Mixtral have a tensor for each matrix.
     """
-    inner, hidden = config.intermediate_size, config.hidden_size
+    inner = config.intermediate_size
+    hidden = config.hidden_size
     own = prefix.replace("model.layers.", "blk.")
     parts = ("gate_up",) if "ffn_gate_up_exps.weight" in available else ("gate", "up")
-    stacked, experts = "ffn_down_exps.weight" in available, config.num_local_experts
+    stacked = "ffn_down_exps.weight" in available
+    experts = config.num_local_experts
     stack = (experts,) if stacked else ()
-    up_rows, factor = 2 * inner // len(parts), config.residual_multiplier
+    up_rows = 2 * inner // len(parts)
+    factor = config.residual_multiplier
     for expert in range(experts):
         installed = expert_prefix(prefix, expert)
         *gate_up, down = (
@@ -153,14 +158,16 @@ def _renamed(source: Slice, other_names: Mapping[str, str]) -> Slice:
         return replace(source, name=other_names.get(own, own))
     layer, name, suffix = match.groups(default="")
     own = other_names.get(_NAMES[name], _NAMES[name])
-    shape, axis = source.shape, _SQUEEZED.get(own)
+    shape = source.shape
+    axis = _SQUEEZED.get(own)
     shape = shape if axis is None else shape[:axis] + shape[axis + 1 :]
     return replace(source, name=f"blk.{layer}.{own}{suffix}", shape=shape)
 
 
 def _split_latents(config: ModelConfig, layer: int) -> Tensors:
     """Describe latent attention whose heads' keys and values are stacks, the keys transposed."""
-    latent, own = config.kv_lora_rank, f"blk.{layer}.attn_{{}}_b.weight[{{}}]"
+    latent = config.kv_lora_rank
+    own = f"blk.{layer}.attn_{{}}_b.weight[{{}}]"
     count = config.num_attention_heads
     stacks = {
         "k_b_proj.weight": ("k", (count, latent, config.qk_nope_head_dim)),
@@ -183,8 +190,11 @@ def _delta_net(*, tiled: bool, joined: bool) -> MixerTensors:
 
     def tensors(config: ModelConfig, layer: int) -> Tensors:
         keys, heads, key, value = config.delta_net_shape
-        hidden, each = config.hidden_size, heads // keys
-        own, to, mixed = f"blk.{layer}.", f"model.layers.{layer}.linear_attn.", 2 * keys * key
+        hidden = config.hidden_size
+        each = heads // keys
+        own = f"blk.{layer}."
+        to = f"model.layers.{layer}.linear_attn."
+        mixed = 2 * keys * key
         places = [head % each * keys + head // each if tiled else head for head in range(heads)]
 
         def by_head(name: str, *columns: int, width: int = 1, start: int = 0) -> list[Slice]:
@@ -206,7 +216,8 @@ def _delta_net(*, tiled: bool, joined: bool) -> MixerTensors:
             yield f"{to}ba_proj.weight", (*rates, *by_head("ssm_alpha.weight", hidden))
         else:
             starts = [head * 2 * each + part for part in (0, each) for head in range(keys)]
-            name, shape = f"{own}ssm_ba.weight", (2 * heads, hidden)
+            name = f"{own}ssm_ba.weight"
+            shape = (2 * heads, hidden)
             both = (Slice(name, shape, range(start, start + each)) for start in starts)
             yield f"{to}ba_proj.weight", tuple(both)
         columns = tuple(range(n * value, (n + 1) * value) for n in places)

@@ -201,7 +201,8 @@ def gguf_config(
     sliding = value("attention.sliding_window_pattern")
     values |= _of_layers(values["num_key_value_heads"], sliding, architecture.stateful)
     for key, (first, operation, second) in architecture.derived.items():
-        left, right = value(first), value(second)
+        left = value(first)
+        right = value(second)
         if isinstance(left, int) and isinstance(right, int) and right > 0:
             values[key] = operation(left, right)
     # 0 groups of experts are none.

@@ -50,7 +50,8 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
 def _read_lite(raw: dict[str, Any]) -> ModelConfig:
     raw = {**_LITE_DEFAULTS, **raw}
     # transformers lists the layers without experts, which have to be the first ones.
-    types, layers = raw.get("mlp_layer_types"), read.layer_count(raw)
+    types = raw.get("mlp_layer_types")
+    layers = read.layer_count(raw)
     dense = types.count("dense") if isinstance(types, list) else 0
     if types not in (None, ["dense"] * dense + ["sparse"] * (layers - dense)):
         raise CheckpointError(

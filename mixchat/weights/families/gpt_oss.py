@@ -40,14 +40,17 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _experts(config: ModelConfig, prefix: str) -> Tensors:
-    inner, hidden, stack = config.intermediate_size, config.hidden_size, f"{prefix}mlp.experts."
+    inner = config.intermediate_size
+    hidden = config.hidden_size
+    stack = f"{prefix}mlp.experts."
     experts = config.num_local_experts
     # Row 0 is the gate of channel 0, row 1 its up. w13 has all gates above all ups.
     gate_up = range(0, 2 * inner, 2), range(1, 2 * inner, 2)
     yield from router(config, prefix, "mlp.router")
     for expert in range(experts):
         installed = expert_prefix(prefix, expert)
-        up, down = f"{stack}gate_up_proj[{expert}]", f"{stack}down_proj[{expert}]"
+        up = f"{stack}gate_up_proj[{expert}]"
+        down = f"{stack}down_proj[{expert}]"
         up_bias = f"{stack}gate_up_proj_bias[{expert}]"
         yield (
             f"{installed}w13.weight",

@@ -86,11 +86,9 @@ def _read_hybrid(raw: dict[str, Any]) -> ModelConfig:
 
 def _moe(config: ModelConfig, prefix: str) -> Tensors:
     yield from router(config, prefix, "block_sparse_moe.router.layer")
-    stack, inner, hidden = (
-        f"{prefix}block_sparse_moe.",
-        config.intermediate_size,
-        config.hidden_size,
-    )
+    stack = f"{prefix}block_sparse_moe."
+    inner = config.intermediate_size
+    hidden = config.hidden_size
     experts = config.num_local_experts
     parts: list[tuple[str, str, str, int, tuple[int, ...]]] = [
         (expert_prefix(prefix, expert), stack, f"[{expert}]", inner, (experts,))
@@ -100,7 +98,8 @@ def _moe(config: ModelConfig, prefix: str) -> Tensors:
         parts.append((f"{prefix}mlp.", f"{prefix}shared_mlp.", "", shared, ()))
     for installed, own, number, rows, stacked in parts:
         gate_up = Slice(f"{own}input_linear.weight{number}", (*stacked, 2 * rows, hidden))
-        name, factor = f"{own}output_linear.weight{number}", config.residual_multiplier
+        name = f"{own}output_linear.weight{number}"
+        factor = config.residual_multiplier
         yield f"{installed}w13.weight", (gate_up,)
         # With the factor the sum of the parts comes multiplied, and the engine only adds it.
         yield f"{installed}w2.weight", (Slice(name, (*stacked, hidden, rows), factor=factor),)
@@ -108,9 +107,11 @@ def _moe(config: ModelConfig, prefix: str) -> Tensors:
 
 def mamba(config: ModelConfig, layer: int) -> Tensors:
     """Describe Mamba2, whose input projection is stored as z above x, B, C and dt."""
-    own, hidden = f"model.layers.{layer}.mamba.", config.hidden_size
+    own = f"model.layers.{layer}.mamba."
+    hidden = config.hidden_size
     groups, heads, state, width = config.mamba_shape
-    values, keys = heads * width, groups * state
+    values = heads * width
+    keys = groups * state
     stored = f"{own}in_proj.weight", (2 * values + 2 * keys + heads, hidden)
     # Of x, B and C, in the order of an installed model.
     parts = range(values + keys, values + 2 * keys), range(values, values + keys), range(values)
@@ -126,7 +127,8 @@ def mamba(config: ModelConfig, layer: int) -> Tensors:
         yield name, tuple(Slice(name, shape, rows) for rows in parts)
     vectors = {"dt_bias": heads, "A_log": heads, "D": heads, "norm.weight": values}
     yield from whole_tensors(own, {name: (length,) for name, length in vectors.items()})
-    name, factor = f"{own}out_proj.weight", config.residual_multiplier
+    name = f"{own}out_proj.weight"
+    factor = config.residual_multiplier
     yield name, (Slice(name, (hidden, values), factor=factor),)
 
 

@@ -117,7 +117,9 @@ def next_in_proj(config: ModelConfig, own: str) -> Tensors:
         ("in_proj", "in_proj_qkvz", (key, key, each * value, each * value)),
         ("ba_proj", "in_proj_ba", (each, each)),
     ):
-        total, start, slices = sum(widths), 0, list[Slice]()
+        total = sum(widths)
+        start = 0
+        slices = list[Slice]()
         for width in widths:
             for first in range(start, keys * total, total):
                 shape = (keys * total, config.hidden_size)

@@ -92,7 +92,9 @@ def _of_language_model(raw: dict[str, Any]) -> dict[str, Any]:
 
     Alone it may be saved under the same model_type with "_text".
     """
-    text, model_type, whole = raw.get("text_config"), raw.get("model_type"), raw
+    text = raw.get("text_config")
+    model_type = raw.get("model_type")
+    whole = raw
     if isinstance(text, dict):
         # Mistral names the whole by the form of its image part.
         is_known = isinstance(model_type, str) and model_type in FAMILIES

@@ -116,9 +116,13 @@ class Blueprint:
         return tuple(experts[form] for form in self.layers)
 
     def _expert(self, form: Quantization) -> ExpertSpec:
-        hidden, inner = self.config.hidden_size, self.config.intermediate_size
-        up, scales, bias = form.quant_type, form.scales, self.config.moe_bias
-        down, own = form.down or up, Blueprint(self.config, form)
+        hidden = self.config.hidden_size
+        inner = self.config.intermediate_size
+        up = form.quant_type
+        scales = form.scales
+        bias = self.config.moe_bias
+        down = form.down or up
+        own = Blueprint(self.config, form)
         return ExpertSpec(
             replace(own.linear("w13", 2 * inner, hidden, up, 2), scales=scales, bias=bias),
             replace(own.linear("w2", hidden, inner, down), scales=scales, bias=bias),
@@ -157,7 +161,8 @@ class Blueprint:
 
     def mlp(self, layer: int) -> tuple[LinearSpec, LinearSpec] | None:
         """Return w13 and w2 of a layer's dense part, if it has one."""
-        inner, hidden = self.config.mlp_intermediate_size(layer), self.config.hidden_size
+        inner = self.config.mlp_intermediate_size(layer)
+        hidden = self.config.hidden_size
         if not inner:
             return None
         specs = self._layer(layer)
@@ -224,7 +229,8 @@ class Blueprint:
 
     def norms(self, layer: int) -> tuple[TensorSpec, TensorSpec]:
         """Return the weights of a layer's norms before attention and experts."""
-        specs, hidden = self._layer(layer), self.config.hidden_size
+        specs = self._layer(layer)
+        hidden = self.config.hidden_size
         return (
             specs.norm("input_layernorm.weight", hidden),
             specs.norm("post_attention_layernorm.weight", hidden),
@@ -237,7 +243,8 @@ class Blueprint:
         """
         if not self.config.sandwich_norms:
             return {}
-        specs, hidden = self._layer(layer), self.config.hidden_size
+        specs = self._layer(layer)
+        hidden = self.config.hidden_size
         names = {
             "mixer_out": "mixer_out_norm.weight",
             "mlp_out": "mlp.out_norm.weight",
@@ -258,7 +265,8 @@ class Blueprint:
         None is quantized. The gate is small, 64 KB in Mixtral, and an error in it chooses other
         experts.
         """
-        specs, hidden = self._layer(layer), self.config.hidden_size
+        specs = self._layer(layer)
+        hidden = self.config.hidden_size
         experts = self.config.num_local_experts
         tensors = {"gate": specs.tensor(f"{_ROUTER}.weight", experts, hidden)}
         if self.config.moe_bias:
@@ -370,7 +378,8 @@ class Blueprint:
         parts: how many matrices lie one above the other and are used apart. Each has to be of whole
         bands. Of a single one, rows of zeros fill up the last band.
         """
-        stored, scales = self.quantization, self.quantization.scales
+        stored = self.quantization
+        scales = self.quantization.scales
         if not TYPES[quant_type].fits(columns, rows // parts if parts > 1 else 0):
             quant_type = "none"
         if scales == "calibrated" and not TYPES[quant_type].calibrated_dense_parts:

@@ -77,7 +77,8 @@ class ExpertSlots:
         self.outputs = x.new_empty(pairs, x.shape[1])
         self._order = torch.zeros(2, pairs, dtype=torch.int64)
         x_rows, self.places = self._order
-        outs, chosen = torch.split(self.outputs, 1), x_rows if len(x) > 1 else None
+        outs = torch.split(self.outputs, 1)
+        chosen = x_rows if len(x) > 1 else None
         self.stages, products = _stages([expert] * pairs, x, outs, chosen, exact=True, most=len(x))
         of_matrix, of_rows = (
             [[(step, name) for step in slot for name in names] for slot in products]
@@ -88,7 +89,8 @@ class ExpertSlots:
             for of_slot, of_its_rows in zip(of_matrix, of_rows, strict=True)
         ]
         numbers = torch.tensor([[step.get(name) for step, name in slot] for slot in of_rows])
-        first, second = numbers[0], numbers[min(1, len(numbers) - 1)]
+        first = numbers[0]
+        second = numbers[min(1, len(numbers) - 1)]
         is_count = torch.tensor([name == "tokens" for _, name in of_rows[0]]).long()
         factors = torch.stack((first - is_count, second - first, is_count), dim=1)
         self._slots = Slots(torch.tensor(targets), factors)
@@ -181,7 +183,8 @@ class ExpertSpec:
         return Expert(*both, self.swiglu)
 
     def _views(self, block: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        views, start = [], 0
+        views = []
+        start = 0
         for spec in (*self.gate_up.tensors, *self.down.tensors):
             views.append(block[start : start + spec.nbytes].view(spec.dtype).view(spec.shape))
             start += spec.nbytes

@@ -26,7 +26,8 @@ class GpuExpertForm(NamedTuple):
 def expert_form(spec: ExpertSpec, device: torch.device) -> GpuExpertForm:
     """Return the form of an expert's block. `form.is_supported` tells if kernels take it."""
     down_at = spec.gate_up.nbytes
-    swiglu, parts = spec.swiglu, (_part(spec.gate_up, 0), _part(spec.down, down_at))
+    swiglu = spec.swiglu
+    parts = (_part(spec.gate_up, 0), _part(spec.down, down_at))
     form = ExpertForm(*parts, swiglu.limit, swiglu.alpha, swiglu.act)
     matrices = spec.gate_up, spec.down
     return GpuExpertForm(form, Levels(*(levels_on(part.quant_type, device) for part in matrices)))

@@ -71,7 +71,8 @@ class Journal:
             with self._opened() as journal:  # what follows half a line would not be read
                 journal.truncate(self._whole)
         else:
-            self.head, self.made = head, {}
+            self.head = head
+            self.made = {}
             write_file(self._path, _line(head))
 
     def add(self, file: str, digests: dict[str, str]) -> None:

@@ -270,7 +270,8 @@ def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
 
 
 def _check(path: Path, manifest: Manifest) -> None:
-    source, records = manifest.source, manifest.weights.values()
+    source = manifest.source
+    records = manifest.weights.values()
     _check_quantization(path, manifest.quantization)
     for record in records:
         if not record.quantization.keys() <= {*_OF_A_FILE}:

@@ -69,11 +69,13 @@ def _attention(specs: LayerSpecs) -> MixerSpec:
 
     If values are keys, there is no v.
     """
-    config, hidden = specs.config, specs.config.hidden_size
+    config = specs.config
+    hidden = specs.config.hidden_size
     heads, groups, width = config.attention_shape(specs.layer)
     own_values = 0 if config.values_are_keys(specs.layer) else groups
     rows = (heads * (2 if config.attn_output_gate else 1) + groups + own_values) * width
-    bias, own = config.attention_bias, "self_attn."
+    bias = config.attention_bias
+    own = "self_attn."
     qkv = specs.matrix(f"{own}qkv_proj", rows, hidden, bias=bias or config.qkv_bias)
     out = specs.matrix(f"{own}o_proj", hidden, heads * width, bias=bias)
     tensors = {}
@@ -94,17 +96,22 @@ def _latent_attention(specs: LayerSpecs) -> MixerSpec:
     of all heads that do not rotate, then those that do. Each head has a matrix from its query to
     the latent of keys, one above the other in `k_b_proj`, and one from the latent to its value.
     """
-    config, hidden, own = specs.config, specs.config.hidden_size, "self_attn."
-    heads, latent = config.num_attention_heads, config.kv_lora_rank
+    config = specs.config
+    hidden = specs.config.hidden_size
+    own = "self_attn."
+    heads = config.num_attention_heads
+    latent = config.kv_lora_rank
     queries = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-    bias, rows = config.attention_bias, latent + config.qk_rope_head_dim
+    bias = config.attention_bias
+    rows = latent + config.qk_rope_head_dim
     a_rows = (config.q_lora_rank or queries) + rows
     matrices = {"a_proj": specs.matrix(f"{own}a_proj", a_rows, hidden, bias=bias)}
     tensors = {}
     if config.q_lora_rank:
         matrices["q_b_proj"] = specs.matrix(f"{own}q_b_proj", queries, config.q_lora_rank)
         tensors["q_a_norm"] = specs.norm(f"{own}q_a_norm.weight", config.q_lora_rank)
-    columns, values = config.qk_nope_head_dim, heads * config.v_head_dim
+    columns = config.qk_nope_head_dim
+    values = heads * config.v_head_dim
     matrices["k_b_proj"] = specs.matrix(f"{own}k_b_proj", heads * latent, columns, parts=heads)
     matrices["v_b_proj"] = specs.matrix(f"{own}v_b_proj", values, latent, parts=heads)
     matrices["o_proj"] = specs.matrix(f"{own}o_proj", hidden, values, bias=bias)
@@ -117,10 +124,14 @@ def _delta_net(specs: LayerSpecs) -> MixerSpec:
 
     The norm rounds before it multiplies by its weights, whatever the other norms do.
     """
-    config, hidden, own = specs.config, specs.config.hidden_size, "linear_attn."
+    config = specs.config
+    hidden = specs.config.hidden_size
+    own = "linear_attn."
     keys = config.linear_num_key_heads * config.linear_key_head_dim
-    heads, width = config.linear_num_value_heads, config.linear_value_head_dim
-    channels, values = 2 * keys + heads * width, heads * width
+    heads = config.linear_num_value_heads
+    width = config.linear_value_head_dim
+    channels = 2 * keys + heads * width
+    values = heads * width
     matrices = {
         "in_proj": specs.matrix(f"{own}in_proj", channels + values, hidden),
         "out_proj": specs.matrix(f"{own}out_proj", hidden, values),
@@ -137,7 +148,9 @@ def _delta_net(specs: LayerSpecs) -> MixerSpec:
 
 def _short_conv(specs: LayerSpecs) -> MixerSpec:
     """Return the projection to b above c above x, the convolution, and the output's."""
-    config, hidden, own = specs.config, specs.config.hidden_size, "conv."
+    config = specs.config
+    hidden = specs.config.hidden_size
+    own = "conv."
     matrices = {
         "in_proj": specs.matrix(f"{own}in_proj", 3 * hidden, hidden),
         "out_proj": specs.matrix(f"{own}out_proj", hidden, hidden),
@@ -151,7 +164,9 @@ def _mamba(specs: LayerSpecs) -> MixerSpec:
 
     The roles are a DeltaNet's, whose class computes it, and so is the order.
     """
-    config, hidden, own = specs.config, specs.config.hidden_size, "mamba."
+    config = specs.config
+    hidden = specs.config.hidden_size
+    own = "mamba."
     groups, heads, state, width = config.mamba_shape
     values = heads * width
     channels = 2 * groups * state + values

@@ -38,7 +38,10 @@ from mixchat.weights.format.manifest import (
 from mixchat.weights.format.own_files import entries_of, foreign_files, own_files, remove_path
 
 SUFFIX = ".mixchat.unfinished"
-MODEL_DIR, OLD_DIR, SOURCE_DIR, INPUTS_DIR = "model", "old", "source", "inputs"
+MODEL_DIR = "model"
+OLD_DIR = "old"
+SOURCE_DIR = "source"
+INPUTS_DIR = "inputs"
 SPILL_PREFIX = "spill-"
 PART_SUFFIX = ".mixchat.part"  # of a file that is being fetched, also in the hub's cache
 
@@ -84,7 +87,8 @@ def base_of(target: Path) -> str | None:
 
 def swap_in(target: Path) -> None:
     """Let the finished model in the workspace take the place of `target`, durably."""
-    model, old = workspace(target) / MODEL_DIR, workspace(target) / OLD_DIR
+    model = workspace(target) / MODEL_DIR
+    old = workspace(target) / OLD_DIR
     sync_directory(model)
     if not (is_installed(target) and system.exchange(model, target)):
         if target.exists():

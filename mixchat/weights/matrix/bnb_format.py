@@ -88,13 +88,15 @@ def read_matrix(
     named = quant_type(name, available)
     if named is None:
         raise CheckpointError(f"{name}: not quantized by bitsandbytes")
-    matrix, levels = _Components(name, read, available), _LEVELS[named]
+    matrix = _Components(name, read, available)
+    levels = _LEVELS[named]
     state = _read_state(matrix, named, [rows, columns])
     stored_levels = matrix.numbers("quant_map", torch.float32, 16)
     # Not bit by bit, because devices round the table differently.
     if not torch.allclose(stored_levels, levels, rtol=0, atol=1e-6):
         raise CheckpointError(f"{name}.quant_map: not the table of {named}")
-    codes, size = matrix.read(name), (rows * columns + 1) // 2
+    codes = matrix.read(name)
+    size = (rows * columns + 1) // 2
     if codes.dtype not in _STORAGE:
         raise CheckpointError(f"{name}: 4-bit codes cannot be stored as {codes.dtype}")
     if tuple(codes.shape) != (codes.numel(), 1) or codes.nbytes != size:
@@ -147,7 +149,8 @@ def _read_state(matrix: _Components, named: StoredType, shape: list[int]) -> dic
     check("blocksize", type(raw["blocksize"]) is int and raw["blocksize"] in _BLOCKSIZES)
     check("dtype", raw["dtype"] in _FLOATS)
     if raw.keys() >= _NESTED_KEYS:
-        size, offset = raw["nested_blocksize"], raw["nested_offset"]
+        size = raw["nested_blocksize"]
+        offset = raw["nested_offset"]
         check("nested_blocksize", type(size) is int and size in _BLOCKSIZES)
         check("nested_dtype", raw["nested_dtype"] in _FLOATS)
         # JSON's NaN and Infinity are floats in Python. No comparison holds for NaN.
@@ -175,7 +178,8 @@ def _parse(name: str, tensor: torch.Tensor) -> dict[str, Any]:
 
 def _read_absmax(matrix: _Components, state: dict[str, Any], weights: int) -> torch.Tensor:
     """Read the absmax in fp32, one for each 64 weights."""
-    blocksize, nested_blocksize = state["blocksize"], state.get("nested_blocksize")
+    blocksize = state["blocksize"]
+    nested_blocksize = state.get("nested_blocksize")
     count = -(-weights // blocksize)
     if nested_blocksize is None:
         absmax = matrix.numbers("absmax", torch.float32, count)

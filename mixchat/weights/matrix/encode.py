@@ -113,7 +113,8 @@ def best_way(
     for way, coded in ways:
         errors[way] = error_of_products(dense(*coded), weight, inputs)
         if best is None or errors[way] < errors[taken]:
-            best, taken = coded, way
+            best = coded
+            taken = way
     assert best is not None
     inputs.chosen(taken, errors[taken], errors["plain"])
     return best
@@ -153,7 +154,8 @@ def _rounded(
 
     `importance` is fp32 [C]. `pack` is applied to each piece, which bounds the memory.
     """
-    blocks, of_row = weight.detach().reshape(-1, BLOCKSIZE), weight.shape[-1] // BLOCKSIZE
+    blocks = weight.detach().reshape(-1, BLOCKSIZE)
+    of_row = weight.shape[-1] // BLOCKSIZE
     size = pack(torch.zeros(1, BLOCKSIZE, dtype=torch.uint8)).numel()
     codes = torch.empty(len(blocks), size, dtype=torch.uint8)
     scales = torch.empty(len(blocks), dtype=torch.bfloat16)
@@ -183,7 +185,8 @@ def each_in_threads(work: Callable[..., None], *tensors: tuple[torch.Tensor, int
     Each tensor comes with the length of its pieces. torch's own threads would wait for each other
     after every operation.
     """
-    threads, alone = torch.get_num_threads(), functools.partial(torch.set_num_threads, 1)
+    threads = torch.get_num_threads()
+    alone = functools.partial(torch.set_num_threads, 1)
     pieces = [torch.split(tensor, length) for tensor, length in tensors]
     try:
         # Keeps torch from starting threads in a thread, and in those that start later.
@@ -220,7 +223,8 @@ def _search(
     better = trial_error < error - _MARGIN * (1 if importance is None else importance.amax(-1))
     torch.where(better, trial, scales, out=scales)
     # Eight codes at once, as one number of 64 bits.
-    wide, trial_wide = codes.view(torch.int64), trial_codes.view(torch.int64)
+    wide = codes.view(torch.int64)
+    trial_wide = trial_codes.view(torch.int64)
     torch.where(better.unsqueeze(-1), trial_wide, wide, out=wide)
 
 

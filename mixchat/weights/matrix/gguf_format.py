@@ -67,7 +67,8 @@ def dense(spec: GgufSpec, raw: torch.Tensor) -> torch.Tensor:
     from gguf import GGMLQuantizationType
 
     weights = torch.empty(spec.weights, dtype=torch.bfloat16)
-    rows, ggml_type = weights.view(-1, weights.shape[-1]), GGMLQuantizationType[spec.ggml_type]
+    rows = weights.view(-1, weights.shape[-1])
+    ggml_type = GGMLQuantizationType[spec.ggml_type]
 
     def decode(raw: torch.Tensor, rows: torch.Tensor) -> None:
         from gguf import dequantize
@@ -89,7 +90,8 @@ def mxfp4(spec: GgufSpec, raw: torch.Tensor) -> Quantized4bit:
     """
     rows, columns = spec.weights
     blocks = raw.view(-1, MXFP4.blocksize // 2 + 1)
-    scales, pairs = blocks[:, 0].contiguous(), blocks[:, 1:]
+    scales = blocks[:, 0].contiguous()
+    pairs = blocks[:, 1:]
     if (largest := int(scales.max())) > LARGEST_SCALE:
         fault = "NaN" if largest == 255 else "a scale that is too large"
         raise CheckpointError(f"{spec.name}: holds {fault}")

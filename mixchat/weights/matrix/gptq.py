@@ -80,7 +80,8 @@ def corrected(weight: torch.Tensor, feedback: Feedback, inputs: Inputs) -> torch
     result = weight.float()
     if inputs.exact is None:
         return result
-    factor, moved = feedback.factor, torch.zeros_like(result)
+    factor = feedback.factor
+    moved = torch.zeros_like(result)
     kept = 1 - shrinkage(*inputs.fit.shape)
     for rows, exact in zip(
         *(torch.split(x, _PIECE) for x in (inputs.fit, inputs.exact[0])), strict=True
@@ -164,8 +165,10 @@ def round_columns(
     """
     remaining = weight.float().T.contiguous()  # [C, R], with what earlier columns have lost
     for block, scale in enumerate(scales.T):
-        start, end = block * BLOCKSIZE, (block + 1) * BLOCKSIZE
-        columns, errors = remaining[start:end], weight[:, start:end].float().T.contiguous()
+        start = block * BLOCKSIZE
+        end = (block + 1) * BLOCKSIZE
+        columns = remaining[start:end]
+        errors = weight[:, start:end].float().T.contiguous()
         for number, error in enumerate(errors):
             index = start + number
             columns[number] = rounded(index, columns[number], scale)
@@ -192,11 +195,13 @@ def _fitted(
     feedback: Feedback, weight: torch.Tensor, rounded: torch.Tensor, scales: torch.Tensor
 ) -> torch.Tensor:
     """Solve the normal equations of each row. Columns are reversed, as in the Hessian."""
-    sizes, old = feedback.sizes.flip(0), scales.flip(-1)
+    sizes = feedback.sizes.flip(0)
+    old = scales.flip(-1)
     divisor = old.where(old != 0, 1).repeat_interleave(BLOCKSIZE, -1)
     codes = rounded.flip(-1) / divisor * sizes
     target = weight.flip(-1) * sizes
-    normal, rhs = old.new_empty(*old.shape, old.shape[1]), torch.empty_like(old)
+    normal = old.new_empty(*old.shape, old.shape[1])
+    rhs = torch.empty_like(old)
     for block, correlations in enumerate(torch.split(feedback.correlations, BLOCKSIZE)):
         columns = slice(block * BLOCKSIZE, (block + 1) * BLOCKSIZE)
         product = codes[:, columns] @ correlations  # [R, C]

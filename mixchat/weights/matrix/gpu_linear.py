@@ -40,7 +40,8 @@ class GpuLinear:
         return result.view(*x.shape[:-1], self.matrix.form.rows)
 
     def _by_torch(self, x: torch.Tensor) -> torch.Tensor:
-        form, bias = self.matrix.form, self.matrix.bias
+        form = self.matrix.form
+        bias = self.matrix.bias
         if form.quant_type == "none":
             result = functional.linear(x, self.matrix.codes.view(form.rows, form.columns))
             return result if bias is None else result.add_(bias)
@@ -66,7 +67,8 @@ def build_on_gpu(spec: LinearSpec, tensors: Sequence[torch.Tensor]) -> GpuLinear
 
     The tensors are used in place. So they have to begin on a boundary of 16 bytes.
     """
-    form, levels = form_of(spec), levels_on(spec.quant_type, tensors[0].device)
+    form = form_of(spec)
+    levels = levels_on(spec.quant_type, tensors[0].device)
     if not form.is_supported:
         return None
     bias = tensors[-1] if spec.bias else None

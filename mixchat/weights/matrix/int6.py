@@ -41,8 +41,11 @@ class _EvenGrid(Grid):
 
 
 class _Int6Codes(BlockCodes):
-    name, bits, units = "int6", 6, SIX_BITS
-    for_experts, calibrated_dense_parts = False, True
+    name = "int6"
+    bits = 6
+    units = SIX_BITS
+    for_experts = False
+    calibrated_dense_parts = True
 
     def __init__(self) -> None:
         levels = torch.arange(-_HALF, _HALF) / _HALF
@@ -62,7 +65,8 @@ class _Int6Codes(BlockCodes):
     def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
         # [bands, half, row in it, group of columns, pair of columns, column in it]
         pairs = _COLUMNS // 2
-        blocks, cut = codes.view(-1, BLOCKSIZE * self.bits // 8), BLOCKSIZE * LOW_BITS // 8
+        blocks = codes.view(-1, BLOCKSIZE * self.bits // 8)
+        cut = BLOCKSIZE * LOW_BITS // 8
         separate = _separate(blocks[:, :cut], LOW_BITS)
         separate |= _separate(blocks[:, cut:], _EXTRA) << LOW_BITS
         separate = separate.view(-1, 2, BAND // 2, columns // _COLUMNS, pairs, 2)
@@ -85,7 +89,8 @@ class _Int6Codes(BlockCodes):
 
     def _pack_blocks(self, codes: torch.Tensor) -> torch.Tensor:
         """Return codes [B, 64], one a byte, as [B, bytes of a block]."""
-        low, high = _joined(codes & 0xF, LOW_BITS), _joined(codes >> LOW_BITS, _EXTRA)
+        low = _joined(codes & 0xF, LOW_BITS)
+        high = _joined(codes >> LOW_BITS, _EXTRA)
         return torch.cat((low, high), dim=-1)
 
 

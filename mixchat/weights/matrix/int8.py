@@ -20,7 +20,10 @@ _PIECE = 2**18  # weights, whose temporary tensors fit in the caches
 
 
 class _Int8Codes(BlockCodes):
-    name, bits, units, codes_dtype = "int8", 8, EIGHT_BITS, torch.int8
+    name = "int8"
+    bits = 8
+    units = EIGHT_BITS
+    codes_dtype = torch.int8
     for_experts = False
 
     def codes(

@@ -95,7 +95,8 @@ class BiasedLinear:
     """A map and what it adds to each row, [R]."""
 
     def __init__(self, linear: Linear, bias: torch.Tensor) -> None:
-        self._linear, self._bias = linear, bias
+        self._linear = linear
+        self._bias = bias
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         return self._linear(x, exact=exact).add_(self._bias)
@@ -170,7 +171,8 @@ class LinearSpec:
 
         `bias` [R] is needed if the spec has one.
         """
-        quantization, search = TYPES[self.quant_type], self.scales == "search"
+        quantization = TYPES[self.quant_type]
+        search = self.scales == "search"
         tensors = quantization.encode(weight, self.dtype, search=search, inputs=inputs)
         return self._with_bias(tensors, bias)
 
@@ -200,7 +202,8 @@ class LinearSpec:
         if not self.has_kernel or tensors[0].device.type != "cpu":
             linear = TYPES[self.quant_type].build(tensors, (self.rows, self.columns))
             return BiasedLinear(linear, tensors[-1]) if self.bias else linear
-        shape, quantization = (self.stored_rows, self.columns), self._codes
+        shape = (self.stored_rows, self.columns)
+        quantization = self._codes
         absmax, codes, bias = *tensors[:2], tensors[2] if self.bias else None
         # The kernel adds a bias to the rows of zeros, too.
         if bias is not None and shape[0] > self.rows:

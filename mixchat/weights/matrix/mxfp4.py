@@ -25,8 +25,11 @@ _PIECE = 2**18  # weights, whose temporary tensors fit in the caches
 
 
 class _Mxfp4Codes(NibbleCodes):
-    name, units = "mxfp4", MXFP4_UNITS
-    blocksize, scale_dtype, for_dense_parts = _BLOCKSIZE, torch.uint8, False
+    name = "mxfp4"
+    units = MXFP4_UNITS
+    blocksize = _BLOCKSIZE
+    scale_dtype = torch.uint8
+    for_dense_parts = False
     levels = torch.cat((_MAGNITUDES, -_MAGNITUDES))
 
     def codes(

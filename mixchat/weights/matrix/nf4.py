@@ -61,7 +61,8 @@ class Quantized4bit:
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix [rows, columns] as `dtype` (bf16, fp16, fp32)."""
-        quantization, weight = self.quantization, torch.empty(self.rows * self.columns, dtype=dtype)
+        quantization = self.quantization
+        weight = torch.empty(self.rows * self.columns, dtype=dtype)
         block = quantization.blocksize
         levels = quantization.levels if self.levels is None else self.levels
 
@@ -93,7 +94,9 @@ class Quantized4bit:
 
 # fmt: off
 class _NF4Codes(NibbleCodes):
-    units, name, mixable = FOUR_BITS, "nf4", True
+    units = FOUR_BITS
+    name = "nf4"
+    mixable = True
     levels = torch.tensor([
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
         -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,

@@ -109,7 +109,8 @@ class RecordingLinear:
     """Lets another map compute, and records its input."""
 
     def __init__(self, linear: Linear, record: RecordRows) -> None:
-        self._linear, self._record = linear, record
+        self._linear = linear
+        self._record = record
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         self._record(x)
@@ -117,7 +118,8 @@ class RecordingLinear:
 
 
 class _DenseType(QuantizationType):
-    name, bits = "none", 16
+    name = "none"
+    bits = 16
 
     def can_be_exact(self, columns: int, dtype: torch.dtype) -> bool:
         return row_kernels.can_compute(dtype, columns)
@@ -150,7 +152,8 @@ class BlockCodes(QuantizationType):
 
     units: UnitSet  # of the kernel
     levels: torch.Tensor | None = None  # by code; None if codes are numbers themselves
-    codes_dtype, scale_dtype = torch.uint8, torch.bfloat16
+    codes_dtype = torch.uint8
+    scale_dtype = torch.bfloat16
 
     @functools.cached_property
     def level_table(self) -> torch.Tensor | None:

@@ -73,11 +73,16 @@ TABLE_3 = TrellisTable((
 class TrellisCodes(BlockCodes):
     """Codes of a table."""
 
-    scale_dtype, for_dense_parts, mixable = torch.uint8, False, True
+    scale_dtype = torch.uint8
+    for_dense_parts = False
+    mixable = True
 
     def __init__(self, name: QuantType, units: UnitSet, table: TrellisTable) -> None:
-        self.name, self.bits, self.units = name, units.bits, units
-        self.levels, self._table = table.levels, table
+        self.name = name
+        self.bits = units.bits
+        self.units = units
+        self.levels = table.levels
+        self._table = table
         self.needs_calibration = self.bits == 2
 
     def codes(
@@ -213,8 +218,10 @@ def _scales(table: TrellisTable, weight: torch.Tensor, importance: torch.Tensor)
     blocks = weight.view(len(weight), -1, BLOCKSIZE)
     relative = (importance / importance.mean()).view(-1, BLOCKSIZE)
     sums, mean = relative.sum(-1), blocks.square().mean(-1).sqrt()  # [C / 64], [R, C / 64]
-    magnitudes, largest = blocks.abs(), float(table.levels[-1])
-    best, result = torch.full_like(mean, torch.inf), bytes_of_scales(mean)
+    magnitudes = blocks.abs()
+    largest = float(table.levels[-1])
+    best = torch.full_like(mean, torch.inf)
+    result = bytes_of_scales(mean)
     for factor in _FACTORS:
         trial = bytes_of_scales(mean / table.sigma * factor)
         scale = scales_of_bytes(trial)

@@ -27,7 +27,8 @@ class TrellisTable:
 
     def __init__(self, upper: Sequence[int], sigma: float, error: float) -> None:
         half = torch.tensor(upper)
-        self.sigma, self.error = sigma / _ONE, error * (sigma / _ONE) ** 2
+        self.sigma = sigma / _ONE
+        self.error = error * (sigma / _ONE) ** 2
         self.levels = torch.cat((-half.flip(0), half)) / _ONE  # [16 * planes]
         self.subsets = torch.tensor([subset(window) for window in range(1 << WINDOW)])
         self.by_subset = self.levels.view(-1, _SUBSETS)  # [U, 16]
