@@ -100,7 +100,7 @@ def test_the_predicted_speed_is_that_of_the_slots_that_the_engine_has_by_then(
     )
     predict()
     holder: Any = engine.experts
-    holder._fetcher.resize(2)
+    holder.ram.resize(2)
     predict()
     counts = [(each.slots, each.host_slots, each.experts) for each in placements]
     assert counts == [(4, 0, 8), (2, 0, 8)]
