@@ -6,6 +6,7 @@
 - rope_parameters.py: the rotary position embedding of a model's layers
 - settings.py: the directories of mixchat's files, and the settings in config.toml
 - quantities.py: sizes, rates and times as text, and amounts of memory from text
+- option.py: the declaration of an option: its flag, its help, and the values that it takes
 - options.py: the options of sampling, of a chat and of loading a model, and a worker's address
 - safetensors.py: the file format of weights
 - system.py: all that differs between Linux and macOS, and the modes of a terminal

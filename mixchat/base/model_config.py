@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import read_json_object
+from mixchat.base.options import accepted_numbers
 from mixchat.base.rope_parameters import RopeParameters
 
 # The bounds of a context that nobody chose. Mixtral's tokens take 128 KiB each, and coding agents
@@ -328,16 +329,14 @@ def checkpoint_dtype(directory: Path) -> str | None:
 
 
 def advised_sampling(directory: Path) -> dict[str, float]:
-    """Return generation_config.json's sampling, by mixchat's flags. Raises `CheckpointError`."""
+    """Return generation_config.json's sampling that can be used, by the names of options.
+
+    Raises `CheckpointError`.
+    """
     raw = _generation_config(directory)
-    values = {name: raw.get(name) for name in ("temperature", "top_p", "top_k", "min_p")}
-    values["repeat_penalty"] = raw.get("repetition_penalty")
-    kinds = {name: (int,) if name == "top_k" else (int, float) for name in values}
-    return {
-        name: value
-        for name, value in values.items()
-        if value is not None and type(value) in kinds[name]
-    }
+    names = ("temperature", "top_p", "top_k", "min_p")
+    values = {name: raw.get(name) for name in names}
+    return accepted_numbers({**values, "repeat_penalty": raw.get("repetition_penalty")})
 
 
 def advised_length(directory: Path) -> int | None:

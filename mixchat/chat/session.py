@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from mixchat.base.context import Context
 from mixchat.base.errors import PromptError, ServerError, UsageError
-from mixchat.base.options import ChatOptions
+from mixchat.base.options import ChatOptions, accepted_numbers
 from mixchat.engine.stats import GenerationStats
 from mixchat.face.events import End, Event, LeftOut, Piece
-from mixchat.face.numbers import accepted_numbers
 from mixchat.face.request import AnswerEvents, ChatModel, Request
 from mixchat.text.messages import Message
 
@@ -79,7 +78,7 @@ class ChatSession:
         self.changed: dict[str, int | float] = {}  # numbers of sampling since then, by name
         self.system = options.system
         self.max_tokens = options.max_tokens
-        self.stop = tuple(options.stop)
+        self.stop = options.stop
         self.overflow = options.overflow
         self.think = options.think
         self.history: list[Message] = []

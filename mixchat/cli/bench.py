@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import typer
 
 from mixchat.base.errors import UsageError
-from mixchat.base.options import ExpertSize
+from mixchat.base.options import ExpertSize, LoadOptions
 from mixchat.base.system import process_seconds
 from mixchat.cli.flags import load_flags
-from mixchat.cli.flags.settings import AGAIN, MEASURING, is_given, option
+from mixchat.cli.flags.settings import AGAIN, MEASURING, is_given, loading, option
 from mixchat.cli.flags.shell_completion import known_shapes, one_of
 from mixchat.cli.output.messages import note
 from mixchat.cli.output.progress import status
@@ -20,7 +21,7 @@ from mixchat.engine.environment import prepare_environment
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchFlags(load_flags.LoadFlags):
+class BenchFlags:
     """The flags of `mixchat bench`."""
 
     model: str = load_flags.model_argument(load_flags.INSTALLED.help)
@@ -68,7 +69,7 @@ class BenchFlags(load_flags.LoadFlags):
     rounds: int = option(
         "--rounds N", "Rounds, in each of which every task is measured.", MEASURING, 5, min=1
     )
-    exact_prompts: bool = load_flags.EXACT_PROMPTS
+    load: Mapping[str, Any] = loading(*load_flags.LOADING, "exact_prompts")
     as_json: bool = load_flags.JSON
 
 
@@ -89,7 +90,7 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
 
     starting = process_seconds()
     options = BenchOptions(flags.depth or (0,), flags.prompt or (512,), flags.tokens, flags.rounds)
-    load = load_flags.load_options(flags, context_size=options.context_size)
+    load = LoadOptions(context_size=options.context_size, **flags.load)
     with ExitStack() as at_end:
         if flags.synthetic is None:
             directory = models.installed_directory(flags.model)

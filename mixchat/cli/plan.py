@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ import typer
 
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.machine import OtherPrograms
+from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import parse_size
 from mixchat.cli.flags import load_flags
-from mixchat.cli.flags.settings import MACHINE, is_given, option
+from mixchat.cli.flags.settings import MACHINE, is_given, loading, option
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.engine.environment import prepare_environment
 from mixchat.planning.cards import parse_cards
@@ -22,7 +23,7 @@ _PER_SECOND = re.compile(r"\s*/\s*s\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanFlags(load_flags.MemoryFlags):
+class PlanFlags:
     """The flags of `mixchat plan`."""
 
     model: str = load_flags.model_argument(load_flags.ANY_MODEL, "instruct")
@@ -40,9 +41,9 @@ class PlanFlags(load_flags.MemoryFlags):
     free_disk: str | None = option(
         "--free-disk SIZE", "Plan for a machine with this much free disk, such as 100GB.", MACHINE
     )
-    kv_bits: int | None = load_flags.KV_BITS
-    ctx_size: int | None = load_flags.CONTEXT_SIZE
-    parallel: int = load_flags.parallel(1)
+    load: Mapping[str, Any] = loading(
+        *load_flags.TAKING_MEMORY, "kv_bits", "context_size", "parallel"
+    )
     expert_bits: str | None = load_flags.expert_bits("4")
     measure: bool = option("--measure", "Measure this machine again (20 s at most).")
     as_json: bool = load_flags.JSON
@@ -67,7 +68,7 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
     them.
     """
     programs = OtherPrograms()
-    options = load_flags.load_options(flags)
+    options = LoadOptions(**flags.load)
     figures = {
         "ram": _told("--ram", flags.ram, parse_size),
         "gpus": _told("--gpu", flags.gpu, parse_cards) or (),
@@ -76,7 +77,7 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
         ),
         "free_disk": _told("--free-disk", flags.free_disk, parse_size),
     }
-    if figures["gpus"] and flags.device is not None:
+    if figures["gpus"] and options.device is not None:
         raise UsageError("--gpu tells about a GPU of another machine, --device names one of this")
     from mixchat.install import models
 
@@ -90,7 +91,7 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
     from mixchat.planning.hardware import ToldMachine
 
     reporter = TerminalReporter()
-    size = load_flags.parse_expert_bits(flags.expert_bits, flags.ctx_size)
+    size = load_flags.parse_expert_bits(flags.expert_bits, options.context_size)
     mix = size if size is not None and is_for_calibration(size) else None
     bits = None if size is None or mix is not None else size.whole
     told = ToldMachine(**figures)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from mixchat.base.options import LoadOptions
 from mixchat.chat.saved.cache_saver import checked_cache_file
 from mixchat.chat.terminal.open_chat import OpenChat, Resumed, Saving, find_chat
-from mixchat.cli.flags import load_flags, run_flags
+from mixchat.cli.flags import run_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.run_flags import RunFlags
 from mixchat.cli.flags.settings import is_given
@@ -44,10 +45,10 @@ def run(context: typer.Context, flags: RunFlags) -> None:
     run_flags.check_run_flags(context, flags)
     reporter = TerminalReporter(flags.quiet)
     resumed = find_chat(flags.resume)
-    load = load_flags.load_options(flags, parallel=1)
-    if flags.jsonl is not None:
-        # Exact prompts make a line's answer the same whichever lines are answered with it.
-        load = replace(load, exact_prompts=True, parallel=flags.parallel)
+    load = LoadOptions(**flags.load)
+    parallel = load.parallel
+    # Exact prompts make a line's answer the same whichever lines are answered with it.
+    load = replace(load, parallel=1) if flags.jsonl is None else replace(load, exact_prompts=True)
     models: LocalModels | ServerModels
     if flags.server:
         models = ServerModels(flags.server, reporter)
@@ -68,7 +69,7 @@ def run(context: typer.Context, flags: RunFlags) -> None:
             prompts=flags.jsonl,
             resume_from=flags.resume_from,
             keep_failed=flags.keep_failed,
-            parallel=flags.parallel,
+            parallel=parallel,
         )
     else:
         _converse(context, flags, models, name, size, resumed, reporter)

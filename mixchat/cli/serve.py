@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import typer
 
 from mixchat.base.errors import UsageError
+from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import parse_duration
 from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.load_flags import HolderFlags, LoadFlags
-from mixchat.cli.flags.settings import AGAIN, SERVER, option, setting
+from mixchat.cli.flags.settings import AGAIN, SERVER, loading, option, setting
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.serving.client.server_url import SERVER_PORT
 from mixchat.serving.serve import ServeOptions, serve_experts, serve_http
@@ -23,28 +24,28 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # an extension's has its o
 _MAX_ALIASES, _MAX_NAME_LENGTH = 100, 200  # characters
 
 
-def parse_aliases(texts: Iterable[str]) -> dict[str, str]:
+def parse_aliases(texts: Iterable[str], name: str = "--alias") -> dict[str, str]:
     """Return the models by their aliases, without Ollama's tag. Raises `UsageError`."""
     aliases: dict[str, str] = {}
     for text in texts:
-        alias, equals, model = checked(text, "--alias").partition("=")
+        alias, equals, model = checked(text, name).partition("=")
         alias = alias.removesuffix(":latest")
         names = alias, model
-        if not equals or not all(0 < len(name) <= _MAX_NAME_LENGTH for name in names):
+        if not equals or not all(0 < len(each) <= _MAX_NAME_LENGTH for each in names):
             hint = f"Write it like gpt-4o=demo, with {_MAX_NAME_LENGTH} characters a name at most."
-            raise UsageError(f"--alias {text!r:.80} is no NAME=MODEL", hint=hint)
+            raise UsageError(f"{name} {text!r:.80} is no NAME=MODEL", hint=hint)
         if not text.isprintable():
-            raise UsageError(f"--alias {text!r:.80} has characters that cannot be shown")
+            raise UsageError(f"{name} {text!r:.80} has characters that cannot be shown")
         if alias in aliases:
-            raise UsageError(f"--alias {alias!r:.80} is given twice")
+            raise UsageError(f"{name} {alias!r:.80} is given twice")
         aliases[alias] = model
     if len(aliases) > _MAX_ALIASES:
-        raise UsageError(f"--alias takes {_MAX_ALIASES} names at most, not {len(aliases)}")
+        raise UsageError(f"{name} takes {_MAX_ALIASES} names at most, not {len(aliases)}")
     return aliases
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeFlags(LoadFlags):
+class ServeFlags:
     """The flags of `mixchat serve`."""
 
     model: str = load_flags.MODEL_NAME
@@ -117,8 +118,7 @@ class ServeFlags(LoadFlags):
     keep_cache: bool = option(
         "--keep-cache", "Save the conversations' KV caches while the model is unloaded.", SERVER
     )
-    parallel: int = load_flags.parallel(4)
-    ctx_size: int | None = load_flags.CONTEXT_SIZE
+    load: Mapping[str, Any] = loading(*load_flags.LOADING, "parallel", "context_size", parallel=4)
 
 
 def serve(context: typer.Context, flags: ServeFlags) -> None:
@@ -137,7 +137,7 @@ def serve(context: typer.Context, flags: ServeFlags) -> None:
     behind a load balancer gets more with --drain.
     """
     # Exact prompts make an answer the same whoever else is served.
-    load = load_flags.load_options(flags, exact_prompts=True)
+    load = LoadOptions(exact_prompts=True, **flags.load)
     if flags.keep_cache and not flags.shared_prefix:
         raise UsageError("--keep-cache saves what --no-shared-prefix does not use again")
     options = ServeOptions(
@@ -159,7 +159,7 @@ def serve(context: typer.Context, flags: ServeFlags) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerFlags(HolderFlags):
+class WorkerFlags:
     """The flags of `mixchat worker`."""
 
     model: str = load_flags.MODEL_NAME
@@ -169,6 +169,7 @@ class WorkerFlags(HolderFlags):
         default="127.0.0.1",
     )
     new_key: bool = option("--new-key", "Write a new key into the key file, and end.")
+    load: Mapping[str, Any] = loading(*load_flags.HOLDING)
 
 
 def worker(context: typer.Context, flags: WorkerFlags) -> None:
@@ -179,7 +180,7 @@ def worker(context: typer.Context, flags: WorkerFlags) -> None:
     both. Only those who have the key are served, one chat at a time, and all traffic is encrypted
     with it.
     """
-    options = load_flags.load_options(flags)
+    options = LoadOptions(**flags.load)
     if not flags.new_key:
         serve_experts(flags.model, options, flags.listen, TerminalReporter())
         return

@@ -5,7 +5,6 @@
 - model_thread.py: its thread, which computes several answers at once
 - request.py: a request, and the interface of a model here or on a server
 - checks.py: checks the values that a Python program gives
-- numbers.py: the numbers of a request by their names, and their limits
 - prompt.py: the prompt of a request, fitted into the context
 - forms.py: compiles the forms that answers have to match
 - running_answer.py: an answer from its prompt to its end, as text and events

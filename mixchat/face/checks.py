@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from numbers import Integral
-from pathlib import Path
 from typing import Any, cast, get_args
 
 from mixchat.base.errors import PromptError, UsageError, short_repr
-from mixchat.base.options import CacheBits, LoadOptions, Overflow, SamplingOptions
-from mixchat.base.quantities import MemoryBudget
-from mixchat.face.numbers import BIAS, LENGTHS, PENALTIES, SAMPLING, TOP_LOGPROBS
+from mixchat.base.option import Option, options_of
+from mixchat.base.options import AnswerOptions, LoadOptions, SamplingOptions
 from mixchat.face.request import Request, ToolOffer
 from mixchat.text.messages import Message, Role
 from mixchat.text.tool_call import ToolCall, whole_arguments
 
 _NOT_LISTS = (str, bytes, Mapping)
+_BIAS = "logit_bias"
 
 
 def _is(kind: Any) -> Callable[[Any], bool]:
@@ -28,57 +27,25 @@ def _is_list(value: Any) -> bool:
     return has_items and not isinstance(value, _NOT_LISTS)
 
 
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
-
-
 def _require(is_usable: bool, name: str, rule: str, value: object) -> None:
     if not is_usable:
         raise UsageError(f"{name} has to be {rule}, not {short_repr(value)}")
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _is_word(*words: str) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, str) and value in words
-
-
-# The test of a value, and the rule that a message names, by the option of `mixchat.load`.
-_LOAD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "expert_memory": (_is(str), 'a text such as "8GB" or "50%"'),
-    "device_memory": (_is(str), 'a text such as "12GB" or "12GB,8GB"'),
-    "context_size": (_is_count, "1 or more"),
-    "least_context": (lambda value: type(value) is int and value >= 0, "0 or more"),
-    "kv_bits": (lambda value: type(value) is int and value in get_args(CacheBits), "8 or 16"),
-    "exact_prompts": (_is(bool), "True or False"),
-    "parallel": (_is_count, "1 or more"),
-    "speculation": (_is(bool), "True or False"),
-    "device": (_is(str), 'a text such as "cpu" or "cuda:0"'),
-    "workers": (lambda value: _is_list(value) and all(map(_is(str), value)), "a list of texts"),
-    "key_file": (_is(str | Path), "the path of a file"),
-}
-_LOAD_READERS: dict[str, Callable[[Any], Any]] = {
-    "expert_memory": MemoryBudget.parse,
-    "device_memory": MemoryBudget.parse_list,
-    "workers": tuple,
-    "key_file": Path,
-}
-
-
 def checked_load_options(options: Mapping[str, Any]) -> LoadOptions:
     """Return the options of `mixchat.load`. None counts as not given. Raises `UsageError`."""
-    options = {name: value for name, value in options.items() if value is not None}
-    for name, value in options.items():
-        if name not in _LOAD_RULES:
-            hint = f"The options are {', '.join(sorted(_LOAD_RULES))}."
+    declared = options_of(LoadOptions)
+    for name in options:
+        if name not in declared:
+            hint = f"The options are {', '.join(sorted(declared))}."
             raise UsageError(f"there is no option {name!r}", hint=hint)
-        is_usable, rule = _LOAD_RULES[name]
-        _require(is_usable(value), name, rule, value)
-    read = {name: _LOAD_READERS.get(name, lambda same: same)(options[name]) for name in options}
-    read.setdefault("exact_prompts", read.get("parallel", 1) > 1)
-    return LoadOptions(host_memory=read.pop("expert_memory", None), **read)
+    given = {
+        name: declared[name].checked(value, name)
+        for name, value in options.items()
+        if value is not None
+    }
+    given.setdefault("exact_prompts", given.get("parallel", 1) > 1)
+    return LoadOptions(**given)
 
 
 def checked_request(
@@ -92,8 +59,6 @@ def checked_request(
     _require(isinstance(request, Request), "the request", "a Request", request)
     for name, is_usable, rule in (
         ("sampling", _is(SamplingOptions | Mapping), "SamplingOptions, or some of them by name"),
-        ("stop", _are_texts, "a string or a list of strings"),
-        ("overflow", _is_word(*get_args(Overflow)), '"stop" or "drop-oldest"'),
         ("think", _is(bool | None), "True, False or None"),
         ("variables", _is(Mapping), "a dict"),
         ("tools", _is(ToolOffer | None), "a list of functions in OpenAI's form"),
@@ -101,10 +66,10 @@ def checked_request(
         ("prompt", lambda value: _is(str | None)(value) or _is_list(value), "a text or token ids"),
     ):
         _require(is_usable(getattr(request, name)), name, rule, getattr(request, name))
-    numbers = {
-        number.field: number.checked(number.field, value)
-        for number in (LENGTHS["max-tokens"], TOP_LOGPROBS)
-        if (value := getattr(request, number.field)) is not None
+    options = {
+        name: option.checked(value, name)
+        for name, option in options_of(AnswerOptions).items()
+        if (value := getattr(request, name)) is not None
     }
     for name, value in request.variables.items():
         if name not in variables:
@@ -116,7 +81,7 @@ def checked_request(
         prompt = _token_ids(prompt, vocab_size)
     messages = tuple(_message(message, vocab_size) for message in request.messages)
     sampling = _sampling(request.sampling, advised, vocab_size)
-    changed: Any = {"messages": messages, "prompt": prompt, "sampling": sampling, **numbers}
+    changed: Any = {"messages": messages, "prompt": prompt, "sampling": sampling, **options}
     return replace(request, **changed)
 
 
@@ -124,24 +89,24 @@ def _sampling(
     chosen: SamplingOptions | Mapping[str, Any], advised: SamplingOptions, vocab_size: int
 ) -> SamplingOptions:
     values = vars(chosen) if isinstance(chosen, SamplingOptions) else chosen
-    numbers = {number.field: number for number in (*SAMPLING.values(), *PENALTIES)}
+    declared = options_of(SamplingOptions)
     usable: dict[str, Any] = {}
     for name, value in values.items():
-        if name == BIAS.field:
-            usable[name] = _biases(value, vocab_size)
-        elif name not in numbers:
+        if name == _BIAS:
+            usable[name] = _biases(value, declared[name], vocab_size)
+        elif name not in declared:
             raise UsageError(f"there is no option {short_repr(name)} of sampling")
         elif value is not None or name != "seed":
-            usable[name] = numbers[name].checked(name, value)
+            usable[name] = declared[name].checked(value, name)
     return replace(advised, **usable)
 
 
-def _biases(biases: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
+def _biases(biases: Any, declared: Option, vocab_size: int) -> tuple[tuple[int, float], ...]:
     pairs = list(biases.items()) if isinstance(biases, Mapping) else biases
     is_usable = _is_list(pairs) and all(_is_list(pair) and len(pair) == 2 for pair in pairs)
-    _require(is_usable, BIAS.field, "numbers by token id", biases)
+    _require(is_usable, _BIAS, "numbers by token id", biases)
     tokens = _token_ids([token for token, _ in pairs], vocab_size)
-    amounts = [float(BIAS.checked(BIAS.field, amount)) for _, amount in pairs]
+    amounts = [declared.checked(amount, f"{_BIAS} of a token") for _, amount in pairs]
     return tuple(zip(tokens, amounts, strict=True))
 
 
@@ -169,7 +134,8 @@ def _message(message: Any, vocab_size: int) -> Message:
             content = ""
         call_id = "" if call_id is None else str(call_id)
         message = Message(cast("Role", role), cast("str", content), calls=calls, call_id=call_id)
-    has_role = isinstance(message, Message) and _is_word(*get_args(Role))(message.role)
+    role = message.role if isinstance(message, Message) else None
+    has_role = isinstance(role, str) and role in get_args(Role)
     if not has_role or not isinstance(message.content, str):
         raise PromptError("a message needs a role (system, user, assistant, tool) and its content")
     return _with_own_values(message, vocab_size)

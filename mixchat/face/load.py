@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mixchat.base.errors import ModelNotFoundError, UsageError, short_repr
 from mixchat.base.model_config import advised_length, advised_sampling
-from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.option import documented
+from mixchat.base.options import LoadOptions, SamplingOptions, with_numbers
 from mixchat.base.progress import QuietReporter, Reporter
 from mixchat.engine.environment import prepare_environment
 
@@ -20,19 +21,13 @@ if TYPE_CHECKING:
     from mixchat.text.template import Template
 
 
-def load(
-    name: str, *, expert_memory: str | None = None, parallel: int = 1, **options: Any
-) -> Model:
+@documented(LoadOptions)
+def load(name: str, **options: Any) -> Model:
     """Load an installed model, by its name or its directory. Close it to give its memory back.
 
-    A missing "demo" is built first. Options:
+    A missing "demo" is built first. With `parallel` above 1 prompts are exact by default. Options:
 
-    - expert_memory: RAM for experts, such as "8GB" or "50%". None takes what is free.
-    - parallel: answers that are computed at once. More requests wait.
-    - context_size: tokens of a prompt and its answer. None chooses by the free memory.
-    - device: "cpu", "cuda", or GPUs such as "cuda:0,cuda:1". None chooses the fastest.
-    - device_memory: of GPUs, such as "12GB" or "12GB,8GB"
-    - the other fields of `LoadOptions`, such as kv_bits and workers
+    {options}
 
     Raises `ModelNotFoundError` if it is not installed, `ResourceError` without enough memory,
     `CheckpointError` if its files are damaged, and `UsageError` for an option that cannot be used.
@@ -43,7 +38,6 @@ def load(
         name = str(name)
     if not isinstance(name, str):
         raise UsageError(f"a model's name has to be a text, not {short_repr(name)}")
-    options |= {"expert_memory": expert_memory, "parallel": parallel}
     return open_model(name, checked_load_options(options), QuietReporter())
 
 
@@ -72,7 +66,6 @@ def open_model(
     with status, ExitStack() as opened:
         from mixchat.face.kept_caches import KeptCaches
         from mixchat.face.model import Model, ModelText
-        from mixchat.face.numbers import with_numbers
         from mixchat.loading.loader import build_engine
         from mixchat.weights.format.installed_model import InstalledModel
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mixchat.base.errors import UsageError
-from mixchat.base.options import SamplingOptions
+from mixchat.base.option import documented
+from mixchat.base.options import AnswerOptions, SamplingOptions
 from mixchat.face.checks import checked_request
 from mixchat.face.events import End, Event, Failed, LeftOut, Piece, Reading
 from mixchat.face.forms import FormCompiler
@@ -88,26 +89,23 @@ class Model:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @documented(SamplingOptions, AnswerOptions)
     def chat(self, messages: Sequence[Message | Mapping[str, Any]], **options: Any) -> ModelAnswer:
         """Answer a conversation. Iterate over the result for its events, the last of them `End`.
 
         messages: `{"role": "user", "content": "Hi"}`, or `Message`, such as an earlier
         `End.message`. A last message of the assistant is continued. Options:
 
-        - temperature, top_p, top_k, min_p, repeat_penalty, presence_penalty, frequency_penalty,
-          logit_bias, seed: as in `SamplingOptions`, by default the advice of the model's makers
-        - max_tokens: of the answer, thinking included. 0 for as many as fit.
-        - stop: a string or several that end the answer and are not shown
+        {options}
         - think: True and False turn thinking on and off if the model has a switch
         - tools: functions in OpenAI's form. `Piece.calls` and `End.message.calls` have the calls.
           Send `End.message` back, then `{"role": "tool", "tool_call_id": ..., "content": ...}`.
         - form: a JSON schema (a dict) or a grammar (GBNF or Lark) that the answer has to match
-        - overflow: "drop-oldest" leaves out old turns that do not fit
-        - top_logprobs: likeliest tokens to report with each token, in `Piece.tokens`
 
-        The answer ends early if its iterator is closed or dropped. Raises `PromptError` if the
-        prompt does not fit the context, `UsageError` for an option that cannot be used, and
-        `QueueFullError` if too many requests wait.
+        The makers of the model advise the sampling that is not chosen. `Piece.tokens` has the
+        log probabilities. The answer ends early if its iterator is closed or dropped. Raises
+        `PromptError` if the prompt does not fit the context, `UsageError` for an option that cannot
+        be used, and `QueueFullError` if too many requests wait.
         """
         return self.ask(request_of(messages=messages, **options))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from mixchat.base.errors import ResourceError, UsageError, short_repr
-from mixchat.base.options import Overflow, SamplingOptions
+from mixchat.base.options import AnswerOptions, SamplingOptions
 from mixchat.face.events import Event, Piece
 from mixchat.text.form.call_form import CallForm
 from mixchat.text.form.output_constraint import OutputConstraint, schema_text
@@ -34,36 +34,27 @@ class ToolOffer:
 
 
 @dataclass(frozen=True)
-class Request:
-    """A request for one answer.
+class Request(AnswerOptions):
+    """A request for one answer, with the options of `AnswerOptions`.
 
     - messages: the conversation. A last message of the assistant begins the answer.
     - prompt: a text or token ids, instead of messages. The answer continues them.
-    - sampling: all options, or the chosen ones by the names of `SamplingOptions`. The model's
-      makers advise the rest.
-    - max_tokens: None for the usual length, 0 for as many as fit
-    - stop: strings that end the answer and are not shown
-    - overflow: "drop-oldest" leaves out old turns that do not fit
     - think: True and False turn thinking on and off if the model has a switch. None leaves it to
       the model's template.
+    - sampling: all options, or the chosen ones by the names of `SamplingOptions`. The model's
+      makers advise the rest.
     - variables: of the chat template, those in its `ThinkingFormat`
     - tools: None if the answer may call none
     - form: what the answer has to match
-    - top_logprobs: the number of likeliest tokens to report with each token. 0 reports only the
-      token's own log probability, None nothing.
     """
 
     messages: Sequence[Message] = ()
     prompt: str | Sequence[int] | None = None
     sampling: SamplingOptions | Mapping[str, Any] = field(default_factory=dict)
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    overflow: Overflow = "stop"
     think: bool | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     tools: ToolOffer | None = None
     form: Form | None = None
-    top_logprobs: int | None = None
 
 
 class FormError(UsageError):

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from mixchat.base.errors import PromptError, UsageError
 from mixchat.base.files import MAX_SIZE, open_regular, write_all, write_error
 from mixchat.base.lock import lock_open_file
-from mixchat.base.options import ChatOptions
+from mixchat.base.options import ChatOptions, with_numbers
 from mixchat.base.progress import Note, Reporter, waiting_for
 from mixchat.base.quantities import format_count
 from mixchat.chat.printing import show
 from mixchat.face.events import End, Failed
 from mixchat.face.local_models import LocalModels
-from mixchat.face.numbers import with_numbers
 from mixchat.serving.client.server_models import ServerModels
 
 if TYPE_CHECKING:

@@ -11,14 +11,13 @@ from character_tokens import character_bytes
 
 from mixchat.base.context import Context
 from mixchat.base.errors import MixchatError
-from mixchat.base.options import ChatOptions, SamplingOptions
+from mixchat.base.options import ChatOptions, SamplingOptions, with_numbers
 from mixchat.chat.session import ChatSession
 from mixchat.engine.answer import TokenAnswer
 from mixchat.engine.stats import GenerationStats
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.face.events import End, Failed, Piece
 from mixchat.face.model import Model, ModelAnswer, ModelText
-from mixchat.face.numbers import with_numbers
 from mixchat.face.prompt import PromptMaker
 from mixchat.face.request import Request
 from mixchat.face.running_answer import RunningAnswer

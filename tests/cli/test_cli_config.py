@@ -84,10 +84,9 @@ def test_the_model_is_that_of_the_file(mixchat, config_file, command):
     ("text", "message"),
     [
         ('temp = "hot"', "temp: Input should be a valid number, .*"),
-        ("temp = nan", "temp has to be 0 or more, not nan"),
         ("model = false", "model has to be text in quotes, not false"),
-        ('model = ""', "model: the model's name is empty"),
-        ("ctx-size = 0", "ctx-size has to be 1 or more, not 0"),
+        ('model = ""', "model is empty"),
+        ("ctx-size = 0", "ctx-size has to be between 2 and 2147483647, not 0"),
         ("seed = 0x" + "f" * 6000, "seed is too large a number"),
         ('host-memory = "lots"', "host-memory: cannot read 'lots' as an amount of memory"),
         ('verbose = "yes"', "verbose has to be true or false, not 'yes'"),
@@ -126,10 +125,9 @@ def test_a_key_that_is_no_setting_is_said_with_the_one_that_was_meant(
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("MIXCHAT_TEMP", "-1", "MIXCHAT_TEMP has to be 0 or more, not -1.0"),
         ("MIXCHAT_VERBOSE", "perhaps", "MIXCHAT_VERBOSE: Input should be a valid boolean"),
         ("MIXCHAT_HOST_MEMORY", "lots", "MIXCHAT_HOST_MEMORY: cannot read 'lots'"),
-        ("MIXCHAT_MODEL", "caf\udce9", "MIXCHAT_MODEL: the model's name is not UTF-8"),
+        ("MIXCHAT_MODEL", "caf\udce9", "MIXCHAT_MODEL is not UTF-8"),
     ],
 )
 def test_what_is_wrong_in_a_variable_is_said_with_its_name(mixchat, variable, value, message):

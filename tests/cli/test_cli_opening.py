@@ -69,7 +69,7 @@ def test_flags_reach_the_engine_and_the_session(mixchat, seen, tiny_model):
         **{"min_p": 0.06, "repeat_penalty": 1.7, "seed": 8},
     }
     assert (options.system, options.max_tokens) == ("Be brief.", 9)
-    assert options.stop == ["x", "y"]
+    assert options.stop == ("x", "y")
 
 
 def test_a_saved_conversation_asks_for_a_context_that_holds_it(

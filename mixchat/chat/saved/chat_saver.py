@@ -8,9 +8,9 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from mixchat.base.errors import MixchatError
+from mixchat.base.options import accepted_numbers
 from mixchat.chat.saved.chat_store import ChatStore, new_id
 from mixchat.chat.saved.saved_chat import SavedChat
-from mixchat.face.numbers import accepted_numbers
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -26,9 +26,9 @@ from mixchat.base.errors import (
     UsageError,
 )
 from mixchat.base.files import TEMPORARY_SUFFIX, write_error
+from mixchat.base.options import accepted_numbers
 from mixchat.base.settings import data_dir
 from mixchat.chat.saved.saved_chat import ID_PREFIX, LAST, ChatSummary, SavedChat, checked_name
-from mixchat.face.numbers import accepted_numbers
 from mixchat.text.messages import Message
 
 try:

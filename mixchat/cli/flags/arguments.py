@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mixchat.base.context import Context
 from mixchat.base.errors import PromptError, UsageError
+from mixchat.base.option import is_unicode
 from mixchat.base.progress import Note, noted_if_slow, waiting_for
 from mixchat.chat.plain_text import decode, read_stream, read_text_file
 
@@ -53,7 +54,7 @@ def read_prompt(
     if not named and (argument == STDIN or not stdin_is_terminal()):
         piped = _read_stdin(context, note)
     argument = None if argument == STDIN else argument
-    if argument is not None and not _is_text(argument):
+    if argument is not None and not is_unicode(argument):
         decode(argument.encode("utf-8", "surrogateescape"), "the prompt")
     if piped is None and argument is None and not named:
         return None
@@ -89,7 +90,7 @@ def checked(argument: str, name: str) -> str:
     """Return `argument`. Raises `UsageError` if it is empty or not UTF-8."""
     if not argument:
         raise UsageError(f"{name} is empty")
-    if not _is_text(argument):
+    if not is_unicode(argument):
         raise UsageError(f"{name} is not UTF-8: {argument!r}")
     return argument
 
@@ -106,8 +107,3 @@ def _read_stdin(context: Context, note: Note) -> str:
     with noted_if_slow(note, f"reading standard input; {hint}"):
         # Python would decode it by the locale, which may accept any bytes.
         return read_stream(sys.stdin.buffer, "standard input", context)
-
-
-def _is_text(argument: str) -> bool:
-    """Return whether it is UTF-8. Python decodes other bytes as lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in argument)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand
 
 from mixchat.base.context import Context
 from mixchat.base.errors import UsageError
-from mixchat.base.options import ChatOptions, Overflow, Think
+from mixchat.base.option import options_of
+from mixchat.base.options import ChatOptions, SamplingOptions
 from mixchat.base.progress import Note
-from mixchat.chat.parameters import OVERFLOWS, THINKS, checked_word
 from mixchat.chat.saved.saved_chat import LAST
 from mixchat.cli.flags import load_flags
-from mixchat.cli.flags.arguments import STDIN, checked, read_file
-from mixchat.cli.flags.load_flags import LoadFlags, expanded, within_limits
+from mixchat.cli.flags.arguments import STDIN, read_file
 from mixchat.cli.flags.settings import (
     AGAIN,
     CHAT,
@@ -30,14 +29,16 @@ from mixchat.cli.flags.settings import (
     PROMPT,
     SAMPLING,
     chosen,
+    declared,
+    group,
     is_given,
+    loading,
     option,
     refuse_together,
     setting,
     settings_of,
 )
-from mixchat.cli.flags.shell_completion import one_of, saved_chats
-from mixchat.face import numbers
+from mixchat.cli.flags.shell_completion import saved_chats
 from mixchat.serving.client.server_url import ServerURL
 
 if TYPE_CHECKING:
@@ -54,26 +55,19 @@ _NOT_FOR_LINES = (
 _FOR_LINES = ("resume_from", "keep_failed", "parallel")
 # Parameters for loading a model, which a server has done.
 _FOR_LOADING = (
-    *(field.name for field in fields(LoadFlags)),
-    *("ctx_size", "keep_cache", "exact_prompts", "prompt_cache"),
+    *load_flags.LOADING,
+    *("context_size", "exact_prompts", "keep_cache", "prompt_cache"),
 )
-# The options of sampling, which are parameters of `run`, too.
-_SAMPLED = tuple(number.field for number in numbers.SAMPLING.values())
+_SAMPLED = tuple(name for name, each in options_of(SamplingOptions).items() if each.usage)
 
 
-def _check_system_file(path: Path) -> None:
+def _check_system_file(path: Path, name: str) -> None:
     if str(path) == STDIN:
-        raise UsageError("--system-file cannot be standard input, which is for the question")
-
-
-def _sampling(usage: str, field: str, help: str, default: str) -> Any:
-    """Return a flag of sampling. `default` is for a model whose makers advise nothing."""
-    shown = f"the model's, else {default}"
-    return setting(usage, help, SAMPLING, check=within_limits(field), show_default=shown)
+        raise UsageError(f"{name} cannot be standard input, which is for the question")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags(LoadFlags):
+class RunFlags:
     """The flags of `mixchat run`."""
 
     prompt: list[str] | None = typer.Argument(
@@ -84,7 +78,8 @@ class RunFlags(LoadFlags):
         "--server URL",
         "Let a server with OpenAI's API answer, such as 'mixchat serve', at HOST[:PORT] or a URL.",
         MODEL,
-        check=lambda text: text and ServerURL.parse(text),  # "" is none, whatever config.toml has
+        # "" is none, whatever config.toml has.
+        check=lambda text, name: text and ServerURL.parse(text),
         show_default="none",
     )
     file: list[Path] | None = option(
@@ -92,12 +87,7 @@ class RunFlags(LoadFlags):
         f"Put the text of FILE before the question (-: standard input); {AGAIN}.",
         PROMPT,
     )
-    system: str | None = setting(
-        "-s --system TEXT",
-        "System prompt; an empty one removes it.",
-        PROMPT,
-        check=lambda text: text and checked(text, "--system"),
-    )
+    system: str | None = declared(ChatOptions, "system", PROMPT)
     system_file: Path | None = setting(
         "--system-file FILE", "Read the system prompt from FILE.", PROMPT, check=_check_system_file
     )
@@ -114,44 +104,10 @@ class RunFlags(LoadFlags):
     keep_failed: bool = option(
         "--keep-failed", "With --resume-from, do not try failed lines again.", PROMPT
     )
-    temperature: float | None = _sampling(
-        "--temp --temperature X", "temperature", "Sampling temperature; 0 is greedy.", "0.7"
+    sampling: Mapping[str, Any] = group(
+        SamplingOptions, SAMPLING, *_SAMPLED, shown="the model's, else {:g}"
     )
-    top_p: float | None = _sampling(
-        "--top-p X",
-        "top_p",
-        "Sample from the smallest set of tokens whose probabilities sum to X.",
-        "1",
-    )
-    top_k: int | None = _sampling(
-        "--top-k N", "top_k", "Sample from the N most likely tokens (0: all).", "0"
-    )
-    min_p: float | None = _sampling(
-        "--min-p X", "min_p", "Drop tokens less likely than X times the most likely one.", "0"
-    )
-    repeat_penalty: float | None = _sampling(
-        "--repeat-penalty X", "repeat_penalty", "Penalty for the last 64 tokens (1: none).", "1"
-    )
-    seed: int | None = setting(
-        "--seed N",
-        "Seed of the sampling, which gives the same answer again on the same machine.",
-        SAMPLING,
-        check=within_limits("seed"),
-        show_default="random",
-    )
-    max_tokens: int | None = setting(
-        "-n --max-tokens N",
-        "Maximum length of an answer in tokens (0: as many as fit).",
-        OUTPUT,
-        check=within_limits("max_tokens"),
-        show_default="the model's, else a quarter of the context",
-    )
-    stop: list[str] | None = setting(
-        "--stop TEXT",
-        f"End the answer before TEXT; {AGAIN}.",
-        OUTPUT,
-        check=lambda texts: [checked(text, "--stop") for text in texts],
-    )
+    answer: Mapping[str, Any] = group(ChatOptions, OUTPUT, "max_tokens", "stop", "think")
     schema: str | None = option(
         "--schema FILE|JSON",
         "Hold each answer to this JSON schema; ask for JSON in the PROMPT, too.",
@@ -161,14 +117,6 @@ class RunFlags(LoadFlags):
         "--grammar FILE",
         "Hold each answer to a grammar, in llguidance's Lark (.lark) or llama.cpp's GBNF (.gbnf).",
         OUTPUT,
-    )
-    think: str = setting(
-        "--think MODE",
-        "Show thinking faintly (show), hide it (hide), ask for it (on) or for none (off).",
-        OUTPUT,
-        "show",
-        check=partial(checked_word, THINKS, "--think"),
-        autocompletion=one_of(*THINKS),
     )
     raw: bool = setting("--raw/--no-raw", "Show answers as plain text, not as Markdown.", OUTPUT)
     as_json: bool = option(
@@ -187,22 +135,15 @@ class RunFlags(LoadFlags):
     verbose: bool = setting(
         "--verbose/--no-verbose", "Print speeds and expert cache figures after each answer.", OUTPUT
     )
-    ctx_size: int | None = load_flags.CONTEXT_SIZE
-    parallel: int = load_flags.parallel(4)
-    exact_prompts: bool = load_flags.EXACT_PROMPTS
+    load: Mapping[str, Any] = loading(
+        *load_flags.LOADING, "context_size", "parallel", "exact_prompts", parallel=4
+    )
     prompt_cache: Path | None = option(
         "--prompt-cache FILE",
         "Save the KV cache in FILE, so that the next run processes only what is new.",
         MEMORY,
     )
-    overflow: str = setting(
-        "--overflow POLICY",
-        "If the context is full, refuse the question (stop) or drop old turns (drop-oldest).",
-        CHAT,
-        "stop",
-        check=partial(checked_word, OVERFLOWS, "--overflow"),
-        autocompletion=one_of(*OVERFLOWS),
-    )
+    chat: Mapping[str, Any] = group(ChatOptions, CHAT, "overflow")
     resume: str | None = option(
         "-r --resume [ID]",
         "Resume the chat of this ID or name, by default the last one.",
@@ -260,16 +201,12 @@ def chat_options(context: typer.Context, flags: RunFlags, size: Context, note: N
     setting = chosen(context, settings["system"], settings["system-file"])
     system: Any = None if setting is None else context.params[setting.name]
     if setting is not None and setting.name == "system_file":
-        system = read_file(expanded(system), size, note)
-    hides = flags.quiet and flags.think == "show"
-    return ChatOptions(
-        sampling={name: getattr(flags, name) for name in _SAMPLED},
-        system=system or None,
-        max_tokens=flags.max_tokens,
-        stop=flags.stop or [],
-        overflow=cast("Overflow", flags.overflow),
-        think="hide" if hides else cast("Think", flags.think),
+        system = read_file(Path(os.path.expanduser(system)), size, note)
+    options = ChatOptions(
+        sampling=flags.sampling, system=system or None, **flags.answer, **flags.chat
     )
+    hides = flags.quiet and options.think == "show"
+    return replace(options, think="hide") if hides else options
 
 
 def given_settings(context: typer.Context) -> list[str]:

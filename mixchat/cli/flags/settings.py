@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import Field, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, Signature
@@ -12,7 +12,10 @@ from typing import Any, Literal, get_type_hints
 import typer
 
 from mixchat.base.errors import UsageError
+from mixchat.base.option import Texts, options_of
+from mixchat.base.options import LoadOptions
 from mixchat.base.settings import config_file, read_config
+from mixchat.cli.flags.shell_completion import one_of
 
 PREFIX = "MIXCHAT_"
 AGAIN = "may be given again"  # of a flag with several values
@@ -33,6 +36,8 @@ MACHINE = "Another machine"
 MEASURING = "Measuring"
 _ORDER = (MODEL, PROMPT, SERVER, MACHINE, MEASURING, SAMPLING, OUTPUT, MEMORY, CHAT, None)
 
+# Checks a value, and raises `UsageError` about the name that the second argument is.
+Check = Callable[[Any, str], object]
 ValueSource = Literal["flag", "variable", "file", "default"]
 _SOURCES: dict[str, ValueSource] = {
     "COMMANDLINE": "flag",
@@ -64,40 +69,118 @@ def setting(
     heading: str,
     default: Any = None,
     *,
-    check: Callable[[Any], object] | None = None,
+    check: Check | None = None,
     **more: Any,
 ) -> Any:
     """Return an option whose first long flag names its key in config.toml and its variable.
 
-    `check` raises `UsageError`, which then tells the variable or file that gave the value.
+    `check` gets the flag, or the variable or key that gave the value.
     """
     name = next(word for word in usage.split() if word.startswith("--")).partition("/")[0]
     variable = PREFIX + name.removeprefix("--").replace("-", "_").upper()
     return option(usage, help, heading, default, **common(variable, check), **more)
 
 
+def declared(
+    declaring: type, name: str, heading: str, default: Any = None, *, shown: str = ""
+) -> Any:
+    """Return the setting of the option that a dataclass declares.
+
+    shown: the default for a person, in which {} is that of the dataclass. Without it, and if
+    nothing else is shown, the setting has the default of the dataclass.
+    """
+    each = options_of(declaring)[name]
+    shown_default = each.shown_default or shown.format(getattr(declaring, name)) or None
+    if default is None and shown_default is None:
+        default = getattr(declaring, name) or None
+    more: dict[str, Any] = {} if shown_default is None else {"show_default": shown_default}
+    if each.words:
+        more["autocompletion"] = one_of(*each.words)
+    help = each.help
+    if isinstance(each, Texts):
+        help = f"{help.removesuffix('.')}; {AGAIN}."
+    return setting(each.usage, help, heading, default, check=each.checked, **more)
+
+
+@dataclass(frozen=True)
+class OptionGroup:
+    """Flags for options that a dataclass declares. Their values come in one mapping.
+
+    defaults: other ones than the dataclass has. shown: as for `declared`.
+    """
+
+    declaring: type
+    names: tuple[str, ...]
+    heading: str
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    shown: str = ""
+
+    def parameters(self) -> list[Parameter]:
+        """Return a parameter of Typer's for each option, by the option's name."""
+        return [self._parameter(name) for name in self.names]
+
+    def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that a shell, a variable or config.toml gives."""
+        options = options_of(self.declaring)
+        return {
+            name: options[name].checked(given[name], f"--{options[name].key}")
+            for name in self.names
+            if given[name] not in (None, [])
+        }
+
+    def _parameter(self, name: str) -> Parameter:
+        each = options_of(self.declaring)[name]
+        default = self.defaults.get(name)
+        flag = declared(self.declaring, name, self.heading, default, shown=self.shown)
+        flag_type = each.flag_type if each.flag_type is bool else each.flag_type | None
+        return _parameter(name, flag, flag_type)
+
+
+def group(declaring: type, heading: str, *names: str, shown: str = "", **defaults: Any) -> Any:
+    """Return the group of these options, as the default of a field of flags."""
+    return OptionGroup(declaring, names, heading, defaults, shown)
+
+
+def loading(*names: str, **defaults: Any) -> Any:
+    """Return the group of these options of loading a model."""
+    return group(LoadOptions, MEMORY, *names, **defaults)
+
+
 def with_flags(command: Callable[[typer.Context, Any], None]) -> Callable[..., None]:
-    """Return a command with a parameter for each field of the dataclass that `command` takes."""
+    """Return a command with a parameter for each field of the dataclass that `command` takes.
+
+    A field with an `OptionGroup` has a parameter for each option of the group.
+    """
     flags = get_type_hints(command)["flags"]
     types = get_type_hints(flags)
+    groups = {
+        each.name: each.default for each in fields(flags) if isinstance(each.default, OptionGroup)
+    }
 
     @wraps(command)
     def run(context: typer.Context, **values: Any) -> None:
-        command(context, flags(**values))
+        grouped = {name: options.values(values) for name, options in groups.items()}
+        others = {each.name: values[each.name] for each in fields(flags) if each.name not in groups}
+        command(context, flags(**others, **grouped))
 
-    parameters = [
-        Parameter(
-            each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=types[each.name]
-        )
-        for each in sorted(fields(flags), key=_place_in_help)
-    ]
+    parameters = list[Parameter]()
+    for each in fields(flags):
+        if each.name in groups:
+            parameters += groups[each.name].parameters()
+        else:
+            parameters.append(_parameter(each.name, each.default, types[each.name]))
+    parameters.sort(key=_place_in_help)
     first = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     run.__signature__ = Signature([first, *parameters])  # type: ignore[attr-defined]
     return run
 
 
-def _place_in_help(field: Field[Any]) -> int:
-    return _ORDER.index(getattr(field.default, "rich_help_panel", None))
+def _parameter(name: str, flag: Any, flag_type: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=flag, annotation=flag_type)
+
+
+def _place_in_help(parameter: Parameter) -> int:
+    return _ORDER.index(getattr(parameter.default, "rich_help_panel", None))
 
 
 def settings_of(command: Any) -> dict[str, Any]:
@@ -211,7 +294,7 @@ def explained(error: typer.BadParameter) -> Exception:
     if context is None or value_source(context, parameter.name) in ("flag", "default"):
         return error
     hint = f"'{context.command_path} --help' explains it."
-    return _named(context, parameter, error.message, hint)
+    return UsageError(f"{_given_name(context, parameter)}: {error.message}", hint=hint)
 
 
 def _as_word(where: str, parameter: Any, value: Any) -> Any:
@@ -246,32 +329,29 @@ def _shown(parameter: Any) -> str:
     return str(long or parameter.metavar)
 
 
-def common(variable: str, check: Callable[[Any], object] | None) -> dict[str, Any]:
+def common(variable: str, check: Check | None) -> dict[str, Any]:
     """Return what options and arguments have in common that a variable and config.toml set."""
 
     def checked(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
         if damage := context.meta.get(_DAMAGE):
             raise damage
         if value is not None and check is not None:
+            name = _given_name(context, parameter)
             try:
-                check(value)
+                check(value, name)
             except UsageError as error:
-                raise _named(context, parameter, str(error), error.hint) from None
+                is_named = str(error).startswith(name)
+                message = str(error) if is_named else f"{name}: {error}"
+                raise UsageError(message, hint=error.hint) from None
         return value
 
     return {"envvar": variable, "show_envvar": False, "callback": checked}
 
 
-def _named(context: typer.Context, parameter: Any, message: str, hint: str | None) -> UsageError:
-    name = {
-        "variable": parameter.envvar,
-        "file": f"{config_file()}: {_key(parameter)}",
-    }.get(value_source(context, parameter.name))
-    flag = next((flag for flag in parameter.opts if message.startswith(f"{flag} ")), None)
-    if name is None and (flag or parameter.param_type_name == "argument"):
-        return UsageError(message, hint=hint)
-    problem = f" {message[len(flag) + 1 :]}" if flag else f": {message}"
-    return UsageError((name or _shown(parameter)) + problem, hint=hint)
+def _given_name(context: typer.Context, parameter: Any) -> str:
+    """Return the name of a parameter in the shell, the environment or config.toml."""
+    names = {"variable": parameter.envvar, "file": f"{config_file()}: {_key(parameter)}"}
+    return str(names.get(value_source(context, parameter.name)) or _shown(parameter))
 
 
 def _key(parameter: Any) -> str | None:

@@ -7,14 +7,14 @@
 | messages[].name                            | ignored                                            |
 | messages[].reasoning_content               | ignored without tool_calls or preserve_thinking    |
 | temperature, top_p, seed                   | OpenAI's, else the model's advice                  |
-| top_k, min_p, repeat_penalty               | mixchat's own, with the limits of `run`            |
+| top_k, min_p, repeat_penalty               | mixchat's own                                      |
 | repetition_penalty                         | as repeat_penalty                                  |
 | presence_penalty, frequency_penalty        | OpenAI's                                           |
-| logit_bias                                 | by token id, -100 to 100                           |
+| logit_bias                                 | by token id                                        |
 | max_tokens, max_completion_tokens          | 0 for as many as fit                               |
 | n                                          | up to what the server can take                     |
 | stop, stream, stream_options.include_usage | OpenAI's                                           |
-| logprobs, top_logprobs                     | at most 20                                         |
+| logprobs, top_logprobs                     | at most _MAX_LOGPROBS                              |
 | response_format, grammar                   | a JSON schema, or GBNF and Lark as in llama.cpp    |
 | tools, tool_choice, parallel_tool_calls    | OpenAI's                                           |
 | functions, function_call                   | ignored and named, or refused if they force a call |
@@ -32,23 +32,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import FailFast, Field, ValidationInfo, WrapValidator, field_validator
 
 from mixchat.base.errors import alternatives
-from mixchat.face.numbers import SAMPLING, NumberParameter
 from mixchat.face.request import Form, Request
 from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import field_error, value_error
 from mixchat.serving.requests.fields import (
     JSON,
     RequestObject,
-    checked_number,
+    checked,
     max_items,
-    number,
     only,
     validated,
+    within,
     wrong,
 )
 from mixchat.serving.requests.shared import APIRequest
@@ -78,10 +78,10 @@ _NO_FUNCTIONS = "is not supported: use tools"
 _NO_CALL = "cannot be followed: use tools and tool_choice"
 _TEXT_ONLY = "is not supported: the model reads and writes text alone"
 _NO_EFFORT = 'has to be "none": the model does not reason apart'
-_TOP_LOGPROBS = NumberParameter(
-    "top_logprobs", int, lambda x: 0 <= x <= _MAX_LOGPROBS, f"between 0 and {_MAX_LOGPROBS}"
-)
-TopLogprobs = Annotated[int | None, number(_TOP_LOGPROBS)]
+# A server holds these for each token until a client takes them.
+TopLogprobs = Annotated[
+    int | None, within(replace(shared.OPTIONS["top_logprobs"], most=_MAX_LOGPROBS))
+]
 # An empty list counts as not given.
 _FunctionCall: TypeAlias = Annotated[Any, only(([],), "unsupported_parameter", _NO_FUNCTIONS)]
 _Media: TypeAlias = Annotated[Any, only(([],), "unsupported_parameter", _TEXT_ONLY)]
@@ -173,7 +173,7 @@ def read_openai(
         )
         body = {name: value for name, value in body.items() if name not in _FOREIGN}
         if (penalty := body.pop(_PENALTY, None)) is not None:
-            checked_number(penalty, SAMPLING["repeat-penalty"], _PENALTY)
+            checked(penalty, shared.OPTIONS["repeat_penalty"], _PENALTY)
             if body.get("repeat_penalty") not in (None, penalty):
                 raise field_error(_PENALTY, "and repeat_penalty differ: give one of them")
             body["repeat_penalty"] = penalty

@@ -3,7 +3,7 @@
 | field        | taken as                                 |
 | ------------ | ---------------------------------------- |
 | prompt       | a string, token ids, or a list of either |
-| logprobs     | at most 20                               |
+| logprobs     | as top_logprobs of a chat                |
 | echo, suffix | only false and empty                     |
 | best_of      | only if it equals n                      |
 """
@@ -13,11 +13,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mixchat.face.numbers import NumberParameter
+from mixchat.base.option import Integer
 from mixchat.face.request import Request
 from mixchat.serving.requests.chat import OpenAIFields, TopLogprobs, read_openai
 from mixchat.serving.requests.errors import field_error, value_error
-from mixchat.serving.requests.fields import JSON, checked_number, only
+from mixchat.serving.requests.fields import JSON, checked, only
 from mixchat.serving.requests.shared import APIRequest, api_request, max_answers
 
 if TYPE_CHECKING:
@@ -79,7 +79,5 @@ def read_completion(body: JSON, model: Model, strict: bool, at_end: ExitStack) -
 
 def token_ids(items: list[Any], vocab_size: int, path: str) -> list[int]:
     """Return the items as token ids. Raises `RequestError`."""
-    limits = NumberParameter(
-        "token", int, lambda x: 0 <= x < vocab_size, f"a token id, 0 to {vocab_size - 1}"
-    )
-    return [checked_number(item, limits, f"{path}[{i}]") for i, item in enumerate(items)]
+    token_id = Integer("A token id.", least=0, most=vocab_size - 1)
+    return [checked(item, token_id, f"{path}[{i}]") for i, item in enumerate(items)]

@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from mixchat.face.numbers import NumberParameter
+from mixchat.base.option import Option
 from mixchat.serving.requests.errors import (
     RequestError,
     field_error,
@@ -209,21 +209,21 @@ def max_items(limit: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def number(limits: NumberParameter) -> PlainValidator:
-    """Return a validator that takes a number within its limits."""
+def within(option: Option) -> PlainValidator:
+    """Return a validator that takes a value of an option."""
 
     def check(value: Any) -> Any:
-        number = limits.accepted(value)
-        if number is None:
-            raise wrong("invalid_value", f"has to be {limits.limits}")
-        return number
+        usable = option.accepted(value)
+        if usable is None:
+            raise wrong("invalid_value", f"has to be {option.rule}")
+        return usable
 
     return PlainValidator(check)
 
 
-def checked_number(value: Any, limits: NumberParameter, path: str) -> Any:
-    """Return a number within its limits. Raises `RequestError`."""
-    number = limits.accepted(value)
-    if number is None:
-        raise value_error(path, limits.limits, value)
-    return number
+def checked(value: Any, option: Option, path: str) -> Any:
+    """Return a value of an option. Raises `RequestError` about the field at `path`."""
+    usable = option.accepted(value)
+    if usable is None:
+        raise value_error(path, option.rule, value)
+    return usable

@@ -9,20 +9,20 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, FailFast
+from pydantic import AfterValidator, FailFast, PlainValidator
 
 from mixchat.base.errors import PromptTooLongError
-from mixchat.base.options import SamplingOptions
-from mixchat.face.numbers import LENGTHS, SAMPLING, NumberParameter
+from mixchat.base.option import options_of
+from mixchat.base.options import AnswerOptions, SamplingOptions
 from mixchat.face.prompt import LEAVE_OUT_HINT
 from mixchat.face.request import FormError, Request
 from mixchat.serving.requests.errors import RequestError, field_error, to_json, value_error
 from mixchat.serving.requests.fields import (
     RequestObject,
-    checked_number,
+    checked,
     max_items,
-    number,
     or_text,
+    within,
     wrong,
 )
 from mixchat.text.thinking import EFFORT, EFFORTS, ThinkingFormat
@@ -39,17 +39,15 @@ _MAX_STOPS, _MAX_STOP_LENGTH = 32, 500  # strings, characters
 _MAX_FORM = 100_000  # bytes of a schema or a grammar, which take 2 s
 _HIGHER_EFFORTS = ("xhigh", "max")  # than any that templates know
 _CODES = {"schema": "invalid_schema", "tools": "invalid_schema", "grammar": "invalid_grammar"}
-_BIAS = NumberParameter("logit_bias", float, lambda x: -100 <= x <= 100, "between -100 and 100")
-_PENALTY = NumberParameter("penalty", float, lambda x: -2 <= x <= 2, "between -2 and 2")
-# The limit of OpenAI. `run --temp` has none.
-_TEMPERATURE = NumberParameter("temperature", float, lambda x: 0 <= x <= 2, "between 0 and 2")
+OPTIONS = {**options_of(SamplingOptions), **options_of(AnswerOptions)}
 
-Temperature = Annotated[float | None, number(_TEMPERATURE)]
-TopP = Annotated[float | None, number(SAMPLING["top-p"])]
-TopK = Annotated[int | None, number(SAMPLING["top-k"])]
-RepeatPenalty = Annotated[float | None, number(SAMPLING["repeat-penalty"])]
-Seed = Annotated[int | None, number(SAMPLING["seed"])]
-Length = Annotated[int | None, number(LENGTHS["max-tokens"])]
+
+def declared(name: str) -> PlainValidator:
+    """Return a validator that takes a value of the option `name`, whatever the field's name is."""
+    return within(OPTIONS[name])
+
+
+Length = Annotated[int | None, declared("max_tokens")]
 
 
 def _short(stop: str) -> str:
@@ -81,14 +79,14 @@ Grammar = Annotated[str, AfterValidator(small_form)]
 class SamplingFields(RequestObject):
     """The numbers of OpenAI's, llama.cpp's and Ollama's requests. None if one is not given."""
 
-    seed: Seed = None
-    temperature: Temperature = None
-    top_p: TopP = None
-    top_k: TopK = None
-    min_p: Annotated[float | None, number(SAMPLING["min-p"])] = None
-    repeat_penalty: RepeatPenalty = None
-    presence_penalty: Annotated[float | None, number(_PENALTY)] = None
-    frequency_penalty: Annotated[float | None, number(_PENALTY)] = None
+    seed: Annotated[Any, declared("seed")] = None
+    temperature: Annotated[Any, declared("temperature")] = None
+    top_p: Annotated[Any, declared("top_p")] = None
+    top_k: Annotated[Any, declared("top_k")] = None
+    min_p: Annotated[Any, declared("min_p")] = None
+    repeat_penalty: Annotated[Any, declared("repeat_penalty")] = None
+    presence_penalty: Annotated[Any, declared("presence_penalty")] = None
+    frequency_penalty: Annotated[Any, declared("frequency_penalty")] = None
 
 
 def sampling_of(
@@ -106,7 +104,7 @@ def sampling_of(
         token = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else size
         if token >= size:
             raise field_error(path, f"is no token: ids are 0 to {size - 1}", "invalid_value")
-        pairs[token] = float(checked_number(value, _BIAS, path))
+        pairs[token] = checked(value, OPTIONS["logit_bias"], path)
     return replace(model.sampling, **numbers, logit_bias=tuple(pairs.items()))
 
 

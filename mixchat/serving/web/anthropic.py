@@ -115,9 +115,9 @@ class _Fields(RequestObject):
     max_tokens: shared.Length = None
     messages: Annotated[list[_Message], FailFast(), max_items(shared.MAX_MESSAGES)]
     system: _Blocks = Field([])
-    temperature: shared.Temperature = None
-    top_p: shared.TopP = None
-    top_k: shared.TopK = None
+    temperature: Annotated[Any, shared.declared("temperature")] = None
+    top_p: Annotated[Any, shared.declared("top_p")] = None
+    top_k: Annotated[Any, shared.declared("top_k")] = None
     stop_sequences: shared.Stops = Field([])
     stream: bool = False
     tools: Annotated[list[_Tool], FailFast(), max_items(tool_fields.MAX_TOOLS)] = Field([])

@@ -86,7 +86,7 @@ class _Options(shared.SamplingFields):
     num_predict: Annotated[
         shared.Length, BeforeValidator(lambda n: 0 if type(n) is int and n < 0 else n)
     ] = None
-    seed: Annotated[shared.Seed, BeforeValidator(_drawn)] = None
+    seed: Annotated[Any, shared.declared("seed"), BeforeValidator(_drawn)] = None
 
 
 class _Fields(RequestObject):

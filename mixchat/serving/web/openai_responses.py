@@ -123,9 +123,9 @@ class _Fields(RequestObject):
     ]
     instructions: str = ""
     max_output_tokens: shared.Length = None
-    temperature: shared.Temperature = None
-    top_p: shared.TopP = None
-    seed: shared.Seed = None
+    temperature: Annotated[Any, shared.declared("temperature")] = None
+    top_p: Annotated[Any, shared.declared("top_p")] = None
+    seed: Annotated[Any, shared.declared("seed")] = None
     stream: bool = False
     tools: Annotated[list[JSON], FailFast(), max_items(tool_fields.MAX_TOOLS)] = Field([])
     tool_choice: Any = "auto"

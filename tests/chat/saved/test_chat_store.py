@@ -19,9 +19,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mixchat.base.errors import ChatNotFoundError, CheckpointError, ResourceError, UsageError
+from mixchat.base.option import options_of
+from mixchat.base.options import SamplingOptions, accepted_numbers
 from mixchat.chat.saved.chat_store import ChatStore, new_id
 from mixchat.chat.saved.saved_chat import checked_name
-from mixchat.face.numbers import SAMPLING, accepted_numbers
 from mixchat.text.messages import Message
 
 TEXTS = st.text(st.characters(exclude_categories=()))
@@ -43,7 +44,7 @@ class TestRoundTrip:
     # Two halves that were never joined must not come back as one character.
     @example({}, datetime(1970, 1, 1), "\ud83d\ude00 \udcff \0 \r\n \u2028")
     @given(
-        st.dictionaries(st.sampled_from([n.field for n in SAMPLING.values()]), ANY_NUMBERS),
+        st.dictionaries(st.sampled_from([*options_of(SamplingOptions)]), ANY_NUMBERS),
         st.datetimes(datetime(1678, 1, 1), datetime(2261, 1, 1)),  # that a clock can have
         TEXTS,
     )

@@ -77,7 +77,7 @@ def test_a_line_goes_before_what_applies_to_all(load):
         ({"prompt": 3}, "prompt has to be a string, not 3"),
         ({"prompt": "Hi", "messages": []}, "exclude each other"),
         ({"temperature": 1}, "messages is missing"),
-        ({"prompt": "Hi", "temperature": -1}, "temperature has to be between 0 and 2"),
+        ({"prompt": "Hi", "temperature": -1}, "temperature has to be 0 or more"),
         ({"prompt": "Hi", "stream": True}, "stream is not for a file"),
         ({"prompt": "Hi", "n": 2}, "n is not for a file"),
         ({"prompt": "Hi", "colour": "red"}, "colour is not a field"),

@@ -323,16 +323,6 @@ def test_anthropic_counts_the_tokens_of_a_request(served):
             (path, {"model": "scripted", "input": "a"}, 404, "embedding model")
             for path in ("/v1/embeddings", "/api/embed", "/api/embeddings")
         ),
-        *(
-            (path, body, 400, "temperature has to be between 0 and 2")
-            for path, body in {
-                "/v1/messages": {"max_tokens": 1, "messages": question("a"), "temperature": 2.1},
-                "/v1/responses": {"input": "a", "temperature": 3},
-                "/v1/completions": {"prompt": "a", "temperature": 3},
-                "/api/chat": {"messages": question("a"), "options": {"temperature": 5}},
-                "/api/generate": {"prompt": "a", "options": {"temperature": 2.5}},
-            }.items()
-        ),
     ],
 )
 def test_a_wrong_request_is_refused_in_the_form_of_its_api(served, path, body, status, text):
