@@ -2,6 +2,7 @@
 
 import ast
 import functools
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -113,3 +114,15 @@ def test_an_import_against_the_order_or_in_a_circle_would_be_found(tmp_path):
     file = tmp_path / "wrong.py"
     file.write_text("def late():\n    from mixchat.cli import app\n    import mixchat.cli.run\n")
     assert imported_by(file) == {"mixchat.cli.app", "mixchat.cli.run"}
+
+
+def test_no_two_classes_have_one_name():
+    """Fourteen names stood twice, such as two `MemoryBudget`."""
+    names = [
+        node.name.lstrip("_")
+        for path in MODULES.values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    ]
+    twice = {name for name, count in Counter(names).items() if count > 1}
+    assert twice <= {"Norm"}  # an operation of a layer, and one in a kernel for GPUs

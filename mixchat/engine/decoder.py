@@ -45,7 +45,7 @@ class Decoder:
         self._output = output
         self._new_buffers = partial(TokenBuffers, cache, hidden_size, dtype)
         # By the count of sequences. The most recently used one comes last.
-        self._decoders = {1: _Decoder(blocks, self._new_buffers(1), output)}
+        self._decoders = {1: _BatchDecoder(blocks, self._new_buffers(1), output)}
 
     def run(
         self, x: torch.Tensor, context: TokenContext, after_layer: AfterLayer
@@ -55,14 +55,14 @@ class Decoder:
             return None
         decoder = self._decoders.pop(count, None)
         if decoder is None:
-            decoder = _Decoder(self._blocks, self._new_buffers(count), self._output)
+            decoder = _BatchDecoder(self._blocks, self._new_buffers(count), self._output)
         self._decoders[count] = decoder
         if len(self._decoders) > _MAX_DECODERS:
             del self._decoders[next(number for number in self._decoders if number > 1)]
         return decoder.run(x, context.caches, after_layer)
 
 
-class _Decoder:
+class _BatchDecoder:
     """Computes the next tokens of as many caches as there are buffers for."""
 
     def __init__(

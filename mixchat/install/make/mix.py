@@ -34,7 +34,7 @@ class Sensitivity(NamedTuple):
     down: float
 
 
-class _Option(NamedTuple):
+class _Candidate(NamedTuple):
     """A form of a layer's experts, with its bytes and its cost."""
 
     size: int
@@ -170,13 +170,13 @@ def _sizes(blueprint: Blueprint) -> dict[tuple[QuantType, QuantType], int]:
 
 def _options(
     sizes: Mapping[tuple[QuantType, QuantType], int], sensitivity: Sensitivity
-) -> Iterator[_Option]:
+) -> Iterator[_Candidate]:
     for (up, down), size in sizes.items():
         cost = sensitivity.up * squared_error(up) + sensitivity.down * squared_error(down)
-        yield _Option(size, cost, (up, None if down == up else down))
+        yield _Candidate(size, cost, (up, None if down == up else down))
 
 
-def _steps(options: Sequence[_Option]) -> Iterator[tuple[float, _Option]]:
+def _steps(options: Sequence[_Candidate]) -> Iterator[tuple[float, _Candidate]]:
     """Yield the larger options of the lower convex hull, with the cost saved for each byte.
 
     The savings fall.

@@ -45,7 +45,7 @@ ToolName = Annotated[str, AfterValidator(_valid_name)]
 Parameters = Annotated[dict[str, Any] | None, AfterValidator(_of_an_object)]
 
 
-class Function(RequestObject):
+class OfferedFunction(RequestObject):
     """A function that a model may call, in OpenAI's form."""
 
     name: ToolName
@@ -61,7 +61,7 @@ class FunctionField(RequestObject):
     """One of the tools of a chat, for OpenAI and Ollama."""
 
     type: Literal["function"]
-    function: Function
+    function: OfferedFunction
 
 
 FunctionFields = Annotated[list[FunctionField], FailFast(), max_items(MAX_TOOLS)]

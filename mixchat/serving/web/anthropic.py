@@ -38,7 +38,7 @@ from mixchat.serving.requests.fields import (
     validated,
 )
 from mixchat.serving.requests.shared import APIRequest
-from mixchat.serving.web.blocks import Block, BlockResponses, Change
+from mixchat.serving.web.blocks import AnswerBlock, BlockResponses, Change
 from mixchat.serving.web.responses import call_arguments, to_event
 from mixchat.text.messages import Message
 from mixchat.text.tool_call import Tool, ToolCall
@@ -54,7 +54,7 @@ _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_
 _ERROR_TYPES |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
 
 
-class _Block(RequestObject):
+class _ContentBlock(RequestObject):
     ignored = ("cache_control", "citations", "signature", "caller")
     type: Literal["text", "thinking", "redacted_thinking", "tool_use", "tool_result"]
     text: str = ""
@@ -68,19 +68,21 @@ class _Block(RequestObject):
     is_error: bool = False
 
 
-_Blocks = Annotated[list[_Block], FailFast(), max_items(shared.MAX_PARTS), or_text(as_part)]
+_ContentBlocks = Annotated[
+    list[_ContentBlock], FailFast(), max_items(shared.MAX_PARTS), or_text(as_part)
+]
 
 
-class _Message(RequestObject):
+class _AnthropicMessage(RequestObject):
     role: Literal["user", "assistant", "system"]
-    content: _Blocks
+    content: _ContentBlocks
 
 
 class _Result(RequestObject):
-    content: _Blocks = Field([])
+    content: _ContentBlocks = Field([])
 
 
-class _Tool(RequestObject):
+class _CustomTool(RequestObject):
     ignored = ("cache_control", "eager_input_streaming", "defer_loading", "allowed_callers")
     type: Literal["custom"] = "custom"
     name: tool_fields.ToolName
@@ -89,7 +91,7 @@ class _Tool(RequestObject):
     strict: bool = False
 
 
-class _Choice(RequestObject):
+class _ToolChoice(RequestObject):
     type: Literal["auto", "any", "tool", "none"]
     name: str = ""
     disable_parallel_tool_use: bool = False
@@ -100,28 +102,28 @@ class _Thinking(RequestObject):
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
 
 
-class _Format(RequestObject):
+class _OutputFormat(RequestObject):
     type: Literal["json_schema"]
     schema_: Annotated[shared.Schema, Field(alias="schema")]
 
 
 class _OutputConfig(RequestObject):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-    format: _Format | None = None
+    format: _OutputFormat | None = None
 
 
-class _Fields(RequestObject):
+class _MessagesFields(RequestObject):
     ignored: ClassVar[tuple[str, ...]] = ("model", *_LABELS)
     max_tokens: shared.Length = None
-    messages: Annotated[list[_Message], FailFast(), max_items(shared.MAX_MESSAGES)]
-    system: _Blocks = Field([])
+    messages: Annotated[list[_AnthropicMessage], FailFast(), max_items(shared.MAX_MESSAGES)]
+    system: _ContentBlocks = Field([])
     temperature: Annotated[Any, shared.declared("temperature")] = None
     top_p: Annotated[Any, shared.declared("top_p")] = None
     top_k: Annotated[Any, shared.declared("top_k")] = None
     stop_sequences: shared.Stops = Field([])
     stream: bool = False
-    tools: Annotated[list[_Tool], FailFast(), max_items(tool_fields.MAX_TOOLS)] = Field([])
-    tool_choice: _Choice = _Choice(type="auto")
+    tools: Annotated[list[_CustomTool], FailFast(), max_items(tool_fields.MAX_TOOLS)] = Field([])
+    tool_choice: _ToolChoice = _ToolChoice(type="auto")
     thinking: _Thinking | None = None
     output_config: _OutputConfig = _OutputConfig()
 
@@ -137,7 +139,7 @@ def read_messages(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> 
 def read_counted(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIRequest:
     """Return the request of a body whose tokens are counted, which needs no `max_tokens`."""
     shared.check_model(body.get("model"), model.name)
-    fields, unused = read_known(_Fields, body)
+    fields, unused = read_known(_MessagesFields, body)
     messages = _messages(fields)
     if not messages:
         raise field_error("messages", "is missing or empty", "missing_required_parameter")
@@ -183,7 +185,7 @@ def read_counted(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> A
     )
 
 
-def _messages(fields: _Fields) -> list[Message]:
+def _messages(fields: _MessagesFields) -> list[Message]:
     """Return the messages of a body, with consecutive ones of a user joined.
 
     Templates want questions and answers in turns. An instruction in the midst of a conversation
@@ -208,7 +210,7 @@ def _messages(fields: _Fields) -> list[Message]:
     ]
 
 
-def _parts(field: _Message, path: str) -> Iterator[tuple[Message, str]]:
+def _parts(field: _AnthropicMessage, path: str) -> Iterator[tuple[Message, str]]:
     """Yield the messages of one, with their paths. The results of tools come first."""
     # In Anthropic's API a result is a block in a message of the user, before its text.
     calls = list[ToolCall]()
@@ -228,7 +230,7 @@ def _parts(field: _Message, path: str) -> Iterator[tuple[Message, str]]:
         yield Message(role, _text(texts), thinking=thinking, calls=tuple(calls)), path
 
 
-def _text(blocks: Sequence[_Block]) -> str:
+def _text(blocks: Sequence[_ContentBlock]) -> str:
     return "\n\n".join(block.text for block in blocks)
 
 
@@ -265,7 +267,7 @@ class AnthropicResponses(BlockResponses):
     def comment(self, text: str) -> bytes:
         return _event("ping")  # Anthropic's own sign of life
 
-    def events(self, change: Change, block: Block, content: str) -> Iterator[bytes]:
+    def events(self, change: Change, block: AnswerBlock, content: str) -> Iterator[bytes]:
         if change == "open":
             yield _event("content_block_start", index=block.index, content_block=_content(block))
         elif change == "close":
@@ -302,7 +304,7 @@ def error_body(error: RequestError) -> JSON:
     return {"type": "error", "error": {"type": error_type, "message": str(error)}}
 
 
-def _content(block: Block) -> JSON:
+def _content(block: AnswerBlock) -> JSON:
     if block.kind == "call":
         arguments = call_arguments(block.content)
         return {"type": "tool_use", "id": block.id, "name": block.name, "input": arguments or {}}

@@ -38,7 +38,7 @@ from mixchat.serving.web.access import IGNORED, Access, error_response, guarded
 from mixchat.serving.web.answers import AnswerStream, PendingAnswers, WholeAnswer, while_connected
 from mixchat.serving.web.bodies import (
     Body,
-    MemoryBudget,
+    RequestMemory,
     WorkTurns,
     body_budget,
     in_thread,
@@ -93,7 +93,7 @@ class AppState:
     note: Note
     strict: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
-    budget: MemoryBudget = field(default_factory=lambda: MemoryBudget(body_budget()))
+    budget: RequestMemory = field(default_factory=lambda: RequestMemory(body_budget()))
 
     def __post_init__(self) -> None:
         self._noted = set[str]()
@@ -304,7 +304,7 @@ async def _converted(request: Request, body: Body, convert: Callable[[JSON], byt
     return WholeAnswer(data, request.state.share)
 
 
-class _Text(RequestObject):
+class _TokenizeFields(RequestObject):
     ignored = ("model",)
     content: str
     add_special: bool = False
@@ -312,7 +312,7 @@ class _Text(RequestObject):
 
 async def _tokenize(state: AppState, request: Request, model: Model, body: Body) -> Response:
     def encoded(fields: JSON) -> bytes:
-        text = _read_for(model, _Text, fields)
+        text = _read_for(model, _TokenizeFields, fields)
         tokenizer = model.tokenizer
         model.context.check_text(text.content, "content")
         bos = [] if tokenizer.bos_id is None or not text.add_special else [tokenizer.bos_id]
@@ -321,14 +321,14 @@ async def _tokenize(state: AppState, request: Request, model: Model, body: Body)
     return await _converted(request, body, encoded)
 
 
-class _Tokens(RequestObject):
+class _DetokenizeFields(RequestObject):
     ignored = ("model",)
     tokens: list[Any]
 
 
 async def _detokenize(state: AppState, request: Request, model: Model, body: Body) -> Response:
     def decoded(fields: JSON) -> bytes:
-        items = _read_for(model, _Tokens, fields).tokens
+        items = _read_for(model, _DetokenizeFields, fields).tokens
         limit = model.context.largest
         tokenizer = model.tokenizer
         if len(items) > limit:

@@ -20,7 +20,7 @@ Kind: TypeAlias = Literal["thinking", "text", "call"]
 
 
 @dataclass
-class Block:
+class AnswerBlock:
     """A part of an answer. `content` is its text so far, a call's arguments for one.
 
     is_cut_off: if the answer's limit ended it.
@@ -39,15 +39,15 @@ class BlockResponses(ResponseBuilder):
 
     def __init__(self, request: APIRequest, model: Model) -> None:
         super().__init__(request, model)
-        self.blocks: list[Block] = []
-        self._open: Block | None = None
+        self.blocks: list[AnswerBlock] = []
+        self._open: AnswerBlock | None = None
 
     @abstractmethod
     def whole_answer(self, end: End) -> JSON:
         """Return the body of an answer with all `blocks`."""
 
     @abstractmethod
-    def events(self, change: Change, block: Block, content: str) -> Iterator[bytes]:
+    def events(self, change: Change, block: AnswerBlock, content: str) -> Iterator[bytes]:
         """Yield the events of a block that is opened, gets a piece of content, or is closed."""
 
     @abstractmethod
@@ -65,11 +65,11 @@ class BlockResponses(ResponseBuilder):
         texts: dict[Kind, str] = {"thinking": piece.thinking, "text": piece.text}
         for kind, content in texts.items():
             if content and (self._open is None or self._open.kind != kind):
-                events += self._begin(Block(len(self.blocks), kind))
+                events += self._begin(AnswerBlock(len(self.blocks), kind))
             events += self._extend(content)
         for call in piece.calls:
             if call.id:
-                block = Block(len(self.blocks), "call", id=call.id, name=call.name)
+                block = AnswerBlock(len(self.blocks), "call", id=call.id, name=call.name)
                 events += self._begin(block)
             events += self._extend(call.arguments)
         return b"".join(events)
@@ -82,7 +82,7 @@ class BlockResponses(ResponseBuilder):
             self._open.is_cut_off = end.reason not in COMPLETE
         return b"".join(self._close())
 
-    def _begin(self, block: Block) -> Iterator[bytes]:
+    def _begin(self, block: AnswerBlock) -> Iterator[bytes]:
         yield from self._close()
         self.blocks.append(block)
         self._open = block

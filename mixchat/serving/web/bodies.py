@@ -48,7 +48,7 @@ def body_budget() -> int:
     return min(max(free_memory() // _FREE_PART, _MIN_BUDGET), _MAX_BUDGET)
 
 
-class MemoryBudget:
+class RequestMemory:
     """Bounds the bytes of all requests together. Only the event loop may use it."""
 
     def __init__(self, limit: int) -> None:
@@ -75,7 +75,7 @@ class MemoryBudget:
 class Share:
     """The bytes that one request holds."""
 
-    def __init__(self, budget: MemoryBudget) -> None:
+    def __init__(self, budget: RequestMemory) -> None:
         self.budget = budget
         self.size = 0
         self._give_up: Callable[[], object] = lambda: None
@@ -105,7 +105,7 @@ class Share:
         self.budget.held -= count
 
 
-def with_share(app: ASGIApp, budget: MemoryBudget) -> ASGIApp:
+def with_share(app: ASGIApp, budget: RequestMemory) -> ASGIApp:
     """Return `app`, which gives each request a share until its response is sent."""
 
     async def shared(scope: Scope, receive: Receive, send: Send) -> None:

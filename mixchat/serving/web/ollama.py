@@ -53,7 +53,7 @@ _REASONS = {"length": "length", "context": "length"}
 _NO_IMAGES = only(([], ""), "unsupported_parameter", "is not supported: the model reads text alone")
 
 
-class _Function(RequestObject):
+class _OllamaFunction(RequestObject):
     ignored = ("index", "description")
     name: tool_fields.ToolName
     arguments: JSON = Field({})
@@ -62,10 +62,10 @@ class _Function(RequestObject):
 class _Call(RequestObject):
     ignored = ("type", "index")
     id: str = ""
-    function: _Function
+    function: _OllamaFunction
 
 
-class _Message(RequestObject):
+class _OllamaMessage(RequestObject):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
     thinking: str = ""
@@ -89,9 +89,11 @@ class _Options(shared.SamplingFields):
     seed: Annotated[Any, shared.declared("seed"), BeforeValidator(_drawn)] = None
 
 
-class _Fields(RequestObject):
+class _OllamaFields(RequestObject):
     ignored: ClassVar[tuple[str, ...]] = ("model", "logprobs", "top_logprobs")
-    messages: Annotated[list[_Message], FailFast(), max_items(shared.MAX_MESSAGES)] = Field([])
+    messages: Annotated[list[_OllamaMessage], FailFast(), max_items(shared.MAX_MESSAGES)] = Field(
+        []
+    )
     prompt: str = ""
     system: str = ""
     raw: bool = False
@@ -106,7 +108,7 @@ class _Fields(RequestObject):
 
 def read_ollama_chat(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIRequest:
     """Return the request of a body of /api/chat. Raises as `read_chat` does."""
-    fields, unused = read_known(_Fields, body)
+    fields, unused = read_known(_OllamaFields, body)
     if not fields.messages:
         raise field_error("messages", "is missing or empty", "missing_required_parameter")
     shared.check_model(body.get("model"), model.name)
@@ -115,7 +117,7 @@ def read_ollama_chat(body: JSON, model: Model, strict: bool, at_end: ExitStack) 
 
 def read_generate(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIRequest:
     """Return the request of a body of /api/generate. Raises as `read_chat` does."""
-    fields, unused = read_known(_Fields, body)
+    fields, unused = read_known(_OllamaFields, body)
     shared.check_model(body.get("model"), model.name)
     if fields.raw:
         request = Request(prompt=fields.prompt)
@@ -126,7 +128,7 @@ def read_generate(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> 
 
 
 def _request(
-    fields: _Fields,
+    fields: _OllamaFields,
     request: Request,
     unused: Sequence[str],
     model: Model,
@@ -179,7 +181,7 @@ def _closed(schema: JSON, model: Model, at_end: ExitStack) -> JSON:
     return closed_schema
 
 
-def _messages(fields: Sequence[_Message]) -> list[Message]:
+def _messages(fields: Sequence[_OllamaMessage]) -> list[Message]:
     """Return the messages. A result without an id is for the first call of its tool.
 
     Raises `RequestError`.

@@ -40,7 +40,7 @@ from mixchat.serving.requests.fields import (
     validated,
 )
 from mixchat.serving.requests.shared import APIRequest
-from mixchat.serving.web.blocks import Block, BlockResponses, Change
+from mixchat.serving.web.blocks import AnswerBlock, BlockResponses, Change
 from mixchat.serving.web.responses import to_event
 from mixchat.text.messages import Message, Role
 
@@ -87,16 +87,16 @@ class _ResultItem(_Item):
     output: Annotated[_Parts, BeforeValidator(tool_fields.readable)]
 
 
-class _Format(RequestObject):
+class _TextFormat(RequestObject):
     ignored = ("name", "description")
     type: Literal["text", "json_object", "json_schema"]
     schema_: Annotated[shared.Schema | None, Field(alias="schema")] = None
     strict: bool = False  # every schema is followed to the letter
 
 
-class _Text(RequestObject):
+class _TextConfig(RequestObject):
     ignored = ("verbosity",)
-    format: _Format = _Format(type="text")
+    format: _TextFormat = _TextFormat(type="text")
 
 
 class _Reasoning(RequestObject):
@@ -104,7 +104,7 @@ class _Reasoning(RequestObject):
     effort: str | None = None
 
 
-class _FunctionTool(tool_fields.Function):
+class _FunctionTool(tool_fields.OfferedFunction):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
@@ -113,7 +113,7 @@ class _FunctionChoice(RequestObject):
     name: str
 
 
-class _Fields(RequestObject):
+class _ResponsesFields(RequestObject):
     ignored: ClassVar[tuple[str, ...]] = ("model", *_LABELS)
     input: Annotated[
         list[JSON],
@@ -130,7 +130,7 @@ class _Fields(RequestObject):
     tools: Annotated[list[JSON], FailFast(), max_items(tool_fields.MAX_TOOLS)] = Field([])
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
-    text: _Text = _Text()
+    text: _TextConfig = _TextConfig()
     reasoning: _Reasoning = _Reasoning()
     previous_response_id: Annotated[Any, _NONE] = None
     conversation: Annotated[Any, _NONE] = None
@@ -140,7 +140,7 @@ class _Fields(RequestObject):
 def read_responses(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIRequest:
     """Return the request of a body. Raises as `read_chat` does."""
     shared.check_model(body.get("model"), model.name)
-    fields, unused = read_known(_Fields, body)
+    fields, unused = read_known(_ResponsesFields, body)
     messages = _messages(fields.input)
     if not messages:
         raise field_error("input", "is missing or empty", "missing_required_parameter")
@@ -177,9 +177,9 @@ def read_responses(body: JSON, model: Model, strict: bool, at_end: ExitStack) ->
     )
 
 
-def _offer(fields: _Fields, unused: list[str]) -> ToolOffer | None:
+def _offer(fields: _ResponsesFields, unused: list[str]) -> ToolOffer | None:
     """Return the offer of the functions among the tools. Tools of other types are `unused`."""
-    functions: dict[str, tool_fields.Function] = {}  # by their paths
+    functions: dict[str, tool_fields.OfferedFunction] = {}  # by their paths
     for number, tool in enumerate(fields.tools):
         if tool.get("type") == "function":
             functions[f"tools[{number}]"] = validated(_FunctionTool, tool, f"tools[{number}]")
@@ -330,7 +330,7 @@ class ResponsesResponses(BlockResponses):
             "total_tokens": prompt + end.stats.generated_tokens,
         }
 
-    def events(self, change: Change, block: Block, content: str) -> Iterator[bytes]:
+    def events(self, change: Change, block: AnswerBlock, content: str) -> Iterator[bytes]:
         ids = {"item_id": self._id(block), "output_index": block.index}
         content_ids = {**ids, "content_index": 0}
         name = {
@@ -356,7 +356,7 @@ class ResponsesResponses(BlockResponses):
             item = self._item(block)
             yield self._event("response.output_item.done", output_index=block.index, item=item)
 
-    def _item(self, block: Block, status: str = "") -> JSON:
+    def _item(self, block: AnswerBlock, status: str = "") -> JSON:
         # A client runs a completed call, and this one's arguments are no whole JSON.
         status = status or ("incomplete" if block.is_cut_off else "completed")
         head = {"id": self._id(block), "status": status}
@@ -368,7 +368,7 @@ class ResponsesResponses(BlockResponses):
             return {"type": "reasoning", **head, "summary": [], "content": content}
         return {"type": "message", **head, "role": "assistant", "content": content}
 
-    def _id(self, block: Block) -> str:
+    def _id(self, block: AnswerBlock) -> str:
         while len(self._ids) <= block.index:
             self._ids.append(f"item_{secrets.token_hex(12)}")
         return self._ids[block.index]
@@ -378,7 +378,7 @@ class ResponsesResponses(BlockResponses):
         return to_event({"type": name, "sequence_number": self._number, **fields}, name)
 
 
-def _part(block: Block) -> JSON:
+def _part(block: AnswerBlock) -> JSON:
     if block.kind == "thinking":
         return {"type": "reasoning_text", "text": block.content}
     return {"type": "output_text", "text": block.content, "annotations": [], "logprobs": []}

@@ -14,7 +14,7 @@ from scripted_model import scripted_model
 from mixchat.experts.workers.address import resolve
 from mixchat.serving.web.access import Access, bind
 from mixchat.serving.web.app import AppState, create_app
-from mixchat.serving.web.bodies import MemoryBudget
+from mixchat.serving.web.bodies import RequestMemory
 from mixchat.serving.web.served_models import ServedModels
 from mixchat.serving.web.server import WebServer
 
@@ -30,7 +30,7 @@ class Served:
     server: WebServer
     reports: list[Exception] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    budget: MemoryBudget | None = None
+    budget: RequestMemory | None = None
 
     @property
     def url(self) -> str:
@@ -72,7 +72,7 @@ def serve() -> Iterator[Callable[..., Served]]:
     ) -> Served:
         model, reports, notes = scripted_model(**options), [], []
         models = models or ServedModels(model, lambda name: model)
-        memory = MemoryBudget(budget)
+        memory = RequestMemory(budget)
         shared = AppState(models, reports.append, notes.append, strict, budget=memory)
         bound = bind(resolve("127.0.0.1:0", any_port=True))
         app = create_app(shared, access or Access(), page=page)

@@ -18,7 +18,7 @@ from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web import bodies
 from mixchat.serving.web.answers import PING_S, PendingAnswers, WholeAnswer
-from mixchat.serving.web.bodies import Body, MemoryBudget, WorkTurns
+from mixchat.serving.web.bodies import Body, RequestMemory, WorkTurns
 from mixchat.serving.web.served_models import ServedModels
 
 CHAT = "/v1/chat/completions"
@@ -50,7 +50,7 @@ def test_the_budget_of_a_machine_is_a_part_of_its_free_memory(monkeypatch):
 
 
 def test_all_requests_share_one_budget_of_which_small_ones_get_the_last_quarter():
-    budget = MemoryBudget(LIMIT)
+    budget = RequestMemory(LIMIT)
     with budget.share() as large, budget.share() as other, budget.share() as small:
         large.grow(budget.most)
         with pytest.raises(QueueFullError):
@@ -63,7 +63,7 @@ def test_all_requests_share_one_budget_of_which_small_ones_get_the_last_quarter(
 
 
 def test_the_largest_answer_that_is_not_taken_makes_room_for_another_one():
-    budget, given_up = MemoryBudget(LIMIT), []
+    budget, given_up = RequestMemory(LIMIT), []
     with budget.share() as slow, budget.share() as slower, budget.share() as taken:
         for share, size in [(slow, 4_000_000), (slower, 5_000_000), (taken, 0)]:
 
@@ -87,7 +87,7 @@ def test_large_bodies_are_parsed_one_at_a_time_the_lightest_first(monkeypatch, p
     monkeypatch.setattr(bodies, "_PATIENCE_PER_BYTE", patience)
 
     async def main():
-        budget, turns, order, running = MemoryBudget(LIMIT), WorkTurns(), [], []
+        budget, turns, order, running = RequestMemory(LIMIT), WorkTurns(), [], []
         may_end = threading.Event()
 
         def read(given):
@@ -113,7 +113,7 @@ def test_large_bodies_are_parsed_one_at_a_time_the_lightest_first(monkeypatch, p
 
 def test_a_small_body_waits_for_no_large_one_and_for_no_form():
     async def main():
-        budget, turns = MemoryBudget(LIMIT), WorkTurns()
+        budget, turns = RequestMemory(LIMIT), WorkTurns()
         with budget.share() as share:
             async with turns.turn(HEAVY, 0.0), turns.turn(0, 0.0, has_form=True):
                 assert await read_body(body_of(b'{"a": 1}', share, turns), len) == 1
@@ -128,7 +128,7 @@ def test_the_body_of_a_client_that_left_is_never_parsed(monkeypatch):
     monkeypatch.setattr(bodies, "read_object", lambda data: parsed.append(data) or {})
 
     async def main():
-        budget, turns = MemoryBudget(LIMIT), WorkTurns()
+        budget, turns = RequestMemory(LIMIT), WorkTurns()
         with budget.share() as share:
             async with turns.turn(HEAVY, 0.0):
                 left, stays = (
@@ -180,7 +180,7 @@ def test_who_leaves_while_a_body_is_parsed_ends_it_and_lets_the_next_one_begin_t
         ended.append("left")
 
     async def main():
-        budget, turns = MemoryBudget(LIMIT), WorkTurns()
+        budget, turns = RequestMemory(LIMIT), WorkTurns()
         with budget.share() as share, ExitStack() as at_end:
             at_end.callback(may_end.set)
             left = body_of(b"{}", share, turns)
@@ -322,7 +322,7 @@ def test_an_answer_that_is_not_taken_is_given_up_when_its_memory_is_needed():
     token = TokenLogprob(1, -1.0, tuple((n, -1.0) for n in range(20)))
 
     async def main():
-        budget, model = MemoryBudget(LIMIT), _Model()
+        budget, model = RequestMemory(LIMIT), _Model()
         with budget.share() as share:
             pending = PendingAnswers(model, ASKED, share)
             pending.submit()
@@ -351,7 +351,7 @@ def test_sending_a_long_answer_lets_others_run():
                 turns.append(len(sent))
                 await asyncio.sleep(0)
 
-        with MemoryBudget(LIMIT).share() as share:
+        with RequestMemory(LIMIT).share() as share:
             answer = WholeAnswer(b"x" * 1_000_000, share)
             await asyncio.gather(look(), answer({}, None, send))
         assert len({*turns}) > 10
@@ -362,7 +362,7 @@ def test_sending_a_long_answer_lets_others_run():
 
 def test_a_whole_answer_that_is_not_taken_is_given_up_when_its_memory_is_needed():
     async def main():
-        budget, sent = MemoryBudget(LIMIT), []
+        budget, sent = RequestMemory(LIMIT), []
         with budget.share() as share, budget.share() as other:
             answer = WholeAnswer(b"x" * 8_000_000, share)
 
@@ -383,7 +383,7 @@ def test_a_whole_answer_that_is_not_taken_is_given_up_when_its_memory_is_needed(
 def test_a_model_is_free_as_soon_as_an_answer_is_computed():
     async def main():
         model, computed = _Model(), []
-        with MemoryBudget(LIMIT).share() as share:
+        with RequestMemory(LIMIT).share() as share:
             pending = PendingAnswers(model, ASKED, share)
             pending.submit()
             pending.when_computed(lambda: computed.append(pending.finished))
@@ -403,7 +403,7 @@ def test_a_model_is_free_as_soon_as_an_answer_is_computed():
 
 
 def test_a_body_is_checked_for_the_budget_by_its_objects():
-    budget = MemoryBudget(LIMIT)
+    budget = RequestMemory(LIMIT)
     with budget.share() as share:
         assert body_of(HELD, share).weight < LIMIT // 2
         with pytest.raises(RequestError):

@@ -179,7 +179,7 @@ def test_texts_that_are_joined_are_copied_once():
     start = time.process_time()
     (joined,) = in_plain_text(questions)
     fields = SimpleNamespace(
-        messages=[anthropic._Message(role="user", content="x" * 1000)] * 10_000
+        messages=[anthropic._AnthropicMessage(role="user", content="x" * 1000)] * 10_000
     )
     (merged,) = anthropic._messages(fields)
     assert time.process_time() - start < 4  # seconds of computing
