@@ -3,7 +3,8 @@
 - fields.py: JSON from bytes, and checked values from a JSON object
 - shared.py: what bodies of all APIs have, and the request that they become
 - tool_fields.py: the tools that a body offers, calls and their results
-- chat.py, completion.py: OpenAI's chats and completions
+- openai.py: OpenAI's completions, and what they and chats have
+- chat.py: OpenAI's chats
 - lines.py: a file of prompts, a JSON object a line
 - errors.py: errors in the form of OpenAI
 """

@@ -14,7 +14,7 @@
 | max_tokens, max_completion_tokens          | 0 for as many as fit                               |
 | n                                          | up to what the server can take                     |
 | stop, stream, stream_options.include_usage | OpenAI's                                           |
-| logprobs, top_logprobs                     | at most _MAX_LOGPROBS                              |
+| logprobs, top_logprobs                     | at most MAX_LOGPROBS                               |
 | response_format, grammar                   | a JSON schema, or GBNF and Lark as in llama.cpp    |
 | tools, tool_choice, parallel_tool_calls    | OpenAI's                                           |
 | functions, function_call                   | ignored and named, or refused if they force a call |
@@ -24,7 +24,7 @@
 | model                                      | the served one, if given                           |
 | user, metadata and other labels            | ignored                                            |
 | store                                      | only false                                         |
-| _FOREIGN                                   | ignored and named, or refused if strict            |
+| FOREIGN                                    | ignored and named, or refused if strict            |
 | audio, and all others                      | refused                                            |
 """
 
@@ -32,157 +32,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import FailFast, Field, ValidationInfo, WrapValidator, field_validator
+from pydantic import FailFast, Field, ValidationInfo, WrapValidator
 
 from mixchat.base.errors import alternatives
-from mixchat.face.request import Form, Request
+from mixchat.face.request import Request
 from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import field_error, value_error
-from mixchat.serving.requests.fields import (
-    JSON,
-    RequestObject,
-    checked,
-    max_items,
-    only,
-    validated,
-    within,
-    wrong,
-)
+from mixchat.serving.requests.fields import JSON, RequestObject, max_items, only, validated, wrong
+from mixchat.serving.requests.openai import OpenAIFields, TopLogprobs, read_openai
 from mixchat.serving.requests.shared import APIRequest
 from mixchat.text.messages import PRESERVES, Message
 from mixchat.text.thinking import EFFORT, EFFORTS, SWITCHES, ThinkingFormat
 
 if TYPE_CHECKING:
-    from mixchat.base.options import SamplingOptions
     from mixchat.face.model import Model
 
-_MAX_LOGPROBS = 20
-# Other servers' fields that only tune an answer, with the values that apply here.
-_FOREIGN = {
-    "cache_prompt": True,
-    "chat_template_kwargs": {},
-    "keep_alive": None,
-    "num_ctx": None,
-    "options": {},
-    "reasoning_effort": "none",
-    "think": False,
-    "verbosity": None,
-}
 _KWARGS = "chat_template_kwargs"
-_PENALTY = "repetition_penalty"  # of vLLM and Hugging Face
 _CHOICE = "none, auto, required, or a function with its name"
 _NO_FUNCTIONS = "is not supported: use tools"
 _NO_CALL = "cannot be followed: use tools and tool_choice"
 _TEXT_ONLY = "is not supported: the model reads and writes text alone"
 _NO_EFFORT = 'has to be "none": the model does not reason apart'
-# A server holds these for each token until a client takes them.
-TopLogprobs = Annotated[
-    int | None, within(replace(shared.OPTIONS["top_logprobs"], most=_MAX_LOGPROBS))
-]
 # An empty list counts as not given.
 _FunctionCall: TypeAlias = Annotated[Any, only(([],), "unsupported_parameter", _NO_FUNCTIONS)]
 _Media: TypeAlias = Annotated[Any, only(([],), "unsupported_parameter", _TEXT_ONLY)]
-
-
-class _JSONSchema(RequestObject):
-    ignored = ("name", "description")
-    strict: bool = False  # every schema is followed to the letter
-    schema_: Annotated[shared.Schema, Field(alias="schema")]
-
-
-class _ResponseFormat(RequestObject):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: _JSONSchema | None = Field(None, validate_default=True)
-
-    @field_validator("json_schema", mode="before")
-    @classmethod
-    def _belongs_to_type(cls, schema: Any, info: ValidationInfo) -> Any:
-        has_schema = info.data.get("type") == "json_schema"
-        if has_schema and schema is None:
-            raise wrong("missing_required_parameter", "is missing")
-        if schema is not None and not has_schema:
-            raise wrong("unknown_parameter", "belongs to the type json_schema alone")
-        return schema
-
-
-class _StreamOptions(RequestObject):
-    ignored = ("include_obfuscation",)
-    include_usage: bool = False
-
-
-class OpenAIFields(shared.SamplingFields):
-    """The fields that OpenAI's chats and completions share."""
-
-    ignored: ClassVar[tuple[str, ...]] = (
-        *("model", "user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"),
-    )
-    store: Annotated[
-        bool, only((False,), "unsupported_value", "has to be false: answers are not stored")
-    ] = False
-    logit_bias: dict[str, Any] = Field({})
-    max_tokens: shared.Length = None
-    max_completion_tokens: shared.Length = None
-    stop: shared.Stops = Field([])
-    n: int = 1
-    stream: bool = False
-    stream_options: _StreamOptions = _StreamOptions()
-    response_format: _ResponseFormat | None = None
-    grammar: shared.Grammar = ""
-
-    @field_validator("grammar")
-    @classmethod
-    def _stands_alone(cls, grammar: str, info: ValidationInfo) -> str:
-        if grammar and info.data.get("response_format") is not None:
-            raise wrong(None, "and response_format exclude each other")
-        return grammar
-
-    def form(self) -> Form | None:
-        """Return the form of answers, None for text."""
-        format = self.response_format
-        if self.grammar or format is None or format.type == "text":
-            return self.grammar or None
-        return {"type": "object"} if format.json_schema is None else format.json_schema.schema_
-
-    def length(self) -> int | None:
-        """Return the most tokens of an answer. Raises `RequestError` if there are two."""
-        old = self.max_tokens
-        new = self.max_completion_tokens
-        if old is not None and new is not None and old != new:
-            raise field_error("max_tokens", "and max_completion_tokens differ: give one of them")
-        return old if new is None else new
-
-
-_Fields = TypeVar("_Fields", bound=OpenAIFields)
-
-
-def read_openai(
-    fields_type: type[_Fields], body: JSON, model: Model, strict: bool
-) -> tuple[_Fields, SamplingOptions, tuple[str, ...]]:
-    """Return a body's fields, its sampling, and the names of fields without an effect.
-
-    Raises `RequestError` for the first wrong field.
-    """
-    shared.check_model(body.get("model"), model.name)
-    ignored: tuple[str, ...] = ()
-    if not strict:
-        ignored = tuple(
-            name for name, usual in _FOREIGN.items() if body.get(name) not in (None, [], usual)
-        )
-        body = {name: value for name, value in body.items() if name not in _FOREIGN}
-        if (penalty := body.pop(_PENALTY, None)) is not None:
-            checked(penalty, shared.OPTIONS["repeat_penalty"], _PENALTY)
-            if body.get("repeat_penalty") not in (None, penalty):
-                raise field_error(_PENALTY, "and repeat_penalty differ: give one of them")
-            body["repeat_penalty"] = penalty
-    fields = validated(fields_type, body)
-    limit = shared.max_answers(model)
-    if not 1 <= fields.n <= limit:
-        raise value_error("n", f"between 1 and {limit}", fields.n)
-    sampling = shared.sampling_of(model, fields, fields.logit_bias)
-    return fields, sampling, ignored
 
 
 class _TextPart(RequestObject):

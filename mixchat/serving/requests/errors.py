@@ -101,8 +101,3 @@ def shown(value: object) -> str:
     if isinstance(value, int) and abs(value) > 10**_MAX_VALUE:
         return "a number of many digits"
     return ascii(value[:_MAX_VALUE]) if isinstance(value, str) else json.dumps(value)
-
-
-def to_json(value: object) -> bytes:
-    """Return JSON in ASCII on one line. Raises `ValueError` for NaN, which JSON lacks."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()

@@ -74,6 +74,11 @@ def read_object(body: bytes, name: str = "the body") -> JSON:
     return value
 
 
+def to_json(value: object) -> bytes:
+    """Return JSON in ASCII on one line. Raises `ValueError` for NaN, which JSON lacks."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
 def _refuse_constant(name: str) -> float:
     raise RequestError(f"{name} is no number of JSON")
 

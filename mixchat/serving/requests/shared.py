@@ -16,12 +16,13 @@ from mixchat.base.option import options_of
 from mixchat.base.options import AnswerOptions, SamplingOptions
 from mixchat.face.prompt import LEAVE_OUT_HINT
 from mixchat.face.request import FormError, Request
-from mixchat.serving.requests.errors import RequestError, field_error, to_json, value_error
+from mixchat.serving.requests.errors import RequestError, field_error, value_error
 from mixchat.serving.requests.fields import (
     RequestObject,
     checked,
     max_items,
     or_text,
+    to_json,
     within,
     wrong,
 )

@@ -23,7 +23,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mixchat.base.errors import UsageError
 from mixchat.base.options import NetworkAddress
 from mixchat.experts.workers.address import Address, listen_error, resolve
-from mixchat.serving.requests.errors import RequestError, to_json
+from mixchat.serving.requests.errors import RequestError
+from mixchat.serving.requests.fields import to_json
 from mixchat.serving.web import anthropic, ollama
 from mixchat.serving.web.page import PAGE_PATHS
 

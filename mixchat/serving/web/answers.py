@@ -39,17 +39,26 @@ _PER_CHOICE = 130
 
 
 class PendingAnswers:
-    """The answers to one request, each with a number.
+    """The answers to one request, each with a number, and a response of ASGI that streams them.
 
     Events wait here, so a slow client holds nobody up. They are a part of the request's share. If
-    another request needs its memory, the answers are given up.
+    another request needs its memory, the answers are given up. They end if the client leaves.
     """
 
-    def __init__(self, model: Model, request: APIRequest, share: Share) -> None:
+    def __init__(
+        self,
+        model: Model,
+        request: APIRequest,
+        share: Share,
+        responses: ResponseBuilder,
+        explain: Callable[[Exception], RequestError],
+    ) -> None:
         """Submit nothing yet. This, `next` and `collect` need the event loop."""
         self._model = model
         self._request = request
         self._share = share
+        self._responses = responses
+        self._explain = explain
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self._events = deque[tuple[int, Event, int]]()  # with their bytes
@@ -136,6 +145,48 @@ class PendingAnswers:
             )
             for number, parts in enumerate(pieces)
         ]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with suppress(ClientDisconnect):
+                await while_connected(receive, self._send(send))
+        finally:
+            self.end()
+
+    async def _send(self, send: Send) -> None:
+        headers = [(b"content-type", self._responses.content_type.encode()), _NO_BUFFER]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async with aclosing(self._pieces()) as pieces:
+            async for piece in pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                await asyncio.sleep(0)  # sending alone lets nobody else run
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _pieces(self) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes of events. An error is one, too, since the status is sent."""
+        try:
+            yield self._responses.beginning()
+            async for piece in self._events_sent():
+                yield piece
+        except Exception as error:
+            yield self._responses.failure(self._explain(error))
+        yield self._responses.close()
+
+    async def _events_sent(self) -> AsyncIterator[bytes]:
+        ends: dict[int, End] = {}
+        while not self.finished:
+            # Events that came together are sent together, for slow clients.
+            sent = bytearray()
+            for number, event in await self.next(PING_S):
+                if isinstance(event, Reading):
+                    sent += self._responses.comment(f"read {event.done} of {event.total} tokens")
+                elif isinstance(event, Piece):
+                    sent += self._responses.piece(number, event)
+                elif isinstance(event, End):
+                    ends[number] = event
+                    sent += self._responses.ending(number, event)
+            yield bytes(sent) or self._responses.comment("waiting")
+        yield self._responses.finish([ends[number] for number in sorted(ends)])
 
     def _hear(self, number: int, event: Event | Failed) -> None:
         """Take an event, in the model's thread."""
@@ -237,59 +288,3 @@ class WholeAnswer(Response):
     def _give_up(self) -> None:
         self._share.shrink(len(self._left))
         self._left = b""
-
-
-class AnswerStream:
-    """A response of ASGI with answers as they come, which end if the client leaves."""
-
-    def __init__(
-        self,
-        answers: PendingAnswers,
-        responses: ResponseBuilder,
-        explain: Callable[[Exception], RequestError],
-    ) -> None:
-        self.answers = answers
-        self._responses = responses
-        self._explain = explain
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            with suppress(ClientDisconnect):
-                await while_connected(receive, self._send(send))
-        finally:
-            self.answers.end()
-
-    async def _send(self, send: Send) -> None:
-        headers = [(b"content-type", self._responses.content_type.encode()), _NO_BUFFER]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async with aclosing(self._pieces()) as pieces:
-            async for piece in pieces:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-                await asyncio.sleep(0)  # sending alone lets nobody else run
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _pieces(self) -> AsyncGenerator[bytes, None]:
-        """Yield the bytes of events. An error is one, too, since the status is sent."""
-        try:
-            yield self._responses.beginning()
-            async for piece in self._answered():
-                yield piece
-        except Exception as error:
-            yield self._responses.failure(self._explain(error))
-        yield self._responses.close()
-
-    async def _answered(self) -> AsyncIterator[bytes]:
-        ends: dict[int, End] = {}
-        while not self.answers.finished:
-            # Events that came together are sent together, for slow clients.
-            sent = bytearray()
-            for number, event in await self.answers.next(PING_S):
-                if isinstance(event, Reading):
-                    sent += self._responses.comment(f"read {event.done} of {event.total} tokens")
-                elif isinstance(event, Piece):
-                    sent += self._responses.piece(number, event)
-                elif isinstance(event, End):
-                    ends[number] = event
-                    sent += self._responses.ending(number, event)
-            yield bytes(sent) or self._responses.comment("waiting")
-        yield self._responses.finish([ends[number] for number in sorted(ends)])

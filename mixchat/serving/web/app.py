@@ -23,19 +23,13 @@ from mixchat.base.errors import MixchatError
 from mixchat.base.progress import Note
 from mixchat.face.model import Model
 from mixchat.serving.requests.chat import read_chat
-from mixchat.serving.requests.completion import read_completion, token_ids
-from mixchat.serving.requests.errors import (
-    RequestError,
-    as_request_error,
-    field_error,
-    plain,
-    to_json,
-)
-from mixchat.serving.requests.fields import JSON, RequestObject, validated
+from mixchat.serving.requests.errors import RequestError, as_request_error, field_error, plain
+from mixchat.serving.requests.fields import JSON, RequestObject, to_json, validated
+from mixchat.serving.requests.openai import read_completion, token_ids
 from mixchat.serving.requests.shared import APIRequest, check_model
 from mixchat.serving.web import anthropic, ollama
 from mixchat.serving.web.access import IGNORED, Access, error_response, guarded
-from mixchat.serving.web.answers import AnswerStream, PendingAnswers, WholeAnswer, while_connected
+from mixchat.serving.web.answers import PendingAnswers, WholeAnswer, while_connected
 from mixchat.serving.web.bodies import (
     Body,
     RequestMemory,
@@ -175,8 +169,8 @@ async def _with_model(
     with ExitStack() as using:
         model = await state.models.take(fields.get("model"), using)
         response = await endpoint(state, request, model, body)
-        if isinstance(response, AnswerStream):
-            response.answers.when_computed(using.pop_all().close)
+        if isinstance(response, PendingAnswers):
+            response.when_computed(using.pop_all().close)
         return response
 
 
@@ -196,13 +190,13 @@ async def _answer(
         body.drop()
     share.grow(sum(len(prompt.ids) for prompt in asked.prompts) * _PER_TOKEN)
     responses = builder(asked, model)
-    answers = PendingAnswers(model, asked, share)
+    answers = PendingAnswers(model, asked, share, responses, state.explain)
     with ExitStack() as at_end:
         at_end.callback(answers.end)
         await in_thread(answers.submit)
         if asked.stream:
             at_end.pop_all()
-            return AnswerStream(answers, responses, state.explain)
+            return answers
         whole = await answers.collect()
         data = await in_thread(lambda: to_json(responses.whole(whole)))
     return WholeAnswer(data, share)

@@ -32,8 +32,15 @@ from mixchat.base.context import Context
 from mixchat.face.events import End, Piece
 from mixchat.face.request import FormError, Request
 from mixchat.serving.requests import shared, tool_fields
-from mixchat.serving.requests.errors import RequestError, field_error, to_json
-from mixchat.serving.requests.fields import JSON, RequestObject, max_items, only, read_known
+from mixchat.serving.requests.errors import RequestError, field_error
+from mixchat.serving.requests.fields import (
+    JSON,
+    RequestObject,
+    max_items,
+    only,
+    read_known,
+    to_json,
+)
 from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web.responses import ResponseBuilder, call_arguments
 from mixchat.text.form.schema import closed

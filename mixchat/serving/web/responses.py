@@ -10,8 +10,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mixchat.face.events import End, Piece, TokenLogprob
-from mixchat.serving.requests.errors import RequestError, to_json
-from mixchat.serving.requests.fields import JSON, read_object
+from mixchat.serving.requests.errors import RequestError
+from mixchat.serving.requests.fields import JSON, read_object, to_json
 from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.requests.tool_fields import call_object
 from mixchat.text.tokenizer import TokenTexts

@@ -24,7 +24,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mixchat.base import interrupts, machine
 from mixchat.base.progress import Note, in_background
 from mixchat.base.quantities import format_count, format_time
-from mixchat.serving.requests.errors import RequestError, to_json
+from mixchat.serving.requests.errors import RequestError
+from mixchat.serving.requests.fields import to_json
 from mixchat.serving.web.acceptor import Acceptor, most_connections
 from mixchat.serving.web.served_models import ServedModels
 

@@ -19,9 +19,9 @@ from mixchat.base.errors import (
 )
 from mixchat.face.request import QueueFullError, ShuttingDownError
 from mixchat.serving.requests.chat import read_chat
-from mixchat.serving.requests.completion import read_completion
-from mixchat.serving.requests.errors import RequestError, as_request_error, to_json
-from mixchat.serving.requests.fields import read_object
+from mixchat.serving.requests.errors import RequestError, as_request_error
+from mixchat.serving.requests.fields import read_object, to_json
+from mixchat.serving.requests.openai import read_completion
 from mixchat.serving.web.anthropic import read_counted, read_messages
 from mixchat.serving.web.ollama import read_generate, read_ollama_chat
 from mixchat.serving.web.openai_responses import read_responses

@@ -14,7 +14,7 @@ from mixchat.base.errors import ResourceError
 from mixchat.face.events import End, Piece, TokenLogprob
 from mixchat.face.prompt import Prompt
 from mixchat.face.request import QueueFullError, Request
-from mixchat.serving.requests.errors import RequestError
+from mixchat.serving.requests.errors import RequestError, as_request_error
 from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web import bodies
 from mixchat.serving.web.answers import PING_S, PendingAnswers, WholeAnswer
@@ -324,7 +324,7 @@ def test_an_answer_that_is_not_taken_is_given_up_when_its_memory_is_needed():
     async def main():
         budget, model = RequestMemory(LIMIT), _Model()
         with budget.share() as share:
-            pending = PendingAnswers(model, ASKED, share)
+            pending = PendingAnswers(model, ASKED, share, None, as_request_error)
             pending.submit()
             for _ in range(LIMIT // 2_000):
                 model.sink(Piece("x", tokens=(token,)))
@@ -384,7 +384,7 @@ def test_a_model_is_free_as_soon_as_an_answer_is_computed():
     async def main():
         model, computed = _Model(), []
         with RequestMemory(LIMIT).share() as share:
-            pending = PendingAnswers(model, ASKED, share)
+            pending = PendingAnswers(model, ASKED, share, None, as_request_error)
             pending.submit()
             pending.when_computed(lambda: computed.append(pending.finished))
             model.sink(Piece("x"))
