@@ -3,8 +3,7 @@
 - load.py: loads an installed model
 - model.py: the model, and its answers as a program reads them
 - model_thread.py: its thread, which computes several answers at once
-- request.py: a request, and the interface of a model here or on a server
-- checks.py: checks the values that a Python program gives
+- request.py: a request and its checks, and the interface of a model here or on a server
 - prompt.py: the prompt of a request, fitted into the context
 - forms.py: compiles the forms that answers have to match
 - running_answer.py: an answer from its prompt to its end, as text and events

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixchat.base.errors import ModelNotFoundError, UsageError, short_repr
 from mixchat.base.model_config import advised_length, advised_sampling
-from mixchat.base.option import documented
+from mixchat.base.option import documented, options_of
 from mixchat.base.options import LoadOptions, SamplingOptions, with_numbers
 from mixchat.base.progress import QuietReporter, Reporter
 from mixchat.engine.environment import prepare_environment
@@ -32,13 +32,27 @@ def load(name: str, **options: Any) -> Model:
     Raises `ModelNotFoundError` if it is not installed, `ResourceError` without enough memory,
     `CheckpointError` if its files are damaged, and `UsageError` for an option that cannot be used.
     """
-    from mixchat.face.checks import checked_load_options
-
     if isinstance(name, Path):
         name = str(name)
     if not isinstance(name, str):
         raise UsageError(f"a model's name has to be a text, not {short_repr(name)}")
     return open_model(name, checked_load_options(options), QuietReporter())
+
+
+def checked_load_options(options: Mapping[str, Any]) -> LoadOptions:
+    """Return the options of `mixchat.load`. None counts as not given. Raises `UsageError`."""
+    declared = options_of(LoadOptions)
+    for name in options:
+        if name not in declared:
+            hint = f"The options are {', '.join(sorted(declared))}."
+            raise UsageError(f"there is no option {name!r}", hint=hint)
+    given = {
+        name: declared[name].checked(value, name)
+        for name, value in options.items()
+        if value is not None
+    }
+    given.setdefault("exact_prompts", given.get("parallel", 1) > 1)
+    return LoadOptions(**given)
 
 
 def open_model(

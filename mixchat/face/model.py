@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from mixchat.base.errors import UsageError
 from mixchat.base.option import documented
 from mixchat.base.options import AnswerOptions, SamplingOptions
-from mixchat.face.checks import checked_request
 from mixchat.face.events import End, Event, Failed, LeftOut, Piece, Reading
 from mixchat.face.forms import FormCompiler
 from mixchat.face.model_thread import ModelStats, ModelThread
 from mixchat.face.prompt import Prompt, PromptMaker
-from mixchat.face.request import Request, ShuttingDownError, request_of, shown_message
+from mixchat.face.request import (
+    Request,
+    ShuttingDownError,
+    checked_request,
+    request_of,
+    shown_message,
+)
 from mixchat.face.running_answer import RunningAnswer, Sink
 from mixchat.text.form.output_constraint import PATIENT_S
 from mixchat.text.messages import Message
