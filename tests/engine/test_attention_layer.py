@@ -19,6 +19,7 @@ from mixchat.engine.decoder import new_decoder
 from mixchat.engine.layers.attention import attention
 from mixchat.engine.layers.block import Block, describe
 from mixchat.engine.layers.compute import compute_layer
+from mixchat.engine.layers.model_tensors import LayerTensors
 from mixchat.engine.layers.operations import Operation, Rows
 from mixchat.engine.layers.rope import rotary_embeddings
 from mixchat.experts.cache import ExpertKey
@@ -142,7 +143,8 @@ def ours(config: ModelConfig, layer: int, theirs: Any) -> list[Operation]:
     """Return our description with the weights of transformers' own."""
     rope, x = rotary_embeddings(config, CONTEXT, torch.float32, CPU)[layer], hidden(config)
     used = Blueprint(config, Quantization("none", dtype=torch.float32))
-    return attention(layer, used, TheirTensors(config, theirs), rope, x, x)  # type: ignore[arg-type]
+    tensors = TheirTensors(config, theirs)
+    return attention(LayerTensors(layer, used, tensors, rope), x, x)  # type: ignore[arg-type]
 
 
 def hidden(config: ModelConfig) -> Rows:

@@ -5,9 +5,8 @@ D = hidden_size, E = num_local_experts, K = num_experts_per_tok.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -16,17 +15,8 @@ from mixchat.base.model_config import MixerType
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.layers.attention import attention
 from mixchat.engine.layers.latents import latent_attention
-from mixchat.engine.layers.model_tensors import ModelTensors
-from mixchat.engine.layers.operations import (
-    Apply,
-    Experts,
-    Norm,
-    Operation,
-    Product,
-    RMSNorm,
-    Route,
-    Rows,
-)
+from mixchat.engine.layers.model_tensors import LayerTensors, ModelTensors
+from mixchat.engine.layers.operations import Apply, Experts, Norm, Operation, Product, Route, Rows
 from mixchat.engine.layers.rope import RotaryEmbedding
 from mixchat.engine.layers.states import delta_net, short_convolution
 from mixchat.experts.cache import ExpertKey
@@ -36,20 +26,7 @@ from mixchat.kernels.cpu.router import Router
 from mixchat.kernels.cpu.rows import Addition, Scaling, Weighting
 from mixchat.weights.format.blueprint import Blueprint
 
-
-class _Mixer(Protocol):
-    def __call__(
-        self,
-        layer: int,
-        used: Blueprint,
-        tensors: ModelTensors,
-        rope: RotaryEmbedding | None,
-        x: Rows,
-        out: Rows,
-    ) -> list[Operation]: ...
-
-
-_MIXERS: dict[MixerType, _Mixer] = {
+_MIXERS: dict[MixerType, Callable[[LayerTensors, Rows, Rows], list[Operation]]] = {
     "attention": attention,
     "linear_attention": delta_net,
     "conv": short_convolution,
@@ -98,27 +75,26 @@ class Block:
 
 
 def describe(
-    layer: int,
+    number: int,
     used: Blueprint,
     tensors: ModelTensors,
     rope: RotaryEmbedding | None,
     runner: ExpertRunner,
 ) -> Block:
-    """Describe a layer of a model."""
+    """Describe layer `number` of a model."""
+    layer = LayerTensors(number, used, tensors, rope)
     config = used.config
     x, normed, added, dense = (hidden(name, used) for name in ("x", "normed", "added", "dense"))
-    before_mixer, before_mlp = (_norm(spec, used, tensors) for spec in used.norms(layer))
-    mixer = _MIXERS[config.mixer(layer)](layer, used, tensors, rope, normed, added)
-    mlp = _dense_part(layer, used, tensors, normed, dense)
+    before_mixer, before_mlp = map(layer.norm, used.norms(number))
+    mixer = _MIXERS[config.mixer(number)](layer, normed, added)
+    mlp = _dense_part(layer, normed, dense)
     experts: list[Operation] = []
-    if layer >= config.first_k_dense_replace:
-        experts = _experts(layer, used, tensors, runner, normed, added)
+    if number >= config.first_k_dense_replace:
+        experts = _experts(layer, runner, normed, added)
     operations: list[Operation] = [Norm(normed, x, before_mixer), *mixer]
     if config.sandwich_norms:
         # Gemma 4 has norms of its parts' outputs, too, and a norm of each part's input.
-        norms = {
-            role: _norm(spec, used, tensors) for role, spec in used.sandwich_norms(layer).items()
-        }
+        norms = {role: layer.norm(spec) for role, spec in used.sandwich_norms(number).items()}
         route, run = experts
         operations += [
             Norm(added, added, norms["mixer_out"]),
@@ -134,7 +110,7 @@ def describe(
             _add(added, dense),
             Norm(added, added, norms["layer_out"]),
             _add(x, added),
-            Apply(x, (x,), Scaling(tensors.tensor(used.layer_scalar(layer)).item())),
+            Apply(x, (x,), Scaling(tensors.tensor(used.layer_scalar(number)).item())),
         ]
     else:
         operations += [
@@ -161,22 +137,16 @@ def hidden(name: str, used: Blueprint) -> Rows:
     return Rows.new(name, used.config.hidden_size)
 
 
-def _norm(spec: TensorSpec, used: Blueprint, tensors: ModelTensors) -> RMSNorm:
-    return RMSNorm(tensors.tensor(spec), used.config.rms_norm_eps)
-
-
-def _experts(
-    layer: int, used: Blueprint, tensors: ModelTensors, runner: ExpertRunner, x: Rows, out: Rows
-) -> list[Operation]:
-    """Describe a layer's router and experts."""
-    config = used.config
-    specs = used.router(layer)
+def _experts(layer: LayerTensors, runner: ExpertRunner, x: Rows, out: Rows) -> list[Operation]:
+    """Describe a layer's router and experts, from x [T, D] to `out` [T, D]."""
+    config = layer.config
+    specs = layer.used.router(layer.number)
     bias, correction, scales = (
-        tensors.tensor(specs[role]).float() if role in specs else None
+        layer.model.tensor(specs[role]).float() if role in specs else None
         for role in ("bias", "correction", "expert_scales")
     )
     router = Router(
-        _gate(specs["gate"], tensors),
+        _gate(specs["gate"], layer.model),
         config.num_experts_per_tok,
         config.norm_topk_prob,
         bias,
@@ -187,28 +157,26 @@ def _experts(
         config.topk_group,
         scales,
     )
-    number = layer - config.first_k_dense_replace
+    number = layer.number - config.first_k_dense_replace
     # A name for each layer, because the host reads the choices of all of them.
-    selected = Rows.new(f"selected in layer {layer}", router.choices, dtype=torch.int64)
+    selected = Rows.new(f"selected in layer {layer.number}", router.choices, dtype=torch.int64)
     weights = Rows.new("weights", router.choices, dtype=torch.float32)
     return [Route(weights, x, router, selected), Experts(out, x, selected, weights, number, runner)]
 
 
-def _dense_part(
-    layer: int, used: Blueprint, tensors: ModelTensors, x: Rows, out: Rows
-) -> list[Operation]:
-    """Describe the network that every token goes through, if there is one.
+def _dense_part(layer: LayerTensors, x: Rows, out: Rows) -> list[Operation]:
+    """Describe the network that every token goes through, from x to `out` [T, D], if there is one.
 
     A gate, a router to one expert, may multiply its output.
     """
-    spec = used.mlp_expert(layer)
+    spec = layer.used.mlp_expert(layer.number)
     if spec is None:
         return []
-    network = tensors.expert(spec)
-    config = used.config
+    network = layer.model.expert(spec)
+    config = layer.config
     gate_up = Rows.new("dense gate and up", spec.gate_up.rows)
     activated = Rows.new("dense activated", spec.down.columns)
-    has_gate = config.shared_expert_gate and layer >= config.first_k_dense_replace
+    has_gate = config.shared_expert_gate and layer.number >= config.first_k_dense_replace
     result = Rows.new("ungated", config.hidden_size) if has_gate else out
     operations: list[Operation] = [
         Product(gate_up, x, network.gate_up, spec.gate_up.name),
@@ -217,7 +185,7 @@ def _dense_part(
     ]
     if not has_gate:
         return operations
-    gate = _gate(used.router(layer)["mlp_gate"], tensors)
+    gate = _gate(layer.used.router(layer.number)["mlp_gate"], layer.model)
     router = Router(gate, 1, normalized=False, scoring="sigmoid")
     weight = Rows.new("weight of dense part", 1, dtype=torch.float32)
     selected = Rows.new("selected dense part", 1, dtype=torch.int64)

@@ -10,53 +10,38 @@ v_head_dim.
 
 from __future__ import annotations
 
-from mixchat.engine.layers.model_tensors import ModelTensors
+from mixchat.engine.layers.model_tensors import LayerTensors
 from mixchat.engine.layers.operations import (
     Attend,
     HeadProducts,
     Norm,
     Operation,
-    Product,
-    RMSNorm,
     Rotate,
     Rows,
     ScaleByPosition,
 )
-from mixchat.engine.layers.rope import RotaryEmbedding
-from mixchat.weights.format.blueprint import Blueprint
 
 _NORM_EPS = 1e-6  # of the norms of latents, whatever other norms have
 
 
-def latent_attention(
-    layer: int,
-    used: Blueprint,
-    tensors: ModelTensors,
-    rope: RotaryEmbedding | None,
-    x: Rows,
-    out: Rows,
-) -> list[Operation]:
+def latent_attention(layer: LayerTensors, x: Rows, out: Rows) -> list[Operation]:
     """Describe a layer's attention of all heads to one latent a token, from x to `out` [T, D].
 
     `a_proj` gives the latent of queries, or without `q_b_proj` the queries, then the token's latent
     and the r columns of its keys that rotate. Queries are all heads' n columns, then their r.
     """
-    assert rope is not None
-    spec = used.mixer(layer)
-    config = used.config
-    norms = {role: RMSNorm(tensors.tensor(own), _NORM_EPS) for role, own in spec.tensors.items()}
+    assert layer.rope is not None
+    spec = layer.mixer
+    config = layer.config
+    norms = {role: layer.norm(norm, _NORM_EPS) for role, norm in spec.tensors.items()}
     heads = config.num_attention_heads
     latent = config.kv_lora_rank
     turning = config.qk_rope_head_dim
     size = heads * (config.qk_nope_head_dim + turning)  # of all queries
 
-    def product(role: str, x: Rows, out: Rows) -> Product:
+    def by_head(out: Rows, x: Rows, role: str) -> HeadProducts:
         matrix = spec.matrices[role]
-        return Product(out, x, tensors.linear(matrix), matrix.name)
-
-    def by_head(role: str, x: Rows, out: Rows) -> HeadProducts:
-        matrix = spec.matrices[role]
-        return HeadProducts(out, x, tensors.parts(matrix, heads), matrix.name)
+        return HeadProducts(out, x, layer.model.parts(matrix, heads), matrix.name)
 
     first = config.q_lora_rank or size
     row = Rows.new("latents", first + latent + turning)
@@ -64,18 +49,18 @@ def latent_attention(
     latents = row[first : first + latent]
     keys = row[first + latent :]
     steps: list[Operation] = [
-        product("a_proj", x, row),
+        layer.mix(row, x, "a_proj"),
         Norm(latents, latents, norms["kv_a_norm"]),
     ]
     if config.q_lora_rank:
         normed = Rows.new("query latents", first)
         steps.append(Norm(normed, queries, norms["q_a_norm"]))
-        if rope.query_scales is not None:
+        if layer.rope.query_scales is not None:
             scaled = Rows.new("scaled query latents", first)
-            steps.append(ScaleByPosition(scaled, normed, rope))
+            steps.append(ScaleByPosition(scaled, normed, layer.rope))
             normed = scaled
         queries = Rows.new("queries", size)
-        steps.append(product("q_b_proj", normed, queries))
+        steps.append(layer.mix(queries, normed, "q_b_proj"))
     kept = heads * config.qk_nope_head_dim
     rotated = Rows.new("rotated keys", 1, turning)
     absorbed = Rows.new("absorbed", heads, latent + turning)
@@ -83,10 +68,10 @@ def latent_attention(
     values = Rows.new("values", heads, config.v_head_dim)
     return [
         *steps,
-        by_head("k_b_proj", queries[:kept].as_heads(heads), absorbed.columns(slice(0, latent))),
-        Rotate(absorbed.columns(slice(latent, None)), queries[kept:].as_heads(heads), rope),
-        Rotate(rotated, keys.as_heads(1), rope),
-        Attend(attended, absorbed, rotated, latents.as_heads(1), layer),
-        by_head("v_b_proj", attended, values),
-        product("o_proj", values, out),
+        by_head(absorbed.columns(slice(0, latent)), queries[:kept].as_heads(heads), "k_b_proj"),
+        Rotate(absorbed.columns(slice(latent, None)), queries[kept:].as_heads(heads), layer.rope),
+        Rotate(rotated, keys.as_heads(1), layer.rope),
+        Attend(attended, absorbed, rotated, latents.as_heads(1), layer.number),
+        by_head(values, attended, "v_b_proj"),
+        layer.mix(out, values, "o_proj"),
     ]
