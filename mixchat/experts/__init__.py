@@ -9,15 +9,15 @@ memory.
 - layer_rows.py: the rows of each expert, and their outputs
 - sharing.py: divides the experts, and the work of a layer, among this machine and workers
 - compute.py: computes experts in RAM
-- fetcher.py: brings experts into their slots
+- tier.py: holds experts in one kind of memory
 - cache.py: slots, eviction policies, and counts of uses
 - prefetch.py: predicts which experts the next layers need
 - load_queue.py: loads experts in several threads, the most urgent first
 - store.py: slots in RAM, and the pieces in which an expert is read
 - gpu_experts.py: computes experts on GPUs, and lets RAM's holder compute the others
-- vram.py: the slots in a GPU's memory, and what brings experts there
+- vram.py: the tier in a GPU's memory, and what brings experts there
 - arena.py: the memory of a GPU's slots, in large pieces
-- residents.py: chooses the experts that a GPU holds, by their uses
+- most_used.py: chooses the experts that a GPU holds, by their uses
 - placement.py: how many experts fit in each memory
 - memory.py: follows how much memory is free
 - recording_runner.py: records the routing, and the inputs of experts

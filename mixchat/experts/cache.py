@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple, Protocol
 
@@ -25,34 +25,54 @@ class ExpertKey(NamedTuple):
 
 
 class ExpertCache:
-    """Maps experts to slots 0 .. slots-1. If all are taken, the policy says which to evict.
+    """Maps experts to slots by their numbers. If all are taken, the policy says which to evict.
 
-    `limit` of the slots are used. size_of: the bytes of a slot, and of an expert of a layer, by its
-    number. An expert only takes slots of its size.
+    `limit` of the slots are used. sizes: the bytes of each slot. size_of: the bytes of an expert of
+    a layer. An expert only takes slots of its size.
     """
 
     def __init__(
         self,
-        slots: int,
+        sizes: Sequence[int],
         policy: Policy,
-        size_of: Callable[[int], int] = lambda number: 0,
+        size_of: Callable[[int], int] = lambda layer: 0,
     ) -> None:
-        assert slots > 0
-        self.slots = self.limit = slots
+        self._sizes = sizes
+        self.limit = 0
+        self.slots = 0
         self.changes = 0  # of the experts in it
         self._size_of = size_of
         self._policy = policy
         self._slots: dict[ExpertKey, int] = {}
         self._free: dict[int, set[int]] = {}  # by their size
-        for slot in range(slots):
-            self._free.setdefault(size_of(slot), set()).add(slot)
-        self._counts = {size: len(free) for size, free in self._free.items()}
+        self._counts = Counter[int]()
+        self.add(range(len(sizes)))
+
+    def add(self, slots: Collection[int]) -> None:
+        """Use these slots, too, which may have been removed."""
+        for slot in slots:
+            self._free.setdefault(self._sizes[slot], set()).add(slot)
+            self._counts[self._sizes[slot]] += 1
+        self.slots += len(slots)
+        self.limit += len(slots)
+
+    def remove(self, slots: Collection[int]) -> None:
+        """Use these slots no more, which are free."""
+        for slot in slots:
+            self._free[self._sizes[slot]].remove(slot)
+            self._counts[self._sizes[slot]] -= 1
+        self.slots -= len(slots)
+        self.limit -= len(slots)
 
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._slots
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    @property
+    def keys(self) -> Set[ExpertKey]:
+        return self._slots.keys()
 
     def __iter__(self) -> Iterator[ExpertKey]:
         return iter(list(self._slots))
@@ -115,6 +135,18 @@ class ExpertCache:
                 return
             self.discard(victim)
 
+    def move(self, key: ExpertKey, slot: int) -> None:
+        """Give an expert another slot, which is free and of its size."""
+        free = self._free[self._sizes[slot]]
+        free.remove(slot)
+        free.add(self._slots[key])
+        self._slots[key] = slot
+
+    @property
+    def free_sizes(self) -> list[int]:
+        """Return the sizes of free slots."""
+        return [size for size, free in self._free.items() if free]
+
     def free_slots(self) -> set[int]:
         """Return the slots without an expert, also beyond the limit."""
         return set().union(*self._free.values())
@@ -129,7 +161,7 @@ class Policy(Protocol):
     """Orders the experts of a cache for eviction."""
 
     def use(self, key: ExpertKey) -> None:
-        """Note a use of the expert, which may be new."""
+        """Note a use of the expert, which has a slot, perhaps since now."""
 
     def forget(self, key: ExpertKey) -> None:
         """Drop the expert, if it is there."""
@@ -214,6 +246,11 @@ class ExpertStats:
         hits = self.hits.total()
         uses = hits + self.misses.total()
         return hits / uses if uses else 0.0
+
+    def count_read(self, seconds: float, size: int) -> None:
+        """Count bytes that came from the disk, and the time in which nothing else did."""
+        self.read_seconds += seconds
+        self.bytes_read += size
 
     def copy(self) -> ExpertStats:
         return self.since(ExpertStats())

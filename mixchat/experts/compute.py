@@ -12,9 +12,9 @@ import torch
 
 from mixchat.base import interrupts
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.holder import LayerExperts
 from mixchat.experts.layer_rows import LayerRows
+from mixchat.experts.tier import Tier
 from mixchat.kernels.cpu.program import Program, alone
 from mixchat.kernels.cpu.rows import weighted_sum
 from mixchat.kernels.cpu.units import MANY
@@ -36,8 +36,8 @@ class HostCompute:
     have the same number. None if all layers do.
     """
 
-    def __init__(self, fetcher: Fetcher, experts: int, forms: Sequence[int] | None = None) -> None:
-        self.fetcher = fetcher
+    def __init__(self, ram: Tier, experts: int, forms: Sequence[int] | None = None) -> None:
+        self.ram = ram
         self._experts = experts
         self._forms = forms
         self._order: list[ExpertKey] = []  # those that are still to be computed
@@ -49,7 +49,7 @@ class HostCompute:
 
     def begin(self, rows: LayerRows, keys: Collection[ExpertKey]) -> None:
         """Start loading these experts, for `compute_next`, as far as there are slots."""
-        self.fetcher.settle(rows.layer, keys)
+        self.ram.settle(rows.layer, keys)
         self._order = [*keys]
         self._sort()
         # The threads of a program wait for each other again and again, and for a core while reads
@@ -61,9 +61,9 @@ class HostCompute:
     def prefetch(self, keys: Iterable[ExpertKey], *, certain: bool) -> None:
         """Start loading predicted experts, after the experts of `begin`.
 
-        certain: as in `Fetcher.prefetch`.
+        certain: as in `Tier.prefetch`.
         """
-        self.fetcher.prefetch(keys, pinned=self._order, certain=certain)
+        self.ram.prefetch(keys, pinned=self._order, certain=certain)
 
     def compute_next(self, rows: LayerRows) -> bool:
         """Compute the next experts of `begin` into `rows`. Return False if none was left.
@@ -76,11 +76,11 @@ class HostCompute:
         self._request()
         requested = self._order[: len(self._order) - len(self._unrequested)]
         for key in requested[: self._least]:
-            self.fetcher.wait(key)
+            self.ram.wait(key)
         # Slots for the loads ahead stay free of experts that are in use.
-        ahead = min(_LOADS_AHEAD, self.fetcher.slots - 1) if self._unrequested else 0
-        room = self.fetcher.slots - ahead
-        keys = [*islice(takewhile(self.fetcher.has_ended, requested), room)]
+        ahead = min(_LOADS_AHEAD, self.ram.slots - 1) if self._unrequested else 0
+        room = self.ram.slots - ahead
+        keys = [*islice(takewhile(self.ram.has_ended, requested), room)]
         if not rows.is_one_token:
             most = _MAX_X_NUMBERS // rows.hidden_states.shape[1]
             totals = accumulate(rows.counts[key] for key in keys)
@@ -92,7 +92,7 @@ class HostCompute:
         return True
 
     def _compute_together(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
-        experts = LayerExperts(self.fetcher.ready(key) for key in keys)
+        experts = LayerExperts(self.ram.ready(key) for key in keys)
         counts = [rows.counts[key] for key in keys]
         x = rows.hidden_states
         pairs = rows.memory.shape[0]
@@ -128,7 +128,7 @@ class HostCompute:
             return None
         if layer not in self._keys:
             self._keys[layer] = [ExpertKey(layer, expert) for expert in range(self._experts)]
-        resident = self.fetcher.resident([self._keys[layer]])
+        resident = self.ram.resident([self._keys[layer]])
         if not resident or not resident[0][0].has_stages(hidden_states):
             return None
         pairs = selected.numel()
@@ -136,7 +136,7 @@ class HostCompute:
         program = self._program(layer, experts[0], hidden_states, pairs)
         tokens = torch.arange(pairs) // selected.shape[1]
         outputs = program(hidden_states, experts.addresses, selected.flatten(), tokens)
-        self.fetcher.note_hits(layer, [[*{*selected.flatten().tolist()}]])
+        self.ram.note_hits(layer, [[*{*selected.flatten().tolist()}]])
         return weighted_sum(outputs, weights, program.places.view(selected.shape))
 
     def _is_few(self, x: torch.Tensor, pairs: int, *, exact: bool) -> bool:
@@ -158,12 +158,12 @@ class HostCompute:
         """Put the experts to compute in their order. All are to be requested again."""
         # Experts in their slots come first. Otherwise a prefill with more experts than slots would
         # evict each just before its turn. The others come in the order of their file.
-        self._order.sort(key=lambda key: (self.fetcher.state(key), key))
+        self._order.sort(key=lambda key: (self.ram.state(key), key))
         self._unrequested = list(self._order)
 
     def _request(self, in_use: Sequence[ExpertKey] = ()) -> None:
         while self._unrequested:
-            count = self.fetcher.request(self._unrequested, {*self._order, *in_use})
+            count = self.ram.request(self._unrequested, {*self._order, *in_use})
             del self._unrequested[:count]
             if in_use or len(self._unrequested) < len(self._order):
                 return

@@ -39,7 +39,7 @@ class Dispatcher(ExpertHolder):
         copies: Set[ExpertKey] = frozenset(),
     ) -> None:
         self._local = local
-        self.ram = local.fetcher
+        self.ram = local.ram
         self._stats = stats
         self.tiers = {"host": [self.ram]}
         self.workers = workers

@@ -16,7 +16,7 @@ from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.holder import ExpertHolder, LayerExperts
 from mixchat.experts.layer_rows import LayerRows
-from mixchat.experts.vram import VramSlots
+from mixchat.experts.vram import VramTier
 
 # Seconds to copy an expert of a layer to a GPU, and to compute so many rows of it on the CPU.
 CopySeconds = Callable[[int], float]
@@ -36,7 +36,7 @@ class GpuExperts(ExpertHolder):
     def __init__(
         self,
         host: Dispatcher,
-        gpus: Sequence[VramSlots],
+        gpus: Sequence[VramTier],
         *,
         copy_seconds: CopySeconds,
         host_seconds: HostSeconds,
@@ -53,6 +53,7 @@ class GpuExperts(ExpertHolder):
         self._hits, self._misses = (
             {vram: np.zeros(vram.table.shape, np.int64) for vram in gpus} for _ in range(2)
         )
+        self._changes: list[int] = []  # of the experts on GPUs, when the host was told last
 
     @property
     def stats(self) -> ExpertStats:
@@ -64,7 +65,7 @@ class GpuExperts(ExpertHolder):
                 for layer, expert in np.argwhere(array):
                     key = ExpertKey(vram.layers.start + int(layer), int(expert))
                     counter[key] = int(array[layer, expert])
-        stats.bytes_moved = sum(vram.bytes_moved for vram in self.gpus)
+        stats.bytes_moved = sum(vram.stats.bytes_read for vram in self.gpus)
         return stats
 
     def fitting(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
@@ -78,11 +79,11 @@ class GpuExperts(ExpertHolder):
     def load(self, key: ExpertKey, pinned: Collection[ExpertKey]) -> None:
         """Bring an expert to its GPU if it has a slot there, else into RAM."""
         vram = self._by_layer[key.layer]
-        if key not in vram.residents.keys:
+        if key not in vram.keys:
             self.host.load(key, pinned)
         elif not vram.holds(key):
-            vram.request(key)
-            vram.wait_for(key)
+            vram.hurry(key)
+            vram.ready(key)
 
     def fill(self, keys: Sequence[ExpertKey]) -> None:
         """Load experts in this order into RAM, if there is room for all that GPUs do not get."""
@@ -123,7 +124,7 @@ class GpuExperts(ExpertHolder):
         for vram in self.gpus:
             layers = np.arange(len(vram.layers))[:, None]
             own = selected[vram.layers.start : vram.layers.stop]
-            is_hit = vram.residents.note_token(own)
+            is_hit = vram.note_token(own)
             self._hits[vram][layers, own] += is_hit
             self._misses[vram][layers, own] += ~is_hit
 
@@ -148,12 +149,7 @@ class GpuExperts(ExpertHolder):
 
     def missing(self, layer: int, selected: Sequence[int]) -> list[int]:
         """Return which of a token's choices the GPU does not hold, by their index."""
-        vram = self._by_layer[layer]
-        return [
-            index
-            for index, expert in enumerate(selected)
-            if not vram.holds(ExpertKey(layer, expert))
-        ]
+        return self._by_layer[layer].missing(layer, selected)
 
     def run(
         self,
@@ -183,7 +179,7 @@ class GpuExperts(ExpertHolder):
         rows = LayerRows(layer, hidden_states.to(vram.device), selected, exact=exact)
         self._count(vram, rows)
         held = [key for key in rows.counts if vram.holds(key)]
-        arriving = [key for key in rows.counts if vram.request(key)]
+        arriving = [key for key in rows.counts if vram.hurry(key)]
         on_gpu = {*held, *arriving}
         missing = {key: count for key, count in rows.counts.items() if key not in on_gpu}
         on_host = self._for_host(layer, missing)
@@ -197,16 +193,15 @@ class GpuExperts(ExpertHolder):
             if x is not None:
                 self._compute_on_host(rows, on_host, x)
             for key in arriving:
-                vram.wait_for(key)
-                rows.put(key, vram.expert(key)(rows.of(key)))
+                rows.put(key, vram.ready(key)(rows.of(key)))
             for key, expert in guests:
                 interrupts.check()
                 rows.put(key, expert(rows.of(key)))
         return rows
 
-    def _count(self, vram: VramSlots, rows: LayerRows) -> None:
+    def _count(self, vram: VramTier, rows: LayerRows) -> None:
         for key, count in rows.counts.items():
-            vram.residents.note_rows(key, count / len(rows.hidden_states))
+            vram.policy.note_rows(key, count / len(rows.hidden_states))
             counts = self._hits if vram.holds(key) else self._misses
             counts[vram][rows.layer - vram.layers.start, key.expert] += count
 
@@ -239,13 +234,12 @@ class GpuExperts(ExpertHolder):
     def _fill_gpus(self) -> Set[ExpertKey]:
         """Begin to load experts into all free slots. Return those that have slots."""
         for vram in self.gpus:
-            vram.fill()
+            vram.fill_slots()
         self._leave_to_gpus()
         return self.host.on_gpus
 
     def _leave_to_gpus(self) -> None:
-        if any(vram.has_changed for vram in self.gpus):
-            held = (vram.residents.keys for vram in self.gpus)
-            self.host.leave_to_gpus(frozenset[ExpertKey]().union(*held))
-            for vram in self.gpus:
-                vram.has_changed = False
+        changes = [vram.changes for vram in self.gpus]
+        if changes != self._changes:
+            self._changes = changes
+            self.host.leave_to_gpus(frozenset(key for vram in self.gpus for key in vram.keys))

@@ -61,8 +61,8 @@ class ExpertRunner(Protocol):
         """
 
 
-class Tier(Protocol):
-    """Memory that holds experts: a GPU's or RAM."""
+class ExpertMemory(Protocol):
+    """What a tier tells of itself: a GPU's or RAM."""
 
     @property
     def slots(self) -> int:
@@ -106,7 +106,7 @@ class ExpertHolder(ExpertRunner, Protocol):
     tiers: the memories of this machine by their names, the fastest ones first.
     """
 
-    tiers: Mapping[str, Sequence[Tier]]
+    tiers: Mapping[str, Sequence[ExpertMemory]]
     workers: Sequence[WorkerExperts]
 
     @property

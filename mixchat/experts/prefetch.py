@@ -13,7 +13,7 @@ right predictions were replaced by random experts:
 
 (*) with predicted reads only while fewer than two were in flight, and not four. Six layers ahead
 were as fast as three. Wrong predictions cost little because few of them are in flight, and they
-take few slots (`fetcher.py`).
+take few slots (`tier.py`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from mixchat.experts.cache import ExpertKey, ExpertStats
-from mixchat.experts.load_queue import Job
+from mixchat.experts.load_queue import ExpertLoad, Job
 from mixchat.weights.format.expert import Expert, ExpertSpec
 
 READS = 8  # in flight
@@ -37,8 +37,9 @@ class ExpertStore:
         self._slots: dict[int, _Slot] = {}
         self._lock = threading.Lock()  # of the memory of slots, and of the count
 
-    def job(self, key: ExpertKey, slot: int) -> Job:
+    def job(self, load: ExpertLoad, slot: int) -> Job:
         """Return the work of loading an expert into a slot."""
+        key = load.key
         target = self._slot(slot)
         layout = self._layouts(key.layer)
 

@@ -5,24 +5,24 @@ L = layers of the GPU, E = num_local_experts.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import suppress
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import cycle, islice
 from queue import SimpleQueue
-from typing import Protocol
 
+import numpy as np
 import torch
 
 from mixchat.base import gpu
 from mixchat.base.errors import ResourceError
 from mixchat.experts.arena import Arena
-from mixchat.experts.cache import ExpertKey
+from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, LayeredLRU, Passes
 from mixchat.experts.load_queue import FILL, REQUESTED, ExpertLoad, Job, LoadQueue, Piece
-from mixchat.experts.residents import Exchange, Residents
+from mixchat.experts.most_used import Exchange, MostUsed
 from mixchat.experts.store import Layouts, ReadExpert, new_block
-from mixchat.weights.format.expert import Expert
+from mixchat.experts.tier import Tier
+from mixchat.weights.format.expert import Expert, ExpertSpec
 
 # Page-locked RAM, through which all bytes go to the GPU: 32 MB, whatever the model's size.
 _STAGE_BYTES = 8 << 20
@@ -30,24 +30,15 @@ _STAGES = 4
 _GUESTS = 2  # slots for experts of a prompt that are not to stay
 
 
-class Lender(Protocol):
-    """Lends the blocks of experts in RAM, which need not be read from the disk."""
-
-    def borrow(self, key: ExpertKey) -> torch.Tensor | None:
-        """Return a block that stays until `give_back`, or None if it is not in RAM."""
-
-    def give_back(self, key: ExpertKey) -> None: ...
-
-
-class VramSlots:
+class VramTier(Tier):
     """The experts that a GPU holds, and where: `table` [L, E], int64, has their addresses.
 
     The address 0 says that an expert is not there. Kernels read the table, so that the host need
-    not know a router's choice before they start. It changes between two tokens alone.
+    not know a router's choice before they start. It changes between two tokens alone. Until then an
+    expert that has come counts as being on its way.
 
     layers: those with experts that the GPU computes. sizes: the bytes of each slot. read: reads a
-    part of an expert from the disk. reserve: bytes to leave free. `has_changed`: whether
-    `residents.keys` have, since somebody set it to False.
+    part of an expert from the disk. behind: RAM. reserve: bytes to leave free.
     """
 
     def __init__(
@@ -58,59 +49,58 @@ class VramSlots:
         layouts: Layouts,
         sizes: Sequence[int],
         read: ReadExpert,
-        lender: Lender,
+        behind: Tier,
         reserve: int = 0,
     ) -> None:
         self.device = device
         self.layers = layers
         self._reserve = reserve
-        self._layouts = layouts
-        self._sizes = sizes
-        self._lender = lender
         self._strides = [layouts(layer).stride for layer in layers]
-        self.residents = Residents(layers.start, self._strides, experts, sizes)
+        self.policy = MostUsed(layers.start, self._strides, experts)
         self.table = torch.zeros(len(layers), experts, dtype=torch.int64, device=device)
-        self._arena = Arena(device, sizes)
-        self._guests: list[torch.Tensor] = []
-        if len(sizes) < len(layers) * experts:
-            self._make_guests()
-        self._experts: dict[ExpertKey, Expert] = {}
-        self._loads: dict[ExpertKey, ExpertLoad] = {}
-        self._uploader = Uploader(device, read)
-        self.has_changed = False
+        self._is_held = np.zeros(self.table.shape, bool)  # the table's addresses that are not 0
+        self._layouts = layouts
+        self._uploader = Uploader(device, read, behind)
+        self._arena = VramSlots(device, sizes, self._uploader, layouts)
+        super().__init__(
+            ExpertCache(sizes, self.policy, lambda layer: self._strides[layer - layers.start]),
+            self._arena,
+            self._uploader.queue,
+            Passes(len(layers)),
+            self._uploader.stats,
+            experts=self._is_held.size,
+        )
+        self._guests: Tier | None = None
+        if len(sizes) < self._is_held.size:
+            self._guests = self._new_guests()
 
     @property
-    def slots(self) -> int:
-        return len(self._arena.blocks)
+    def keys(self) -> Set[ExpertKey]:
+        """Return the experts with slots, of which some may still be on their way."""
+        return self._cache.keys
 
     @property
-    def nbytes(self) -> int:
-        return self._arena.nbytes
-
-    @property
-    def bytes_moved(self) -> int:
-        """Return the bytes of all experts that were copied to the GPU."""
-        return self._uploader.bytes_moved
-
-    @property
-    def holds_all(self) -> bool:
-        return self.residents.is_complete
+    def changes(self) -> int:
+        """Return how often `keys` have changed."""
+        return self._cache.changes
 
     @property
     def is_filling(self) -> bool:
-        """Return whether experts that nobody needs yet are on their way."""
         return any(not load.ended for load in self._loads.values())
 
-    def holds(self, key: ExpertKey) -> bool:
-        return self.residents.slot_of(key) is not None
+    def missing(self, layer: int, selected: Sequence[int]) -> list[int]:
+        """Return which of a token's choices the GPU does not hold, by their index."""
+        held = self._is_held[layer - self.layers.start, selected]
+        return [index for index, is_held in enumerate(held.tolist()) if not is_held]
+
+    def note_token(self, selected: np.ndarray) -> np.ndarray:
+        """Count a token's experts [L, K]. Return which of them the GPU holds [L, K]."""
+        self.policy.note_token(selected)
+        return np.asarray(self._is_held[np.arange(len(selected))[:, None], selected])
 
     def expert(self, key: ExpertKey) -> Expert:
         """Return an expert that the GPU holds."""
-        if key not in self._experts:
-            slot = self.residents.slot_of(key)
-            assert slot is not None
-            self._experts[key] = self._layouts(key.layer).build(self._arena.blocks[slot])
-        return self._experts[key]
+        return self._expert(self._cache.slot_of(key))
 
     def publish(self) -> None:
         """Let experts that have arrived be used, and begin the next exchange.
@@ -118,203 +108,223 @@ class VramSlots:
         Only between two tokens, because kernels of a token read the table.
         """
         for key in [key for key, load in self._loads.items() if load.ended]:
-            self._end(key)
+            if not self._has_failed(key):
+                del self._loads[key]
+                self._show(key)
         if self._loads or self.holds_all:
             return
-        if (exchange := self.residents.next_exchange()) is not None:
+        if (exchange := self.policy.next_exchange(self._cache.free_sizes)) is not None:
             with suppress(ResourceError):  # no thread
-                self._begin(exchange)
+                self._exchange(exchange)
 
-    def fill(self) -> None:
-        """Begin to load experts into all free slots, one after the other."""
+    def fill_slots(self) -> None:
+        """Begin to load experts into all free slots, the most used ones first."""
         with suppress(ResourceError):  # no thread
-            while (exchange := self.residents.next_exchange()) is not None:
-                if exchange.evicted is not None:
+            while free := self._cache.free_sizes:
+                exchange = self.policy.next_exchange(free)
+                if exchange is None or exchange.evicted is not None:
                     return
-                self._begin(exchange)
+                self._exchange(exchange)
 
-    def request(self, key: ExpertKey) -> bool:
+    def hurry(self, key: ExpertKey) -> bool:
         """Bring an expert soon that is on its way. Return False if it is not."""
         load = self._loads.get(key)
-        return load is not None and self._uploader.queue.reorder(load, REQUESTED)
+        return load is not None and self._queue.reorder(load, REQUESTED)
 
-    def wait_for(self, key: ExpertKey) -> None:
-        """Wait for an expert that is on its way. Raise the error of its load."""
-        load = self._loads[key]
+    def ready(self, key: ExpertKey) -> Expert:
+        expert = super().ready(key)
+        self._show(key)
+        return expert
+
+    @contextmanager
+    def invite(self, keys: Sequence[ExpertKey]) -> Iterator[Iterable[tuple[ExpertKey, Expert]]]:
+        """Bring experts that are not to stay through a few slots, one after the other.
+
+        The first ones are on their way from the beginning. Each may be used until the next one is
+        asked for.
+        """
+        if not keys:
+            yield ()
+            return
+        self._guests = self._guests or self._new_guests()
+        self._guests.request(keys)
         try:
-            load.wait()
+            yield self._guests.in_turn(keys)
         finally:
-            if load.ended:
-                self._end(key)
-
-    def invite(self, keys: Sequence[ExpertKey]) -> Guests:
-        """Begin to bring experts that are not to stay."""
-        if keys and not self._guests:
-            self._make_guests()
-        blocks = zip(keys, cycle(self._guests), strict=False)
-        return Guests(self._uploader, self._layouts, self._lender, blocks)
+            self._guests.cancel()
 
     def give_way(self) -> bool:
         """Give the memory of an eighth of the slots back. Return False if there are none."""
         pieces = self._arena.pieces
         for slots in pieces[::-1][: -(-len(pieces) // 8)]:
-            self._give_up(slots)
+            self._give_back(slots)
         gpu.release_unused(self.device)
         return bool(pieces)
-
-    def _give_up(self, slots: range) -> None:
-        """Give the last piece back. Of all experts, those that are used least lose their slots."""
-        lost, moved = self.residents.give_up(slots)
-        for key in lost:
-            self._forget(key)
-        blocks = self._arena.blocks
-        for key, (before, after) in moved.items():
-            # In the stream of the kernels that have read both, and nothing is on its way there.
-            blocks[after].copy_(blocks[before])
-            self._experts.pop(key, None)
-            self._set(key, blocks[after].data_ptr())
-        # A load that has begun keeps the memory until its pieces have ended.
-        self._arena.give_back()
 
     def grow(self) -> None:
         """Take slots again that were given up, as far as the memory has room, and fill them."""
         free = gpu.free_memory(self.device) - self._reserve
         while (size := self._arena.next_size) is not None and size <= free:
             try:
-                slots = self._arena.take()
+                self._cache.add(self._arena.take())
             except torch.OutOfMemoryError:
                 break
-            for slot in slots:
-                self.residents.add_slot(slot, self._sizes[slot])
             free -= size
-        self.fill()
+        self.fill_slots()
 
     def close(self) -> None:
-        """Free the memory. Nothing can be computed after that."""
-        for load in self._loads.values():
-            load.cancelled = True
-        self._loads.clear()
-        self._uploader.queue.close()
-        self._experts.clear()
-        self._arena.blocks.clear()
-        self._guests.clear()
+        super().close()
+        if self._guests is not None:
+            self._guests.close()
 
-    def _begin(self, exchange: Exchange) -> None:
-        key, slot, evicted = exchange
+    def _exchange(self, exchange: Exchange) -> None:
+        key, evicted = exchange
         if evicted is not None:
-            self._forget(evicted)
-        self.residents.begin(exchange)
-        self.has_changed = True
-        load = self._loads[key] = ExpertLoad(key, FILL)
-        try:
-            # The slot may be given up before its turn comes.
-            block = self._lender.borrow(key)
-            size = self._layouts(key.layer).stride
-            self._uploader.begin(load, slot, lambda: self._arena.blocks.get(slot), size, block)
-        except BaseException as error:
-            load.end(error)
-            raise
+            self._give_up(evicted)
+        slot = self._cache.admit(key)
+        assert slot is not None
+        self._begin(ExpertLoad(key, FILL), slot, self._loads)
 
-    def _end(self, key: ExpertKey) -> None:
-        load = self._loads.pop(key)
-        self._lender.give_back(key)
-        slot = self.residents.end(key, arrived=not load.failed)
-        if load.failed:
-            self.has_changed = True
-        else:
-            self._set(key, self._arena.blocks[slot].data_ptr())
+    def _give_back(self, slots: range) -> None:
+        """Give the last piece back. Of all experts, those that are used least lose their slots.
 
-    def _forget(self, key: ExpertKey) -> None:
-        self.has_changed = True
-        if (load := self._loads.pop(key, None)) is not None:
-            load.cancelled = True
-            self._lender.give_back(key)
-        else:
-            self._experts.pop(key, None)
-            self._set(key, 0)
+        With uses of 9 and 1 in the piece, and 4 and 2 in others, the expert of 9 moves into the
+        slot of 2. The experts of 1 and 2 lose theirs. No expert moves into a slot that something
+        may still be on its way to.
+        """
+        for key in [key for key in self._loads if self._slot_of(key) in slots]:
+            self._give_up(key)
+        least_first = [key for key in self.policy.victims() if key not in self._loads]
+        others = defaultdict[int, list[ExpertKey]](list)
+        for key in reversed(least_first):
+            if self._slot_of(key) not in slots:
+                others[self._size_of(key)].append(key)
+        for key in [key for key in reversed(least_first) if self._slot_of(key) in slots]:
+            outside = others[self._size_of(key)]
+            if outside and self.policy.uses_of(outside[-1]) < self.policy.uses_of(key):
+                slot = self._slot_of(outside[-1])
+                self._give_up(outside.pop())
+                self._arena.move(self._slot_of(key), slot)
+                self._cache.move(key, slot)
+                self._show(key)
+            else:
+                self._give_up(key)
+        self._cache.remove(slots)
+        self._arena.give_back()
 
-    def _set(self, key: ExpertKey, address: int) -> None:
-        self.table[key.layer - self.layers.start, key.expert].fill_(address)
+    def _slot_of(self, key: ExpertKey) -> int:
+        slot = self._cache.slot_of(key)
+        assert slot is not None
+        return slot
 
-    def _make_guests(self) -> None:
-        self._guests = [*Arena(self.device, [max(self._strides)] * _GUESTS).blocks.values()]
+    def _size_of(self, key: ExpertKey) -> int:
+        return self._strides[key.layer - self.layers.start]
+
+    def _give_up(self, key: ExpertKey) -> None:
+        super()._give_up(key)
+        place = key.layer - self.layers.start, key.expert
+        if self._is_held[place]:
+            self._is_held[place] = False
+            self.table[place].fill_(0)
+
+    def _fail(self, key: ExpertKey) -> None:
+        super()._fail(key)
+        self.policy.exclude([key])  # it would be read again and again
+
+    def _show(self, key: ExpertKey) -> None:
+        place = key.layer - self.layers.start, key.expert
+        self._is_held[place] = True
+        self.table[place].fill_(self._arena.block(self._slot_of(key)).data_ptr())
+
+    def _new_guests(self) -> Tier:
+        sizes = [max(self._strides)] * _GUESTS
+        passes = Passes(self.layers.stop)
+        return Tier(
+            ExpertCache(sizes, LayeredLRU(passes), lambda layer: sizes[0]),
+            VramSlots(self.device, sizes, self._uploader, self._layouts),
+            self._queue,
+            passes,
+            self.stats,
+            experts=self._is_held.size,
+        )
 
 
-class Guests:
-    """Experts that pass through a few slots of a GPU, one after the other, as a context.
-
-    queue: the experts and their slots. The first ones are on their way from the beginning.
-    """
+class VramSlots(Arena):
+    """The memory of a GPU's slots, which are filled from RAM, or from the disk behind it."""
 
     def __init__(
-        self,
-        uploader: Uploader,
-        layouts: Layouts,
-        lender: Lender,
-        queue: Iterator[tuple[ExpertKey, torch.Tensor]],
+        self, device: torch.device, sizes: Sequence[int], uploader: Uploader, layouts: Layouts
     ) -> None:
+        super().__init__(device, sizes)
         self._uploader = uploader
         self._layouts = layouts
-        self._lender = lender
-        self._queue = queue
-        self._loads = deque[tuple[ExpertLoad, torch.Tensor]]()
+        self._layout_of: dict[int, ExpertSpec] = {}
+        self._experts: dict[int, Expert] = {}  # those that were asked for, by slot
 
-    def __enter__(self) -> Guests:
-        for key, block in islice(self._queue, _GUESTS):
-            self._invite(key, block)
-        return self
+    def job(self, load: ExpertLoad, slot: int) -> Job:
+        """Return the work of copying the load's expert into a slot."""
+        layout = self._layouts(load.key.layer)
+        if self._layout_of.get(slot) != layout:
+            self._layout_of[slot] = layout
+            self._experts.pop(slot, None)
+        # The slot may be given up before its turn comes.
+        return self._uploader.job(load, lambda: self.blocks.get(slot), layout.stride)
 
-    def __exit__(self, *error: object) -> None:
-        for load, _ in self._loads:
-            load.cancelled = True
-            # The queue may read the block although it is another expert's. Nobody reads the copy.
-            self._lender.give_back(load.key)
+    def expert(self, slot: int) -> Expert:
+        """Return the expert that was brought into a slot."""
+        if slot not in self._experts:
+            self._experts[slot] = self._layout_of[slot].build(self.blocks[slot])
+        return self._experts[slot]
 
-    def __iter__(self) -> Iterator[tuple[ExpertKey, Expert]]:
-        """Wait for each expert, and yield it. It may be used until the next one is asked for."""
-        while self._loads:
-            load, block = self._loads[0]
-            load.wait()
-            self._loads.popleft()
-            self._lender.give_back(load.key)
-            yield load.key, self._layouts(load.key.layer).build(block)
-            for following in islice(self._queue, 1):
-                self._invite(*following)
+    def block(self, slot: int) -> torch.Tensor:
+        return self.blocks[slot]
 
-    def _invite(self, key: ExpertKey, block: torch.Tensor) -> None:
-        load = ExpertLoad(key)
-        size = self._layouts(key.layer).stride
-        self._loads.append((load, block))
-        self._uploader.begin(load, id(block), lambda: block, size, self._lender.borrow(key))
+    def move(self, before: int, after: int) -> None:
+        """Copy an expert into another slot, in the stream of the kernels that have read both."""
+        self.blocks[after].copy_(self.blocks[before])
+        self._layout_of[after] = self._layout_of[before]
+        self._experts.pop(after, None)
+
+    def give_back(self) -> None:
+        for slot in self.pieces[-1]:
+            self._experts.pop(slot, None)
+        super().give_back()
+
+    def release(self, slot: int) -> None:
+        """Free a slot as the tier is closed. A load that has begun keeps the piece."""
+        self._experts.pop(slot, None)
+        del self.blocks[slot]
 
 
 class Uploader:
-    """Copies experts to a GPU in threads and a stream of its own, requested ones first."""
+    """Copies experts to a GPU in threads and a stream of its own, requested ones first.
 
-    def __init__(self, device: torch.device, read: ReadExpert) -> None:
+    read: reads a part of an expert from the disk. behind: RAM, which lends blocks.
+    """
+
+    def __init__(self, device: torch.device, read: ReadExpert, behind: Tier) -> None:
         self._device = device
         self._read = read
+        self._behind = behind
         self._streams = gpu.streams(device)
         self._side = self._streams.Stream(device)
+        self.stats = ExpertStats()
         self.queue = LoadQueue(
-            _STAGES, lambda: self._streams.stream(self._side), count_moved=self._count
+            _STAGES,
+            lambda: self._streams.stream(self._side),
+            count_moved=self.stats.count_read,
         )
         self._stages = SimpleQueue[torch.Tensor]()  # free ones
         self._has_stages = False
-        self.bytes_moved = 0
 
-    def begin(
-        self,
-        load: ExpertLoad,
-        slot: Hashable,
-        memory: Callable[[], torch.Tensor | None],
-        size: int,
-        block: torch.Tensor | None,
-    ) -> None:
-        """Queue the copy of an expert of `size` bytes from its block in RAM, or from the disk.
+    def job(self, load: ExpertLoad, memory: Callable[[], torch.Tensor | None], size: int) -> Job:
+        """Return the work of copying an expert of `size` bytes.
 
         `memory` returns the slot's when its turn has come, or None if nobody wants it there.
         """
+        block = self._behind.borrow(load)
+        target = memory()
+        assert target is not None
         was_read = self._streams.Event()
         was_read.record(self._streams.current_stream(self._device))
 
@@ -330,7 +340,7 @@ class Uploader:
                 for number, view in enumerate(views)
             ]
 
-        self.queue.begin(load, Job(slot, pieces))
+        return Job(target.data_ptr(), pieces)
 
     def _copy(
         self, key: ExpertKey, target: torch.Tensor, start: int, block: torch.Tensor | None
@@ -351,9 +361,6 @@ class Uploader:
         finally:
             self._stages.put(stage)
         return len(target)
-
-    def _count(self, seconds: float, size: int) -> None:
-        self.bytes_moved += size
 
     def _lock_stages(self) -> None:
         if not self._has_stages:

@@ -16,13 +16,14 @@ from mixchat.engine.report import report_path_by_key, saved_uses
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, LayeredLRU, Passes
 from mixchat.experts.compute import HostCompute
 from mixchat.experts.dispatcher import Dispatcher
-from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.gpu_experts import GpuExperts
+from mixchat.experts.load_queue import LoadQueue
 from mixchat.experts.memory import CPU, MemoryWatch
 from mixchat.experts.placement import MIN_SLOTS, Placement, SlotSizes, reserve_of
 from mixchat.experts.prefetch import LAYERS_AHEAD, NextRouters
-from mixchat.experts.store import ExpertStore
-from mixchat.experts.vram import VramSlots
+from mixchat.experts.store import READS, ExpertStore
+from mixchat.experts.tier import Tier
+from mixchat.experts.vram import VramTier
 from mixchat.loading.workers import ExpertShare
 from mixchat.planning.fitting import slot_sizes
 from mixchat.planning.measuring import estimated_speeds, saved_speeds
@@ -61,11 +62,11 @@ def build_experts(
             note(f"{device} is not used: it has too little memory free")
         elif layers:
             vram = _in_vram(installed, host, device, layers, slots, note)
-            vram.residents.expect(uses)
+            vram.policy.expect(uses)
             if share.here is not None:
                 each = range(installed.config.num_local_experts)
                 every = (ExpertKey(*key) for key in product(layers, each))
-                vram.residents.exclude(key for key in every if key not in share.here)
+                vram.policy.exclude(key for key in every if key not in share.here)
             gpus.append(vram)
     blueprint = installed.blueprint
     first = gpus[0].device
@@ -104,11 +105,14 @@ def _in_ram(
     if share.here is None:
         sizes = slot_sizes(blueprint).for_slots(placement.slots, placement.experts)
     store = ExpertStore(read, blueprint.expert_of, sizes.of, stats)
-    cache = ExpertCache(placement.slots, LayeredLRU(passes), sizes.of)
-    fetcher = Fetcher(cache, store, placement, passes, stats, _watch(installed, placement))
+    slots = [*map(sizes.of, range(placement.slots))]
+    cache = ExpertCache(slots, LayeredLRU(passes), sizes.of)
+    watch = _watch(installed, placement)
+    queue = LoadQueue(READS, may_fill=watch.is_ample, count_moved=stats.count_read)
+    ram = Tier(cache, store, queue, passes, stats, experts=placement.experts, watch=watch)
     forms = [id(blueprint.expert_of(layer)) for layer in range(installed.config.num_moe_layers)]
     return Dispatcher(
-        HostCompute(fetcher, installed.config.num_local_experts, forms),
+        HostCompute(ram, installed.config.num_local_experts, forms),
         stats,
         next_routers=_next_routers(installed) if predicts else None,
         layers_ahead=LAYERS_AHEAD if disk_rate >= _SLOWEST_TO_PREDICT else 0,
@@ -143,7 +147,7 @@ def _in_vram(
     layers: range,
     slots: int,
     note: Note,
-) -> VramSlots:
+) -> VramTier:
     """Return the slots in the memory of a GPU, or half as many if it has less than it says."""
     blueprint = installed.blueprint
     strides = [blueprint.expert_of(layer).stride for layer in layers]
@@ -151,7 +155,7 @@ def _in_vram(
     while True:
         slots = min(slots, len(layers) * experts)
         try:
-            return VramSlots(
+            return VramTier(
                 device,
                 layers,
                 experts,

@@ -31,8 +31,8 @@ from routing_simulation import (
     visits,
 )
 
-from mixchat.experts.cache import ExpertKey, Passes, Policy
-from mixchat.experts.residents import Residents
+from mixchat.experts.cache import ExpertCache, ExpertKey, Passes, Policy
+from mixchat.experts.most_used import MostUsed
 
 NAMES = [*POLICIES, "lfu", "belady"]
 FRACTIONS = (0.25, 0.5, 0.75)
@@ -128,14 +128,16 @@ def replay(trace: Trace, slots: int, name: str) -> Replay:
 
 def replay_on_gpu(trace: Trace, slots: int) -> tuple[Counts, int]:
     """Return the hits of the experts that a GPU holds, in decoding, and the exchanges."""
-    residents = Residents(0, [1] * trace.layers, trace.experts, [1] * slots)
+    policy = MostUsed(0, [0] * trace.layers, trace.experts)
+    cache = ExpertCache([0] * slots, policy)
     counts, exchanges = Counts(), 0
 
     def exchange() -> bool:
-        exchange = residents.next_exchange()
+        exchange = policy.next_exchange(cache.free_sizes)
         if exchange is not None:
-            residents.begin(exchange)
-            residents.end(exchange.key, arrived=True)
+            if exchange.evicted is not None:
+                cache.discard(exchange.evicted)
+            cache.admit(exchange.key)
         return exchange is not None
 
     for _ in range(slots):
@@ -144,11 +146,13 @@ def replay_on_gpu(trace: Trace, slots: int) -> tuple[Counts, int]:
         if (tokens := trace.tokens(forward)) > 1:
             for layer, selected in enumerate(forward):
                 for expert, rows in Counter(selected).items():
-                    residents.note_rows(ExpertKey(layer, expert), rows / tokens)
+                    policy.note_rows(ExpertKey(layer, expert), rows / tokens)
             continue
-        hits = residents.note_token(np.array(forward))
-        counts.hits += int(hits.sum())
-        counts.misses += int((~hits).sum())
+        policy.note_token(np.array(forward))
+        for layer, selected in enumerate(forward):
+            hits = sum(ExpertKey(layer, expert) in cache for expert in selected)
+            counts.hits += hits
+            counts.misses += len(selected) - hits
         exchanges += exchange()
     return counts, exchanges
 

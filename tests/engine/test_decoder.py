@@ -218,7 +218,7 @@ def test_a_program_does_not_keep_the_memory_of_a_slot(models):
     engine = load(models("nf4"))
     written(engine)
     fetcher = engine.experts.ram  # type: ignore[attr-defined]
-    experts = [weakref.ref(fetcher._store.expert(slot)) for slot in fetcher._store.blocks]
+    experts = [weakref.ref(fetcher._memory.expert(slot)) for slot in fetcher._memory.blocks]
     fetcher.resize(2)
     assert sum(expert() is not None for expert in experts) == 2
 

@@ -1,6 +1,7 @@
 """Experts of the tiny model (2 layers of 4, D = 64) with few slots, and inputs for them."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from routing_simulation import LRU
@@ -9,12 +10,12 @@ from source_tools import disk
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
 from mixchat.experts.compute import HostCompute
 from mixchat.experts.dispatcher import Dispatcher
-from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.holder import WorkerExperts
 from mixchat.experts.layer_rows import LayerRows
-from mixchat.experts.placement import Placement
+from mixchat.experts.load_queue import LoadQueue
 from mixchat.experts.prefetch import NextRouters
-from mixchat.experts.store import ExpertStore, ReadExpert
+from mixchat.experts.store import READS, ExpertStore, ReadExpert
+from mixchat.experts.tier import Tier
 from mixchat.weights.format.installed_model import InstalledModel
 
 CPU = torch.device("cpu")
@@ -27,6 +28,8 @@ def runner(
     workers: Sequence[WorkerExperts] = (),
     copies: Iterable[ExpertKey] = (),
     next_routers: NextRouters | None = None,
+    reads: int = READS,
+    watch: Any = None,
 ) -> Dispatcher:
     blueprint, stats = installed.blueprint, ExpertStats()
     store = ExpertStore(
@@ -35,9 +38,12 @@ def runner(
         lambda slot: blueprint.expert.stride,
         stats,
     )
-    fetcher = Fetcher(ExpertCache(slots, LRU()), store, Placement(slots, 0, 8), Passes(2), stats)
+    may_fill = watch.is_ample if watch else lambda: True
+    queue = LoadQueue(reads, may_fill=may_fill, count_moved=stats.count_read)
+    cache = ExpertCache([0] * slots, LRU())
+    ram = Tier(cache, store, queue, Passes(2), stats, experts=8, watch=watch)
     return Dispatcher(
-        HostCompute(fetcher, 4),
+        HostCompute(ram, 4),
         stats,
         next_routers=next_routers,
         layers_ahead=3,

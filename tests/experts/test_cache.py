@@ -15,7 +15,7 @@ policies = pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
 
 
 def filled(*experts: ExpertKey) -> ExpertCache:
-    cache = ExpertCache(len(experts), LRU())
+    cache = ExpertCache([0] * len(experts), LRU())
     for key in experts:
         cache.admit(key)
     return cache
@@ -24,7 +24,7 @@ def filled(*experts: ExpertKey) -> ExpertCache:
 @given(st.integers(1, 6), st.lists(st.tuples(keys, st.integers(0, 9)), max_size=80))
 def test_it_does_what_a_naive_list_does(slots, uses):
     """The naive model: a list of keys, most recent last, cut to the size of the cache."""
-    cache, recent, where = ExpertCache(slots, LRU()), [], {}
+    cache, recent, where = ExpertCache([0] * slots, LRU()), [], {}
     for key, luck in uses:
         slot = cache.lookup(key)
         assert (slot is not None) == (key in recent)
@@ -57,7 +57,7 @@ operations = st.tuples(
 @given(events=st.lists(operations, max_size=60))
 def test_whatever_happens_no_slot_is_lost_or_shared_and_nothing_pinned_goes(make, events):
     passes = Passes(4)
-    cache = ExpertCache(5, make(passes))
+    cache = ExpertCache([0] * 5, make(passes))
     for what, key, pinned, number in events:
         passes.enter(key.layer)
         before = {other: cache.slot_of(other) for other in cache}
@@ -86,7 +86,7 @@ def test_whatever_happens_no_slot_is_lost_or_shared_and_nothing_pinned_goes(make
 def test_an_expert_only_takes_a_slot_of_its_size(make, events):
     """Layers 0 and 2 have one size, 1 and 3 the other, and of 5 slots 3 and 2."""
     passes = Passes(4)
-    cache = ExpertCache(5, make(passes), lambda number: number % 2)
+    cache = ExpertCache([0, 1, 0, 1, 0], make(passes), lambda layer: layer % 2)
     for what, key, pinned, number in events:
         passes.enter(key.layer)
         if what == "resize":
@@ -105,7 +105,7 @@ def test_an_expert_only_takes_a_slot_of_its_size(make, events):
 
 
 def test_of_free_slots_a_preferred_one_is_taken():
-    cache = ExpertCache(4, LRU())
+    cache = ExpertCache([0] * 4, LRU())
     assert cache.admit(A, preferred={2, 3}) == 2
     assert cache.admit(B, preferred={2}) == 0
     assert cache.admit(C, preferred={3}) == 3

@@ -65,7 +65,7 @@ def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(inst
         fetcher.request([ExpertKey(layer, expert)])
         fetcher.ready(ExpertKey(layer, expert))
     fetcher.resize(4)
-    assert len(fetcher._store.blocks) == 4
+    assert len(fetcher._memory.blocks) == 4
     for _ in range(8):
         missing = [ExpertKey(1, e) for e in range(4) if ExpertKey(1, e) not in fetcher._cache]
         with torch.inference_mode():
@@ -77,7 +77,7 @@ def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(inst
             for key in wanted[:1]:
                 fetcher.request([key])
                 fetcher.ready(key)
-        assert len(fetcher._store.blocks) <= 4
+        assert len(fetcher._memory.blocks) <= 4
 
 
 def test_predictions_take_few_of_the_slots(installed):

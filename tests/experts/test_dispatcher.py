@@ -10,7 +10,8 @@ import torch
 from expert_doubles import FakeWorker, routing, runner
 
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.fetcher import MISSING
+from mixchat.experts.load_queue import ExpertLoad
+from mixchat.experts.tier import MISSING
 from mixchat.weights.format.installed_model import InstalledModel
 
 EVERYTHING = [ExpertKey(*key) for key in product(range(2), range(4))]
@@ -123,17 +124,19 @@ def test_with_little_memory_a_layer_is_computed_beside_experts_that_are_lent(ins
     """A copy to a GPU had all slots that were left, and the prompt failed."""
     few, alone = runner(installed, 6), runner(installed, 8)
     fetcher, lent = few.ram, EVERYTHING[:3]
+    readers = list[ExpertLoad]()
     for key in lent:
         few.load(key, ())
-        assert fetcher.borrow(key) is not None
+        readers.append(ExpertLoad(key))
+        assert fetcher.borrow(readers[-1]) is not None
     inputs = routing(9, choices=3)
     fetcher.resize(2)
     assert torch.equal(few.run(1, *inputs), alone.run(1, *inputs))
     assert all(map(few.holds, lent))
-    for key in lent:
-        fetcher.give_back(key)
+    for load in readers:
+        load.end()
     fetcher.resize(2)
-    assert len(fetcher._store.blocks) == 2
+    assert len(fetcher._memory.blocks) == 2
 
 
 def test_with_little_memory_a_layer_is_computed_after_a_read_that_failed(installed):

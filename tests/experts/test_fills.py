@@ -15,8 +15,8 @@ from source_tools import disk
 from mixchat.base.errors import CheckpointError
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.dispatcher import Dispatcher
-from mixchat.experts.fetcher import LOADING, MISSING, RESIDENT, Fetcher
-from mixchat.experts.load_queue import ExpertLoad, LoadQueue
+from mixchat.experts.load_queue import ExpertLoad
+from mixchat.experts.tier import LOADING, MISSING, RESIDENT, Tier
 from mixchat.weights.format.installed_model import InstalledModel
 
 EVERYTHING = [ExpertKey(*key) for key in product(range(2), range(4))]
@@ -51,7 +51,7 @@ class Source:
 
 @pytest.fixture(autouse=True)
 def one_read_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixchat.experts.fetcher.READS", 1)
+    monkeypatch.setattr("mixchat.experts.tier.READS", 1)
 
 
 @pytest.fixture
@@ -68,10 +68,10 @@ def source(installed: InstalledModel) -> Iterator[Source]:
 
 def begin(
     installed: InstalledModel, source: Source, held: Sequence[ExpertKey] = (), slots: int = 8
-) -> tuple[Dispatcher, Fetcher]:
+) -> tuple[Dispatcher, Tier]:
     """Let fills begin, and return as soon as they wait for the first of `held`."""
     source.held = {key: threading.Event() for key in held}
-    experts = runner(installed, slots, source)
+    experts = runner(installed, slots, source, reads=1)
     experts.fill(EVERYTHING)
     for key in held[:1]:
         source.wait_for(key)
@@ -113,7 +113,7 @@ def test_none_comes_unasked_if_they_do_not_all_fit(installed, source):
 
 
 def test_experts_of_workers_stay_there(installed, source):
-    experts = runner(installed, 5, source)
+    experts = runner(installed, 5, source, reads=1)
     fetcher = experts.ram
     fetcher.elsewhere = frozenset(EVERYTHING[2:5])
     experts.fill(EVERYTHING)
@@ -142,7 +142,7 @@ def test_an_expert_that_is_needed_comes_next_and_is_a_miss(installed, source):
 def test_a_predicted_expert_comes_before_others_and_a_wrong_one_comes_all_the_same(
     installed, source, monkeypatch
 ):
-    monkeypatch.setattr("mixchat.experts.fetcher._SLOTS_PER_PREFETCH", 4)
+    monkeypatch.setattr("mixchat.experts.tier._SLOTS_PER_PREFETCH", 4)
     experts, fetcher = begin(installed, source, EVERYTHING[:1])
     wrong, right = EVERYTHING[5], EVERYTHING[7]
     fetcher.prefetch([wrong, right], pinned=[])
@@ -184,7 +184,7 @@ def test_fills_end_when_fewer_experts_may_be_held(installed, source):
     fetcher.resize(4)
     assert not experts.is_filling
     assert [fetcher.state(key) for key in EVERYTHING] == [RESIDENT] * 3 + [MISSING] * 5
-    assert len(fetcher._store.blocks) == 3
+    assert len(fetcher._memory.blocks) == 3
     source.go()
     assert is_right(installed, experts)
     fetcher.resize(8)
@@ -194,7 +194,7 @@ def test_fills_end_when_fewer_experts_may_be_held(installed, source):
 
 def test_a_fill_that_makes_room_for_another_expert_does_not_overwrite_it(installed, source):
     """A worker was lost while fills ran. Their slots went to its experts, and were filled again."""
-    experts = runner(installed, 4, source)
+    experts = runner(installed, 4, source, reads=1)
     fetcher = experts.ram
     fetcher.elsewhere = frozenset(EVERYTHING[4:])
     source.held = {EVERYTHING[0]: threading.Event()}
@@ -216,7 +216,7 @@ def test_fills_end_when_the_engine_is_closed(installed, source):
     others = set(threading.enumerate())
     experts, fetcher = begin(installed, source, EVERYTHING[3:4])
     experts.close()
-    assert not fetcher._store.blocks
+    assert not fetcher._memory.blocks
     source.go()
     for thread in set(threading.enumerate()) - others:
         thread.join()
@@ -293,9 +293,8 @@ class Watch:
 
 def test_no_fill_begins_while_memory_is_short(installed, source, monkeypatch):
     watch = Watch()
-    experts = runner(installed, 8, source)
+    experts = runner(installed, 8, source, reads=1, watch=watch)
     fetcher = experts.ram
-    monkeypatch.setattr(fetcher, "_queue", LoadQueue(1, may_fill=watch.is_ample))
     source.held = {EVERYTHING[2]: threading.Event()}
     experts.fill(EVERYTHING)
     source.wait_for(EVERYTHING[2])

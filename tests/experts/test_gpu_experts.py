@@ -21,8 +21,9 @@ from mixchat.base.errors import CheckpointError, ResourceError
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.gpu_experts import GpuExperts
+from mixchat.experts.load_queue import ExpertLoad
 from mixchat.experts.memory import within_memory
-from mixchat.experts.vram import VramSlots
+from mixchat.experts.vram import VramTier
 from mixchat.weights.format.installed_model import InstalledModel
 
 GPU, SECOND = torch.device("paper", 0), torch.device("paper", 1)
@@ -62,10 +63,10 @@ def vram_of(
     slots: int,
     layers: range = range(2),
     device: torch.device = GPU,
-) -> VramSlots:
+) -> VramTier:
     blueprint = installed.blueprint
     strides = [blueprint.expert_of(layer).stride for layer in layers]
-    return VramSlots(
+    return VramTier(
         device,
         layers,
         4,
@@ -92,7 +93,7 @@ def on_gpus(
             for layer, count in enumerate(slots)
         ]
     for vram in gpus:
-        vram.residents.exclude(key for key in host.on_workers if key.layer in vram.layers)
+        vram.policy.exclude(key for key in host.on_workers if key.layer in vram.layers)
     copy, row = SPLITS[split]
     return GpuExperts(
         host,
@@ -158,7 +159,7 @@ def test_a_prompts_experts_with_many_rows_are_carried_and_others_computed_on_the
     paper, installed, monkeypatch
 ):
     """With 4 s for a copy and 1 for a row, 3 experts of 3, 4 and 11 rows take 8 s at least."""
-    experts, vram = on_gpus(installed, (0,)), VramSlots
+    experts, vram = on_gpus(installed, (0,)), VramTier
     computed, carried = list[list[int]](), list[list[int]]()
     host_compute, invite = Dispatcher.compute, vram.invite
     monkeypatch.setattr(
@@ -198,7 +199,7 @@ def test_the_cpu_computes_no_expert_that_the_gpu_has_or_gets(
         return host_compute(self, layer, x, selected, **options)
 
     def late(self, layer, expert, *place, **options):
-        if ExpertKey(layer, expert) in experts.gpus[0].residents.keys:
+        if ExpertKey(layer, expert) in experts.gpus[0].keys:
             begun.wait(1)  # so it comes while the layer is computed
         return read(self, layer, expert, *place, **options)
 
@@ -208,7 +209,7 @@ def test_the_cpu_computes_no_expert_that_the_gpu_has_or_gets(
     else:
         monkeypatch.setattr(InstalledModel, "read_expert", late)
         experts.fill(EVERYTHING)
-    on_gpu, used = set(experts.gpus[0].residents.keys), set[ExpertKey]()
+    on_gpu, used = set(experts.gpus[0].keys), set[ExpertKey]()
     for layer in range(2):
         x, selected, weights = routing(tokens, seed=layer)
         compute(experts, layer, x, selected, weights)
@@ -284,7 +285,7 @@ def test_each_gpu_counts_the_uses_of_its_layers(paper, installed):
     experts.note_token(np.array([[0, 2], [3, 0]]))
     assert experts.stats.hits == {(0, 0): 1, (1, 0): 1}
     assert experts.stats.misses == {(0, 2): 1, (1, 3): 1}
-    first, second = (vram.residents._uses for vram in experts.gpus)
+    first, second = (vram.policy._uses for vram in experts.gpus)
     assert first[0].round().tolist() == [1, 0, 1, 0]
     assert second[0].round().tolist() == [1, 0, 0, 1]
 
@@ -293,7 +294,7 @@ def test_a_prompts_rows_count_as_one_tokens_uses(paper, installed):
     experts = arrived(on_gpus(installed, (8,), 2))
     selected = torch.tensor([[0, 1], [0, 2], [0, 2], [3, 2]])
     compute(experts, 1, torch.randn(4, 64), selected, torch.ones(4, 2))
-    uses = experts.gpus[0].residents._uses[1]
+    uses = experts.gpus[0].policy._uses[1]
     assert uses.round(decimals=2).tolist() == pytest.approx([0.75, 0.25, 0.75, 0.25])
 
 
@@ -344,14 +345,15 @@ def test_an_expert_that_is_used_more_comes_from_ram_to_the_gpu(paper, installed)
     assert experts.table(1).cpu()[2]
     assert experts.stats.bytes_moved == moved + size
     assert experts.stats.bytes_read == read
-    assert not experts.ram._borrowed - set(experts.gpus[0]._loads)
+    assert not experts.ram._lent - set(experts.gpus[0]._loads)
     assert is_right(installed, experts)
 
 
 def test_a_borrowed_expert_stays_in_ram_until_the_gpu_has_it(paper, installed, monkeypatch):
     experts = arrived(on_gpus(installed, (3,), 5))
     fetcher = experts.ram
-    block = experts.ram.borrow(ExpertKey(0, 2))
+    load = ExpertLoad(ExpertKey(0, 2))
+    block = experts.ram.borrow(load)
     assert block is not None
     expected = block.clone()
     for key in EVERYTHING * 2:
@@ -363,11 +365,11 @@ def test_a_borrowed_expert_stays_in_ram_until_the_gpu_has_it(paper, installed, m
     for key in EVERYTHING:
         fetcher.load(key, [])
     assert torch.equal(block, expected)
-    experts.ram.give_back(ExpertKey(0, 2))
+    load.end()
     for key in EVERYTHING:
         fetcher.load(key, [])
     assert not fetcher.holds(ExpertKey(0, 2))
-    assert experts.ram.borrow(ExpertKey(0, 2)) is None
+    assert experts.ram.borrow(load) is None
 
 
 def test_experts_of_workers_are_neither_on_gpus_nor_carried_there(paper, installed, monkeypatch):
@@ -408,7 +410,7 @@ def test_memory_may_run_out_at_any_moment_of_a_prompt(paper, installed, slots, s
         assert len(notes) <= 1
         experts.begin_turn()
         assert sum(vram.slots for vram in experts.gpus) == sum(slots)
-        assert not experts.ram._borrowed - {k for v in experts.gpus for k in v._loads}
+        assert not experts.ram._lent - {k for v in experts.gpus for k in v._loads}
 
 
 def test_the_gpu_that_ran_out_of_memory_gives_way(paper, installed):
@@ -460,7 +462,7 @@ def test_ctrl_c_at_any_moment_leaves_experts_that_compute_the_same(paper, instal
         experts.publish()
         settle(experts.gpus[0])
         experts.publish()
-        assert not experts.ram._borrowed - set(experts.gpus[0]._loads)
+        assert not experts.ram._lent - set(experts.gpus[0]._loads)
 
 
 def test_a_damaged_expert_is_an_error_when_it_is_needed_and_not_before(
@@ -506,7 +508,7 @@ def test_a_worker_brings_what_a_chat_asks_for_to_its_gpus_then_into_ram(paper, i
     experts = on_gpus(installed, (2, 1), 2)
     wanted = [*EVERYTHING[:3], *EVERYTHING[4:]]
     for vram in experts.gpus:
-        vram.residents.exclude([EVERYTHING[3]])
+        vram.policy.exclude([EVERYTHING[3]])
     fitting = experts.fitting(wanted)
     assert fitting == [*EVERYTHING[:3], *EVERYTHING[4:6]]
     for key in fitting:

@@ -40,7 +40,7 @@ class Slots:
 
     def __init__(self, installed: InstalledModel, slots: int, *, direct: bool = False) -> None:
         layout: Any = Bytes(installed.blueprint.expert.stride)
-        self.cache, self.stats = ExpertCache(slots, LRU()), ExpertStats()
+        self.cache, self.stats = ExpertCache([0] * slots, LRU()), ExpertStats()
         self.store = ExpertStore(
             disk(installed, direct=direct), lambda _: layout, lambda _: layout.stride, self.stats
         )
@@ -84,7 +84,7 @@ class Slots:
         slot = self.cache.admit(key, pinned=self.loads)
         assert slot is not None
         self.loads[key] = ExpertLoad(key, priority)
-        self.queue.begin(self.loads[key], self.store.job(key, slot))
+        self.queue.begin(self.loads[key], self.store.job(self.loads[key], slot))
 
 
 operations = st.tuples(st.sampled_from(["load", "prefetch", "cancel"]), keys)
@@ -139,7 +139,7 @@ def test_reads_in_flight_when_a_load_is_cancelled_never_fill_the_slot_of_the_nex
 
 def test_a_load_into_a_slot_that_was_freed_does_not_reach_the_next_expert(installed, truth):
     memory = Slots(installed, 2)
-    job = memory.store.job(A, 0)
+    job = memory.store.job(ExpertLoad(A), 0)
     (first, *others) = job.pieces()
     first()
     memory.store.release(0)
@@ -154,7 +154,7 @@ def test_a_load_into_a_slot_that_was_freed_does_not_reach_the_next_expert(instal
 
 def test_a_load_whose_slot_is_freed_before_its_turn_fails(installed):
     memory = Slots(installed, 2)
-    job = memory.store.job(A, 0)
+    job = memory.store.job(ExpertLoad(A), 0)
     memory.store.release(0)
     for piece in job.pieces():
         with pytest.raises(MemoryError):

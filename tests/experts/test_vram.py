@@ -33,7 +33,7 @@ from mixchat.base.errors import ResourceError
 from mixchat.experts import arena
 from mixchat.experts import vram as vram_module
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.vram import VramSlots
+from mixchat.experts.vram import VramTier
 
 A, B, C, D = KEYS[:4]
 E, F = KEYS[4:6]
@@ -53,7 +53,7 @@ def memories() -> Iterator[Memories]:
     memories.go.set()
 
 
-def exchange(vram: VramSlots, key: ExpertKey) -> None:
+def exchange(vram: VramTier, key: ExpertKey) -> None:
     """Begin to bring an expert in the place of another one."""
     use(vram, key)
     vram.publish()
@@ -65,11 +65,11 @@ def test_experts_come_through_the_stages_from_ram_or_from_the_disk(paper, memori
     if in_ram:
         memories.in_ram = {key: bytes_of(key) for key in KEYS}
     vram = filled(memories)
-    assert vram.residents.keys == {A, B, E, F}
+    assert vram.keys == {A, B, E, F}
     assert all(torch.equal(content(vram, key), bytes_of(key)) for key in (A, B, E, F))
     assert memories.read_bytes == ({} if in_ram else dict.fromkeys((A, B, E, F), SIZE))
     assert memories.lent == []
-    assert vram.bytes_moved == 4 * SIZE
+    assert vram.stats.bytes_read == 4 * SIZE
     assert (vram.slots, vram.nbytes, vram.holds_all) == (4, 4 * SIZE, False)
 
 
@@ -87,7 +87,7 @@ def test_the_table_changes_only_when_experts_are_published(paper, memories):
     exchange(vram, C)
     without = table_of(vram)
     assert not vram.holds(C)
-    assert sorted(vram.residents.keys) in ([A, C, E, F], [A, B, C, E], [A, B, C, F])
+    assert sorted(vram.keys) in ([A, C, E, F], [A, B, C, E], [A, B, C, F])
     assert (without != 0).sum() == 3  # one has left already
     settle(vram)
     assert (table_of(vram) == without).all()
@@ -100,10 +100,10 @@ def test_the_table_changes_only_when_experts_are_published(paper, memories):
 
 def test_an_expert_that_left_and_came_back_elsewhere_is_found_where_it_is(paper, memories):
     vram = filled(memories, 2)
-    assert vram.residents.keys == {A, E}
+    assert vram.keys == {A, E}
     for key in (C, E, A, D, B, A):
         for count in range(200):
-            if key in vram.residents.keys:
+            if key in vram.keys:
                 break
             use(vram, key, 50 + count)
             vram.publish()
@@ -146,7 +146,7 @@ def test_a_slot_is_written_once_the_kernels_that_read_it_have_ended(
     assert load.failed != waits
     if not waits:
         with pytest.raises(RuntimeError, match="may still read"):
-            vram.wait_for(C)
+            vram.ready(C)
         return
     vram.publish()
     assert torch.equal(content(vram, C), bytes_of(C))
@@ -162,7 +162,7 @@ def test_a_read_that_fails_leaves_a_free_slot_and_is_not_tried_again(paper, memo
     settle(vram)
     vram.publish()
     # Of eight, two cannot be read.
-    assert set(vram.residents.keys) == set(KEYS) - {B, C}
+    assert set(vram.keys) == set(KEYS) - {B, C}
     assert (table_of(vram) != 0).sum() == 6
     reads = dict(memories.read_bytes)
     for _ in range(5):
@@ -170,43 +170,43 @@ def test_a_read_that_fails_leaves_a_free_slot_and_is_not_tried_again(paper, memo
         vram.publish()
         settle(vram)
     assert memories.read_bytes == reads
-    assert all(torch.equal(content(vram, key), bytes_of(key)) for key in vram.residents.keys)
+    assert all(torch.equal(content(vram, key), bytes_of(key)) for key in vram.keys)
 
 
 def test_the_error_of_a_read_is_raised_where_the_expert_is_needed(paper, memories):
     memories.bad, memories.held = {E}, {A}
     vram = memories.slots(SIZE, SIZE)
-    vram.fill()
-    assert vram.request(E)
+    vram.fill_slots()
+    assert vram.hurry(E)
     memories.go.set()
     with pytest.raises(OSError, match="says no"):
-        vram.wait_for(E)
-    assert not vram.request(E)
-    assert vram.residents.keys == {A}
+        vram.ready(E)
+    assert not vram.hurry(E)
+    assert vram.keys == {A}
 
 
 def test_an_expert_that_is_needed_comes_before_the_others(paper, memories):
     memories.held = {A}
     vram = memories.slots(*[SIZE] * 8)
-    vram.fill()
+    vram.fill_slots()
     memories.reached.wait()
-    assert vram.request(KEYS[7])
+    assert vram.hurry(KEYS[7])
     assert not vram.holds(KEYS[7])
     memories.go.set()
-    vram.wait_for(KEYS[7])
+    vram.ready(KEYS[7])
     assert torch.equal(content(vram, KEYS[7]), bytes_of(KEYS[7]))
     # A was on its way in all threads.
     assert list(memories.read_bytes)[:2] == [A, KEYS[7]]
     settle(vram)
     vram.publish()
     assert vram.holds_all
-    assert not vram.request(KEYS[7])
+    assert not vram.hurry(KEYS[7])
 
 
 def test_ctrl_c_while_an_expert_is_awaited_leaves_it_on_its_way(paper, memories, monkeypatch):
     memories.held = {A}
     vram = memories.slots(SIZE)
-    vram.fill()
+    vram.fill_slots()
 
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -214,11 +214,11 @@ def test_ctrl_c_while_an_expert_is_awaited_leaves_it_on_its_way(paper, memories,
     with monkeypatch.context() as patch:
         patch.setattr(interrupts, "check", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            vram.wait_for(A)
+            vram.ready(A)
         with pytest.raises(KeyboardInterrupt), vram.invite([A]) as guests:
-            next(iter(guests))
+            deque(guests)
     memories.go.set()
-    vram.wait_for(A)
+    vram.ready(A)
     assert torch.equal(content(vram, A), bytes_of(A))
 
 
@@ -236,9 +236,9 @@ def test_guests_pass_through_two_slots_beside_the_experts_that_stay(paper, memor
     assert all(torch.equal(output.cpu(), bytes_of(key)) for key, output in brought)
     assert len({output.device for _, output in brought}) == 1
     assert memories.lent == []
-    assert vram.residents.keys == {A, E}
+    assert vram.keys == {A, E}
     assert all(torch.equal(content(vram, key), bytes_of(key)) for key in (A, E))
-    assert vram.bytes_moved == 10 * SIZE
+    assert vram.stats.bytes_read == 10 * SIZE
 
 
 def test_a_guests_slot_is_written_once_the_kernels_of_the_one_before_have_ended(
@@ -255,11 +255,10 @@ def test_the_first_guests_do_not_wait_for_what_the_gpu_is_given_meanwhile(paper,
     vram = filled(memories, 2)
     resident, main = vram.expert(A), paper.current_stream(GPU)
     before = main.done
-    with vram.invite([B, C]) as guests:
+    with vram.invite([B, C]):
         for _ in range(10):
             resident ^ 0
-        loads = [load for load, _ in guests._loads]
-        for load in loads:
+        for load in vram._guests._loads.values():
             load._ended.wait()
         seen = vram._uploader._side.seen[main]
     assert main.done >= before + 10
@@ -302,7 +301,7 @@ def test_a_guest_that_cannot_be_read_ends_the_prompt_alone(paper, memories):
 
 def test_a_gpu_that_holds_all_makes_room_for_guests_once_it_gave_way(paper, memories):
     vram = filled(memories, 8)
-    assert (vram.holds_all, vram._guests) == (True, [])
+    assert (vram.holds_all, vram._guests) == (True, None)
     assert vram.give_way()
     assert not vram.holds_all
     missing = [key for key in KEYS if not vram.holds(key)]
@@ -318,7 +317,7 @@ def test_an_eighth_of_the_slots_give_way_those_of_the_least_used_first(paper, me
     for left in (7, 6, 5, 4, 3, 2, 1, 0):
         assert vram.give_way()
         assert paper.memory(GPU).taken == before - (8 - left) * SIZE
-        assert set(vram.residents.keys) == set(KEYS[8 - left :])
+        assert set(vram.keys) == set(KEYS[8 - left :])
         assert (table_of(vram) != 0).sum() == vram.slots == left
     assert not vram.give_way()
 
@@ -328,7 +327,7 @@ def test_the_most_used_experts_of_a_piece_that_gives_way_move_to_other_pieces(
 ):
     monkeypatch.setattr(arena, "_LEAST_PIECES", 2)
     vram = filled(memories, 8)
-    in_last = [key for key in KEYS if vram.residents.slot_of(key) in range(4, 8)]
+    in_last = [key for key in KEYS if vram._cache.slot_of(key) in range(4, 8)]
     others = [key for key in KEYS if key not in in_last]
     for number, key in enumerate((in_last[0], others[0], in_last[1], others[1], *KEYS)):
         use(vram, key, 30 - number)
@@ -336,17 +335,17 @@ def test_the_most_used_experts_of_a_piece_that_gives_way_move_to_other_pieces(
     before = quiet(paper)
     assert vram.give_way()
     assert paper.memory(GPU).taken == before - 4 * SIZE
-    assert set(vram.residents.keys) == {*in_last[:2], *others[:2]}
+    assert set(vram.keys) == {*in_last[:2], *others[:2]}
     addresses = table_of(vram)
     for key in KEYS:
-        is_there = key in vram.residents.keys
+        is_there = key in vram.keys
         assert addresses[key] == (vram.expert(key).data_ptr() if is_there else 0)
         assert not is_there or torch.equal(content(vram, key), bytes_of(key))
     assert all(torch.equal(output.cpu(), bytes_of(key)) for output, key in kernels)
     vram.grow()
     settle(vram)
     vram.publish()
-    assert set(vram.residents.keys) == set(KEYS)
+    assert set(vram.keys) == set(KEYS)
     assert all(torch.equal(content(vram, key), bytes_of(key)) for key in KEYS)
 
 
@@ -355,7 +354,7 @@ def test_slots_whose_experts_are_still_to_come_give_way(paper, memories):
     memories.held = {A}
     memories.in_ram = {F: bytes_of(F)}
     vram = memories.slots(*[SIZE] * 8)
-    vram.fill()
+    vram.fill_slots()
     memories.reached.wait()
     before = quiet(paper)
     for _ in range(8):
@@ -368,12 +367,12 @@ def test_slots_whose_experts_are_still_to_come_give_way(paper, memories):
         time.sleep(0.01)
     assert list(memories.read_bytes) == [A]
     vram.publish()
-    assert not vram.residents.keys
+    assert not vram.keys
 
 
 def test_slots_that_gave_way_come_back_as_far_as_memory_has_room(paper, memories):
     vram = memories.slots(*[SIZE] * 6, reserve=5 * SIZE)
-    vram.fill()
+    vram.fill_slots()
     settle(vram)
     vram.publish()
     memory = paper.memory(GPU)
@@ -385,8 +384,8 @@ def test_slots_that_gave_way_come_back_as_far_as_memory_has_room(paper, memories
     assert vram.slots == 5
     settle(vram)
     vram.publish()
-    assert all(torch.equal(content(vram, key), bytes_of(key)) for key in vram.residents.keys)
-    assert len(vram.residents.keys) == 5
+    assert all(torch.equal(content(vram, key), bytes_of(key)) for key in vram.keys)
+    assert len(vram.keys) == 5
     memory.total = memory.taken
     vram.grow()
     assert vram.slots == 5
@@ -401,10 +400,10 @@ def test_slots_that_gave_way_come_back_as_far_as_memory_has_room(paper, memories
 def test_experts_of_several_sizes_take_slots_of_their_size(paper):
     memories = Memories((SIZE, SIZE // 2))
     vram = memories.slots(SIZE, SIZE // 2, SIZE, SIZE // 2, SIZE)
-    vram.fill()
+    vram.fill_slots()
     settle(vram)
     vram.publish()
-    assert vram.residents.keys == {A, B, C, E, F}
+    assert vram.keys == {A, B, C, E, F}
     for key in (A, B, C, E, F):
         assert torch.equal(content(vram, key), bytes_of(key, memories.sizes[key.layer]))
     with vram.invite([D, KEYS[6], KEYS[7]]) as guests:
@@ -438,7 +437,7 @@ def test_ram_that_cannot_be_page_locked_is_slower_and_no_fault(paper, memories):
     """CUDA reports the refusal again at the next kernel."""
     paper.refuses_locks = True
     vram = filled(memories)
-    assert all(torch.equal(content(vram, key), bytes_of(key)) for key in vram.residents.keys)
+    assert all(torch.equal(content(vram, key), bytes_of(key)) for key in vram.keys)
 
 
 def test_closing_frees_the_memory_although_experts_are_on_their_way(paper, memories):
@@ -446,7 +445,7 @@ def test_closing_frees_the_memory_although_experts_are_on_their_way(paper, memor
     memories.held = {A}
     before = quiet(paper)
     vram = memories.slots(*[SIZE] * 7)
-    vram.fill()
+    vram.fill_slots()
     memories.reached.wait()
     assert paper.memory(GPU).taken >= before + 9 * SIZE
     vram.close()
@@ -467,7 +466,7 @@ def test_without_a_thread_nothing_comes_and_nobody_waits(paper, memories, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
-        vram.fill()
+        vram.fill_slots()
         vram.publish()
         with pytest.raises(ResourceError, match="thread"), vram.invite([C]):
             pass
@@ -475,7 +474,7 @@ def test_without_a_thread_nothing_comes_and_nobody_waits(paper, memories, monkey
     vram.publish()
     settle(vram)
     vram.publish()
-    for key in vram.residents.keys:
+    for key in vram.keys:
         if vram.holds(key):
             assert torch.equal(content(vram, key), bytes_of(key))
 
@@ -513,7 +512,7 @@ def test_kernels_read_whole_experts_whatever_comes_and_goes(
             assert bool(addresses[key]) == vram.holds(key)
         outputs.extend((key, vram.expert(key) ^ 0) for key in keys if vram.holds(key))
 
-    vram.fill()
+    vram.fill_slots()
     for what, *arguments in events:
         match what, *arguments:
             case "tokens", key, count:
@@ -523,12 +522,12 @@ def test_kernels_read_whole_experts_whatever_comes_and_goes(
             case "settle", *_:
                 settle(vram)
             case "prompt" | "interrupt", keys:
-                arriving = [key for key in keys if vram.request(key)]
+                arriving = [key for key in keys if vram.hurry(key)]
                 missing = [key for key in keys if not vram.holds(key) and key not in arriving]
                 with vram.invite(missing) as guests:
                     compute(keys)
                     for key in arriving:
-                        vram.wait_for(key)
+                        vram.ready(key)
                     for key, expert in guests:
                         outputs.append((key, expert ^ 0))
                         if what == "interrupt":
@@ -551,15 +550,14 @@ def test_kernels_read_whole_experts_whatever_comes_and_goes(
 
 def test_what_has_slots_is_told_to_have_changed(paper, memories):
     vram = filled(memories)
-    assert vram.has_changed
-    vram.has_changed = False
+    before = vram.changes
     vram.publish()
-    assert not vram.has_changed
+    assert vram.changes == before
     exchange(vram, C)
-    assert vram.has_changed
-    vram.has_changed = False
+    assert vram.changes != before
+    before = vram.changes
     settle(vram)
     vram.publish()  # it has arrived, and had its slot before
-    assert not vram.has_changed
+    assert vram.changes == before
     vram.give_way()
-    assert vram.has_changed
+    assert vram.changes != before

@@ -11,7 +11,8 @@ from paper_runtime import PaperRuntime
 
 from mixchat.experts import vram
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.vram import VramSlots
+from mixchat.experts.load_queue import ExpertLoad
+from mixchat.experts.vram import VramTier
 
 GPU = torch.device("paper", 0)
 LAYERS, EXPERTS, SIZE = 2, 4, 1000
@@ -44,22 +45,22 @@ class Memories:
     def __init__(self, sizes: tuple[int, ...] = (SIZE,) * LAYERS) -> None:
         self.sizes = sizes
         self.in_ram: dict[ExpertKey, torch.Tensor] = {}
-        self.lent: list[ExpertKey] = []
+        self.readers: list[ExpertLoad] = []
         self.read_bytes: dict[ExpertKey, int] = {}
         self.held: set[ExpertKey] = set()
         self._waiting: list[ExpertKey] = []
         self.bad: set[ExpertKey] = set()
         self.reached, self.go = threading.Event(), threading.Event()
 
-    def borrow(self, key: ExpertKey) -> torch.Tensor | None:
-        if key not in self.in_ram:
+    def borrow(self, load: ExpertLoad) -> torch.Tensor | None:
+        if load.key not in self.in_ram:
             return None
-        self.lent.append(key)
-        return self.in_ram[key]
+        self.readers.append(load)
+        return self.in_ram[load.key]
 
-    def give_back(self, key: ExpertKey) -> None:
-        if key in self.lent:
-            self.lent.remove(key)
+    @property
+    def lent(self) -> list[ExpertKey]:
+        return [load.key for load in self.readers if not (load.ended or load.cancelled)]
 
     def read(self, key: ExpertKey, block: torch.Tensor, start: int) -> None:
         if key in self.held:
@@ -72,11 +73,12 @@ class Memories:
         block.copy_(bytes_of(key, self.sizes[key.layer])[start : start + len(block)])
         self.read_bytes[key] = self.read_bytes.get(key, 0) + len(block)
 
-    def slots(self, *sizes: int, reserve: int = 0) -> VramSlots:
+    def slots(self, *sizes: int, reserve: int = 0) -> VramTier:
         """Return slots of a GPU, of these sizes."""
+        ram: Any = self
         forms: Any = [Form(size) for size in self.sizes]
-        return VramSlots(
-            GPU, range(LAYERS), EXPERTS, forms.__getitem__, sizes, self.read, self, reserve
+        return VramTier(
+            GPU, range(LAYERS), EXPERTS, forms.__getitem__, sizes, self.read, ram, reserve
         )
 
 
@@ -90,32 +92,32 @@ def quiet(paper: PaperRuntime) -> int:
     return paper.memory(GPU).taken
 
 
-def settle(vram: VramSlots) -> None:
+def settle(vram: VramTier) -> None:
     """Wait until nothing is on its way."""
     for load in list(vram._loads.values()):
         load._ended.wait()
 
 
-def filled(memories: Memories, count: int = 4) -> VramSlots:
+def filled(memories: Memories, count: int = 4) -> VramTier:
     """Return slots with the first experts of both layers."""
     vram = memories.slots(*[SIZE] * count)
-    vram.fill()
+    vram.fill_slots()
     settle(vram)
     vram.publish()
     return vram
 
 
-def use(vram: VramSlots, key: ExpertKey, tokens: int = 20) -> None:
+def use(vram: VramTier, key: ExpertKey, tokens: int = 20) -> None:
     """Count an expert in so many tokens."""
     for _ in range(tokens):
-        vram.residents.note_rows(key, 1)
+        vram.policy.note_rows(key, 1)
 
 
-def content(vram: VramSlots, key: ExpertKey) -> torch.Tensor:
+def content(vram: VramTier, key: ExpertKey) -> torch.Tensor:
     """Return the bytes that kernels of the current stream read."""
     expert: Any = vram.expert(key)
     return (expert ^ 0).cpu()
 
 
-def table_of(vram: VramSlots) -> np.ndarray:
+def table_of(vram: VramTier) -> np.ndarray:
     return np.asarray(vram.table.cpu().numpy())

@@ -17,10 +17,10 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Note
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts import vram as vram_module
-from mixchat.experts.arena import Arena
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.experts.placement import Placement
+from mixchat.experts.vram import VramSlots
 from mixchat.loading import tiers
 from mixchat.loading.served_experts import ServedExperts
 from mixchat.loading.tiers import build_experts, moe_layers
@@ -66,7 +66,7 @@ def build(
 
 
 def on_gpus(experts: GpuExperts) -> set[ExpertKey]:
-    return {key for vram in experts.gpus for key in vram.residents.keys}
+    return {key for vram in experts.gpus for key in vram.keys}
 
 
 def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,12 +184,12 @@ def test_a_gpu_with_less_memory_than_it_says_holds_half(paper, installed, fail_a
 
 
 def test_a_gpu_that_holds_no_two_experts_after_all_is_named(paper, installed, monkeypatch):
-    def arena(device: torch.device, sizes: Sequence[int]) -> Arena:
+    def slots(device: torch.device, *arguments: Any) -> VramSlots:
         if device.index == 1:
             raise torch.OutOfMemoryError("paper out of memory")
-        return Arena(device, sizes)
+        return VramSlots(device, *arguments)
 
-    monkeypatch.setattr(vram_module, "Arena", arena)
+    monkeypatch.setattr(vram_module, "VramSlots", slots)
     with pytest.raises(ResourceError, match="paper:1 has less memory than it says: not even two"):
         build(installed, placed((3, 3), (1, 1)))
 

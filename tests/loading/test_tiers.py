@@ -221,7 +221,7 @@ def test_slots_are_given_back_when_memory_shrinks_and_come_back_with_it(tiny_mod
     assert text(engine) == expected
     assert engine.experts.slots == 2
     holder: Any = engine.experts
-    assert len(holder.ram._store._slots) == 2  # the memory of the others has gone
+    assert len(holder.ram._memory._slots) == 2  # the memory of the others has gone
     free["bytes"] = 10**12
     assert text(engine) == expected
     assert engine.experts.slots == 8

@@ -175,6 +175,8 @@ def bandwidth(trial: Trial) -> None:
 
 def copies(trial: Trial) -> None:
     """Print the bandwidth of experts' way to the card, and of one locked tensor."""
+    from unittest.mock import Mock
+
     import torch
 
     from mixchat.base import gpu
@@ -193,11 +195,11 @@ def copies(trial: Trial) -> None:
     def read(key: ExpertKey, stage: torch.Tensor, start: int) -> None:
         raise AssertionError("nothing comes from the disk")
 
-    uploader = Uploader(device, read)
+    uploader = Uploader(device, read, Mock(borrow=lambda load: block))
 
     def upload() -> None:
         load = ExpertLoad(ExpertKey(0, 0))
-        uploader.begin(load, "slot", lambda: slot, block.nbytes, block)
+        uploader.queue.begin(load, uploader.job(load, lambda: slot, block.nbytes))
         load.wait()
 
     rate = block.nbytes / median(seconds_of(upload, device))

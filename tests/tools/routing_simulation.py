@@ -147,7 +147,7 @@ def replay(trace: Trace, slots: int, policy: str) -> Replay:
 
 def replay_visits(trace: Iterable[Visit], slots: int, policy: Policy, passes: Passes) -> Replay:
     """Return what a cache does with these visits, each with the experts in the cache first."""
-    cache, result = ExpertCache(slots, policy), Replay()
+    cache, result = ExpertCache([0] * slots, policy), Replay()
     for visit in trace:
         passes.enter(visit.experts[0].layer)
         counts = result.prefill if visit.prefill else result.decode

@@ -1,22 +1,23 @@
-"""Brings experts into their slots in RAM, on request, by prediction or to fill them."""
+"""Holds experts in one kind of memory: on request, by prediction or to fill it."""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence, Set
 from contextlib import suppress
 from itertools import repeat
+from typing import Protocol
 
 import torch
 
 from mixchat.base.errors import ResourceError
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
 from mixchat.experts.holder import LayerExperts
-from mixchat.experts.load_queue import FILL, PREDICTED, REQUESTED, ExpertLoad, LoadQueue
+from mixchat.experts.load_queue import FILL, PREDICTED, REQUESTED, ExpertLoad, Job, LoadQueue
 from mixchat.experts.memory import MemoryWatch
-from mixchat.experts.placement import MIN_SLOTS, Placement
-from mixchat.experts.store import READS, ExpertStore
+from mixchat.experts.placement import MIN_SLOTS
+from mixchat.experts.store import READS
 from mixchat.weights.format.expert import Expert
 
 RESIDENT, LOADING, MISSING = range(3)
@@ -32,8 +33,35 @@ _SLOTS_PER_CERTAIN_PREFETCH = 4
 _MAX_UNCOUNTED = 64  # tokens
 
 
-class Fetcher:
-    """Holds the experts in RAM. A cache assigns their slots, a queue of reads fills them.
+class SlotMemory(Protocol):
+    """The memory of slots, by their numbers, and the way to fill one from the tier behind it."""
+
+    @property
+    def blocks(self) -> Collection[int]:
+        """Return the slots that have memory, or get it as their load begins."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of memory that slots take."""
+
+    def job(self, load: ExpertLoad, slot: int) -> Job:
+        """Return the work of bringing the load's expert into a slot."""
+
+    def expert(self, slot: int) -> Expert:
+        """Return the expert that was brought into a slot."""
+
+    def block(self, slot: int) -> torch.Tensor:
+        """Return the bytes of a slot that has memory."""
+
+    def release(self, slot: int) -> None:
+        """Free a slot's memory. A load that waits for its turn fails."""
+
+
+class Tier:
+    """Experts in one kind of memory: RAM, filled from the disk, or a GPU's, filled from RAM.
+
+    cache: which experts have slots, by its policy. memory: fills the slots by loads of `queue`.
+    experts: of all that it may be asked for. watch: limits the slots as memory gets short.
 
     An expert in the cache may still be on its way, in `_loads`, or in `_fills` if nobody has needed
     it yet. Workers and GPUs compute the experts in `elsewhere`.
@@ -42,27 +70,26 @@ class Fetcher:
     def __init__(
         self,
         cache: ExpertCache,
-        store: ExpertStore,
-        placement: Placement,
+        memory: SlotMemory,
+        queue: LoadQueue,
         passes: Passes,
         stats: ExpertStats,
+        *,
+        experts: int,
         watch: MemoryWatch | None = None,
     ) -> None:
         self._cache = cache
-        self._store = store
-        self._placement = placement
+        self._memory = memory
+        self._queue = queue
         self._passes = passes
         self.stats = stats
+        self._experts = experts
         self._watch = watch
         self.elsewhere: Set[ExpertKey] = frozenset()
-        self._borrowed: set[ExpertKey] = set()  # nobody else may get their slots
+        # Loads of the tier in front that read blocks of this one. Nobody else may get their slots.
+        self._readers: list[ExpertLoad] = []
         # For `holds_all`: what it depends on, and what it was.
         self._whole: tuple[tuple[int, Set[ExpertKey]], bool] = (-1, frozenset()), False
-        self._queue = LoadQueue(
-            READS,
-            may_fill=watch.is_ample if watch else lambda: True,
-            count_moved=self._count_read,
-        )
         self._loads: dict[ExpertKey, ExpertLoad] = {}
         self._fills: OrderedDict[ExpertKey, ExpertLoad] = OrderedDict()
         # The experts of layers of which all are held. They stay there while all experts fit.
@@ -75,12 +102,12 @@ class Fetcher:
 
     @property
     def nbytes(self) -> int:
-        return self._store.nbytes
+        return self._memory.nbytes
 
     @property
     def holds_all(self) -> bool:
         """Return whether RAM holds all experts that are not elsewhere."""
-        needed = self._placement.experts - len(self.elsewhere)
+        needed = self._experts - len(self.elsewhere)
         if self._loads or self.is_filling or len(self._cache) < needed:
             return False
         # To look at thousands of experts takes longer than some layers.
@@ -109,13 +136,14 @@ class Fetcher:
                 for key in missing:
                     slot = self._cache.admit(key)
                     assert slot is not None
-                    self._begin(ExpertLoad(key, FILL), slot)
+                    self._begin(ExpertLoad(key, FILL), slot, self._fills)
 
     def _end_fills(self) -> None:
-        while self.is_filling:
-            key, load = self._fills.popitem(last=False)
-            load.cancelled = True
-            self._cache.discard(key)
+        for key, load in self._fills.items():
+            if load.failed or not load.ended:
+                load.cancelled = True
+                self._cache.discard(key)
+        self._fills.clear()
 
     def _reprioritize(self, key: ExpertKey, priority: int) -> bool:
         """Carry out the expert's fill with this priority. Return False if there is none."""
@@ -138,7 +166,7 @@ class Fetcher:
 
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[LayerExperts]:
         self.follow_memory()
-        if self._cache.limit < self._placement.experts:
+        if self._cache.limit < self._experts:
             return ()
         resident = list[LayerExperts]()
         held = self._held_layers
@@ -177,7 +205,7 @@ class Fetcher:
         for key in [key for key in self._loads if key.layer == layer]:
             # Read once: a thread of the queue may end the load meanwhile.
             load = self._loads[key]
-            ended = self._loads[key].ended
+            ended = load.ended
             if load.priority == REQUESTED:
                 pass  # by a pass that was interrupted
             elif key in chosen:
@@ -186,14 +214,14 @@ class Fetcher:
                 if not ended:
                     self.stats.late_predictions += 1
                     self.stats.misses[key] += 1
-            elif not ended and self.slots >= self._placement.experts:
+            elif not ended and self.slots >= self._experts:
                 # All experts fit, so a wrong prediction takes no other expert's slot.
                 self._fills[key] = self._loads.pop(key)
                 self._queue.reorder(load, FILL)
             elif not ended:
-                load.cancelled = True
-            if load.cancelled or load.failed:
                 self._give_up(key)
+            if load.failed:
+                self._fail(key)
             elif ended:
                 del self._loads[key]
 
@@ -250,7 +278,7 @@ class Fetcher:
         except BaseException:
             # A load that failed has ended. After a signal it is still on its way.
             if load.ended:
-                self._give_up(key)
+                self._fail(key)
             raise
         self.stats.stalled_seconds += time.perf_counter() - start
 
@@ -260,6 +288,17 @@ class Fetcher:
         if self._loads.pop(key, None) is None:
             self.stats.hits[key] += 1
         return self._expert(self._cache.lookup(key))
+
+    def cancel(self) -> None:
+        """Give up all loads of experts that were requested or predicted."""
+        for key in list(self._loads):
+            self._give_up(key)
+
+    def in_turn(self, keys: Sequence[ExpertKey]) -> Iterator[tuple[ExpertKey, Expert]]:
+        """Bring experts one after the other. Yield each, to be used until the next one."""
+        for number, key in enumerate(keys):
+            self.request(keys[number : number + self.slots])
+            yield key, self.ready(key)
 
     def load(self, key: ExpertKey, pinned: Collection[ExpertKey]) -> None:
         self.request([key], pinned)
@@ -271,70 +310,69 @@ class Fetcher:
             # The memory of a prefetch that was given up counts, since the next expert gets it.
             # Of fills, only the first ones may have some.
             without = max(len(self._fills) - READS, 0) if self.is_filling else 0
-            self.resize(self._watch.limit(len(self._store.blocks) - without))
+            self.resize(self._watch.limit(len(self._memory.blocks) - without))
 
-    def borrow(self, key: ExpertKey) -> torch.Tensor | None:
-        """Return an expert's block, which stays in RAM until `give_back`.
+    def borrow(self, load: ExpertLoad) -> torch.Tensor | None:
+        """Return the block of a load's expert, which stays until the load has ended.
 
         Return None without the expert, or if too few slots of its size would be left.
         """
-        left = self._cache.slots_for(key) - len(self._borrowed) - 1
+        key = load.key
+        left = self._cache.slots_for(key) - len(self._lent) - 1
         if left < MIN_SLOTS or not self.holds(key):
             return None
-        self._borrowed.add(key)
+        self._readers.append(load)
         slot = self._cache.slot_of(key)
         assert slot is not None
-        return self._store.block(slot)
-
-    def give_back(self, key: ExpertKey) -> None:
-        self._borrowed.discard(key)
+        return self._memory.block(slot)
 
     def resize(self, limit: int) -> None:
         """Hold no more than `limit` experts, and free the memory of the others.
 
         Lent experts stay, beside the slots that computing needs.
         """
-        limit = max(limit, len(self._borrowed) + MIN_SLOTS)
+        if self._readers:
+            limit = max(limit, len(self._lent) + MIN_SLOTS)
         if limit != self._cache.limit:
             self.count_hits()
             self._held_layers.clear()
             self._end_fills()
-            self._cache.resize(limit, pinned={*self._loads, *self._borrowed})
+            self._cache.resize(limit, pinned={*self._loads, *self._lent})
             self._release_surplus(self._cache.limit)  # all that are free
 
     def close(self) -> None:
         """Free the memory of all slots. Nothing can be fetched after that."""
         self._held_layers.clear()
         self._end_fills()
-        for load in self._loads.values():
-            load.cancelled = True
-        self._loads.clear()
+        self.cancel()
         self._queue.close()
-        for slot in list(self._store.blocks):
-            self._store.release(slot)
+        for slot in list(self._memory.blocks):
+            self._memory.release(slot)
 
-    def _count_read(self, seconds: float, size: int) -> None:
-        self.stats.read_seconds += seconds
-        self.stats.bytes_read += size
+    @property
+    def _lent(self) -> set[ExpertKey]:
+        """Return the experts that the tier in front reads."""
+        self._readers = [load for load in self._readers if not (load.ended or load.cancelled)]
+        return {load.key for load in self._readers}
 
     def _expert(self, slot: int | None) -> Expert:
         assert slot is not None
-        return self._store.expert(slot)
+        return self._memory.expert(slot)
 
     def _release_surplus(self, coming: int) -> None:
         """Free blocks beyond the limit, with room for `coming` new ones."""
-        surplus = len(self._store.blocks) + coming - self._cache.limit
+        surplus = len(self._memory.blocks) + coming - self._cache.limit
         if surplus > 0:
-            free = self._cache.free_slots() & set(self._store.blocks)
+            free = self._cache.free_slots() & set(self._memory.blocks)
             for slot in sorted(free)[:surplus]:
-                self._store.release(slot)
+                self._memory.release(slot)
 
     def _has_failed(self, key: ExpertKey) -> bool:
         """Return whether the expert's load has failed since somebody stopped waiting for it."""
         load = self._loads.get(key) or self._fills.get(key)
         if load is None or not load.failed:
             return False
-        self._give_up(key)
+        self._fail(key)
         return True
 
     @property
@@ -347,33 +385,43 @@ class Fetcher:
         A prefetched expert stays, unless a requested one finds no other slot.
         """
         self.count_hits()
-        kept = {*pinned, *self._borrowed}
-        held = self._store.blocks
+        kept = {*pinned, *self._lent} if self._readers else {*pinned}
+        held = self._memory.blocks
         slot = self._cache.admit(load.key, {*kept, *self._prefetches}, held)
         if slot is None and load.priority == REQUESTED:
             slot = self._cache.admit(load.key, kept, held)
         # Loads whose slot was taken are useless. If all experts fit, none has lost its slot, and
         # looking through thousands of fills takes long.
-        if self.slots < self._placement.experts:
+        if self.slots < self._experts:
             for loads in (self._loads, self._fills):
                 for evicted in [expert for expert in loads if expert not in self._cache]:
                     loads.pop(evicted).cancelled = True
         if slot is None:
             return False
-        self._begin(load, slot)
+        self._begin(load, slot, self._loads)
         return True
 
-    def _begin(self, load: ExpertLoad, slot: int) -> None:
-        key = load.key
-        self._release_surplus(slot not in self._store.blocks)
+    def _begin(
+        self, load: ExpertLoad, slot: int, loads: MutableMapping[ExpertKey, ExpertLoad]
+    ) -> None:
+        """Begin a load that has a slot, and note it among `loads`."""
+        self._release_surplus(slot not in self._memory.blocks)
         try:
-            self._queue.begin(load, self._store.job(key, slot))
+            self._queue.begin(load, self._memory.job(load, slot))
         except BaseException:
             # Without a thread nobody brings it.
-            self._cache.discard(key)
+            load.cancelled = True
+            self._cache.discard(load.key)
             raise
-        (self._fills if load.priority == FILL else self._loads)[key] = load
+        loads[load.key] = load
+
+    def _fail(self, key: ExpertKey) -> None:
+        """Note that an expert's load has failed."""
+        self._give_up(key)
 
     def _give_up(self, key: ExpertKey) -> None:
+        """Evict an expert. If it is on its way, nobody waits for it any more."""
         self._cache.discard(key)
-        (self._loads if key in self._loads else self._fills).pop(key)
+        for loads in (self._loads, self._fills):
+            if (load := loads.pop(key, None)) is not None:
+                load.cancelled = True
