@@ -38,11 +38,12 @@ Piece = Callable[[], int]  # moves bytes, and returns how many
 class Job(NamedTuple):
     """The work of a load: to fill a slot.
 
-    Pieces of one slot's jobs are never in flight together. pieces: called when the job's turn
-    comes, under the queue's lock. finish: called after the last piece.
+    target: the slot's memory. Pieces of jobs with one target are never in flight together.
+    pieces: called when the job's turn comes, under the queue's lock. finish: called after the last
+    piece.
     """
 
-    slot: Hashable
+    target: Hashable
     pieces: Callable[[], Sequence[Piece]]
     finish: Callable[[], None] = lambda: None
 
@@ -224,7 +225,7 @@ class LoadQueue:
                     or (load.pieces is not None and not load.pieces)
                 ):
                     heappop(self._waiting)
-                elif self._filling.get(job.slot, load) is not load:
+                elif self._filling.get(job.target, load) is not load:
                     # Pieces of the slot's former expert are in flight.
                     passed_over.append(heappop(self._waiting))
                 elif self._is_held_back(priority, now):
@@ -234,7 +235,7 @@ class LoadQueue:
                     if priority != FILL:
                         self._pause_until = now + _FILL_PAUSE_S
                     load.in_flight += 1
-                    self._filling[job.slot] = load
+                    self._filling[job.target] = load
                     return load, job, load.pieces.popleft()
             return None
         finally:
@@ -279,7 +280,7 @@ class LoadQueue:
                 load.end(error)
             is_whole = not (load.in_flight or load.pieces or load.ended or load.cancelled)
             if not load.in_flight and not is_whole:
-                del self._filling[job.slot]
+                del self._filling[job.target]
         if is_whole:
             self._finish(load, job)
 
@@ -294,7 +295,7 @@ class LoadQueue:
         except BaseException as error:
             load.end(error)
         with self._changed:
-            del self._filling[job.slot]
+            del self._filling[job.target]
 
 
 class _QueueThread(threading.Thread):

@@ -16,7 +16,7 @@ from mixchat.base.errors import CheckpointError
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.load_queue import ExpertLoad
-from mixchat.experts.tier import LOADING, MISSING, RESIDENT, Tier
+from mixchat.experts.tier import MISSING, RESIDENT, Tier
 from mixchat.weights.format.installed_model import InstalledModel
 
 EVERYTHING = [ExpertKey(*key) for key in product(range(2), range(4))]
@@ -106,39 +106,6 @@ def test_all_experts_come_in_the_order_of_layers_although_nobody_asks(installed,
     assert len(source.begun) == 8
 
 
-def test_none_comes_unasked_if_they_do_not_all_fit(installed, source):
-    experts, _ = begin(installed, source, slots=7)
-    assert not experts.is_filling
-    assert source.begun == []
-
-
-def test_experts_of_workers_stay_there(installed, source):
-    experts = runner(installed, 5, source, reads=1)
-    fetcher = experts.ram
-    fetcher.elsewhere = frozenset(EVERYTHING[2:5])
-    experts.fill(EVERYTHING)
-    finish(source, experts)
-    assert source.begun == EVERYTHING[:2] + EVERYTHING[5:]
-
-
-def test_an_expert_that_is_needed_comes_next_and_is_a_miss(installed, source):
-    experts, fetcher = begin(installed, source, EVERYTHING[:1])
-    last = EVERYTHING[-1]
-    assert fetcher.state(EVERYTHING[0]) == fetcher.state(last) == LOADING
-    assert not fetcher.holds_all
-    fetcher.request([last])
-    source.go()
-    fetcher.ready(last)
-    finish(source, experts)
-    assert source.begun == [EVERYTHING[0], last, *EVERYTHING[1:-1]]
-    assert dict(experts.stats.misses) == {last: 1}
-    assert not experts.stats.hits
-    fetcher.request([EVERYTHING[1]])
-    fetcher.ready(EVERYTHING[1])
-    assert dict(experts.stats.hits) == {EVERYTHING[1]: 1}
-    assert fetcher.holds_all
-
-
 def test_a_predicted_expert_comes_before_others_and_a_wrong_one_comes_all_the_same(
     installed, source, monkeypatch
 ):
@@ -166,17 +133,6 @@ def test_layers_are_right_while_experts_are_coming(installed, source, monkeypatc
     assert is_right(installed, experts)
     finish(source, experts)
     assert is_right(installed, experts)
-
-
-def test_whole_layers_are_resident_while_others_are_coming(installed, source):
-    experts, fetcher = begin(installed, source, EVERYTHING[4:5])
-    layers = [EVERYTHING[:4], EVERYTHING[4:]]
-    (held,) = fetcher.resident(layers)
-    assert len(held) == 4
-    finish(source, experts)
-    first, second = fetcher.resident(layers)
-    assert first is held
-    assert second is fetcher.resident(layers)[1]
 
 
 def test_fills_end_when_fewer_experts_may_be_held(installed, source):
@@ -221,43 +177,6 @@ def test_fills_end_when_the_engine_is_closed(installed, source):
     for thread in set(threading.enumerate()) - others:
         thread.join()
     assert source.begun == EVERYTHING[:4]
-
-
-def test_a_fill_that_fails_is_missing_and_its_error_comes_when_it_is_needed(installed, source):
-    source.bad = {EVERYTHING[1], EVERYTHING[7]}
-    experts, fetcher = begin(installed, source)
-    finish(source, experts)
-    assert [key for key in EVERYTHING if fetcher.state(key) == MISSING] == sorted(source.bad)
-    assert not fetcher.holds_all
-    for _ in range(2):
-        fetcher.request([EVERYTHING[7]])
-        with pytest.raises(CheckpointError, match="cut short"):
-            fetcher.ready(EVERYTHING[7])
-    fetcher.request([EVERYTHING[6]])
-    fetcher.ready(EVERYTHING[6])
-    source.bad = set()
-    assert is_right(installed, experts)
-
-
-def test_a_fill_that_failed_while_others_are_coming_is_read_again_when_needed(installed, source):
-    early, late = EVERYTHING[2], EVERYTHING[5]
-    experts, fetcher = begin(installed, source, EVERYTHING[:2])
-    fetcher.prefetch([early], pinned=[])
-    fetcher.settle(0, [])  # it was wrong, and is a fill again, the last one to be looked at
-    source.bad = {early}
-    source.held[late] = threading.Event()
-    source.go(*EVERYTHING[:2])
-    source.wait_for(late)
-    assert experts.is_filling
-    assert fetcher.state(early) == LOADING
-    source.bad = set()
-    source.go()
-    fetcher.request([early])
-    fetcher.ready(early)
-    assert source.begun.count(early) == 2
-    assert dict(experts.stats.misses) == {early: 1}
-    assert is_right(installed, experts)
-    finish(source, experts)
 
 
 def test_an_interrupt_while_a_fill_is_needed_leaves_it_on_its_way(installed, source, monkeypatch):

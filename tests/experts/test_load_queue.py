@@ -41,38 +41,6 @@ def work(short_idle: None) -> Iterator[Work]:
     work.finish()
 
 
-def test_they_are_carried_out_in_order_and_in_the_background(work):
-    held = work.hold()
-    loads = [work.begin(name, 2) for name in "dab"]
-    assert not any(load.ended for load in loads)
-    held.go()
-    for load in loads:
-        load.wait()
-        assert load.ended
-        assert not load.failed
-    assert work.finish() == ["d0", "d1", "d there", "a0", "a1", "a there", "b0", "b1", "b there"]
-
-
-def test_what_is_requested_comes_before_prefetches_and_of_those_the_nearest_layer_first(work):
-    held = work.hold()
-    work.prefetch("c", layer=3)
-    work.prefetch("a", layer=1)
-    work.begin("x", layer=9)
-    work.prefetch("b", layer=1)
-    work.begin("y", layer=0)
-    held.go()
-    assert arrivals(work.finish()) == "xyabc"
-
-
-def test_a_prefetch_is_put_off_when_something_requested_comes_and_continues_from_where_it_was(work):
-    prefetch = work.prefetch("g", 4, stop=1)
-    work.stops[0].wait()
-    work.begin("w", 2)
-    work.stops[0].go()
-    prefetch.wait()
-    assert work.finish() == ["g0", "g1", "w0", "w1", "w there", "g2", "g3", "g there"]
-
-
 def test_a_prefetch_that_was_put_off_continues_before_others_of_its_layer_start(work):
     """Else each interruption would begin one more, and none would be there in time."""
     work.prefetch("a", 2, stop=0)
@@ -82,23 +50,6 @@ def test_a_prefetch_that_was_put_off_continues_before_others_of_its_layer_start(
     work.begin("w")
     work.stops[0].go()
     assert arrivals(work.finish()) == "wcab"
-
-
-def test_what_is_requested_is_not_put_off(work):
-    work.begin("a", 3, stop=0)
-    work.stops[0].wait()
-    work.begin("b")
-    work.prefetch("g")
-    work.stops[0].go()
-    assert arrivals(work.finish()) == "abg"
-
-
-def test_a_prefetch_of_a_nearer_layer_comes_before_what_is_left_of_another(work):
-    work.prefetch("a", 3, layer=5, stop=0)
-    work.stops[0].wait()
-    work.prefetch("b", layer=1)
-    work.stops[0].go()
-    assert arrivals(work.finish()) == "ba"
 
 
 def test_a_prefetch_in_hand_that_is_requested_is_not_put_off(work):
@@ -142,48 +93,6 @@ def test_prefetches_leave_threads_to_what_will_be_requested(short_idle):
     assert arrivals(work.finish())[:5] == "www0g"
 
 
-def test_fills_come_last_and_in_order(work):
-    held = work.hold()
-    for name, layer in zip("abc", (2, 0, 1), strict=True):
-        work.begin(name, layer=layer, priority=FILL)
-    work.prefetch("g")
-    work.begin("w")
-    held.go()
-    assert arrivals(work.finish()) == "wgabc"
-
-
-@pytest.mark.parametrize("priority", [REQUESTED, PREDICTED])
-def test_a_fill_in_hand_is_put_off_after_its_piece_and_continues_before_other_fills(work, priority):
-    work.begin("a", 3, priority=FILL, stop=0)
-    work.stops[0].wait()
-    work.begin("b", priority=FILL)
-    work.begin("w", 2, priority=priority)
-    work.stops[0].go()
-    assert work.finish()[:6] == ["a0", "w0", "w1", "w there", "a1", "a2"]
-    assert arrivals(work.log) == "wab"
-
-
-def test_a_fill_may_become_a_prefetch_and_a_fill_again(work):
-    held = work.hold()
-    loads = [work.begin(name, priority=FILL) for name in "abcd"]
-    for load, priority in ((2, PREDICTED), (1, PREDICTED), (2, FILL), (3, REQUESTED)):
-        assert work.queue.reorder(loads[load], priority)
-    held.go()
-    assert arrivals(work.finish()) == "dbac"
-    assert not work.queue.reorder(loads[0], REQUESTED)  # it has ended
-
-
-def test_while_fills_may_not_begin_they_fail_and_others_come(short_idle):
-    work = Work(may_fill=lambda: False)
-    held = work.hold()
-    fills = [work.begin(name, priority=FILL) for name in "ab"]
-    work.prefetch("g")
-    assert work.queue.reorder(fills[1], REQUESTED)
-    held.go()
-    assert arrivals(work.finish()) == "bg"
-    assert [load.failed for load in fills] == [True, False]
-
-
 def test_an_error_while_memory_is_asked_for_fails_the_fill_whose_turn_it_is(short_idle):
     """It never ended, so one that needed it waited for ever."""
     work = Work(may_fill=Mock(side_effect=[True, OSError("too many open files"), True]))
@@ -193,28 +102,6 @@ def test_an_error_while_memory_is_asked_for_fails_the_fill_whose_turn_it_is(shor
     with pytest.raises(OSError, match="too many"):
         fills[1].wait()
     assert arrivals(work.finish()) == "ac"
-
-
-@pytest.mark.parametrize("priority", [REQUESTED, PREDICTED, FILL])
-def test_one_that_is_cancelled_in_the_queue_is_not_started(work, priority):
-    held = work.hold()
-    gone = work.begin("a", priority=priority)
-    work.begin("b", priority=priority)
-    gone.cancelled = True
-    held.go()
-    assert work.finish() == ["b0", "b there"]
-    assert not gone.ended
-
-
-@pytest.mark.parametrize("priority", [REQUESTED, PREDICTED, FILL])
-def test_one_that_is_cancelled_in_hand_ends_after_its_piece(work, priority):
-    gone = work.begin("a", 3, priority=priority, stop=1)
-    work.stops[0].wait()
-    work.begin("b", priority=priority)
-    gone.cancelled = True
-    work.stops[0].go()
-    assert work.finish() == ["a0", "a1", "b0", "b there"]
-    assert not gone.ended
 
 
 def test_a_failure_is_raised_for_whoever_waits_and_the_next_is_carried_out(work):
