@@ -186,14 +186,12 @@ class Pointer:
         store = self._builder.store(value.raw, address, align=value.type.count * 4)
         store.set_metadata("nontemporal", self._builder.module.add_metadata([i32(1)]))
 
-    def prefetch(self, offset: Value | int, *, once: bool = False, second: bool = False) -> None:
-        """Prefetch the line into the first cache, or the second one. The address need not exist.
-
-        A line that is read `once` need not go to the other caches.
-        """
-        # LLVM's flags: a read and not a write, locality 0 (prefetchnta), 2 (prefetcht1) or 3
-        # (prefetcht0), data.
-        numbers = 0, 0 if once else 2 if second else 3, 1
+    def prefetch(self, offset: Value | int, *, second: bool = False) -> None:
+        """Prefetch the line into all caches, or all but the first. The address need not exist."""
+        # LLVM's flags: a read and not a write, locality 2 (prefetcht1) or 3 (prefetcht0), data.
+        # With locality 0 (prefetchnta) an Intel Xeon loses lines before they are read: Mixtral's
+        # decode had half the throughput there. A Zen 4 has the same with both.
+        numbers = 0, 2 if second else 3, 1
         flags = [self._function.constant(i32, number) for number in numbers]
         self._function.call("llvm.prefetch.p0", void, self.plus(offset), *flags)
 

@@ -357,7 +357,7 @@ def _prefetch_start(
         scales = args.pointer("absmax").plus(weights // unit.block * unit.scale_bytes)
         for start, size in ((scales, scales_bytes), (codes, CODES_AHEAD_BYTES)):
             for line in range(0, size, LINE_BYTES):
-                start.prefetch(line, once=not second, second=second)
+                start.prefetch(line, second=second)
 
 
 def _write_multiply(

@@ -125,14 +125,12 @@ class Tile:
         return [[total for sums in passes for total in sums[pair : pair + size]] for pair in pairs]
 
     def _prefetch(self, column: Value) -> None:
-        # For one token, weights are read once. In all caches they would take the place of what
-        # Python needs next.
         unit = self._unit
         start = self._bytes_of(column) + CODES_AHEAD_BYTES
         size = unit.unrolled * unit.columns * unit.band * unit.bits // 8
         for codes in self._bands:
             for line in range(0, size, LINE_BYTES):
-                codes.prefetch(start + line, once=self.tokens == 1)
+                codes.prefetch(start + line)
 
     def _bytes_of(self, columns: Value) -> Value:
         return columns * (self._unit.band * self._unit.bits // 8)
@@ -169,7 +167,7 @@ class Tile:
             first = self._first_scale(number_of_band, block)
             # After the last block comes the band that is probably next.
             ahead = self._first_scale(number_of_band, block + BLOCKS_AHEAD)
-            self._absmax.prefetch(ahead * unit.scale_bytes, once=self.tokens == 1)
+            self._absmax.prefetch(ahead * unit.scale_bytes)
             scales = [
                 unit.scales(self._absmax, first + number * unit.lanes) for number in range(parts)
             ]

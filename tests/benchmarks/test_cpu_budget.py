@@ -1,0 +1,31 @@
+"""The budget of cycles of a token's product, for every type of codes and every kind of CPU."""
+
+import cpu_budget
+import pytest
+
+# Cycles for 64 weights, by llvm-mca 22. A change that helps one CPU must not cost another one.
+BUDGETS = {
+    "trellis2": (11.47, 10.13, 9.02, 4.95, 6.91, 6.00, 32.25),
+    "trellis3": (16.17, 16.30, 11.78, 5.04, 6.85, 5.90, 38.37),
+    "nf4": (8.57, 5.45, 7.29, 5.72, 5.28, 5.97, 19.89),
+    "mxfp4": (8.96, 5.91, 7.57, 5.88, 5.56, 6.20, 21.15),
+    "int6": (8.97, 8.47, 7.33, 2.76, 3.02, 4.82, 48.89),
+    "int8": (4.59, 4.28, 7.35, 2.76, 2.62, 5.49, 16.86),
+}
+TOLERANCE = 1.04
+
+
+@pytest.mark.skipif(cpu_budget.MCA is None, reason="there is no llvm-mca 22")
+@pytest.mark.parametrize("quant_type", BUDGETS)
+def test_no_cpu_needs_more_cycles_than_budgeted(quant_type):
+    counts = {cpu: cpu_budget.counted(quant_type, cpu).cycles for cpu in cpu_budget.PROCESSORS}
+    budgets = dict(zip(cpu_budget.PROCESSORS, BUDGETS[quant_type], strict=True))
+    assert not {
+        cpu: (count, budgets[cpu])
+        for cpu, count in counts.items()
+        if count > TOLERANCE * budgets[cpu]
+    }
+
+
+def test_each_type_of_codes_has_a_budget():
+    assert BUDGETS.keys() == cpu_budget.UNITS.keys()
