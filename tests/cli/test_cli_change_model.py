@@ -84,7 +84,7 @@ def start(home, loads, reports):
         chat = OpenChat(
             LocalModels(load, REPORTER, usual="first"),
             "first",
-            ChatOptions({"temperature": 0.0}, max_tokens=3),
+            ChatOptions(sampling={"temperature": 0.0}, max_tokens=3),
             REPORTER,
             new_report=new_report,
             saving=Saving(),
