@@ -93,6 +93,7 @@ def _asked() -> set[str]:
 def _quick(id: str, questions: list[str], outputs: list[Path]) -> list[int | None]:
     """Each process resumes the chat, answers, and saves it when all have answered."""
     gate, opened = os.pipe()
+    arrivals, arrived = os.pipe()
 
     def turn(question: str) -> Callable[[], object]:
         def work() -> None:
@@ -111,6 +112,7 @@ def _quick(id: str, questions: list[str], outputs: list[Path]) -> list[int | Non
             assert chat
             saver.resume(chat)
             list(session.ask(question))
+            os.write(arrived, b".")
             os.read(gate, 1)  # until its other end is closed
             saver.save()
 
@@ -121,8 +123,13 @@ def _quick(id: str, questions: list[str], outputs: list[Path]) -> list[int | Non
         for question, output in zip(questions, outputs, strict=True)
     ]
     os.close(gate)
-    time.sleep(0.05)
+    os.close(arrived)
+    # One that resumed the chat after another's save would rightly report no change.
+    waiting = len(pids)
+    while waiting and (came := os.read(arrivals, waiting)):
+        waiting -= len(came)
     os.close(opened)
+    os.close(arrivals)
     return [rig.wait(pid) for pid in pids]
 
 
