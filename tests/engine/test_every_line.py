@@ -14,12 +14,12 @@ from engine_tools import answer
 
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.experts import cache, fetcher, load_queue
+from mixchat.experts import cache, load_queue, tier
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 
 PROMPT, TOKENS = [5, 17, 60, 3], 1
-WHERE = {module.__file__ for module in (cache, fetcher, load_queue)}
+WHERE = {module.__file__ for module in (cache, load_queue, tier)}
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ print(json.dumps([before, after(1), after(2), [engine() is None for engine in en
 _ENDS_WITH_AN_ANSWER = """
 import atexit, sys, threading, time
 import mixchat
-from mixchat.experts import fetcher
+from mixchat.loading import tiers
 from mixchat.weights.format.installed_model import InstalledModel
 
 read = InstalledModel.read_expert
@@ -66,7 +66,7 @@ def read_at_the_end(*arguments, **options):
         time.sleep(0.01)
     read(*arguments, **options)
 
-fetcher.READS, InstalledModel.read_expert = 1, read_at_the_end  # the other experts wait
+tiers.READS, InstalledModel.read_expert = 1, read_at_the_end  # the other experts wait
 model = mixchat.load(sys.argv[1], device="cpu")
 if sys.argv[2] == "close":
     atexit.register(model.close)
