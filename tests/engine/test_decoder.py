@@ -174,16 +174,16 @@ def test_experts_that_are_evicted_and_come_back_elsewhere_are_found(models):
     """The addresses of a layer's experts are looked up in a table, which must not grow old."""
     engine = load(models("nf4"))
     expected = written(engine)
-    fetcher = engine.experts.ram  # type: ignore[attr-defined]
-    total = fetcher.slots
+    ram = engine.experts.ram  # type: ignore[attr-defined]
+    total = ram.slots
     ids: list[int] = []
     engine.forget()
     for token in engine.generate(PROMPT, sampling=FREE, stop_ids=set(), max_tokens=TOKENS):
         ids.append(token)
         if len(ids) % 7 == 0:
-            fetcher.resize(3)
+            ram.resize(3)
         if len(ids) % 7 == 2:
-            fetcher.resize(total)
+            ram.resize(total)
     assert ids == expected[0]
 
 
@@ -192,16 +192,16 @@ def test_experts_may_be_evicted_while_a_program_runs(models, monkeypatch, early)
     """Other programs may take memory meanwhile; its hits are counted afterwards."""
     engine = load(models("nf4"))
     expected = written(engine)
-    fetcher = engine.experts.ram  # type: ignore[attr-defined]
-    run, total = Program.run, fetcher.slots
+    ram = engine.experts.ram  # type: ignore[attr-defined]
+    run, total = Program.run, ram.slots
 
     def run_and_evict(program: Program) -> None:
         if early:
-            fetcher.resize(2)
+            ram.resize(2)
             # What would come into memory that was given back.
             others = [torch.full((1 << 14,), 255, dtype=torch.uint8) for _ in range(100)]
         run(program)
-        fetcher.resize(2)
+        ram.resize(2)
         if early:
             assert others
 
@@ -210,16 +210,16 @@ def test_experts_may_be_evicted_while_a_program_runs(models, monkeypatch, early)
     for token in engine.generate(PROMPT, sampling=FREE, stop_ids=set(), max_tokens=TOKENS):
         ids.append(token)
         monkeypatch.setattr(Program, "run", run_and_evict if len(ids) % 5 == 0 else run)
-        fetcher.resize(total)
+        ram.resize(total)
     assert ids == expected[0]
 
 
 def test_a_program_does_not_keep_the_memory_of_a_slot(models):
     engine = load(models("nf4"))
     written(engine)
-    fetcher = engine.experts.ram  # type: ignore[attr-defined]
-    experts = [weakref.ref(fetcher._memory.expert(slot)) for slot in fetcher._memory.blocks]
-    fetcher.resize(2)
+    ram = engine.experts.ram  # type: ignore[attr-defined]
+    experts = [weakref.ref(ram._memory.expert(slot)) for slot in ram._memory.blocks]
+    ram.resize(2)
     assert sum(expert() is not None for expert in experts) == 2
 
 

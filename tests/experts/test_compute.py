@@ -60,63 +60,63 @@ def test_the_size_of_the_cache_and_its_state_do_not_show_in_the_result(installed
 
 def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(installed):
     """A wrong prediction frees its slot; the next expert took another one, and its memory."""
-    fetcher = runner(installed, 8).ram
+    ram = runner(installed, 8).ram
     for layer, expert in product((0, 1), range(4)):
-        fetcher.request([ExpertKey(layer, expert)])
-        fetcher.ready(ExpertKey(layer, expert))
-    fetcher.resize(4)
-    assert len(fetcher._memory.blocks) == 4
+        ram.request([ExpertKey(layer, expert)])
+        ram.ready(ExpertKey(layer, expert))
+    ram.resize(4)
+    assert len(ram._memory.blocks) == 4
     for _ in range(8):
-        missing = [ExpertKey(1, e) for e in range(4) if ExpertKey(1, e) not in fetcher._cache]
+        missing = [ExpertKey(1, e) for e in range(4) if ExpertKey(1, e) not in ram._cache]
         with torch.inference_mode():
-            fetcher.prefetch(missing, [])
-            for load in list(fetcher._loads.values()):
-                fetcher._give_up(load.key)
+            ram.prefetch(missing, [])
+            for load in list(ram._loads.values()):
+                ram._give_up(load.key)
                 load.cancelled = True
-            wanted = [ExpertKey(0, e) for e in range(4) if ExpertKey(0, e) not in fetcher._cache]
+            wanted = [ExpertKey(0, e) for e in range(4) if ExpertKey(0, e) not in ram._cache]
             for key in wanted[:1]:
-                fetcher.request([key])
-                fetcher.ready(key)
-        assert len(fetcher._memory.blocks) <= 4
+                ram.request([key])
+                ram.ready(key)
+        assert len(ram._memory.blocks) <= 4
 
 
 def test_predictions_take_few_of_the_slots(installed):
     """They took a quarter, and Mixtral's tokens missed more experts than without predictions."""
-    fetcher = runner(installed, 4).ram
+    ram = runner(installed, 4).ram
     for expert in range(4):
-        fetcher.load(ExpertKey(0, expert), [])
-    fetcher.prefetch([ExpertKey(1, expert) for expert in range(3)], [])
-    assert [*fetcher._loads] == [ExpertKey(1, 0)]
-    assert sum(fetcher.holds(ExpertKey(0, expert)) for expert in range(4)) == 3
+        ram.load(ExpertKey(0, expert), [])
+    ram.prefetch([ExpertKey(1, expert) for expert in range(3)], [])
+    assert [*ram._loads] == [ExpertKey(1, 0)]
+    assert sum(ram.holds(ExpertKey(0, expert)) for expert in range(4)) == 3
 
 
 def test_a_prompts_predictions_may_take_more_slots_and_all_reads(installed):
-    fetcher = runner(installed, 8).ram
-    fetcher.prefetch([ExpertKey(1, expert) for expert in range(4)], [], certain=True)
-    assert len(fetcher._loads) == 2
-    assert fetcher._queue.predicted_limit == READS
-    fetcher.prefetch([], [])
-    assert fetcher._queue.predicted_limit < READS
+    ram = runner(installed, 8).ram
+    ram.prefetch([ExpertKey(1, expert) for expert in range(4)], [], certain=True)
+    assert len(ram._loads) == 2
+    assert ram._queue.predicted_limit == READS
+    ram.prefetch([], [])
+    assert ram._queue.predicted_limit < READS
 
 
 def test_the_memory_of_a_prefetch_that_was_given_up_counts_as_held(installed, monkeypatch):
     """The limit fell by one for each wrong prediction while memory was neither short nor ample."""
-    fetcher, told = runner(installed, 4).ram, []
+    ram, told = runner(installed, 4).ram, []
     for expert in range(4):
-        fetcher.request([ExpertKey(0, expert)])
-        fetcher.ready(ExpertKey(0, expert))
-    fetcher.prefetch([ExpertKey(1, 0)], [])
-    (load,) = fetcher._loads.values()
+        ram.request([ExpertKey(0, expert)])
+        ram.ready(ExpertKey(0, expert))
+    ram.prefetch([ExpertKey(1, 0)], [])
+    (load,) = ram._loads.values()
     load.wait()
-    fetcher._give_up(load.key)
+    ram._give_up(load.key)
 
     class Watch:
         def limit(self, held):
             told.append(held)
             return 4
 
-    monkeypatch.setattr(fetcher, "_watch", Watch())
-    fetcher.follow_memory()
+    monkeypatch.setattr(ram, "_watch", Watch())
+    ram.follow_memory()
     assert told == [4]
 
 
@@ -303,12 +303,12 @@ def test_the_next_experts_are_on_their_way_while_one_is_computed(installed):
         started.append(key.expert)
         disk(installed)(key, block, start)
 
-    fetcher = runner(installed, 4, note).ram
-    fetcher.request([ExpertKey(0, expert) for expert in (3, 0, 2)])
+    ram = runner(installed, 4, note).ram
+    ram.request([ExpertKey(0, expert) for expert in (3, 0, 2)])
     for expert in (2, 0, 3):
-        fetcher.ready(ExpertKey(0, expert))
+        ram.ready(ExpertKey(0, expert))
     assert sorted(started) == [0, 2, 3]
-    assert fetcher.stats.misses.total() == 3
+    assert ram.stats.misses.total() == 3
 
 
 @pytest.mark.parametrize(

@@ -123,20 +123,20 @@ def test_nothing_is_predicted_while_all_experts_are_in_memory(installed):
 def test_with_little_memory_a_layer_is_computed_beside_experts_that_are_lent(installed):
     """A copy to a GPU had all slots that were left, and the prompt failed."""
     few, alone = runner(installed, 6), runner(installed, 8)
-    fetcher, lent = few.ram, EVERYTHING[:3]
+    ram, lent = few.ram, EVERYTHING[:3]
     readers = list[ExpertLoad]()
     for key in lent:
         few.load(key, ())
         readers.append(ExpertLoad(key))
-        assert fetcher.borrow(readers[-1]) is not None
+        assert ram.borrow(readers[-1]) is not None
     inputs = routing(9, choices=3)
-    fetcher.resize(2)
+    ram.resize(2)
     assert torch.equal(few.run(1, *inputs), alone.run(1, *inputs))
     assert all(map(few.holds, lent))
     for load in readers:
         load.end()
-    fetcher.resize(2)
-    assert len(fetcher._memory.blocks) == 2
+    ram.resize(2)
+    assert len(ram._memory.blocks) == 2
 
 
 def test_with_little_memory_a_layer_is_computed_after_a_read_that_failed(installed):
@@ -150,14 +150,14 @@ def test_with_little_memory_a_layer_is_computed_after_a_read_that_failed(install
         installed.read_expert(*key, block, start)
 
     few, alone = runner(installed, 8, read), runner(installed, 8)
-    fetcher = few.ram
-    fetcher.request(EVERYTHING[:4])
+    ram = few.ram
+    ram.request(EVERYTHING[:4])
     for key in EVERYTHING[1:4]:
-        fetcher.wait(key)
-    while not fetcher.has_ended(EVERYTHING[0]):  # a wait for it would take it out of the cache
+        ram.wait(key)
+    while not ram.has_ended(EVERYTHING[0]):  # a wait for it would take it out of the cache
         time.sleep(0.001)
     assert failed
-    fetcher.resize(2)
+    ram.resize(2)
     inputs = routing(9, choices=3)
     assert torch.equal(few.run(0, *inputs), alone.run(0, *inputs))
 
@@ -165,9 +165,9 @@ def test_with_little_memory_a_layer_is_computed_after_a_read_that_failed(install
 def test_a_layer_is_in_memory_whose_experts_came_after_a_pass_was_interrupted(installed):
     """They counted as on their way until each was chosen again, and tokens took longer."""
     both, layer = runner(installed, 8), EVERYTHING[:4]
-    fetcher = both.ram
-    fetcher.request(layer)
+    ram = both.ram
+    ram.request(layer)
     for key in layer:
-        fetcher.wait(key)
+        ram.wait(key)
     both.run(0, *routing(1))
     assert len(both.resident([layer])) == 1

@@ -94,10 +94,10 @@ def is_right(installed: InstalledModel, experts: Dispatcher) -> bool:
 
 
 def test_all_experts_come_in_the_order_of_layers_although_nobody_asks(installed, source):
-    experts, fetcher = begin(installed, source)
+    experts, ram = begin(installed, source)
     finish(source, experts)
     assert source.begun == EVERYTHING
-    assert fetcher.holds_all
+    assert ram.holds_all
     assert not experts.stats.hits
     assert not experts.stats.misses
     assert experts.stats.bytes_moved == 8 * installed.blueprint.expert.nbytes
@@ -110,19 +110,19 @@ def test_a_predicted_expert_comes_before_others_and_a_wrong_one_comes_all_the_sa
     installed, source, monkeypatch
 ):
     monkeypatch.setattr("mixchat.experts.tier._SLOTS_PER_PREFETCH", 4)
-    experts, fetcher = begin(installed, source, EVERYTHING[:1])
+    experts, ram = begin(installed, source, EVERYTHING[:1])
     wrong, right = EVERYTHING[5], EVERYTHING[7]
-    fetcher.prefetch([wrong, right], pinned=[])
-    fetcher.settle(1, [right])
+    ram.prefetch([wrong, right], pinned=[])
+    ram.settle(1, [right])
     source.go()
-    fetcher.request([right])
-    fetcher.ready(right)
+    ram.request([right])
+    ram.ready(right)
     finish(source, experts)
     assert source.begun == [EVERYTHING[0], right, *EVERYTHING[1:-1]]
     stats = experts.stats
     assert (stats.predictions, stats.right_predictions, stats.late_predictions) == (2, 1, 1)
     assert dict(stats.misses) == {right: 1}
-    assert fetcher.holds_all
+    assert ram.holds_all
 
 
 @pytest.mark.parametrize("number", range(0, 8, 3))
@@ -136,14 +136,14 @@ def test_layers_are_right_while_experts_are_coming(installed, source, monkeypatc
 
 
 def test_fills_end_when_fewer_experts_may_be_held(installed, source):
-    experts, fetcher = begin(installed, source, EVERYTHING[3:4])
-    fetcher.resize(4)
+    experts, ram = begin(installed, source, EVERYTHING[3:4])
+    ram.resize(4)
     assert not experts.is_filling
-    assert [fetcher.state(key) for key in EVERYTHING] == [RESIDENT] * 3 + [MISSING] * 5
-    assert len(fetcher._memory.blocks) == 3
+    assert [ram.state(key) for key in EVERYTHING] == [RESIDENT] * 3 + [MISSING] * 5
+    assert len(ram._memory.blocks) == 3
     source.go()
     assert is_right(installed, experts)
-    fetcher.resize(8)
+    ram.resize(8)
     assert is_right(installed, experts)
     assert not experts.is_filling
 
@@ -151,28 +151,28 @@ def test_fills_end_when_fewer_experts_may_be_held(installed, source):
 def test_a_fill_that_makes_room_for_another_expert_does_not_overwrite_it(installed, source):
     """A worker was lost while fills ran. Their slots went to its experts, and were filled again."""
     experts = runner(installed, 4, source, reads=1)
-    fetcher = experts.ram
-    fetcher.elsewhere = frozenset(EVERYTHING[4:])
+    ram = experts.ram
+    ram.elsewhere = frozenset(EVERYTHING[4:])
     source.held = {EVERYTHING[0]: threading.Event()}
     experts.fill(EVERYTHING)
     source.wait_for(EVERYTHING[0])
-    fetcher.elsewhere = frozenset()
-    fetcher.request(EVERYTHING[4:6])
-    (gone, *_) = [key for key in EVERYTHING[:4] if fetcher.state(key) == MISSING]
+    ram.elsewhere = frozenset()
+    ram.request(EVERYTHING[4:6])
+    (gone, *_) = [key for key in EVERYTHING[:4] if ram.state(key) == MISSING]
     source.go()
     for key in EVERYTHING[4:6]:
-        fetcher.ready(key)
+        ram.ready(key)
     finish(source, experts)
     assert is_right(installed, experts)
-    fetcher.load(gone, [])
-    assert fetcher.holds(gone)
+    ram.load(gone, [])
+    assert ram.holds(gone)
 
 
 def test_fills_end_when_the_engine_is_closed(installed, source):
     others = set(threading.enumerate())
-    experts, fetcher = begin(installed, source, EVERYTHING[3:4])
+    experts, ram = begin(installed, source, EVERYTHING[3:4])
     experts.close()
-    assert not fetcher._memory.blocks
+    assert not ram._memory.blocks
     source.go()
     for thread in set(threading.enumerate()) - others:
         thread.join()
@@ -180,7 +180,7 @@ def test_fills_end_when_the_engine_is_closed(installed, source):
 
 
 def test_an_interrupt_while_a_fill_is_needed_leaves_it_on_its_way(installed, source, monkeypatch):
-    experts, fetcher = begin(installed, source, EVERYTHING[:1])
+    experts, ram = begin(installed, source, EVERYTHING[:1])
 
     def interrupt(load):
         raise KeyboardInterrupt
@@ -192,7 +192,7 @@ def test_an_interrupt_while_a_fill_is_needed_leaves_it_on_its_way(installed, sou
     source.go()
     assert is_right(installed, experts)
     finish(source, experts)
-    assert fetcher.holds_all
+    assert ram.holds_all
     assert sorted(source.begun) == EVERYTHING
 
 
@@ -213,36 +213,36 @@ class Watch:
 def test_no_fill_begins_while_memory_is_short(installed, source, monkeypatch):
     watch = Watch()
     experts = runner(installed, 8, source, reads=1, watch=watch)
-    fetcher = experts.ram
+    ram = experts.ram
     source.held = {EVERYTHING[2]: threading.Event()}
     experts.fill(EVERYTHING)
     source.wait_for(EVERYTHING[2])
     watch.ample = False
     finish(source, experts)
     assert source.begun == EVERYTHING[:3]
-    assert [fetcher.state(key) for key in EVERYTHING] == [RESIDENT] * 3 + [MISSING] * 5
+    assert [ram.state(key) for key in EVERYTHING] == [RESIDENT] * 3 + [MISSING] * 5
     assert is_right(installed, experts)
 
 
 def test_experts_that_are_still_to_come_do_not_count_as_held(installed, source, monkeypatch):
     """Their memory would be missing from what is free, and a limit that counts it too high."""
-    experts, fetcher = begin(installed, source, EVERYTHING[3:4])
+    experts, ram = begin(installed, source, EVERYTHING[3:4])
     watch = Watch()
-    monkeypatch.setattr(fetcher, "_watch", watch)
-    fetcher.follow_memory()
+    monkeypatch.setattr(ram, "_watch", watch)
+    ram.follow_memory()
     finish(source, experts)
-    fetcher.follow_memory()
+    ram.follow_memory()
     assert watch.told == [4, 8]
 
 
 def test_what_the_model_used_itself_is_counted_and_stays_if_memory_gets_short(installed, source):
     """These uses are counted late, but before experts leave their slots."""
-    experts, fetcher = begin(installed, source)
+    experts, ram = begin(installed, source)
     finish(source, experts)
     experts.note_hits(0, [[3, 1], [2, 0]])
     experts.note_hits(0, [[3, 2], [2, 1]])
-    fetcher.resize(6)
-    kept = [key for key in EVERYTHING if fetcher.holds(key)]
+    ram.resize(6)
+    kept = [key for key in EVERYTHING if ram.holds(key)]
     assert kept == [ExpertKey(0, n) for n in (1, 2, 3)] + [ExpertKey(1, n) for n in (0, 1, 2)]
     experts.note_hits(1, [[0, 1]])
     uses = {(0, 3): 2, (0, 1): 1, (0, 2): 1, (1, 2): 2, (1, 0): 2, (1, 1): 2}

@@ -314,20 +314,20 @@ def test_tiers_and_slots_are_told_apart(paper, installed):
 
 def test_ram_is_filled_with_what_gpus_do_not_hold(paper, installed):
     experts = arrived(on_gpus(installed, (3,), 5))
-    fetcher = experts.ram
-    assert fetcher.elsewhere == {(0, 0), (0, 1), (1, 0)}
-    assert fetcher.holds_all
-    assert fetcher.stats.bytes_moved == 5 * installed.blueprint.expert.nbytes
-    fetcher.load(ExpertKey(0, 0), [])  # in the place of another one
-    assert not fetcher.holds_all
+    ram = experts.ram
+    assert ram.elsewhere == {(0, 0), (0, 1), (1, 0)}
+    assert ram.holds_all
+    assert ram.stats.bytes_moved == 5 * installed.blueprint.expert.nbytes
+    ram.load(ExpertKey(0, 0), [])  # in the place of another one
+    assert not ram.holds_all
     for key in EVERYTHING:
-        if key not in fetcher.elsewhere:
-            fetcher.load(key, [])
-    assert fetcher.holds_all
+        if key not in ram.elsewhere:
+            ram.load(key, [])
+    assert ram.holds_all
     # An expert that leaves the GPU is missing in RAM.
     assert experts.give_way()
-    assert len(fetcher.elsewhere) == 2
-    assert not fetcher.holds_all
+    assert len(ram.elsewhere) == 2
+    assert not ram.holds_all
 
 
 def test_an_expert_that_is_used_more_comes_from_ram_to_the_gpu(paper, installed):
@@ -351,24 +351,24 @@ def test_an_expert_that_is_used_more_comes_from_ram_to_the_gpu(paper, installed)
 
 def test_a_borrowed_expert_stays_in_ram_until_the_gpu_has_it(paper, installed, monkeypatch):
     experts = arrived(on_gpus(installed, (3,), 5))
-    fetcher = experts.ram
+    ram = experts.ram
     load = ExpertLoad(ExpertKey(0, 2))
     block = experts.ram.borrow(load)
     assert block is not None
     expected = block.clone()
     for key in EVERYTHING * 2:
-        fetcher.load(key, [])
-        assert fetcher.holds(ExpertKey(0, 2))
-    fetcher.resize(2)
-    assert fetcher.holds(ExpertKey(0, 2))
-    fetcher.resize(5)
+        ram.load(key, [])
+        assert ram.holds(ExpertKey(0, 2))
+    ram.resize(2)
+    assert ram.holds(ExpertKey(0, 2))
+    ram.resize(5)
     for key in EVERYTHING:
-        fetcher.load(key, [])
+        ram.load(key, [])
     assert torch.equal(block, expected)
     load.end()
     for key in EVERYTHING:
-        fetcher.load(key, [])
-    assert not fetcher.holds(ExpertKey(0, 2))
+        ram.load(key, [])
+    assert not ram.holds(ExpertKey(0, 2))
     assert experts.ram.borrow(load) is None
 
 

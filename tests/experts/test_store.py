@@ -36,7 +36,7 @@ class Bytes:
 
 
 class Slots:
-    """Slots, as a fetcher uses them: experts arrive in several threads, or are cancelled."""
+    """Slots, as a tier uses them: experts arrive in several threads, or are cancelled."""
 
     def __init__(self, installed: InstalledModel, slots: int, *, direct: bool = False) -> None:
         layout: Any = Bytes(installed.blueprint.expert.stride)
