@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cache
@@ -28,7 +29,7 @@ _DECLARED = "option"  # in the metadata of a field
 
 
 @dataclass(frozen=True)
-class Option:
+class Option(ABC):
     """The declaration of an option.
 
     usage: its flags and metavar, as in "-n --max-tokens N", or "". The first long flag is its key
@@ -57,18 +58,18 @@ class Option:
         return str
 
     @property
+    @abstractmethod
     def rule(self) -> str:
         """Return the end of the sentence "it has to be ..."."""
-        raise NotImplementedError
 
     @property
     def words(self) -> tuple[str, ...]:
         """Return the values, or usual ones."""
         return ()
 
+    @abstractmethod
     def accepted(self, value: Any) -> Any:
         """Return the value as options hold it, or None if it cannot be used."""
-        raise NotImplementedError
 
     def checked(self, value: Any, name: str) -> Any:
         """Return the value as `accepted` does. Raises `UsageError` with the door's `name`."""
