@@ -328,7 +328,7 @@ def checkpoint_dtype(directory: Path) -> str | None:
     return value if value in ("bfloat16", "float16", "float32") else None
 
 
-def advised_sampling(directory: Path) -> dict[str, float]:
+def advised_sampling(directory: Path) -> dict[str, Any]:
     """Return generation_config.json's sampling that can be used, by the names of options.
 
     Raises `CheckpointError`.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mixchat.base.errors import ModelNotFoundError, UsageError, short_repr
 from mixchat.base.model_config import advised_length, advised_sampling
 from mixchat.base.option import documented, options_of
-from mixchat.base.options import LoadOptions, SamplingOptions, with_numbers
+from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import QuietReporter, Reporter
 from mixchat.engine.environment import prepare_environment
 
@@ -46,13 +46,13 @@ def checked_load_options(options: Mapping[str, Any]) -> LoadOptions:
         if name not in declared:
             hint = f"The options are {', '.join(sorted(declared))}."
             raise UsageError(f"there is no option {name!r}", hint=hint)
-    given = {
+    chosen = {
         name: declared[name].checked(value, name)
         for name, value in options.items()
         if value is not None
     }
-    given.setdefault("exact_prompts", given.get("parallel", 1) > 1)
-    return LoadOptions(**given)
+    chosen.setdefault("exact_prompts", chosen.get("parallel", 1) > 1)
+    return LoadOptions(**chosen)
 
 
 def open_model(
@@ -104,7 +104,7 @@ def open_model(
                 engine.close()
                 files.close()  # whoever keeps a closed model keeps none of its files
 
-        sampling = with_numbers(SamplingOptions(), advised_sampling(directory))
+        sampling = SamplingOptions(**advised_sampling(directory))
         own_text = ModelText(tokenizer, template, sampling, advised_length(directory))
         model = Model(name, build, own_text, close=close, **model_options)
         opened.pop_all()  # the engine reads the files

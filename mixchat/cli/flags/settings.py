@@ -119,13 +119,13 @@ class OptionGroup:
         """Return a parameter of Typer's for each option, by the option's name."""
         return [self._parameter(name) for name in self.names]
 
-    def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that a shell, a variable or config.toml gives."""
+    def values(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of the `raw` values of a shell, variables and config.toml."""
         options = options_of(self.declaring)
         return {
-            name: options[name].checked(given[name], f"--{options[name].key}")
+            name: options[name].checked(raw[name], f"--{options[name].key}")
             for name in self.names
-            if given[name] not in (None, [])
+            if raw[name] not in (None, [])
         }
 
     def _parameter(self, name: str) -> Parameter:
@@ -160,8 +160,8 @@ def with_flags(command: Callable[[typer.Context, Any], None]) -> Callable[..., N
     @wraps(command)
     def run(context: typer.Context, **values: Any) -> None:
         grouped = {name: options.values(values) for name, options in groups.items()}
-        others = {each.name: values[each.name] for each in fields(flags) if each.name not in groups}
-        command(context, flags(**others, **grouped))
+        single = {flag.name: values[flag.name] for flag in fields(flags) if flag.name not in groups}
+        command(context, flags(**single, **grouped))
 
     parameters = list[Parameter]()
     for each in fields(flags):
