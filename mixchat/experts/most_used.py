@@ -4,7 +4,7 @@ A GPU that brought each missing expert in would wait for the bus. It brings one 
 CPU computes what is missing. Hit rates in decoding, in percent, for a GPU that holds 25, 50 and 75%
 of the experts, with the moves of experts a token (tests/benchmarks/cache_policies.py):
 
-| trace                         | residents        | moves         | lru              | moves      |
+| trace                         | most used        | moves         | lru              | moves      |
 | ----------------------------- | ---------------- | ------------- | ---------------- | ---------- |
 | repeats as in Mixtral's paper | 25.0, 49.9, 74.9 | .10, .13, .11 | 30.3, 46.4, 73.8 | 45, 34, 17 |
 

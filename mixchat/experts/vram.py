@@ -195,15 +195,15 @@ class VramTier(Tier):
         for key in [key for key in self._loads if self._slot_of(key) in slots]:
             self._give_up(key)
         least_first = [key for key in self.policy.victims() if key not in self._loads]
-        others = defaultdict[int, list[ExpertKey]](list)
+        outside = defaultdict[int, list[ExpertKey]](list)  # by their size
         for key in reversed(least_first):
             if self._slot_of(key) not in slots:
-                others[self._size_of(key)].append(key)
+                outside[self._size_of(key)].append(key)
         for key in [key for key in reversed(least_first) if self._slot_of(key) in slots]:
-            outside = others[self._size_of(key)]
-            if outside and self.policy.uses_of(outside[-1]) < self.policy.uses_of(key):
-                slot = self._slot_of(outside[-1])
-                self._give_up(outside.pop())
+            alike = outside[self._size_of(key)]
+            if alike and self.policy.uses_of(alike[-1]) < self.policy.uses_of(key):
+                slot = self._slot_of(alike[-1])
+                self._give_up(alike.pop())
                 self._arena.move(self._slot_of(key), slot)
                 self._cache.move(key, slot)
                 self._show(key)
@@ -217,24 +217,28 @@ class VramTier(Tier):
         assert slot is not None
         return slot
 
+    def _index(self, key: ExpertKey) -> tuple[int, int]:
+        """Return the place of an expert in `table`."""
+        return key.layer - self.layers.start, key.expert
+
     def _size_of(self, key: ExpertKey) -> int:
         return self._strides[key.layer - self.layers.start]
 
     def _give_up(self, key: ExpertKey) -> None:
         super()._give_up(key)
-        place = key.layer - self.layers.start, key.expert
-        if self._is_held[place]:
-            self._is_held[place] = False
-            self.table[place].fill_(0)
+        index = self._index(key)
+        if self._is_held[index]:
+            self._is_held[index] = False
+            self.table[index].fill_(0)
 
     def _fail(self, key: ExpertKey) -> None:
         super()._fail(key)
         self.policy.exclude([key])  # it would be read again and again
 
     def _show(self, key: ExpertKey) -> None:
-        place = key.layer - self.layers.start, key.expert
-        self._is_held[place] = True
-        self.table[place].fill_(self._arena.block(self._slot_of(key)).data_ptr())
+        index = self._index(key)
+        self._is_held[index] = True
+        self.table[index].fill_(self._arena.block(self._slot_of(key)).data_ptr())
 
     def _new_guests(self) -> Tier:
         sizes = [max(self._strides)] * _GUESTS
