@@ -298,7 +298,8 @@ def test_a_request_gives_all_its_memory_back(serve):
         for _ in range(30):
             response = exchange(served, data)
             assert response.status in (200, 400), response
-    assert served.budget.held == 0
+    # A client has its answer a moment before the server has ended the request.
+    wait_until(lambda: served.budget.held == 0)
 
 
 class _Model:
