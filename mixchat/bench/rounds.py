@@ -35,7 +35,7 @@ _FILLING_CHECK_S = 0.05  # between two checks
 _WARM_UP_TOKENS = 2  # their time is not taken
 _WARM_PROMPTS = 3  # of which the median is shown
 _SPARE_TOKENS = 64  # of the context
-_RANDOM_TOKENS = 2048  # of a random context, stored at once
+_RANDOM_TOKENS = 2048  # of random keys and values that are stored at once
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class PromptTime:
 
 @dataclass(frozen=True)
 class ColdStart:
-    """The first token with nothing of the model in memory, and of later prompts."""
+    """The seconds to the first token, with no byte of the model in memory, and of later prompts."""
 
     starting: float  # seconds until Python and its libraries run
     loading: float  # seconds to read the `shared` bytes, which all tokens share
@@ -141,7 +141,7 @@ class Bench:
             for path in filter(Path.is_file, self._directory.iterdir()):  # a FIFO would wait
                 fd = os.open(path, os.O_RDONLY)
                 try:
-                    os.fsync(fd)  # pages that are not on disk yet cannot be dropped
+                    os.fsync(fd)  # pages that are not on disk yet cannot leave the page cache
                     system.advise(fd, 0, 0, needed=False)
                 finally:
                     os.close(fd)
@@ -151,7 +151,7 @@ class Bench:
         self.engine = load_engine(self._directory, load, self._note)
         loading = time.perf_counter() - start
         first = self._first_token()
-        while self.engine.experts.is_filling:  # it would slow what is measured next
+        while self.engine.experts.is_filling:  # loads would slow the next measurement
             time.sleep(_FILLING_CHECK_S)
         later = [self._first_token() for _ in range(_WARM_PROMPTS)]
         model = (self.blueprint, self._directory)
@@ -178,7 +178,7 @@ class Bench:
         """Yield each task right after it was measured."""
         exact = self.engine.exact_prompts
         meter = LimitsMeter(self.engine.device, self.blueprint, exact=exact)
-        self._rate(self._prompt(64), 1)  # brings the experts in
+        self._rate(self._prompt(64), 1)  # loads the experts
         for _ in range(self._options.rounds):
             for task in self.tasks:
                 self.limits.append(limits := meter.measure())
@@ -229,7 +229,7 @@ class Limits:
     """The limits of the device that computes."""
 
     memory: float  # bytes a second in reading
-    gemm: float  # operations a second of matrix products, on a CPU of a long prompt's experts
+    gemm: float  # operations a second of matrix products; on a CPU, of a long prompt's experts
 
 
 class LimitsMeter:

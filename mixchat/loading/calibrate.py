@@ -65,7 +65,7 @@ from mixchat.weights.format.workspace import INPUTS_DIR, workspace
 from mixchat.weights.matrix.int6 import ROWS_AT_ONCE
 
 WINDOW = 512  # tokens in one piece
-ROWS_A_COLUMN = 2  # for an expert's widest matrix, since more gain little
+ROWS_A_COLUMN = 2  # for each column of an expert's widest matrix, since more gain little
 _DENSE_ROWS_A_COLUMN = 8  # every token is an input of attention and head
 _DEFAULT_TEXT_S = 2 * 3600
 _MEASURED_WINDOWS = 2  # the second one finds the kernels compiled
@@ -73,7 +73,7 @@ _MEASURED_SIZE = 1024  # rows and columns
 
 
 class OnWindow(Protocol):
-    """Takes how many are done, their total, once a line that says what comes, and what counts."""
+    """Takes the units done, their total, a line that says what comes next, and the unit's name."""
 
     def __call__(self, done: int, total: int, line: str, unit: str = "windows") -> object: ...
 
@@ -180,7 +180,7 @@ def _choose_types(
 
 
 def forecast(plan: DownloadPlan, bits: ExpertSize, *, again: bool) -> str:
-    """Return what a calibration after a download takes. With `again` weights are fetched twice.
+    """Return the cost of a calibration after a download. With `again`, weights are fetched twice.
 
     Raises `UsageError` if the experts cannot have these bits.
     """
@@ -280,10 +280,11 @@ def _announcement(config: ModelConfig, text: CalibrationText, windows: int, seco
 
 
 def _seconds_to_fit(config: ModelConfig, windows: int) -> float:
-    """Return about how long it takes to round all experts.
+    """Estimate the seconds in which all experts are rounded.
 
-    The operations are half a Hessian, its factor, the feedback twice, fitted scales, errors, and
-    what w2 makes up for. C = columns, R = rows. The factor is slower than a product.
+    The operations are those of half a Hessian, its factor, two times the feedback, the fitted
+    scales, the errors, and the correction of w2. C = columns, R = rows. Factoring is slower than a
+    product.
     """
     rows = windows * WINDOW * config.num_experts_per_tok / config.num_local_experts
     width = config.hidden_size
@@ -336,7 +337,7 @@ def _run(engine: Engine, window: Sequence[int], seed: int) -> float:
     begin = time.monotonic()
     engine.forget()
     sampling = SamplingOptions(temperature=1.0, seed=seed)
-    most = WINDOW - len(window) + 1  # the last one is sampled, but not computed
+    most = WINDOW - len(window) + 1  # the last token is sampled, but not computed
     for _ in engine.generate(window, sampling=sampling, stop_ids=frozenset(), max_tokens=most):
         pass
     return time.monotonic() - begin
@@ -360,7 +361,7 @@ def _disk(blueprint: Blueprint, directory: Path, windows: int) -> int:
 
 
 def _memory(blueprint: Blueprint, directory: Path, windows: int) -> int:
-    """Return the bytes to round any matrix for the inputs of so many windows."""
+    """Return the bytes of memory for rounding any matrix, with the inputs of so many windows."""
     dense = _dense_memory(blueprint, _dense_rows(blueprint, directory))
     return max(_expert_memory(blueprint.config, windows), dense)
 
@@ -376,8 +377,8 @@ def _expert_memory(config: ModelConfig, windows: int) -> int:
 def _dense_memory(blueprint: Blueprint, rows: int) -> int:
     """Return the bytes to round the largest calibrated matrix of attention and head."""
     specs = [spec for spec in blueprint.shared_matrices.values() if is_calibrated(spec)]
-    # The inputs twice, three matrices of them, six of some rows in fp32, all rows in 16 bits and as
-    # codes.
+    # The inputs twice, three matrices [C, C], six of some rows in fp32, and all rows in 16 bits and
+    # as codes.
     return max(
         (
             spec.columns

@@ -36,9 +36,9 @@ def devices_for(
 ) -> list[torch.device]:
     """Return the devices that compute a model. Raises as `usable_devices`.
 
-    If none is named, they are the GPUs or the CPU, whichever decode faster by the plan's arithmetic
-    with the measured figures of this machine, or with quick estimates. `note` gets the reason if it
-    is not the GPUs.
+    If none is named, they are the GPUs or the CPU, whichever decode faster by the plan. The plan
+    uses the measured speeds of this machine, or quick estimates. `note` gets the reason for the
+    CPU.
     """
     choice = usable_devices(options.device)
     if gpu.is_gpu(choice.devices[0]) and is_free_to_choose(options):
@@ -60,7 +60,7 @@ def is_free_to_choose(options: LoadOptions) -> bool:
 
 
 def on_cpu_because(name: str, reason: str) -> str:
-    """Return the line that says why a GPU does not compute."""
+    """Return a sentence that says why a GPU does not compute."""
     return f"the CPU computes, not {name}: {reason}"
 
 
@@ -107,7 +107,7 @@ def _device(name: str) -> torch.device:
         raise UsageError(f"--device {name!r} is not supported; use cpu or cuda")
     last = gpu.count() - 1
     if not gpu.is_gpu(device):
-        return CPU  # "cpu:0" is another device for torch
+        return CPU  # to torch "cpu:0" is another device than "cpu"
     # Torch takes numbers from 128 on for negative ones.
     if 0 <= (device.index or 0) <= last:
         return device

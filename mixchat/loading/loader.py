@@ -88,16 +88,17 @@ def build_engine(
         dtype = blueprint.quantization.dtype
         context = fit.context
         arithmetic = blueprint.expert_arithmetic(device, exact=exact)
-        # Workers first: what they hold need not be read here.
+        # Workers come first, because experts that they hold need not be read here.
         workers = connect_workers(installed, options, arithmetic, note)
         share = divide_experts(installed, fit.placement, workers)
-        # Before the kernels' steps are made, since they are made for a count of threads.
+        # This precedes the kernels' steps, which are made for a count of threads.
         choose_threads(blueprint)
         experts = build_experts(installed, share, devices, note)
         layers = range(config.num_moe_layers)
         each = range(config.num_local_experts)
         runner = wrap(experts)
-        # Workers compute many rows otherwise than one. A record has only the text's tokens.
+        # Speculation verifies many rows at once. Workers round many rows otherwise than one, and a
+        # recording must have only tokens of the text.
         alone = not workers and runner is experts
         speculates = options.speculation and alone and passes_are_exact(blueprint, device)
         on = devices_of_layers(config, fit.placement, devices)
@@ -112,7 +113,7 @@ def build_engine(
             model.decode_by(new_gpu_decoder(blueprint, model, caches, runner))
         else:
             model.decode_by(new_decoder(model.blocks, caches[0], blueprint, model.output))
-        # The first prompt waited for the disk although a person had typed for ten seconds.
+        # Experts are loaded while a person types. Otherwise the first prompt waits for the disk.
         experts.fill([ExpertKey(layer, expert) for layer in layers for expert in each])
         directory = installed.directory
         engine = Engine(
@@ -122,7 +123,7 @@ def build_engine(
             blueprint,
             prefill_chunk=1 if exact and not chunks_are_exact(blueprint, device) else PREFILL_CHUNK,
             exact_prompts=exact,
-            # A state cannot be cut back by the tokens that were rejected.
+            # A state cannot be cut to the tokens before rejected ones.
             speculation=Speculation() if speculates and not caches[0].needs_checkpoints else None,
             note=note,
             identity=identity_of(installed.manifest),
@@ -184,7 +185,7 @@ def chunks_are_exact(blueprint: Blueprint, device: torch.device) -> bool:
 
 
 def passes_are_exact(blueprint: Blueprint, device: torch.device) -> bool:
-    """Return whether chunks are exact, and their logits, too."""
+    """Return whether chunks and their logits are exact."""
     head = blueprint.head
     return chunks_are_exact(blueprint, device) and (head is None or head.can_be_exact)
 
@@ -244,7 +245,7 @@ class _InstalledTensors:
     def expert(self, spec: ExpertSpec) -> Expert:
         if not gpu.is_gpu(self._device):
             return Expert(self.linear(spec.gate_up), self.linear(spec.down), spec.swiglu)
-        # In one block, like an expert, so that the same kernels compute it.
+        # The matrices form one block, like an expert's, so that the same kernels compute them.
         tensors = map(self._installed.tensor, (*spec.gate_up.tensors, *spec.down.tensors))
         block = torch.cat([tensor.view(-1).view(torch.uint8) for tensor in tensors])
         return spec.build(block.to(self._device))

@@ -56,7 +56,7 @@ def plan(
     machine = told.machine(Machine.now(outline.directory, choice.devices))
     free = machine.free
     chooses = bool(machine.gpus) and is_free_to_choose(options)
-    try:  # what does not fit is refused before anything is measured
+    try:  # a model that does not fit is refused before anything is measured
         fit_model(blueprint, free, options)
     except ResourceError:
         if not chooses:
@@ -66,8 +66,8 @@ def plan(
     measured = _speeds(outline, choice.devices[0], reporter, programs, again=again)
 
     def speeds_of(model: Blueprint) -> MachineSpeeds:
-        # Figures of another moment would compare the machine's load, and not the models. On a busy
-        # machine 4 bits had 1.6 to 7 tok/s, and 3 bits of a second measurement 8 to 9.6.
+        # Two measurements would compare the machine's load at two times, and not the models. On a
+        # busy machine 4 bits had 1.6 to 7 tok/s, and 3 bits, measured later, had 8 to 9.6.
         return told.speeds(scaled(measured, blueprint, model))
 
     known = plan_known(catalog, free, device, options, speeds_of, chooses=chooses)
@@ -82,7 +82,7 @@ def plan(
     sizes = {"4": model}
     if not outline.installed and "--expert-bits" not in outline.arguments:
         for bits in tuple(DEMO_LOSS)[1:]:
-            with suppress(ResourceError, UsageError):  # too large, or stays as it was published
+            with suppress(ResourceError, UsageError):  # too large, or keeps its published bits
                 smaller = expected_mix(blueprint, ExpertSize.parse(bits))
                 fit = fit_model(smaller, machine.free, options)
                 sizes[bits] = ModelPlan.of(fit, device, speeds_of(smaller))
@@ -94,7 +94,7 @@ def plan(
 def in_mix(outline: Outline, bits: ExpertSize) -> Outline:
     """Return the outline of the model with experts of other bits.
 
-    It is the model itself if it is installed so. Raises `UsageError`.
+    An installed model with these bits is returned as it is. Raises `UsageError`.
     """
     if outline.installed and has_bits(outline.blueprint, bits):
         return outline
@@ -117,7 +117,7 @@ def _speeds(
     if saved is not None:
         reason = saved.outdated(time.time())
         if outline.installed and not is_installed(Path(saved.directory)):
-            # A host's cache gives what was just written several times as fast.
+            # A virtual machine's host returns bytes that were just written several times as fast.
             reason = "the last time a file just written was read, not the model"
         if reason is None:
             return saved

@@ -1,6 +1,6 @@
 """Measures how much a model loses if the products of a layer's experts get noise.
 
-Noise of a known size stands for rounding, which is not known yet.
+Noise of a known size stands for the error of rounding, which is not known yet.
 
 N = tokens, V = vocabulary, n = rows of an expert, D = hidden_size.
 """
@@ -30,7 +30,7 @@ from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.quant_type import Linear
 
 Matrix = Literal["gate_up", "down"]
-_NOISE = 0.2  # of the products' root mean square, between the errors of 2 and 3 bits
+_NOISE = 0.2  # part of the products' root mean square; between the errors of 2 and 3 bits
 
 
 def measure_sensitivities(
@@ -108,7 +108,7 @@ class _NoisyRunner(RecordingRunner):
         self._installed.read_expert(*key, block)
         expert = form.build(block.to(device))
         matrix = self.noisy_matrix[1]
-        # By the expert, so that a measurement can be repeated.
+        # The seed is the expert's, so that a measurement can be repeated.
         seed = 2 * (key.layer * 2**10 + key.expert)
         if matrix == "down":
             return replace(expert, down=_NoisyLinear(expert.down, seed))

@@ -70,7 +70,7 @@ class ServedExperts:
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         if self.placement.layers and set(keys) != set(self._held):
-            self._drop()  # GPUs hold others then
+            self._drop()  # GPUs will hold other experts
         self._held = list(keys)
 
     def follow_memory(self) -> None:
@@ -79,7 +79,8 @@ class ServedExperts:
 
     def load_next(self) -> bool:
         self._experts.ram.follow_memory()
-        # Pinned, because experts that had just been loaded were evicted again, without an end.
+        # The experts are pinned. Otherwise one that was just loaded is evicted for the next,
+        # without end.
         wanted = self._experts.fitting(self._held)
         missing = next((key for key in wanted if not self._experts.holds(key)), None)
         if missing is None:
@@ -102,7 +103,8 @@ class ServedExperts:
         parts = torch.split(x, [count for _, count in experts])
         for (expert, count), rows in zip(experts, parts, strict=True):
             check()
-            # A copy is aligned, as the owner's rows are. MKL may round others differently.
+            # A copy is aligned like the rows of the chat's machine. MKL may round other rows
+            # differently.
             outputs.append(self._computed(layer, rows.clone(), torch.full((count, 1), expert)))
         return torch.cat(outputs)
 

@@ -29,9 +29,9 @@ from mixchat.planning.fitting import slot_sizes
 from mixchat.planning.measuring import estimated_speeds, saved_speeds
 from mixchat.weights.format.installed_model import InstalledModel
 
-# Bytes a second. Below the first the page cache keeps a model. Below the second a token's experts
-# are not predicted: with 500 MB/s right predictions gained nothing. If a third of them were wrong,
-# Qwen3's tokens came at 3.5 a second instead of 4.2 to 5.7.
+# Bytes a second. If the disk is slower than the first, the page cache keeps a model. If it is
+# slower than the second, a token's experts are not predicted. With 500 MB/s right predictions
+# gained nothing, and with a third of wrong ones Qwen3 had 3.5 tok/s instead of 4.2 to 5.7.
 _SLOW_DISK = 1e9
 _SLOWEST_TO_PREDICT = 6e8
 
@@ -100,7 +100,7 @@ def _in_ram(
     def read(key: ExpertKey, block: torch.Tensor, start: int) -> None:
         installed.read_expert(*key, block, start, direct=direct)
 
-    # Slots of the largest size made a mix hold as few experts as the larger type alone.
+    # If all slots had the largest size, a mix would hold as few experts as the larger type alone.
     sizes = SlotSizes((blueprint.expert.stride,))
     if share.here is None:
         sizes = slot_sizes(blueprint).for_slots(placement.slots, placement.experts)
@@ -124,8 +124,9 @@ def _in_ram(
 def _stays_cached(installed: InstalledModel, placement: Placement, disk_rate: float) -> bool:
     """Return whether the page cache is to keep a model for the next start.
 
-    A read past it takes no core and no memory. Two cores copied 5 GB out of the page cache in the
-    time in which an NVMe read them. From a slow disk, the next start would be slow, too.
+    A read past the page cache takes no core and no memory. Two cores copied 5 GB out of the page
+    cache in the time in which an NVMe read them. From a slow disk, the next start would be slow,
+    too.
     """
     blueprint = installed.blueprint
     cacheable = machine.free_memory() - placement.slots * blueprint.mean_expert
@@ -160,7 +161,8 @@ def _in_vram(
                 layers,
                 experts,
                 blueprint.expert_of,
-                # One of each layer by turns, so that in a mix each size gets its part.
+                # The slots take the sizes of the layers by turns, so that in a mix each size gets
+                # its part.
                 [strides[slot % len(strides)] for slot in range(slots)],
                 lambda key, block, start: installed.read_expert(*key, block, start),
                 host.ram,
@@ -182,7 +184,8 @@ def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
     return MemoryWatch(
         machine.free_memory,
         reserve=placement.reserve,
-        # If all fit, a limit by the largest would evict some while small ones are on their way.
+        # If all experts fit, a limit by the largest one would evict experts while small ones are
+        # loading.
         expert=min(sizes) if placement.slots >= placement.experts else max(sizes),
         slots=placement.slots,
         least=MIN_SLOTS,

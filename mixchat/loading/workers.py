@@ -38,7 +38,8 @@ def connect_workers(
 ) -> list[RemoteWorker]:
     """Connect to all workers that `options` name. Raises `MixchatError` if one fails.
 
-    `here` is this machine's `LinearSpec.arithmetic`. `note` tells of workers with another.
+    `here` is this machine's `LinearSpec.arithmetic`. `note` is called for workers with another
+    arithmetic.
     """
     if not options.workers:
         return []
@@ -63,7 +64,7 @@ def connect_workers(
             f"worker {worker.name} computes otherwise ({worker.arithmetic}; here: {here}): answers "
             "may differ a little from those without it"
         )
-        # With exact prompts both compute by their units for single rows, which are alike.
+        # With exact prompts both machines compute each row alone, and these bits are alike.
         if {worker.arithmetic, here} == {"bytes", "words"}:
             line += "; --exact-prompts makes them the same"
         note(line)

@@ -1,7 +1,7 @@
-"""Measures how fast a device reads memory, multiplies matrices, and gets bytes from RAM.
+"""Measures how fast a device reads memory, multiplies matrices, and copies from RAM.
 
-On a GPU nothing takes more than a sixteenth of what is free, since a loaded model may have taken
-all but a gigabyte. Everything is done once before its time is taken.
+On a GPU no measurement takes more than a sixteenth of the free memory, since a loaded model may
+have left only a gigabyte. Each task runs once before it is timed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TOKENS, _COLUMNS, _ROWS = 2048, 4096, 4096  # of a matrix product
 
 def memory_rate(device: torch.device, most: int = _SUMMED_BYTES) -> float:
     """Return the bytes a second of a device's memory. RAM is read, a GPU's memory copied."""
-    # The best try counts. Other programs can only slow it.
+    # The fastest try counts, because other programs can only slow a try.
     if gpu.is_gpu(device):
         source = torch.ones(room_on(device, _COPIED_BYTES), dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
@@ -37,7 +37,7 @@ def memory_rate(device: torch.device, most: int = _SUMMED_BYTES) -> float:
 
 
 def product_rate(device: torch.device) -> float:
-    """Return a GPU's operations a second of a matrix product, in bf16 or fp32 if it is faster.
+    """Return a GPU's operations a second of a matrix product, in bf16, or fp32 if that is faster.
 
     GPUs without instructions for bf16 multiply it more slowly than fp32.
     """
@@ -59,7 +59,8 @@ def product_rate(device: torch.device) -> float:
 def bus_bandwidth(device: torch.device) -> float:
     """Return the bytes a second from page-locked RAM to a GPU, the median of a few tries.
 
-    If the system refuses to lock RAM, experts are copied from other RAM, and so is this.
+    If the system refuses to lock RAM, experts are copied from ordinary RAM. Then so is the measured
+    block.
     """
     size = room_on(device, _LOCKED_BYTES)
     try:

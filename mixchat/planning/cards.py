@@ -1,10 +1,11 @@
-"""The search for a GPU's name among those of cards.json, with their published figures.
+"""Finds a GPU by name in cards.json, which has the published figures of cards.
 
-The figures come from NVIDIA's and AMD's data sheets and architecture white papers, the compute
-capabilities those of developer.nvidia.com/cuda-gpus. Real cards differ by some percent, and a
-laptop's compute rate by its power limit. The bus is a PCI Express slot after its encoding. compute
-is without sparsity, and 0 for cards without such units. Turing and GA100 issue for 128 threads a
-clock, and have 64 fp32 units. If a name has several sizes, the first one is the usual one.
+The figures come from NVIDIA's and AMD's data sheets and architecture white papers, and the compute
+capabilities from developer.nvidia.com/cuda-gpus. Real cards differ by some percent. A laptop's
+compute rate also depends on its power limit. `bus` is the rate of a PCI Express slot after its
+encoding. `compute` is the rate without sparsity, and 0 for cards without units for matrices.
+`lanes` of Turing and GA100 counts 128 threads a clock, although a processor has only 64 fp32 units.
+If a name stands for cards of several sizes, the usual size comes first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Measures how fast a CPU computes experts and layers.
 
-All speeds are means of a few repetitions. Medians miss it if other programs take the cores now and
-then. They promised 2.9 times the speed. Counts of threads are compared by their fastest repetition,
-because a choice stays when other programs have ended.
+All speeds are means of a few repetitions. A median hides that other programs take the cores now and
+then, and promised 2.9 times the real speed. Counts of threads are compared by their fastest
+repetition, because the chosen count is kept after other programs have ended.
 """
 
 from __future__ import annotations
@@ -36,21 +36,23 @@ from mixchat.weights.matrix.on_device import build_linear, build_parts
 from mixchat.weights.matrix.quant_type import Linear
 
 ROWS = (1, 8, 64, 512)
-# With this in each byte, codes, scales and weights are ordinary numbers, which slow no arithmetic.
+# If each byte has this value, codes, scales and weights are ordinary numbers. Denormal ones would
+# slow the arithmetic.
 _FILLING = 0x3C
 _CONTEXT = 128  # tokens before the one that a layer computes
-# Layers in turn, so that no CPU cache holds one. Every fourth or sixth may have another form.
+# Layers that are computed in turn, so that no CPU cache holds one. Every fourth or sixth may have
+# another form.
 _COPIES = 4
 _MIXED_COPIES = 8
 
 
 @dataclass(frozen=True)
 class Effort:
-    """The amounts to measure. A figure that is begun after `until` is the result of one try."""
+    """The amounts to measure. A measurement that begins after `until` is a single try."""
 
     file_bytes: int = 512_000_000  # of the file to read if no model is there
     pool_bytes: int = 256_000_000  # of experts, so that no CPU cache holds them
-    seconds: float = 0.3  # for a figure at least; some take many times that
+    seconds: float = 0.3  # of a measurement, at least; some take many times as long
     until: float = math.inf  # when to end, by `time.perf_counter`
 
     @property
@@ -65,7 +67,7 @@ _MAX_THREADS_S = 10.0  # to measure counts of threads
 def thread_seconds(
     blueprint: Blueprint, counts: Sequence[int], effort: Effort = _THREADS_EFFORT
 ) -> dict[int, float]:
-    """Return the least seconds of one token in a few layers by count of threads, of two rounds.
+    """Return the least seconds of one token in a few layers, of two rounds, by count of threads.
 
     On a busy machine there may be one round.
     """
@@ -90,7 +92,7 @@ def thread_seconds(
 
 
 def samples_of(run: Callable[[], object], effort: Effort) -> list[float]:
-    """Return the seconds that `run` takes each time but the first."""
+    """Return the seconds of each call of `run` but the first."""
     samples: list[float] = []
     spent = 0.0
     least = effort.seconds
@@ -130,7 +132,7 @@ class ExpertTimer:
         next(self._turns)(self._one_row)
 
     def seconds(self) -> dict[int, float]:
-        """Return seconds of an expert by count of rows, but not for slow counts."""
+        """Return the seconds of an expert by count of rows, without counts that take too long."""
         seconds: dict[int, float] = {}
         for count in ROWS:
             slow = len(seconds) > 1 and interpolate(seconds, count) > 10 * self._effort.seconds
@@ -153,7 +155,7 @@ class ExpertTimer:
         first = next(self._turns)
         count = self._choices
         if x.shape[0] == 1 and self._are_alike and first.has_stages(x):
-            # As a token's experts are computed.
+            # This computes an expert as for a token.
             program = RowExperts(first, x, count, count)
             numbers = torch.arange(count)
 
@@ -165,12 +167,12 @@ class ExpertTimer:
         return self.mean_of(lambda: next(self._turns)(x))
 
     def mean_of(self, run: Callable[[], object]) -> float:
-        """Return the seconds that `run` takes after the first time."""
+        """Return the mean seconds of a call of `run`, without the first call."""
         return mean(samples_of(run, self._effort))
 
 
 def _filled_experts(blueprint: Blueprint, effort: Effort) -> list[Expert]:
-    """Return experts of all layers in at least the pool's bytes."""
+    """Return experts of all layers, which take at least the bytes of the pool."""
     size = blueprint.expert.stride
     layers = blueprint.config.num_moe_layers
     count = max(2, -(-effort.pool_bytes // size))
@@ -184,7 +186,7 @@ def _filled_experts(blueprint: Blueprint, effort: Effort) -> list[Expert]:
 def layer_probe(blueprint: Blueprint) -> Callable[[], None]:
     """Return a function that computes one token through the next layer, without experts.
 
-    Layers of several forms alternate, so that more of them come by turns.
+    Layers of several forms alternate.
     """
     copies = _COPIES if len(blueprint.layer_forms) == 1 else _MIXED_COPIES
     numbers = range(min(copies, blueprint.config.num_moe_layers))

@@ -23,10 +23,10 @@ from mixchat.experts.store import PIECE, READS
 
 _SYNC_BYTES = 2**24  # that are written between two syncs
 _ROUNDS = 3
-_SHORT = 0.1  # of a round, below which more blocks are read together
+_SHORT = 0.1  # part of a round; if reads take less time, more blocks are read together
 _EXPERTS = "experts-*.safetensors"
-# Of a model, because fewer would be read out of some cache. A virtual machine's host gave what it
-# had cached at 3.6 GB/s, and what was never read at 1.0 to 1.9.
+# The least blocks of a model, because fewer would be read out of some cache. The host of a virtual
+# machine read cached blocks at 3.6 GB/s, and others at 1.0 to 1.9.
 _MIN_BLOCKS = 32
 
 Places = list[tuple[int, int]]  # a file's descriptor, and the offset
@@ -47,12 +47,12 @@ def measure_disk(
     seconds: float,
     until: float = math.inf,
 ) -> DiskRates | None:
-    """Return bytes a second, busy with `work` done meanwhile, or None if they are not measurable.
+    """Return bytes a second, idle and while `work` runs, or None if they cannot be measured.
 
     Blocks of `block` bytes are read past the page cache if possible, for about `seconds` a round.
-    They are of the model in `directory`, or else of a file of up to `size` bytes that is written
-    there. A host gives what was just written several times as fast. It ends at `until`, by
-    `time.perf_counter`, if there was one round of each figure.
+    They belong to the model in `directory`, or else to a file of up to `size` bytes that is written
+    there. A virtual machine's host returns new bytes several times as fast. The measurement ends at
+    `until`, by `time.perf_counter`, after at least one round of each rate.
     """
     try:
         with ExitStack() as stack:
@@ -84,8 +84,8 @@ def _installed(directory: Path, block: int) -> Iterator[Places]:
 def _written(
     directory: Path, block: int, size: int, seconds: float, until: float
 ) -> Iterator[tuple[int, Places]]:
-    """Yield the size of the blocks of a new file, and the blocks, if any fit."""
-    # A tenth, so that no other program runs out of disk.
+    """Yield the size of the new file's blocks, and the blocks. Without free disk there are none."""
+    # The file takes a tenth of the free disk, so that no other program runs out of disk.
     size = min(size, machine.free_disk(directory) // 10)
     if size < block:
         yield block, []
@@ -93,7 +93,7 @@ def _written(
     existing = machine.nearest_existing(directory)
     with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
         system.set_direct(file.fileno(), not system.drops_pages())
-        # Random, because some disks compress.
+        # The bytes are random, because some disks compress.
         data = memoryview(os.urandom(min(size, _SYNC_BYTES)))
         written = 0
         latest = min(time.perf_counter() + 4 * seconds, until)
@@ -119,13 +119,14 @@ class _Disk:
     def __init__(self, places: Places, block: int, readers: ThreadPoolExecutor) -> None:
         self._block = block
         self._readers = readers
-        # None again before all were read.
+        # No block is read again before all others were read.
         self._places = cycle(random.sample(places, len(places)))
-        # Small experts are read together, as the queue of loads does, but not on a slow disk.
+        # Small experts are read together, as by the queue of loads, but not on a slow disk.
         self._together = 1
         self._most_together = min(-(-2 * READS * PIECE // block), len(places))
-        # Filled, so that no page is given while time is taken. Numpy asks for large pages. Reads
-        # into the small ones that a process gets first had 1.1 GB/s, and others 2.1 to 2.8.
+        # The memory is filled before, so that the system hands out no page while reads are timed.
+        # Numpy asks for large pages. Reads into small pages had 1.1 GB/s, and reads into large ones
+        # 2.1 to 2.8.
         filled = np.ones(self._most_together * block + ALIGNMENT, np.uint8)
         self._target = filled[-filled.ctypes.data % ALIGNMENT :].data
         fds = {fd for fd, _ in places}
@@ -145,7 +146,7 @@ class _Disk:
         for _ in range(_ROUNDS):
             with ThreadPoolExecutor(1) as pool:
                 reading = pool.submit(self._round, seconds, until)
-                while not reading.done():  # as in use, the main thread computes
+                while not reading.done():  # the main thread computes, as it does for a chat
                     work()
                 busy.append(reading.result())
             idle.append(self._round(seconds, until))
@@ -167,7 +168,7 @@ class _Disk:
         return size, total
 
     def _read(self, places: Places) -> float:
-        """Read blocks in pieces, as experts are read. Return the seconds that took."""
+        """Read blocks in pieces, as experts are read. Return the seconds."""
         for fd, start in places:
             system.advise(fd, start, self._block, needed=False)
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Estimates how fast a model decodes and reads prompts, by what was measured and memory holds.
+"""Estimates how fast a model decodes and reads prompts, from measured speeds and a placement.
 
 Costs are None if the disk is needed and was not measured.
 """
@@ -20,19 +20,20 @@ from mixchat.planning.routing import expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.matrix.linear import LinearSpec
 
-# The part that is read of what could be read while a GPU or several answers' tokens compute. Their
-# experts are known too late for all, by `tests/benchmarks/beyond_memory.py`. A prompt needs most
-# experts of a layer, which are read while the layers before it are computed.
+# While a GPU or several answers' tokens compute, the disk reads this part of what it could read, by
+# `tests/benchmarks/beyond_memory.py`. Some experts are known too late. A prompt needs most experts
+# of a layer, so they are read while the layers before it are computed.
 OVERLAP = 0.5
 PROMPT_OVERLAP = 1.0
-# The part of the disk's measured speed that reads into slots of small pages have.
+# Slots have small pages. Reads into them reach this part of the disk's measured speed.
 # `tests/benchmarks/beyond_memory.py` measures 0.7 to 0.95.
 IN_USE = 0.85
-# Of a layer on a CPU, if some experts are on the disk. Python finds, requests, predicts and counts
-# each expert. The main thread computed 61 ms instead of 41 for 24 of Qwen3's layers.
+# Seconds that a layer on a CPU takes longer if some experts are on the disk, because Python
+# requests, predicts and counts each expert. 24 of Qwen3's layers took the main thread 61 ms instead
+# of 41.
 MISSING_EXPERTS_S = 8e-4
-# On a GPU, the kernels of a layer in a graph, a wait for the host, and a matrix of a prompt, which
-# needs three kernels without a graph.
+# Seconds on a GPU: the kernels of a layer in a graph, a wait for the host, and a matrix of a
+# prompt, which takes three kernels without a graph.
 GPU_LAYER_S = 2e-5
 SYNC_S = 2e-5
 _PROMPT_MATRIX_S = 1.5e-5
@@ -48,11 +49,11 @@ LONG_PROMPT = 512  # tokens of a long prompt
 class Cost:
     """The seconds of one decoded token, or of a prompt."""
 
-    computing: float  # for layers, chosen experts and head
-    waiting: float  # that GPUs wait for experts that the CPU computes
+    computing: float  # of layers, chosen experts and the head
+    waiting: float  # in which GPUs wait for experts that the CPU computes
     copying: float  # of experts from RAM to a GPU
     reading: float  # of experts from an idle disk
-    hidden: float  # that moving and computing overlap
+    hidden: float  # in which copying or reading overlaps with computing
 
     @property
     def seconds(self) -> float:
@@ -122,7 +123,7 @@ class SpeedEstimate:
         speeds = self.speeds
         layers = config.num_moe_layers
         uses = expected_distinct(config, answers)
-        # More rows slow all matrices alike.
+        # The time of all matrices grows alike with the rows.
         slowdown = speeds.expert_time(answers) / speeds.expert_time(1)
         layers_s = (
             slowdown * (layers * speeds.layer_seconds + self._pace(self._first_bytes))
@@ -132,10 +133,10 @@ class SpeedEstimate:
         computing = layers_s + slowdown * self._pace(self._head_bytes)
         overlap = OVERLAP
         if answers == 1:
-            # The experts of a token's first layers are not predicted, as many are predicted too
-            # late, and nothing is read beside the head. With 0.5 for all, plans for 12 layers of
-            # Qwen3 were up to 25% too fast, and for 24 and 48 layers up to 22% too slow. These are
-            # within 20%.
+            # Experts of a token's first layers are not predicted, others are predicted too late,
+            # and no expert is read during the head. With 0.5 for all, plans for 12 layers of Qwen3
+            # were up to 25% too fast, and for 24 and 48 layers up to 22% too slow. These are within
+            # 20%.
             in_time = max(1 - 2 * LAYERS_AHEAD / layers, 0.0)
             overlap = in_time * layers_s / computing
         return self._cost(computing, read=layers * uses * (1 - self.hit_rate), overlap=overlap)
@@ -143,7 +144,7 @@ class SpeedEstimate:
     def _gpu_token(self) -> Cost | None:
         """Return the cost on GPUs, while the CPU computes the experts that are in no slot.
 
-        Several answers take turns, but what one of them has read from the disk serves the others.
+        Several answers take turns, but an expert that one answer has read from the disk serves all.
         """
         config = self.blueprint.config
         gpu = self._gpu
@@ -171,7 +172,7 @@ class SpeedEstimate:
         return slowdown * self._pace(self._first_bytes) + config.num_moe_layers * layer_s
 
     def _gpu_chunk(self, tokens: int, distinct: float) -> float:
-        """Return the seconds of a chunk as `_cpu_chunk`, on GPUs.
+        """Return the seconds of a chunk, as `_cpu_chunk`, on GPUs.
 
         Weights become 16-bit numbers once for a chunk, and tensor cores multiply them.
         """
@@ -215,7 +216,7 @@ class SpeedEstimate:
         return Cost(computing, waiting, copying, moving - copying, hidden)
 
     def _pace(self, size: int) -> float:
-        """Return the seconds in which a CPU reads `size` bytes of weights, as it reads experts."""
+        """Return the seconds of a CPU for `size` bytes of weights, at the rate of its experts."""
         return size / self.blueprint.mean_expert * self.speeds.expert_time(1)
 
     @property
@@ -256,7 +257,7 @@ def expected_distinct(config: ModelConfig, tokens: int) -> float:
 
 
 def in_words(tokens_per_second: float) -> str:
-    """Return what a speed means for a reader."""
+    """Return a sentence that compares a speed with a reader's."""
     if tokens_per_second >= READING:
         return "faster than you read"
     if tokens_per_second >= SLOWEST:

@@ -73,7 +73,7 @@ class FreeMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The places of a model in the free memory, with the requested options."""
+    """The placement of a model in the free memory, with the requested options."""
 
     blueprint: Blueprint
     free: FreeMemory
@@ -115,7 +115,7 @@ def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> M
 
 
 class _SpareMemory:
-    """The memory that a context can take, in bytes, so that each expert keeps its place."""
+    """The bytes that a context can take without a slot fewer for experts."""
 
     def __init__(self, demand: Demand, free: FreeMemory, options: LoadOptions) -> None:
         self._demand = demand
@@ -123,16 +123,17 @@ class _SpareMemory:
         self._options = options
 
     def place_beside(self, context: int) -> Placement | None:
-        """Return the places of the experts beside a context, None if they do not fit."""
+        """Return the placement of the experts beside a context, None if they do not fit."""
         demand = replace(self._demand, shared=self._demand.shared + context, context=0)
         with suppress(ResourceError, UsageError):
             return _place(demand, self._free, self._options)
         return None
 
     def holds(self, context: int, smallest: int) -> bool:
-        """Return whether a context costs no expert the place that it has beside the smallest."""
+        """Return whether as many experts fit beside this context as beside the smallest one."""
         usual = self.place_beside(smallest)
-        # A CPU that cannot leave the reserve free, or any device with the fewest experts, is full.
+        # The memory is full if a CPU cannot leave the reserve free, or if only the fewest experts
+        # fit.
         if usual is None or usual.slots <= MIN_SLOTS:
             return False
         if self._free.device is None and usual.reserve < reserve_of(self._free.host):
@@ -141,11 +142,11 @@ class _SpareMemory:
 
 
 def _default_context(blueprint: Blueprint, spare: _SpareMemory, options: LoadOptions) -> int:
-    """Return the largest default context, in tokens, that costs no expert its place once full.
+    """Return the largest default context, in tokens, beside which no expert loses its slot.
 
-    On a CPU, experts use the room of a context until it fills. With 32 GB free and 26 GB of model,
-    the 4 GB of Mixtral's 32,768 tokens are free anyway. With 24 GB free, it is 8,192 tokens.
-    A saved conversation of `least_context` tokens gets room if the model still fits.
+    On a CPU, experts use the memory of a context until it fills. With 32 GB free and a model of 26
+    GB, the context is 32,768 tokens, which take 4 GB in Mixtral. With 24 GB free, it is 8,192
+    tokens. A saved conversation of `least_context` tokens gets room if the model still fits.
     """
     smallest, *larger = sizes = blueprint.config.default_contexts
     needed = min((size for size in sizes if size >= options.least_context), default=sizes[-1])
@@ -160,7 +161,7 @@ def _default_context(blueprint: Blueprint, spare: _SpareMemory, options: LoadOpt
 def _checkpoints(
     blueprint: Blueprint, spare: _SpareMemory, options: LoadOptions, tokens: int
 ) -> int:
-    """Return the most checkpoints for each answer that cost no expert its place once all exist.
+    """Return the most checkpoints of an answer beside which no expert loses its slot.
 
     Qwen3.6 takes 21 GB, and a context of 32,768 tokens .8 GB without them. With 28 GB free, it has
     64 checkpoints, which take 4.2 GB. With 22 GB free, it has 8.
@@ -174,9 +175,10 @@ def _checkpoints(
 
 
 def expected_mix(blueprint: Blueprint, bits: ExpertSize) -> Blueprint:
-    """Return the model with experts in other bits, as far as that is known beforehand.
+    """Return the model with experts in other bits, as far as it is known without measuring.
 
-    Which layers get more bits is known once sensitivities are measured. Raises `UsageError`.
+    Sensitivities have to be measured before it is known which layers get more bits. Raises
+    `UsageError`.
     """
     stored = blueprint.quantization
     # Rounding 4 bits again would add the losses of both. In a test Q4_K_M doubled the loss.
@@ -200,7 +202,7 @@ def has_bits(blueprint: Blueprint, bits: ExpertSize) -> bool:
 def expert_budget(blueprint: Blueprint, bits: ExpertSize) -> int:
     """Return the bytes that all experts may take.
 
-    Of memory, the shared weights, keys and values, and the reserve that is left free come first.
+    The rest of the memory is for shared weights, keys and values, and the reserve that stays free.
     """
     if bits.memory is None:
         return budget_of(blueprint, bits.bits or 0.0)
@@ -243,7 +245,7 @@ def _context_bytes(
 
 
 def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Placement:
-    """Return the places of a worker's experts. Raises as `fit_model`."""
+    """Return the placement of a worker's experts. Raises as `fit_model`."""
     expert = blueprint.expert.stride
     whole = blueprint.experts_size
     demand = Demand(0, 0, expert, blueprint.expert_count, whole, layers=_layers(blueprint))

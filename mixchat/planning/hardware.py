@@ -14,7 +14,7 @@ from mixchat.planning.cards import Card
 from mixchat.planning.fitting import FreeMemory
 from mixchat.planning.machine_speeds import GPUSpeeds, MachineSpeeds
 
-# Bytes that other programs need on a described machine, and the largest part of all.
+# Bytes that other programs need on a described machine, and the largest part of its memory.
 _TAKEN_RAM = 2 * 10**9
 _TAKEN_GPU = 5 * 10**8
 _TAKEN_PART = 0.25
@@ -79,7 +79,7 @@ class ToldMachine:
         return self != NOTHING_TOLD
 
     def device(self, here: torch.device) -> torch.device:
-        """Return the device that computes there, if `here` does on this machine."""
+        """Return the device that computes there. `here` computes on this machine."""
         return torch.device(gpu.KIND, 0) if self.gpus else here
 
     def machine(self, here: Machine) -> Machine:
@@ -103,7 +103,7 @@ class ToldMachine:
         return replace(there, free=free)
 
     def speeds(self, here: MachineSpeeds) -> MachineSpeeds:
-        """Return the speeds of this machine with what is told."""
+        """Return the speeds of this machine with the figures that are told."""
         if (rate := self.disk_speed) is not None:
             here = replace(here, disk_busy=float(rate), disk_idle=float(rate))
         if self.gpus:

@@ -15,14 +15,16 @@ from mixchat.planning.cards import Card
 _LIFETIME_S = 30 * 86400  # of a measurement
 BUSY_LIFETIME_S = 600  # of a measurement while other programs were busy
 BUSY = 0.2  # of the cores' time that other programs take
-# Of a layer on a CPU, whatever its size. Granite's took 0.13 ms longer than reading its bytes.
+# Seconds of a layer on a CPU besides reading its bytes. Granite's layers took 0.13 ms.
 LAYER_START_S = 1e-4
-# Of a data sheet, the parts that weights and copies from RAM and products of prompts reach.
+# The parts of a data sheet's figures that are reached: by reading weights, by copies from RAM, and
+# by products of prompts.
 _MEMORY_PART = 0.8
 _BUS_PART = 0.8
 _COMPUTE_PART = 0.5
-# Trellis codes take 9 to 12 instructions a weight, which hold up a GPU's memory. By counts of the
-# compiled loop they take 1.4 times (RTX 3090) to 2.2 times (H100) as long as their bytes.
+# Trellis codes take 9 to 12 instructions a weight, so a GPU's memory has to wait for them. By the
+# instructions of the compiled loop, a product takes 1.4 times (RTX 3090) to 2.2 times (H100) as
+# long as reading its bytes.
 _TRELLIS_SLOWDOWN = 1.8
 # Turing has no tensor cores for bf16, so its products run at the rate of fp32.
 _BF16_CAPABILITY = (8, 0)
@@ -69,8 +71,8 @@ class GPUSpeeds:
     def together(cls, gpus: Sequence[GPUSpeeds], shares: Sequence[int]) -> GPUSpeeds:
         """Return the speeds of GPUs that compute one after the other, each its share of the layers.
 
-        In that way cards that differ work together. If each held some experts of every layer,
-        every layer would need a round trip of 20 to 40 us.
+        So different cards can work together. If each held some experts of every layer, every layer
+        would need a round trip of 20 to 40 us.
         """
         used = [(gpus[min(n, len(gpus) - 1)], count) for n, count in enumerate(shares) if count]
         if not used:
@@ -90,10 +92,10 @@ class MachineSpeeds:
     The disk's are None if it could not be measured.
     """
 
-    disk_busy: float | None  # of experts in a row, while the CPU computes others
+    disk_busy: float | None  # of reading experts, while the CPU computes
     disk_idle: float | None  # while the CPU does not compute
     expert_seconds: dict[int, float]  # by count of rows, on the CPU
-    layer_seconds: float  # for all of a layer but its experts, one token, on the CPU
+    layer_seconds: float  # of one token in a layer without its experts, on the CPU
     gpus: tuple[GPUSpeeds, ...] = ()
     measured_at: float = 0.0  # seconds since 1970
     cpu: str = ""
@@ -102,7 +104,7 @@ class MachineSpeeds:
 
     @classmethod
     def from_dict(cls, entry: Any, gpus: int) -> MachineSpeeds | None:
-        """Read what `dataclasses.asdict` wrote of a machine with so many GPUs, None if damaged."""
+        """Read what `dataclasses.asdict` wrote. None if it is damaged or has other GPUs."""
         try:
             by_rows = entry["expert_seconds"].items()
             speeds = cls(

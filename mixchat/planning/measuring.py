@@ -31,8 +31,8 @@ MOST_SECONDS = 20.0  # unless one try of each figure takes longer
 _READ_BYTES = 2**28  # of RAM, for an estimate
 _DISK_BANDWIDTH = 2e9  # bytes a second, assumed in an estimate
 _MAX_ENTRIES = 32  # because the numbers of some disks change with every start
-# Of one product. A product of an expert of 2.5 MB takes 3 us, and its launch without a graph 20. So
-# the columns are the model's, and the rows as many as the GPU works on for longer.
+# Bytes of a measured product. A product of an expert of 2.5 MB takes 3 us, and its launch without a
+# graph 20. So the product has the model's columns, and enough rows to hide the launch.
 _MATRIX_BYTES = 2**27
 _BAND = 64  # rows that any type interleaves
 _CALLS = 4  # at once, so that the wait for the GPU counts little
@@ -47,9 +47,9 @@ def saved_speeds(
 
 
 def estimated_speeds(blueprint: Blueprint, gpus: Sequence[torch.device]) -> MachineSpeeds:
-    """Return quick figures of this machine, by the speed of its RAM and the names of its GPUs.
+    """Estimate the speeds of this machine by the speed of its RAM and the names of its GPUs.
 
-    They take a tenth of a second. They are good enough to choose a device, and are not saved.
+    The estimate takes a tenth of a second. It is good enough to choose a device, and is not saved.
     """
     memory = memory_rate(CPU, _READ_BYTES)
     expert_s = blueprint.mean_expert / memory
@@ -79,9 +79,9 @@ def gpus_with(device: torch.device) -> list[torch.device]:
 
 
 def measure_machine(blueprint: Blueprint, directory: Path, device: torch.device) -> MachineSpeeds:
-    """Measure this machine, and save the result in place of what was known.
+    """Measure this machine, and save the result in place of an older one.
 
-    Without figures of the disk nothing is saved. A file that cannot be written is ignored.
+    Nothing is saved if the disk was not measured. A file that cannot be written is ignored.
     """
     key = measurement_key(blueprint, directory, device)
     programs = machine.OtherPrograms()
@@ -136,7 +136,7 @@ def _measure_gpu(blueprint: Blueprint, device: torch.device) -> GPUSpeeds:
 
     memory = _CALLS * tall.nbytes / median(seconds_of(multiply, device))
     speeds = GPUSpeeds(gpu.name(device), memory, bus_bandwidth(device), product_rate(device))
-    gpu.release_unused(device)  # or it would count as taken
+    gpu.release_unused(device)  # or this memory would count as taken
     return speeds
 
 
@@ -176,7 +176,7 @@ def measurement_file() -> Path:
 
 def _save(key: str, speeds: MachineSpeeds) -> None:
     path = measurement_file()
-    entries = _read()  # now, since another process may have measured meanwhile
+    entries = _read()  # read only now, since another process may have measured meanwhile
     entries.pop(key, None)
     newest = [*entries.items()][1 - _MAX_ENTRIES :]
     machines = dict([*newest, (key, asdict(speeds))])

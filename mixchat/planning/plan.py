@@ -24,7 +24,7 @@ from mixchat.planning.machine_speeds import LAYER_START_S, MachineSpeeds
 from mixchat.planning.measuring import saved_speeds
 from mixchat.weights.format.blueprint import Blueprint
 
-_LEAST_GAIN = 1.1  # of the CPU, because estimates are not better than that
+_LEAST_GAIN = 1.1  # how much faster the CPU has to be, because estimates err by as much
 
 Names = tuple[str, ...]  # of a known model
 
@@ -48,11 +48,11 @@ class MachinePlan:
     """A model on a machine, beside the same model in fewer bits and other models."""
 
     machine: Machine
-    told: ToldMachine  # about the machine, and not measured
+    told: ToldMachine  # figures of the machine that were told, not measured
     model: ModelPlan
     sizes: Mapping[str, ModelPlan]  # by bits, if there is a choice
     catalog: Mapping[Names, Blueprint]
-    known: Mapping[Names, ModelPlan | str]  # the catalog's from small to large, or why not
+    known: Mapping[Names, ModelPlan | str]  # plans of the catalog, or why there is none
     reason: str | None = None  # why not all GPUs compute, as a sentence
 
 
@@ -61,8 +61,8 @@ def fit_on_faster(
 ) -> tuple[ModelPlan, str | None]:
     """Return the plan of a model on the GPUs, or on the CPU if that decodes faster.
 
-    Also return why it is not the GPUs, as the end of a sentence. Without memory for the model on
-    the GPUs it is the CPU, too. Raises `ResourceError` if the model fits on neither.
+    Also return why the CPU computes, as the end of a sentence. The CPU computes, too, if the model
+    does not fit on the GPUs. Raises `ResourceError` if the model fits on neither.
     """
     device = torch.device(gpu.KIND, 0)
     on_cpu = None
@@ -89,7 +89,7 @@ def plan_known(
     *,
     chooses: bool = False,
 ) -> Iterator[tuple[Names, ModelPlan | str]]:
-    """Yield the plans of the models by their size, or why there is none, with their names.
+    """Yield the names of each model with its plan, or why there is none, by size.
 
     If it `chooses`, a model that the GPUs cannot hold, or that is slower on them, gets the CPU.
     """
@@ -109,7 +109,7 @@ def plan_known(
 def scaled(speeds: MachineSpeeds, measured: Blueprint, blueprint: Blueprint) -> MachineSpeeds:
     """Return the speeds for one model's shape on a CPU, scaled to the sizes of another.
 
-    An expert takes bytes / bandwidth, and a layer that plus a constant.
+    An expert takes its bytes / bandwidth. A layer takes that and a constant.
     """
     expert_ratio = blueprint.mean_expert / measured.mean_expert
     layer_ratio = blueprint.mean_layer / measured.mean_layer

@@ -7,8 +7,8 @@ import numpy as np
 from mixchat.base.model_config import ModelConfig
 
 _MIXTRAL = (8, 2)  # experts of a layer, and experts of a token
-# The hit rates of the cache with slots for 0, 1/4, 2/4 ... of such a model's experts. They
-# come from `tests/tools/routing_simulation.py`, which repeats experts as often as table 5 of the
+# The hit rates of the cache with slots for 0, 1/4, 2/4 ... of such a model's experts. They come
+# from `tests/tools/routing_simulation.py`, in which experts repeat as often as table 5 of the
 # Mixtral paper (arXiv 2401.04088) says. Between these points the rates lie on lines, within 0.01.
 _HIT_RATES = (0.0, 0.303, 0.533, 0.762, 1.0)
 

@@ -54,9 +54,9 @@ def _torch_default() -> int:
 def candidates(physical: int, usable: int) -> list[int]:
     """Return the counts worth a try, the preferred ones first.
 
-    One thread never waits for another, which another program may keep from its core. Torch's own
-    count is the number of `physical` cores. With two threads a core, more are `usable`. A container
-    may get less time than its cores have. With 8 cores of two threads the counts are 1, 8, 16, 6.
+    One thread never waits for a thread whose core another program has taken. Torch's default is the
+    count of `physical` cores. More threads are `usable` if a core runs two. A container may get
+    less time than its cores have. With 8 cores of two threads the counts are 1, 8, 16, 6.
     """
     counts = [1, min(physical, usable), usable]
     if physical >= 4:
@@ -68,8 +68,8 @@ def known_or_best(path: Path, shape: str, counts: Sequence[int], measure: Measur
     """Return the count that `path` has for this machine, else the best by `measure`, saved there.
 
     It measures only once for a shape, because other counts may round differently. If other programs
-    took the cores meanwhile, the count is saved for some minutes. They made one thread seem the
-    best, which is half of the speed when they have ended.
+    took the cores meanwhile, the count is saved for some minutes. They can make one thread seem
+    best, which halves the speed once they have ended.
     """
     if len(counts) == 1:
         return counts[0]
