@@ -1,4 +1,4 @@
-"""The models with a short name. Their config.json is in known/, so that no hub has to be asked."""
+"""The models with a short name. Their config.json is in known/, so the hub need not be asked."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class KnownModel:
     @cached_property
     def fetched_bytes(self) -> int:
         """Return the bytes that a download fetches."""
-        # It imports torch, which completion in a shell does not wait for.
+        # This imports torch, for which completion in a shell cannot wait.
         from mixchat.base.safetensors import split_part
 
         sizes: dict[str, float] = {}
@@ -61,29 +61,29 @@ class KnownModel:
         return round(self.fetched_bytes / 1e9)
 
 
-# The values in known/ are the defaults of transformers' classes, but for those that are named here.
-# In all models the tokens are the repositories'.
+# The values in known/ are the defaults of transformers' config classes, except for those that are
+# named here. The ids of tokens come from the repositories.
 KNOWN: dict[str, KnownModel] = {
     "instruct": KnownModel("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-8x7b"),
     "base": KnownModel("mistralai/Mixtral-8x7B-v0.1", "mixtral-8x7b"),
     "8x22b": KnownModel("mistralai/Mixtral-8x22B-Instruct-v0.1", "mixtral-8x22b"),
-    # The layers, head_dim, the context, rope_theta and norm_topk_prob are the repositories'.
+    # The layers, head_dim, the context, rope_theta and norm_topk_prob come from the repositories.
     "qwen3": KnownModel("Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3"),
     "qwen3-coder": KnownModel("Qwen/Qwen3-Coder-30B-A3B-Instruct", "qwen3"),
     # The class describes 120b. 20b has fewer layers and experts.
     "gpt-oss": KnownModel("openai/gpt-oss-20b", "gpt-oss"),
-    # The ropes and the layers with a window are the repository's, as other programs quote them.
+    # The ropes and the layers with a window come from the repository, by other programs.
     "mellum2": KnownModel("JetBrains/Mellum2-12B-A2.5B-Instruct", "mellum2"),
-    # The experts are half as wide as the class has them.
+    # The experts are half as wide as by default.
     "olmoe": KnownModel("allenai/OLMoE-1B-7B-0125-Instruct", "olmoe"),
-    # All is the repositories', as other programs quote it.
+    # All values come from the repositories, by other programs.
     "qwen3.6": KnownModel("Qwen/Qwen3.6-35B-A3B", "qwen3.6"),
     "qwen3-coder-next": KnownModel("Qwen/Qwen3-Coder-Next", "qwen3-coder-next"),
     "glm-4.7-flash": KnownModel("zai-org/GLM-4.7-Flash", "glm-4.7-flash"),
     "gemma4": KnownModel("google/gemma-4-26B-A4B-it", "gemma4"),
     "lfm2": KnownModel("LiquidAI/LFM2-8B-A1B", "lfm2"),
     "lfm2-24b": KnownModel("LiquidAI/LFM2-24B-A2B", "lfm2-24b"),
-    # All is the repository's, as other programs quote it. The multipliers are also those of 1B.
+    # All values come from the repository, by other programs. The multipliers are also those of 1B.
     "granite": KnownModel("ibm-granite/granite-3.1-3b-a800m-instruct", "granite"),
 }
 """By the name that commands take."""

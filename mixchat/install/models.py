@@ -1,4 +1,4 @@
-"""The models on this machine, from a name to a model, its directory and its state."""
+"""The models on this machine: what a name means, and a model's directory and state."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ _MOST_NAMED = 8  # models, in a message
 _NAME_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"(?=[^/]{{1,96}}/[^/]{{1,96}}\Z){_NAME_PART}/{_NAME_PART}")
 _KEY = re.compile(rf"(?=.{{1,200}}\Z){_NAME_PART}")
-_GGUF_KIND = re.compile(rf"(?=.{{1,96}}\Z){_NAME_PART}")  # after a colon
+_GGUF_KIND = re.compile(rf"(?=.{{1,96}}\Z){_NAME_PART}")  # after ORG/NAME and a colon
 _GGUF = ".gguf"
 _GGUF_END = re.compile(r"(-00001-of-\d{5})?\.gguf\Z")  # of a file, or of the first of many
-# The first that fits the beginning, such as "qwen3:30b-a3b" or "mixtral-8x7b-instruct".
+# Other programs' names for known models, such as "qwen3:30b-a3b" or "mixtral-8x7b-instruct". The
+# first pattern that fits the beginning of a name counts.
 _OTHER_NAMES = (
     (r"mixtral\b.*8x22b", "8x22b"),
     (r"mixtral\b.*\b(base|text)\b", "base"),
@@ -83,11 +84,11 @@ class ModelRef:
 
     @property
     def source_repo(self) -> str | None:
-        """Return the `repo` of its `Source`, or None if only its journal names it."""
+        """Return the `repo` of the model's `Source`, or None if only its journal has it."""
         return DEMO if self.demo else str(self.path) if self.path else self.repo
 
     def find_source(self, unfinished: Source | None, revision: str | None = None) -> Source:
-        """Return the source of the download. An `unfinished` one keeps its commit."""
+        """Return the source of the download. An `unfinished` download keeps its commit."""
         if self.source_repo is None:
             if unfinished is None:
                 raise ModelNotFoundError(
@@ -245,7 +246,7 @@ def default_model() -> str:
 
 
 def describe(directory: Path) -> ModelEntry:
-    """Return the entry of the model in a directory, whatever its state."""
+    """Return the entry of the model in a directory, in any state."""
     place = workspace(directory)
     entry = ModelEntry(directory.name, directory, own_bytes(directory) + disk_usage(place))
     if not is_installed(directory):
@@ -269,7 +270,7 @@ def describe(directory: Path) -> ModelEntry:
 
 def _directories() -> list[Path]:
     names: list[str] = []
-    with suppress(FileNotFoundError, NotADirectoryError):  # one that cannot be read is not empty
+    with suppress(FileNotFoundError, NotADirectoryError):  # unreadable is not empty
         names = os.listdir(models_dir())
     keys = set(map(key_of, names))
     return [models_dir() / key for key in sorted(keys) if _is_here(key)]
@@ -284,7 +285,7 @@ def _directory_of(name: str) -> Path | None:
 
 
 def _meant(name: str) -> str | None:
-    """Return the model here that other programs call `name`, or that is spelled like it."""
+    """Return the model that other programs call `name`, or a model here with a similar name."""
     lower = name.lower()
     for pattern, alias in _OTHER_NAMES:
         if re.match(pattern, lower):

@@ -86,7 +86,7 @@ class MemoryPlan:
 
 
 def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> MemoryPlan:
-    """Return the places of the model. Raises `UsageError` and `ResourceError` if it cannot."""
+    """Return the placement of the model. Raises `UsageError` and `ResourceError`."""
     demand = _demand(blueprint, options)
     if blueprint.layers and not options.workers:
         demand = replace(demand, sizes=slot_sizes(blueprint))

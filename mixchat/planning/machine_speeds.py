@@ -104,7 +104,7 @@ class MachineSpeeds:
 
     @classmethod
     def from_dict(cls, entry: Any, gpus: int) -> MachineSpeeds | None:
-        """Read what `dataclasses.asdict` wrote. None if it is damaged or has other GPUs."""
+        """Read what `dataclasses.asdict` wrote, None if damaged or of another count of GPUs."""
         try:
             by_rows = entry["expert_seconds"].items()
             speeds = cls(

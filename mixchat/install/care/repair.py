@@ -34,7 +34,7 @@ MISSING = "it is missing"
 
 @dataclass(frozen=True)
 class Damage:
-    """A file that differs from the manifest. `place` is a tensor's name, or one of the above."""
+    """A fault of a file. `place` is a tensor's name, or one of the words above."""
 
     file: str
     place: str | None = None
@@ -58,7 +58,7 @@ def verify(directory: Path, progress: Progress) -> list[Damage]:
                 data = b""
             if hashlib.sha256(data).hexdigest() != record.sha256:
                 damages.append(Damage(name))
-        # A damaged config does not tell where the tensors lie.
+        # Without an intact config it is not known where the tensors lie.
         if Damage(CONFIG) not in damages:
             for name, header in installed_blueprint(directory, manifest).headers().items():
                 damages += _damages_of(directory / name, header, manifest.weights[name], task)

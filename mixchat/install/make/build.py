@@ -30,7 +30,7 @@ from mixchat.weights.format.workspace import (
     workspace,
 )
 
-CHECKPOINT = "checkpoint"  # its tensors that were read, in the journal
+CHECKPOINT = "checkpoint"  # the journal's record of the checkpoint's tensors that were read
 _SAVE_INTERVAL_S = 2.0
 NO_PROGRESS = NoProgress()
 
@@ -119,7 +119,7 @@ class Build:
         ]
 
     def discard_other_work(self, progress: Progress) -> None:
-        """Remove work under another head. Shards of the same weights stay, and inputs."""
+        """Remove work under another head. Shards of the same weights stay, and so do inputs."""
         head = self.journal.head
         if head == self.head:
             return

@@ -1,14 +1,14 @@
-"""Calibration records the inputs of matrices, and makes the matrices anew for these inputs.
+"""Records the inputs of matrices, and quantizes the matrices again for these inputs.
 
 Each layer has two files. `inputs-LLL` has the rows that its experts got, bf16 [N, D], and
 `selected-LLL` the experts that the router chose for each, int16 [N, K]. If attention or head have a
-type that is calibrated, `dense-NAME` has the rows of the matrix of that name, bf16 [n, C], of the
-first tokens. `mix.json` has the types that experts get, if they are others than before. `text.json`
-has the tokens of one window.
+type that is calibrated, `dense-NAME` has the inputs of the matrix of that name, bf16 [n, C], for
+the first tokens. `mix.json` has the types that experts get, if these change. `text.json` has the
+tokens of one window.
 
-An expert learns from the rows of the tokens that chose it, and from a few others. Each fifth window
-of the text is held out and judges the result (`encode.py`). Neighbours are alike, so whole windows
-are held out.
+An expert is fitted to the rows of the tokens that chose it, and to a few others. Each fifth window
+of the text is held out, and the error there decides (`encode.py`). Neighbouring tokens are alike,
+so whole windows are held out.
 
 N = tokens, D = hidden_size, F = intermediate_size, K = num_experts_per_tok.
 """
@@ -47,8 +47,8 @@ from mixchat.weights.matrix.linear import TYPES, BiasedLinear, LinearSpec
 from mixchat.weights.matrix.quant_type import Inputs, Way, dense_linear
 
 FOLD = 5  # windows, of which the last is held out
-_ROWS_OF_ALL = 32  # of any tokens
-HELD_OUT_MAX = 1024  # rows of an expert, since more change no decision but take time
+_ROWS_OF_ALL = 32  # for each expert, whatever their tokens chose
+HELD_OUT_MAX = 1024  # rows of an expert; more take time and change no decision
 _MIX = "mix.json"
 _TEXT = "text.json"
 _DENSE = "dense-{}"  # a file of inputs of attention or head, by the matrix's name
@@ -80,7 +80,7 @@ class InputsWriter:
         _append(selected, selected_experts.cpu().to(torch.int16))
 
     def add_dense(self, name: str, rows: torch.Tensor) -> None:
-        """Append rows [T, C] of a matrix of attention or head, if it has not enough of them."""
+        """Append inputs [T, C] of a matrix of attention or head until it has enough."""
         some = rows[: self._dense_rows - self._written[name]]
         self._written[name] += len(some)
         if len(some):
@@ -127,7 +127,7 @@ class ExpertInputs:
 
     @property
     def mix(self) -> Mix | None:
-        """Return what `write_mix` wrote, None if types stay. Raises `CheckpointError`."""
+        """Return what `write_mix` wrote, None if no type changes. Raises `CheckpointError`."""
         path = self._directory / _MIX
         if not path.exists():
             return None
@@ -140,7 +140,7 @@ class ExpertInputs:
         raise CheckpointError(f"{path}: damaged")
 
     def write_mix(self, mix: Mix) -> None:
-        """Note the types of each layer's experts, which a resumed calibration takes again."""
+        """Save the types of each layer's experts, for a resumed calibration."""
         write_file(self._directory / _MIX, json.dumps(mix._asdict()).encode())
 
     def dense(self, linear: LinearSpec) -> torch.Tensor:
@@ -177,10 +177,10 @@ class ExpertInputs:
 
 
 class Calibrator:
-    """Makes matrices anew from the checkpoint. An expert's w2 comes after its w13.
+    """Quantizes matrices of the checkpoint again. An expert's w2 comes after its w13.
 
-    w2 learns from the inputs that the rounded w13 gives it, and makes up for their errors. `window`
-    is in tokens.
+    w2 is fitted to the inputs that the rounded w13 gives it, and makes up for their errors.
+    `window` is in tokens.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class Calibrator:
     def _gated(
         self, w13: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor
     ) -> torch.Tensor:
-        """Return what w2 gets for rows [n, D], [n, F]."""
+        """Return the inputs of w2 [n, F] for rows [n, D]."""
         linear = dense_linear(w13.to(rows.dtype))
         if bias is not None:
             linear = BiasedLinear(linear, bias)
@@ -238,7 +238,7 @@ class Calibrator:
         self._errors += (error / plain) ** 0.5 if plain else 1.0
 
     def _rows(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rows [n, D] that an expert learns from, and those held out."""
+        """Return the rows [n, D] that an expert is fitted to, and those held out."""
         every, chosen = self._inputs.of(layer, expert)
         last = self._held_out(every)
         held_out = _some(every, chosen, last)
@@ -251,7 +251,7 @@ class Calibrator:
 
 
 def _some(every: torch.Tensor, chosen: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """Return the rows of a part [N] that chose an expert, and a few others."""
+    """Return the rows of a mask [N] whose tokens chose an expert, and a few others."""
     places = part.nonzero().squeeze(-1)
     few = places[:: max(1, len(places) // _ROWS_OF_ALL)][:_ROWS_OF_ALL]
     return torch.cat((every[part & chosen], every[few]))
@@ -260,9 +260,9 @@ def _some(every: torch.Tensor, chosen: torch.Tensor, part: torch.Tensor) -> torc
 def check_checkpoint(
     manifest: Manifest, blueprint: Blueprint, checkpoint: Checkpoint, reader: CheckpointReader
 ) -> None:
-    """Check that a model was made of this checkpoint, by one part of an expert.
+    """Check that a model was made of this checkpoint, by one matrix of an expert.
 
-    Raises `CheckpointError` if it is another one.
+    Raises `CheckpointError` for another checkpoint.
     """
     if checkpoint.index.config != blueprint.config:
         raise other_checkpoint(checkpoint, CONFIG, "its values differ")
@@ -283,7 +283,7 @@ def inputs_size(config: ModelConfig, tokens: int) -> int:
 
 
 def gets_calibrated(part: ModelPart) -> bool:
-    """Return whether a calibration makes a part anew."""
+    """Return whether a calibration quantizes a part again."""
     return part.expert is not None or (part.linear is not None and is_calibrated(part.linear))
 
 

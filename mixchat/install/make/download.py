@@ -35,8 +35,8 @@ class DownloadRequest:
     """The model to download, and the options for it.
 
     `keep_source` leaves fetched shards in the hub's cache. `check` gets the directory of the small
-    files before any weight is fetched, and may raise. With `any_experts` a model that is installed
-    may have experts of other types, because they are to be calibrated to others.
+    files before any weight is fetched, and may raise. With `any_experts` an installed model may
+    have experts of other types, because a calibration follows.
     """
 
     ref: ModelRef
@@ -111,7 +111,7 @@ def _open_build(
 
 
 def _check_target(target: Path, progress: Progress) -> None:
-    """Name the files in a directory that stay. Raises `UsageError` if one would be overwritten."""
+    """Note which foreign files stay. Raises `UsageError` if one would be overwritten."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} is in the way", hint="Move or remove it.")
     if overwritten := files_in_the_way(target):

@@ -20,10 +20,10 @@ from mixchat.install.source.checkpoint_index import CheckpointIndex
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.workspace import workspace
 
-_PROCESS_BYTES = 400_000_000  # of memory, with torch, without weights
+_PROCESS_BYTES = 400_000_000  # bytes of memory of a process with torch, without weights
 _SAMPLE_SHAPE = (1024, 4096)
-_SHARD_BYTES_MAX = 5_000_000_000  # of a checkpoint that transformers writes
-_WEIGHTS_A_SECOND_MAX = 5e8  # that are read, hashed and written
+_SHARD_BYTES_MAX = 5_000_000_000  # of a shard that transformers writes
+_WEIGHTS_A_SECOND_MAX = 5e8  # by reading, hashing and writing
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class DownloadPlan:
     commit: str | None
     quantization: Mapping[str, object]
     checkpoint: int
-    fetch: int  # of the checkpoint, still missing
+    fetch: int  # bytes of the checkpoint that are still missing
     installed: int
-    disk: tuple[Need, ...]  # the most that is needed at once, beyond what is there
+    disk: tuple[Need, ...]  # the most at once, beyond the bytes that are there
     memory: Need
     ahead: bool = True  # a shard can be fetched while another one is quantized
     rate: float | None = None  # bytes a second
@@ -104,16 +104,16 @@ def estimate_time(plan: DownloadPlan, build: CheckpointBuild, *, keep: bool) -> 
 class ShardBytes:
     """The bytes that a build puts on disk for each shard of a checkpoint, in the shards' order."""
 
-    fetched: Sequence[int]  # until the shard is released
+    fetched: Sequence[int]  # of the shard, until it is released
     written: Sequence[int]  # of the installed model, which the shard completes
-    spilled: Sequence[int]  # for later parts
-    until: Sequence[int]  # the shard with the last of these parts
+    spilled: Sequence[int]  # for parts that need a later shard, too
+    until: Sequence[int]  # the number of the shard that completes the last of these parts
 
     @classmethod
     def of(
         cls, index: CheckpointIndex, blueprint: Blueprint, temporary: Callable[[str], int]
     ) -> ShardBytes:
-        """Return the bytes for a checkpoint. `temporary` gives what a shard takes."""
+        """Return the bytes for a checkpoint. `temporary`: as of `Checkpoint`."""
         number_of = {shard: number for number, shard in enumerate(index.shards)}
         written, spilled, until = ([0] * len(number_of) for _ in range(3))
         for part in model_parts(blueprint):
@@ -154,7 +154,7 @@ def find_disk_needs(
     caches: Sequence[tuple[Path, int]] = (),
     free_disk: int | None = None,
 ) -> tuple[tuple[Need, ...], bool]:
-    """Return the need of each disk beyond what is made, and whether a shard fits ahead.
+    """Return the need of each disk beyond finished work, and whether a shard fits ahead.
 
     `caches` get so many bytes. free_disk: the free bytes of another machine's disks.
     """
@@ -180,7 +180,7 @@ def _part_memory(part: ModelPart, index: CheckpointIndex) -> int:
     stacked = 0
     if part.linear is not None:
         dense = part.linear.rows * part.linear.columns * part.linear.dtype.itemsize
-        rounded = part.linear.quant_type == "int8" and sources != [dense]  # to bf16, before
+        rounded = part.linear.quant_type == "int8" and sources != [dense]  # encoded from bf16
         stacked = dense if rounded or not part.is_one_matrix(index) else 0
     if part.linear is None or part.linear.quant_type == "none":
         same_type = sum(sources) == part.nbytes  # then it is not copied

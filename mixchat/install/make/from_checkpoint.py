@@ -30,7 +30,7 @@ _STOP_TIMEOUT_S = 0.3
 
 
 class CheckpointBuild(Build):
-    """The build of a model of `checkpoint`, where none is installed. It needs `shards`.
+    """The build of a model from `checkpoint`, with none installed. It still needs `shards`.
 
     `ahead`: fetch a shard while one is quantized. The disk holds both.
     """
@@ -52,7 +52,7 @@ class CheckpointBuild(Build):
     def begin(self) -> Manifest:
         records = {}
         companions = self.checkpoint.companions()
-        self.directory.mkdir(parents=True, exist_ok=True)  # now that they are fetched
+        self.directory.mkdir(parents=True, exist_ok=True)  # only once the small files are fetched
         for name in COMPANION_FILES:
             if (companions / name).exists():
                 data = read_bytes(companions / name)
@@ -89,7 +89,7 @@ class CheckpointBuild(Build):
             needed = {name for part in later for name in part.components(self._index)}
             if new := sorted(needed & here - self._spill.names):
                 self.journal.add(*self._spill.write(shard, file, new))
-        self.save(writer)  # before the shard is released
+        self.save(writer)  # durable before the shard is released
         self.parts = later
         self._spill.keep_only(needed)
 

@@ -101,7 +101,7 @@ def bits_of(blueprint: Blueprint) -> float:
 
 
 def equal_sensitivities(blueprint: Blueprint) -> list[Sensitivity]:
-    """Return what stands for sensitivities before they are measured."""
+    """Return equal sensitivities, for a plan before they are measured."""
     return [Sensitivity(1.0, 1.0)] * blueprint.config.num_moe_layers
 
 
@@ -117,7 +117,7 @@ def forms_of(blueprint: Blueprint) -> list[Form]:
 
 
 def summary(blueprint: Blueprint) -> str:
-    """Return in how many layers a matrix has which type."""
+    """Return a sentence with the number of layers for each type of a matrix."""
     layers = range(blueprint.config.num_moe_layers)
     experts = [blueprint.expert_of(layer) for layer in layers]
     types = {
@@ -131,7 +131,7 @@ def summary(blueprint: Blueprint) -> str:
 
 
 def usual_type(bits: ExpertSize) -> QuantType | None:
-    """Return the type that whole bits name, None for a mix. Raises `UsageError`."""
+    """Return the type with these bits if they are whole, None for a mix. Raises `UsageError`."""
     if bits.whole is None:
         return None
     known = {TYPES[kind].bits for kind in mixable_types()}

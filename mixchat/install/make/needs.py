@@ -1,4 +1,4 @@
-"""The disk that making a model needs, said beforehand."""
+"""The disk that making a model needs."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Outline:
     installed: bool
     disk: tuple[Need, ...] = ()
     download: DownloadPlan | None = None  # None for an installed model and for a known one
-    arguments: tuple[str, ...] = ()  # of the 'mixchat download' that makes this model
+    arguments: tuple[str, ...] = ()  # for 'mixchat download', which makes this model
 
     @property
     def lacking(self) -> list[Need]:
@@ -55,8 +55,8 @@ def outline(
     """Return the outline of a model, with the default options if it is not installed.
 
     bits: of its experts. If it is installed with others, the outline is of a second download.
-    free_disk: the free bytes of another machine's disk. Asks the hub only for one of its models
-    that is neither installed nor known.
+    free_disk: the free bytes of another machine's disk. Asks the hub only about a model that is
+    neither installed nor known.
     """
     source = None
     target = ref.directory

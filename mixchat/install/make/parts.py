@@ -1,8 +1,9 @@
 """The parts of an installed model, each made of a few matrices of the checkpoint.
 
-The checkpoint's index knows which these are.
+The checkpoint's index tells which ones.
 
-Only one is in memory. An expert has two, `w13` (of w1 and w3), and `w2` with the zeros that follow.
+One part at a time is in memory. An expert has two parts, `w13` (of w1 and w3), and `w2` with the
+zeros that follow.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class ModelPart:
     file: str
     tensors: tuple[TensorSpec, ...]
     name: str
-    linear: LinearSpec | None = None  # None for tensors that are never quantized
+    linear: LinearSpec | None = None  # the stored form, None if never quantized
     expert: tuple[int, int] | None = None  # its layer and its number
     bias: str | None = None  # the name of the matrix's bias
 
@@ -71,7 +72,7 @@ class ModelPart:
             return whole.to(spec.dtype).view(spec.shape)
         if self.is_one_matrix(index):
             only = next(pieces)
-            # From 16 bits, as a matrix of several pieces.
+            # int8 encodes 16-bit numbers, as it gets them from a matrix of several pieces.
             return only.to(linear.dtype) if linear.quant_type == "int8" else only
         whole = torch.empty((linear.rows, linear.columns), dtype=linear.dtype)
         start = 0
@@ -96,7 +97,7 @@ class ModelPart:
         return made + padding
 
     def is_one_matrix(self, index: CheckpointIndex) -> bool:
-        """Return whether it is made of one matrix as it is stored."""
+        """Return whether the part is one matrix of the checkpoint, whole and unchanged."""
         sources = index.slices(self.name)
         return len(sources) == 1 and sources[0].is_whole
 
@@ -168,6 +169,6 @@ def _cut(matrix: torch.Tensor, source: Slice) -> torch.Tensor:
 
 
 def _cut_4bit(matrix: Quantized4bit, source: Slice) -> Quantized4bit:
-    """Return a slice of a matrix that is turned already."""
+    """Return a slice of a matrix that is already transposed if need be."""
     cut = matrix if source.rows is None else matrix.cut(source.rows)
     return cut if source.factor == 1 else replace(cut, absmax=cut.absmax * source.factor)

@@ -14,8 +14,8 @@ from mixchat.weights.matrix.linear import TYPES, Scales, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
 
 # The rise of perplexity by `--expert-bits`, for experts that are only rounded, and for calibrated
-# ones. A download calibrates those without a first figure. It is the demo model's mean over five
-# texts, as `tests/benchmarks/quality.py` prints it.
+# ones. A download always calibrates bits without a first figure. The figures are the demo model's,
+# the mean over five texts, by `tests/benchmarks/quality.py`.
 DEMO_LOSS: dict[str, tuple[float | None, float]] = {
     "4": (0.173, 0.075),
     "3": (0.415, 0.197),
@@ -23,9 +23,9 @@ DEMO_LOSS: dict[str, tuple[float | None, float]] = {
     "2.3": (None, 0.713),
     "2": (None, 1.051),
 }
-# Attention and head get 6 bits if they have more bytes than this, and than this part of the bytes
-# of the experts that a token uses. It is 0.25 to 0.3 in Mixtral, and 0.89 or more in models of
-# small experts. Small models lose much by rounding. The demo's have 57 MB.
+# Attention and head get 6 bits if they take more bytes than the first number, and more than this
+# part of the bytes of a token's experts. The part is 0.25 to 0.3 in Mixtral, and 0.89 or more in
+# models of small experts. Small models, like the demo with 57 MB, lose much by rounding.
 _SMALL_DENSE_BYTES = 10**8
 _LARGE_DENSE_PART = 0.5
 
@@ -47,7 +47,7 @@ class QuantizeOptions:
 def default_dense_bits(config: ModelConfig) -> int:
     """Return the bits of attention and head in a download of this model, 6 or 8.
 
-    8 if there is little to gain.
+    Large models of small experts get 6.
     """
     model = Blueprint(config, Quantization(attention="int8", head="int8"))
     size = sum(matrix.nbytes for matrix in model.shared_matrices.values())
@@ -80,7 +80,7 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
             bits = 16 if options.quant_type == "none" else default_dense_bits(index.config)
         return type_of_bits(bits)
 
-    # The type that holds all weights exactly, or bf16 for mixed ones.
+    # The type holds all weights exactly. If they have several types, it is bf16.
     dtype = torch.bfloat16
     if quant_type == "none" and index.dtype == torch.float32:
         dtype = torch.float32
@@ -97,7 +97,7 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
 
 
 def experts_type(where: str, given_4bit: QuantType | None, wanted: QuantType) -> QuantType:
-    """Return the experts' type, which is the checkpoint's if that has them in 4 bits.
+    """Return the experts' type: the checkpoint's if it has 4 bits, else the wanted one.
 
     Raises `UsageError`, which begins with `where`, for other bits.
     """

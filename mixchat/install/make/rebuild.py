@@ -37,18 +37,18 @@ from mixchat.weights.format.workspace import base_of
 
 
 class Remake(NamedTuple):
-    """The parts that are made of the checkpoint, and the function that makes one."""
+    """The parts that are made from the checkpoint again, and the function that makes one."""
 
     parts: Callable[[ModelPart], bool]
     make: Callable[[ModelPart], list[torch.Tensor]]
-    uses_inputs: bool = False  # of a calibration, which are of no use afterwards
+    uses_inputs: bool = False  # a calibration's, which are removed afterwards
 
 
 class Rebuild(Build):
     """The build of the model `blueprint` of the one that is installed in `directory`.
 
-    doing: "repairing", for the bar. damaged: files to write again whether or not a part changes.
-    `changed` names the files that differ. The caller has the model's lock.
+    doing: the title of the progress bar, such as "repairing". damaged: files to write again whether
+    or not a part changes. `changed` names the files that differ. The caller has the model's lock.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Rebuild(Build):
 
     def find_work(self) -> None:
         super().find_work()
-        # A calibrated w2 learns from the products of w13, which was made just before it.
+        # A calibrated w2 is fitted to the products of w13, which was made just before it.
         experts = {part.expert for part in self.parts if part.expert}
         self.parts = [
             part for part in self.all_parts if part in self.parts or part.expert in experts
@@ -126,7 +126,7 @@ class Rebuild(Build):
         with reading(path), open(open_regular(path), "rb") as file:
             for spec in part.tensors:
                 block = torch.zeros(spec.nbytes, dtype=torch.uint8)
-                # By the blueprint, because the file's header may be damaged.
+                # The blueprint tells the place, because the file's header may be damaged.
                 read_all(file.fileno(), header.start(spec.name), block.numpy().data)
                 tensor = block.view(spec.dtype).view(spec.shape)
                 if tensor_sha256(tensor) != self._manifest.weights[part.file].sha256[spec.name]:

@@ -65,7 +65,7 @@ class ModelWriter:
             self._unnamed = False
 
     def finish(self) -> None:
-        """Make all files durable, also those without a part that was left to make."""
+        """Make all files durable, also those whose parts were all made before."""
         for name in self._headers:
             self._open(name)
         self.sync()
@@ -161,7 +161,7 @@ def find_damaged(
             try:
                 with open(open_regular(path), "rb") as file:
                     wrong = {*wrong_tensors(file.fileno(), files[path], digests, task)}
-            except OSError:  # it is not there, or the disk cannot read it
+            except OSError:  # the file is missing, or the disk cannot read it
                 wrong = {*digests}
             if wrong:
                 # A spill file is written again as a whole.

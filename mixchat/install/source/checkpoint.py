@@ -98,7 +98,8 @@ class DirectoryCheckpoint(Checkpoint):
         where = str(directory)
         with reading(directory):
             names = [entry.name for entry in directory.iterdir()]
-        # These are copied last. A FIFO or device among them has to fail now, not after hours.
+        # The small files are copied last. A FIFO or device among them has to fail now, not after
+        # hours.
         for name in COMPANION_FILES:
             if (directory / name).exists():
                 require_regular(directory / name)
@@ -119,7 +120,7 @@ class DirectoryCheckpoint(Checkpoint):
 
 def fingerprint_of(files: Mapping[str, Path]) -> str:
     """Return a hash that differs if the files' sizes or times do."""
-    # To hash the bytes of Mixtral, 93 GB, would take minutes.
+    # Hashing the 93 GB of Mixtral would take minutes.
     stats = [(name, path.stat()) for name, path in sorted(files.items())]
     text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -39,7 +39,8 @@ CONFIG = "config.json"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# Buffers that old versions of transformers saved with the weights, and what predicts more tokens.
+# Buffers that old versions of transformers saved with the weights, and layers that predict further
+# tokens.
 _LAYER = re.compile(r"(?:model\.layers|blk)\.(\d{1,9})\..*")
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq|rope_freqs\.weight|mtp\..*")
 
@@ -69,7 +70,7 @@ class CheckpointIndex:
             weight_map = {spec.name: file for file in headers for spec in headers[file].specs}
         self._weight_map = dict(weight_map)
         self._form = CheckpointForm.of(self._weight_map)
-        self._shapes: dict[str, tuple[int, ...]] = {}  # of stacks with all their parts
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of stored tensors, also whole stacks
         tensors = (
             gguf_tensors(config, self._weight_map)
             if self._gguf
@@ -117,7 +118,7 @@ class CheckpointIndex:
         return bnb_format.component_names(matrix, self._weight_map)
 
     def quant_type(self, matrix: str) -> QuantType | None:
-        """Return the type whose codes a matrix has. None for other types, which are decoded."""
+        """Return the type whose codes a matrix has, None if it is dense or has to be decoded."""
         if mxfp4_format.is_quantized(matrix, self._weight_map):
             return "mxfp4"
         if spec := self._in_blocks(matrix):
@@ -132,7 +133,7 @@ class CheckpointIndex:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the embedding's type, which stands for the checkpoint's."""
+        """Return the type of the embedding, which is taken for the whole checkpoint's."""
         return self._dtype(self.slices(EMBEDDING)[0].name)
 
     @property
@@ -206,7 +207,7 @@ class CheckpointIndex:
     def _checked(self, tensors: Tensors) -> Tensors:
         """Yield described tensors, after each slice was compared with the checkpoint's tensor.
 
-        So a config.json that asks for a billion layers fails at the first one that is missing.
+        So a config.json with a billion layers fails at the first layer that is missing.
         """
         for installed, own_slices in tensors:
             for source in own_slices:
@@ -237,7 +238,7 @@ class CheckpointIndex:
             )
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
-        """Compare a tensor, in the form that it is stored in, with the config's shape."""
+        """Compare a tensor, in its stored form, with the config's shape."""
         for component in self.components(name):
             if component not in self._weight_map:
                 raise CheckpointError(f"{self.where}: the tensor {component} is missing")

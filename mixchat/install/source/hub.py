@@ -32,7 +32,7 @@ from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.own_files import COMPANION_FILES
 
 _SHARD_BYTES_MAX = 50_000_000_000  # larger files are not served over plain HTTP
-_FIRST_READ_BYTES = 1 << 16  # a shard's header has some thousand
+_FIRST_READ_BYTES = 1 << 16  # a shard's header has some thousand bytes
 _REQUESTS_AT_ONCE = 8
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -50,7 +50,7 @@ class HubListing:
     read: dict[str, bytes]  # the small files that were read already
     shards: dict[str, RemoteFile]
     index: CheckpointIndex
-    # The small files that are written out of the metadata of a model in GGUF.
+    # Small files that are made of the metadata of a model in GGUF.
     metadata_files: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -117,7 +117,8 @@ def _headers(shards: dict[str, RemoteFile]) -> dict[str, Any]:
     def read(names: list[str]) -> dict[str, Header]:
         return {name: _header(shards[name], stop) for name in names}
 
-    # At once, because Mixtral has 19 shards, and each request waits for the hub.
+    # Several headers are read at once, because Mixtral has 19 shards, and each request waits for
+    # the hub.
     names = list(shards)
     try:
         futures = [
@@ -172,7 +173,7 @@ def _check_shard(file: RemoteFile) -> RemoteFile:
 def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteFile]]:
     """Return the commit of `revision` today, and its files by name.
 
-    Those in folders are left out, but not models in GGUF.
+    Of files in folders only models in GGUF are listed.
     """
     branch = "" if revision is None else f"/revision/{quote(revision, safe='')}"
     files: dict[str, RemoteFile] = {}

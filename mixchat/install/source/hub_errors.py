@@ -38,7 +38,7 @@ def endpoint() -> str:
 
 @dataclass
 class HubRefusal(Exception):
-    """A status of the hub that is no success, and the headers that explain it."""
+    """A failure status of the hub, with the headers that explain it."""
 
     status: int
     code: str
@@ -100,7 +100,7 @@ def _refused(refusal: HubRefusal, repo_id: str, host: str) -> MixchatError:
         return ModelNotFoundError(f"{repo_id} has no such revision on {host}")
     if refusal.code == "EntryNotFound":
         return HubError(f"{host} lists a file of {repo_id} that it does not have")
-    # Without a token, the hub answers 401 for repos that do not exist, too.
+    # The hub answers 401, too, if a repo does not exist and no token was sent.
     is_unknown = status == 401 and "Invalid credentials" not in refusal.reason
     if refusal.code == "RepoNotFound" or is_unknown:
         return ModelNotFoundError(

@@ -1,7 +1,7 @@
 """Requests bytes of a file on the hub, and checks that the answer holds them.
 
 A proxy may send other bytes than requested, and a network may send a page to log in. An answer has
-a slowest pace, and a limit of the bytes around those that it is for.
+to keep a slowest pace, and its bytes besides the content are limited.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from mixchat.base.errors import HubError
 from mixchat.base.http import LimitedNetwork, ReadLimits, header
 from mixchat.install.source.hub_errors import HubRefusal
 
-_TIMEOUT_S = 30.0  # without a byte
+_TIMEOUT_S = 30.0  # after the last byte
 _TIMEOUTS = dict.fromkeys(("connect", "read", "write", "pool"), _TIMEOUT_S)
-_KEEPALIVE_S = 5.0  # of a connection that nothing uses
+_KEEPALIVE_S = 5.0  # for which an unused connection stays open
 _REDIRECTS = (301, 302, 303, 307, 308)
 _REDIRECTS_MAX = 20
-_DECODED_BYTES = 1 << 20  # of a compressed answer, at once
+_DECODED_BYTES = 1 << 20  # of a compressed answer that are decoded at once
 _JSON_BYTES_MAX = 2**24
 _JSON_S = 300.0
 _WAIT_S_MAX = 300.0  # the hub counts requests over five minutes
@@ -44,11 +44,11 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 _RANGE_NOT_SATISFIABLE = 416
 _BUSY = (429, 503)
 
-_HEAD_BYTES = 1 << 20  # before the body, of all redirects together
-_SPARE_BYTES = 1 << 20  # of a body in chunks
+_HEAD_BYTES = 1 << 20  # of the headers of all redirects together
+_SPARE_BYTES = 1 << 20  # besides the content, of a body in chunks
 _SPARE_SHARE = 4  # a quarter more, for small chunks
-_UNKNOWN_BYTES = 1 << 36  # of a body whose size nobody knows: 64 GiB
-# A line that is slower is not refused, but asked again, where it stopped.
+_UNKNOWN_BYTES = 1 << 36  # of a body of unknown size: 64 GiB
+# A slower answer is given up. Another request continues after the bytes that came.
 _PACE_BYTES = 1 << 16
 _PACE_S = 60.0
 Headers = dict[bytes | str, bytes | str]
@@ -105,7 +105,7 @@ class RemoteBytes:
             raise self._other_file("a page of HTML")
         if self.size is not None and whole.isdecimal() and int(whole) != self.size:
             raise self._other_file(f"{whole} bytes instead of the {self.size} that it lists")
-        # A proxy that begins too early would give the file's bytes twice.
+        # If a proxy began too early, some bytes of the file would be taken twice.
         if reply.status == 206 and first != start:
             raise self._wrong_range()
         return first
@@ -164,7 +164,7 @@ class HubReply:
         return self._encoding != "identity"
 
     def raise_for_status(self) -> None:
-        """Raise `HubRefusal` without reading the reason, which may have no end."""
+        """Raise `HubRefusal` without reading the body, which may be endless."""
         if not 200 <= self.status < 300:
             raise HubRefusal(
                 self.status,
@@ -174,7 +174,7 @@ class HubReply:
             )
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the body as it comes. Some proxies compress it, although nobody asked for that."""
+        """Yield the body as it comes. Some proxies compress it without being asked."""
         if not self.is_compressed:
             yield from self._response.iter_stream()
             return
@@ -210,7 +210,7 @@ def _answer(url: str, headers: Headers) -> Iterator[tuple[HubReply, HubLimits]]:
             if reply.status not in _REDIRECTS or not reply.header("Location"):
                 yield reply, limits
                 return
-            for _ in reply.pieces():  # or the connection could not be used again
+            for _ in reply.pieces():  # the rest is read, so that the connection can be used again
                 pass
             opened.close()
             target = urljoin(url, quote(reply.header("Location"), safe=string.punctuation))
@@ -283,7 +283,7 @@ class HubLimits(ReadLimits):
 
     def __init__(self) -> None:
         super().__init__(_HEAD_BYTES, math.inf)
-        self._came, self._waited = 0, 0.0  # in this period of `_PACE_S` seconds
+        self._came, self._waited = 0, 0.0  # bytes and seconds of this period of `_PACE_S` seconds
 
     def expect(self, size: int | None, seconds: float = math.inf) -> None:
         """Allow a body of `size` bytes, None for any size, within `seconds`."""
@@ -293,7 +293,7 @@ class HubLimits(ReadLimits):
 
     def take(self, count: int, waited: float = 0.0) -> None:
         super().take(count)
-        # Only the time of reading counts. A slow disk or a suspended process is no slow hub.
+        # Only the time of reading counts, not the time of a slow disk or a suspended process.
         self._waited += waited
         self._came += count
         if self._waited >= _PACE_S:

@@ -98,7 +98,7 @@ def _offline_snapshot(source: Source) -> Path | None:
 
 
 def _gguf_files(directory: Path, where: str, quantization: str = "") -> dict[str, Path]:
-    """Return the files of a directory's model in GGUF. Safetensors precede, and then it is none."""
+    """Return the files of a directory's model in GGUF, none if it has safetensors."""
     if not quantization and _is_complete(directory):
         return {}
     paths = {str(path.relative_to(directory)): path for path in _all_gguf(directory)}

@@ -1,8 +1,8 @@
 """A file of a commit on the hub, and its path in huggingface_hub's cache.
 
-huggingface_hub tells which files the cache has. No public function of it adds a file that is there
-already: `hf_hub_download` would ask the hub for each again, and fetch it if another hash came. So
-`keep` adds files as its documentation describes the cache.
+huggingface_hub tells which files the cache has. It has no public function that adds a fetched file.
+`hf_hub_download` would ask the hub for each file again, and fetch it if the hub names another hash.
+So `keep` adds files to the cache, as its documentation describes it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class RemoteFile:
     def cached(self) -> Path | None:
         """Return the file in the cache, None if it is not there. Its bytes may be damaged.
 
-        It may have come with another commit. In a cache without links it is known by its size.
+        The file may belong to another commit, too. A cache without links tells files by their
+        sizes.
         """
         from huggingface_hub import try_to_load_from_cache
 
@@ -75,13 +76,13 @@ class RemoteFile:
                 pointer.symlink_to(os.path.relpath(blob, pointer.parent))
             except FileExistsError:
                 pass  # another download has made it
-            except OSError:  # exFAT has no links. Then huggingface_hub has the file itself there.
+            except OSError:  # exFAT has no links, so huggingface_hub puts the file there
                 os.replace(blob, pointer)
         _write_ref(self.repo_id, revision, self.commit)
         return blob if blob.exists() and not pointer.samefile(blob) else pointer
 
     def _blob(self) -> Path:
-        """Return the path by the file's hash. Without a hash it is the pointer."""
+        """Return the path by the file's hash, or the pointer for a file without a hash."""
         name = self.sha256 or self.git_sha1
         return _repo_dir(self.repo_id) / "blobs" / name if name else self._pointer()
 
@@ -105,7 +106,7 @@ def cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        # Of all files it checks one, because a person may have fetched only those of one format.
+        # It looks for one file only, because a person may have fetched one format of several.
         path = snapshot_download(
             repo_id, revision=revision, local_files_only=True, allow_patterns=CONFIG
         )

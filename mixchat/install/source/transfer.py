@@ -23,12 +23,12 @@ from mixchat.install.source.hub_request import RemoteBytes, WrongAnswer, retry_a
 from mixchat.weights.format.workspace import PART_SUFFIX
 
 _CHUNK_BYTES = 1 << 20
-_SYNC_BYTES = 1 << 28  # that a power cut can take back
-# The progress after which a file's attempts are counted anew: bytes, or a part of a small file. A
-# proxy that breaks after a few bytes each time would be asked for ever otherwise.
+_SYNC_BYTES = 1 << 28  # that a power cut can undo
+# After this progress a file's attempts are counted from 0 again: bytes, or a part of a small file.
+# Without it, attempts through a proxy that always breaks after a few bytes would never end.
 _PROGRESS_BYTES = 1 << 16
 _PROGRESS_PARTS = 100
-# Before each further attempt.
+# The pauses before each further attempt.
 _WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
@@ -74,7 +74,7 @@ def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None =
 
     def attempt() -> None:
         with remote.stream(start + len(got), start + size - 1) as (reply, first):
-            skip = start + len(got) - first  # if the hub sends the file from its beginning
+            skip = start + len(got) - first  # bytes to skip if the hub sends the whole file
             for chunk in reply.pieces():
                 if stop.is_set():
                     raise Stopped
@@ -132,10 +132,11 @@ class _Download:
 
     def _attempt(self) -> None:
         with self._remote.stream(self._done, None) as (reply, first):
-            # If the whole file comes, what is there stays until the answer has passed it.
+            # If the hub sends the whole file, the bytes that are there stay, and the same bytes are
+            # skipped.
             known = self._done - first  # bytes of the answer that are there already
             with open(self._part, "ab", buffering=0) as file:
-                # A chunk of a fixed size would be lost if the connection broke.
+                # With chunks of a fixed size, a broken connection would lose the last bytes.
                 for chunk in reply.pieces():
                     known, chunk = max(0, known - len(chunk)), chunk[known:]
                     if self._done + len(chunk) > self._size:
@@ -170,8 +171,8 @@ def _retry(
 ) -> None:
     """Repeat `attempt` until `done` is `size`. The pauses start short again after progress.
 
-    Few bytes, and bytes that are fetched a second time, do not count, because that could repeat for
-    ever.
+    Few bytes, and bytes that are fetched a second time, do not count as progress. Otherwise it
+    could repeat for ever.
     """
     waits = iter(_WAITS_S)
     most = done()
