@@ -1,8 +1,8 @@
 """A checkpoint's tokenizer and template. The rest of mixchat uses these.
 
 Both are parsed and run in a sandbox, because their files are programs: a template can loop, and so
-can a tokenizer's regular expressions. The sandbox sends the bytes of every token once. Text is made
-of tokens here, by a look into that table.
+can a tokenizer's regular expressions. The sandbox sends the bytes of every token once. This process
+turns tokens into text by that table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check_text(checkpoint: Path) -> None:
 class CheckpointText:
     """The tokenizer and the template of one checkpoint.
 
-    Both load in the background from the moment this is created.
+    Both load in the background as soon as the object is created.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -83,7 +83,7 @@ class _Sandboxed:
 
 
 class _SandboxedTokenizer(_Sandboxed, Tokenizer):
-    """Encodes in the sandbox. Decoding is a look into a table, which no text can slow down."""
+    """Encodes in the sandbox, and decodes by a table, which no text can slow down."""
 
     def __init__(self, sandbox: Sandbox, subject: str, facts: Any) -> None:
         super().__init__(sandbox, subject)
@@ -130,7 +130,7 @@ class _SandboxedTemplate(_Sandboxed):
 
 @contextmanager
 def _checking_facts(subject: str) -> Iterator[None]:
-    """Raise `CheckpointError` for facts of the wrong form: a broken child may send anything."""
+    """Raise `CheckpointError` for facts of the wrong form. A broken child may send anything."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Choose the tokenizer and the template of a checkpoint by the files that it has.
+"""Chooses the tokenizer and the template of a checkpoint by its files.
 
 Both run in this process, so they may loop or take all memory. Outside of tests `CheckpointText`
 loads them in a sandbox.
@@ -28,10 +28,10 @@ _JSON_FILE = "tokenizer.json"
 # Tokens that close a turn, in the chat formats that fine-tunes use.
 _TURN_ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"),
-    *("<turn|>", "<|tool_response>"),  # Gemma 4's models would write the response, too
+    *("<turn|>", "<|tool_response>"),  # otherwise Gemma 4's models write the tool's response, too
 )
-# Control markup in a template's source. Square brackets are usually Jinja's own there, so only
-# capitals count.
+# Control markup in a template's source. Square brackets mostly belong to Jinja there, so only
+# capitals in them count.
 _MARKUP = re.compile(r"<<\w+>>|<[^\s<>{}\w]*\w[^\s<>{}]*>|\[/?[A-Z][A-Z_]+\]|###")
 _MISTRAL_V1 = frozenset({"<s>", "</s>", "<unk>", "[INST]", "[/INST]"})
 _MISTRAL_V3 = _MISTRAL_V1 | {
@@ -64,7 +64,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def load_template(directory: Path, tokenizer: Tokenizer) -> Template:
     """Load the template of the checkpoint in `directory`, whose tokenizer is `tokenizer`.
 
-    A checkpoint without a chat template is taken for a base model. Raises `CheckpointError` if the
+    A checkpoint without a chat template counts as a base model. Raises `CheckpointError` if the
     template, or another file next to it, is damaged.
     """
     file = directory / "generation_config.json"
@@ -94,10 +94,10 @@ def load_template(directory: Path, tokenizer: Tokenizer) -> Template:
 
 
 def _mistral_generation(source: str) -> int | None:
-    """Return the generation of a chat template of Mistral's own, None for another's.
+    """Return the generation of a chat template by Mistral, None for other templates.
 
-    `[INST]` and `[/INST]` are ordinary text in the first generation, and nothing else is marked up.
-    Those up to the third have markup for tools, too.
+    In the first generation `[INST]` and `[/INST]` are ordinary text, and there is no other markup.
+    The second and third have markup for tools, too.
     """
     markup = set(_MARKUP.findall(source))
     if "[INST]" not in markup or not markup <= _MISTRAL_V3:
@@ -110,6 +110,6 @@ def _is_instruct(template: ChatTemplate, tokenizer: Tokenizer) -> bool:
     if generation is None or not isinstance(tokenizer, SentencePieceTokenizer):
         return False
     if "[INST]" in tokenizer.control_tokens:
-        # Mistral's own have no space here. Others add one, which is a token.
+        # Mistral's own templates have no space here. Others add one, which is a token of its own.
         return " [/INST]" not in template.source
     return generation == 1

@@ -1,4 +1,4 @@
-"""Turns streams of token ids into text, never half a character, and finds stop strings in it."""
+"""Turns streams of token ids into text, of whole characters, and finds stop strings in it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 class TokenBytes:
     """The bytes that each token adds to the UTF-8 of a text, none for control tokens."""
 
-    within: Sequence[bytes]  # of a token that follows others, by id
+    within: Sequence[bytes]  # of a token after other tokens, by id
     # Only the tokens that add other bytes at the start of a text, because SentencePiece drops a
     # leading space there.
     first: Mapping[int, bytes]
-    # Of control tokens that a person sees, such as `<think>`, which are not marked as special.
+    # The bytes of control tokens that a person sees, such as `<think>`. They are not marked as
+    # special.
     names: Mapping[int, bytes] = field(default_factory=dict)
 
     def added(self, token: int, *, is_first: bool) -> bytes:
@@ -45,7 +46,7 @@ class Detokenizer:
             self._bytes_of(token)
 
     def add(self, token_id: int) -> str:
-        """Return the text that has become certain, which is often one word, sometimes nothing."""
+        """Return the text that is certain now, often one word, sometimes nothing."""
         return self._decoder.decode(self._bytes_of(token_id))
 
     def flush(self) -> str:
@@ -54,7 +55,7 @@ class Detokenizer:
 
     def _bytes_of(self, token_id: int) -> bytes:
         added = self._tokens.added(token_id, is_first=self._is_first)
-        # A token whose only space is dropped at the start is the first one all the same.
+        # If a token is only a space, which the start drops, it still counts as the first token.
         if added or token_id in self._tokens.first:
             self._is_first = False
         return added
@@ -63,9 +64,9 @@ class Detokenizer:
 class StopStrings:
     """Looks for stop strings in a stream of text, and holds back what may be the start of one.
 
-    The string that ends first counts, and of several that end together the longest. So the result
-    does not depend on how the text is cut. With the stop string "END":
-        add("the E") = ("the ", False), add("N") = ("", False), add("Dx") = ("", True)
+    The string that ends first counts. If several end together, the longest one counts. So the
+    result does not depend on the pieces in which the text comes. With the stop string "END":
+    add("the E") = ("the ", False), add("N") = ("", False), add("Dx") = ("", True)
     """
 
     def __init__(self, strings: Iterable[str]) -> None:

@@ -25,7 +25,7 @@ from mixchat.text.tokenizer_files import (
 if TYPE_CHECKING:
     import tokenizers
 
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which no text needs
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # Unicode noncharacters, which no text needs
 
 
 class JsonTokenizer(Tokenizer):
@@ -71,11 +71,11 @@ class JsonTokenizer(Tokenizer):
         if "ByteFallback" in decoder:
             ids = [self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
             known = {token: byte for byte, token in enumerate(ids) if token is not None}
-            # A vocabulary that lacks some bytes uses none of the others either.
+            # If a vocabulary lacks some of the 256 bytes, it uses none of them.
             self._byte_of = known if len(known) == 256 else {}
 
-        # The tokens of a newline after an insert. If they are two, text after any token gets a
-        # leading space, which is wrong for text that continues.
+        # The tokens of a newline after an insert. If there are two, text after a token gets a
+        # leading space. That is wrong for text that continues.
         self._newline = self._ids(self._splice + "\n")[1:]
         first = self._tokenizer.id_to_token(self._newline[0]) if self._newline else None
         self._leads_with_space = bool(first and first.startswith("\u2581"))
@@ -158,7 +158,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def _all_added(spec: dict[str, Any], file: Path, names: Iterable[str]) -> list[AddedToken]:
-    """Return the added tokens of tokenizer.json, and others that only its neighbours name."""
+    """Return the added tokens of tokenizer.json, and those that only the other files name."""
     entries = spec.get("added_tokens") or []
     if not isinstance(entries, list):
         raise CheckpointError(f"{file}: added_tokens is not a list")
@@ -240,7 +240,7 @@ def _decoded_bytes(
     byte_tokens: Mapping[int, int],
     anchor: Sequence[int],
 ) -> TokenBytes:
-    """Return the bytes of `ids`, found by decoding each of them after other text and alone.
+    """Return the bytes of `ids`, by decoding each id after other text and alone.
 
     `byte_tokens` has the tokens that stand for one byte, which may be part of a character. `anchor`
     has the ids of a short text.

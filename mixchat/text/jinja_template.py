@@ -25,7 +25,8 @@ from mixchat.text.tokenizer_files import ChatTemplate
 from mixchat.text.tool_call import Tool, ToolCall
 from mixchat.text.tool_formats import ToolFormat, one_call_each, tool_format_of
 
-# Names and values in tools that templates compare. No control token is assembled from them.
+# Names and values in tools that templates compare, so they stay as they are. They are part of no
+# control token.
 _SCHEMA_WORDS = frozenset(
     [
         *("type", "function", "name", "description", "parameters", "arguments", "id"),
@@ -63,7 +64,7 @@ class JinjaTemplate:
         self._tokenizer = tokenizer
         self._variables = dict(variables or {})
         self.stop_ids: frozenset[int] = frozenset()
-        # These characters may mean themselves, so they cannot replace one of a message.
+        # The template has these characters, so they cannot stand for characters of a message.
         self._reserved = {*template.source, *"".join(self._variables.values())}
         try:
             self._compiled, unset = compile_template(template.source)
@@ -75,7 +76,7 @@ class JinjaTemplate:
             ) from None
         self.thinking = format_of(template.source, unset)
         self.tools = tool_format_of(template.source, unset, tokenizer.control_tokens)
-        with suppress(PromptError):  # it may need other messages, which `encode` reports
+        with suppress(PromptError):  # the template may need other messages; `encode` reports that
             self._render([{"role": "user", "content": "Hi"}])
 
     def encode(
@@ -83,7 +84,7 @@ class JinjaTemplate:
     ) -> list[int]:
         """Encode as `Template` says. Raises `CheckpointError` if the template itself fails."""
         require_question(messages)
-        # A system text that a template omits would be lost without a word.
+        # If a template omits the system text, it would be lost without a note.
         if any(m.role == "system" for m in messages) and not self._takes_system:
             messages = system_in_question(messages)
         if self.tools is not None:
@@ -111,7 +112,7 @@ class JinjaTemplate:
             return one_call_each(messages)
         if not any(message.calls for message in messages) or self._takes_calls:
             return messages
-        # Then an answer has the ids of its content and its calls, as a model writes them.
+        # Then the ids of an answer are those of its content and its calls, as a model writes them.
         encode = self._tokenizer.encode
         encoded = []
         opening, closing = map(self._tokenizer.encode_template, (format.opening, format.closing))
@@ -137,7 +138,7 @@ class JinjaTemplate:
 
     @cached_property
     def _takes_system(self) -> bool:
-        """Return whether the template has a system role. Some refuse it, some omit it."""
+        """Return whether the template shows a system message. Some refuse it, some omit it."""
         probe = "mixchat-system-probe"
         messages = [{"role": "system", "content": probe}, {"role": "user", "content": "Hi"}]
         return self._shows(probe, messages)
@@ -178,10 +179,10 @@ class _Cover:
     """Hides characters of the messages that could become a control token while the template runs.
 
     Each character of a message that begins or ends any control token is replaced by a character
-    that occurs nowhere, and only the tokenizer restores it, inside plain text. No token can then
-    take either end from a message, whatever a template trims, cuts or joins. A token may also take
-    only its middle from a message ("<|" + "im_end" + "|>"). So a message that is part of a control
-    token is replaced as a whole.
+    that occurs nowhere, and only the tokenizer restores it, inside plain text. Then no token can
+    begin or end in a message, whatever a template trims, cuts or joins. A token may also take only
+    its middle from a message ("<|" + "im_end" + "|>"). So a message that is part of a control token
+    is replaced as a whole.
 
     Lengths stay the same, white space stays white space, and a message without such characters
     stays as it is. With `<|im_end|>` known, "a < b" is rendered as "a \U00100000 b".
@@ -195,7 +196,7 @@ class _Cover:
         self.inserts: dict[str, Insert] = {}
 
     def content(self, message: Message) -> str:
-        """Return a message's content, or one character that stands for its ids."""
+        """Return a message's covered content, or one character that stands for its ids."""
         ids = message.content_ids
         if ids is None:
             return self._text(message.content)
@@ -257,7 +258,7 @@ class _CoveredText(str):
     escape the characters of the cover.
     """
 
-    # A template's sandbox denies it these names.
+    # Jinja's sandbox denies templates these names.
     _plain: str
     _cover: Callable[[str], str]
 
@@ -328,5 +329,5 @@ def _tojson(
     text = json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-    # The characters of a cover stand for ASCII.
+    # The characters of a cover stand for ASCII ones.
     return _ESCAPED_COVER.sub(lambda match: json.loads(f'"{match[0]}"'), text)

@@ -1,7 +1,7 @@
 """Values as literals, in Python's form or in Gemma's, whose texts stand between two tokens.
 
-The quote of a text, `"` or Gemma's `<|"|>`, tells the form. Gemma's has no escapes, no blanks, and
-no quotes around the keys of an object.
+The quote of a text, `"` or Gemma's `<|"|>`, tells which form it is. Gemma's has no escapes, no
+blanks, and no quotes around the keys of an object.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ _CONSTANTS = {
     for value, words in (("true", "true True"), ("false", "false False"), ("null", "null None"))
     for word in words.split()
 }
-# A quote ends a Python text if a text can end there: some models write 'it's' without escapes.
+# A quote ends a Python text only where a text can end, because some models write 'it's' without
+# escapes.
 _AFTER_TEXT = re.compile(r"\s*(?:[,)\]}:]|$)")
 _TOKENS = {
     PYTHON: re.compile(
@@ -32,7 +33,7 @@ _TOKENS = {
         re.DOTALL,
     ),
 }
-# What a search for the end of a literal has to stop at, outside of texts and within one.
+# The stops of a search for the end of a literal, outside of texts and within one.
 _STOPS = {
     PYTHON: re.compile(r"""["'()\[\]{},]"""),
     GEMMA: re.compile(rf"{re.escape(GEMMA)}|[\[\]{{}},]"),
@@ -51,7 +52,7 @@ def literal_of(value: Any, quote: str) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False) if is_python else f"{quote}{value}{quote}"
     if isinstance(value, dict):
-        # As Gemma's template sorts them.
+        # The names are sorted as in Gemma's template.
         items = value.items() if is_python else sorted(value.items(), key=lambda x: x[0].lower())
         pairs = (
             f"{literal_of(key, quote)}: {literal_of(item, quote)}"
@@ -68,7 +69,7 @@ def literal_of(value: Any, quote: str) -> str:
 
 
 def json_of(literal: str, quote: str) -> str:
-    """Return a literal as JSON. What is no literal is a string."""
+    """Return a literal as JSON. Other text becomes a string."""
 
     def converted(match: re.Match[str]) -> str:
         token = match[0]
@@ -88,7 +89,7 @@ def checked_json(text: str) -> str | None:
         value = json.loads(text, parse_constant=refuse_constant)
         with suppress(ValueError):
             return json.dumps(value, allow_nan=False)
-        return text  # with a number that is larger than Python's
+        return text  # it has a number above the largest float
     return None
 
 
@@ -114,7 +115,7 @@ class LiteralEnd:
     """Finds the end of a literal in a text that grows, at the comma or bracket after it."""
 
     def __init__(self, quote: str) -> None:
-        self._form, self._quote = quote, ""  # of the text that is open
+        self._form, self._quote = quote, ""  # the form and the quote of the text that is open
         self._at = self._depth = 0
 
     def find(self, text: str) -> int | None:
@@ -123,7 +124,7 @@ class LiteralEnd:
             stops = _TEXT_STOPS[self._quote] if self._quote else _STOPS[self._form]
             match = stops.search(text, self._at)
             if match is None:
-                # The end may be half of an escape or of a quote.
+                # The last characters may be half of an escape or of a quote.
                 self._at = max(self._at, len(text) - len(self._form))
                 return None
             stop = match[0]

@@ -18,12 +18,12 @@ PRESERVES = "preserve_thinking"  # a variable of Qwen3.6's template, true or fal
 class Message:
     """One message of a conversation.
 
-    `ids` are the tokens that the model generated for an answer, without the one that ended it.
-    They go into the next prompt as they are, because encoding the text again can give others.
-    `partial` marks an answer that was stopped before its end. The first `thinking_tokens` ids are
-    the `thinking` before an answer, which is in no later prompt. An answer may have `calls` of
-    tools. Each result is a message of the role tool, with the id of its call. If an answer with
-    calls has thinking, it goes into the prompts of the calls' results.
+    `ids` are the tokens that the model generated for an answer, without the token that ended it.
+    The next prompt has these ids, because encoding the text again can give other ids. `partial`
+    marks an answer that was stopped before its end. The first `thinking_tokens` ids are the
+    `thinking` before an answer, which later prompts leave out. An answer may have `calls` of tools.
+    Each result is a message of the role tool, with the id of its call. The thinking of an answer
+    with calls stays in the prompts with the calls' results.
     """
 
     role: Role
@@ -44,7 +44,7 @@ class Message:
 def shown_thinking(message: Message, variables: Variables) -> str:
     """Return the thinking of an answer that a template reads.
 
-    It is that before calls, or of all answers if a variable says so.
+    Templates read the thinking before calls, or of all answers if a variable says so.
     """
     return message.thinking if message.calls or (variables or {}).get(PRESERVES) else ""
 
@@ -84,7 +84,8 @@ def split_system(messages: Sequence[Message]) -> tuple[str, list[Message]]:
 def system_in_question(messages: Sequence[Message], number: int = 0) -> list[Message]:
     """Return the conversation with its system text in its first question, or in its last (-1).
 
-    Mistral's own formats have it there. Templates without a system role need it there.
+    Mistral's own formats have the system text there, and templates without a system role need it
+    there.
     """
     system, talk = split_system(messages)
     questions = [i for i, message in enumerate(talk) if message.role == "user"]

@@ -24,7 +24,7 @@ from mixchat.base.errors import CheckpointError, PromptError, UsageError, short_
 from mixchat.base.progress import in_background
 from mixchat.text.sandbox_protocol import MAX_MEMORY, receive, to_frame
 
-_MAX_CALL = 2_000_000  # bytes of a call; encoding them takes up to 800 MB
+_MAX_CALL = 2_000_000  # bytes of a call, which take up to 800 MB to encode
 _CPU_S, _CPU_S_PER_BYTE = 2, 2e-6  # a MB of text takes 1 s
 _VOCABULARY_CPU_S = 10  # one of 262,000 tokens with as many merges takes 3 s
 _WALL_S_PER_CPU_S = 10  # a busy machine may give a process a tenth of a core
@@ -56,7 +56,7 @@ def cpu_seconds(method: str, size: int) -> float:
 
 
 def reply_seconds(cpu_seconds: float) -> float:
-    """Return the time until the reply must arrive. It ends a child that waits, not computes."""
+    """Return the seconds until a reply is due, also from a child that does not compute."""
     return _WALL_S_PER_CPU_S * cpu_seconds
 
 
@@ -121,7 +121,7 @@ class Sandbox:
             try:
                 reply = self._opened().ask(call, frame)
             except BaseException:
-                # After Ctrl-C too, or the reply would be taken for the next call's.
+                # Also after Ctrl-C, or the next call would get this reply.
                 self.close()
                 raise
         return _value(reply, call.subject)
@@ -133,14 +133,14 @@ class Sandbox:
             child.kill()
 
     def close(self) -> None:
-        """End the child, which no other thread uses."""
+        """End the child. No other thread may use it."""
         child = self._child
         self._child = None
         if child is not None:
             child.end()
 
     def forget(self) -> None:
-        """Leave the child to the process that this one was forked from, and start another one.
+        """After a fork, leave the child to the parent process, and start another child.
 
         Both would read each other's replies.
         """
@@ -184,7 +184,7 @@ class _Child:
                 start_new_session=True,  # Ctrl-C does not reach it
             )
         assert process.stderr is not None
-        # A child that wrote nothing must not be waited for.
+        # A child that wrote nothing is not waited for.
         os.set_blocking(process.stderr.fileno(), False)
         self.values: list[Any] = []  # of the opening calls
         self._process = process
@@ -259,7 +259,7 @@ _ERRORS = {error.__name__: error for error in (CheckpointError, PromptError, Usa
 
 
 def unusable(subject: str, reason: str = "") -> CheckpointError:
-    """Return the error for a child that sends something else than the value of the call."""
+    """Return the error for a child that sends anything but the value of the call."""
     return CheckpointError(f"{subject} gives an answer that cannot be used{reason}")
 
 

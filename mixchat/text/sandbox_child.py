@@ -25,7 +25,7 @@ from mixchat.text.tokenizer import Tokenizer
 from mixchat.text.tool_call import Tool
 
 _LIBRARIES = ("jinja2.ext", "jinja2.sandbox", "sentencepiece", "tokenizers")
-_LIMITS = {  # it writes no file and starts no process
+_LIMITS = {  # the child may write no file and start no process
     resource.RLIMIT_AS: MAX_MEMORY,
     resource.RLIMIT_CORE: 0,
     resource.RLIMIT_FSIZE: 0,
@@ -78,7 +78,7 @@ class _CheckpointService:
         names = ("vocab_size", "bos_id", "eos_id", "adds_bos")
         facts = {name: getattr(tokenizer, name) for name in names}
         facts["control_tokens"] = dict(tokenizer.control_tokens)
-        tokens = tokenizer.token_bytes  # Latin-1 is a character for each byte
+        tokens = tokenizer.token_bytes  # Latin-1 has a character for each byte
         facts["within"] = [data.decode("latin-1") for data in tokens.within]
         for name, by_id in (("first", tokens.first), ("names", tokens.names)):
             facts[name] = [[token, data.decode("latin-1")] for token, data in by_id.items()]

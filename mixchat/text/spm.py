@@ -57,7 +57,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         settings = read_optional_json(directory / "tokenizer_config.json")
         # With `legacy`, transformers' default for these files, text after a control token gets a
-        # leading space, as text at the start does.
+        # leading space, like text at the start.
         self._space_after_control = settings.get("legacy") is not False
         names = read_special_tokens(directory)
         self.vocab_size = max([size, *(i + 1 for i in added.values())])
@@ -155,7 +155,8 @@ def _split(
 
 
 # The file is one protocol buffer, sentencepiece_model.proto. Field 1, repeated, is a piece, and a
-# piece's field 3 is its type. The last value of a field counts, so to change one is to append one.
+# piece's field 3 is its type. The last value of a field counts, so a field is changed by appending
+# another.
 _USER_DEFINED = 4
 _CONTROL = b"\x18\x03"  # field 3, varint, type CONTROL
 

@@ -33,9 +33,9 @@ class Template(Protocol):
     ) -> list[int]:
         """Return the ids of the conversation, ready for the model to answer.
 
-        `variables` are of those in `thinking`. `tools` may be called. A template that knows none
-        takes neither tools nor calls (see `in_plain_text`). Raises `PromptError` if the template
-        cannot express the conversation.
+        `variables` are some of those that `thinking` lists. `tools` may be called. A template that
+        knows none takes neither tools nor calls (see `in_plain_text`). Raises `PromptError` if the
+        template cannot express the conversation.
         """
 
 
@@ -43,10 +43,11 @@ class InstructTemplate:
     """The format of Mistral's instruct models, built from ids, segment by segment.
 
     One BOS, then for each turn the ids of the question, the ids of the answer, and EOS. Each
-    segment is encoded alone, with SentencePiece's leading space, as in training. The same
-    conversation as one string gives other ids. The first models (V1) take "[INST] question [/INST]"
-    as one text. Later ones have tokens for [INST] and [/INST], and the system text in the last
-    question. Source: mistral-common, `InstructTokenizerV1` and `InstructTokenizerV3`.
+    segment is encoded alone, with SentencePiece's leading space, as in training. If the
+    conversation were encoded as one string, the ids would differ. The first models (V1) take
+    "[INST] question [/INST]" as one text. Later ones have tokens for [INST] and [/INST], and the
+    system text in the last question. Source: mistral-common, `InstructTokenizerV1` and
+    `InstructTokenizerV3`.
 
     V1: Hi, Hello: 1, 733 16289 28793 15359 733 28748 16289 28793, 22557, 2
     V3: Hi, Hello: 1, 3 16127 4, 23325, 2
@@ -136,7 +137,8 @@ class CompletionTemplate:
         system, talk = split_system(messages)
         if system:
             talk = [Message("user", f"{system}\n\n" if talk else system), *talk]
-        # All of it is untrusted text, so each message is one character of the "template".
+        # All of the text is untrusted, so each message is an insert, one character of the
+        # "template".
         inserts: dict[str, Insert] = {
             chr(0xF0000 + i): message.content if (ids := message.content_ids) is None else ids
             for i, message in enumerate(talk)

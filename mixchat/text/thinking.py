@@ -21,8 +21,8 @@ from mixchat.text.tool_call import CallDelta, new_call_id
 if TYPE_CHECKING:
     from mixchat.text.tokenizer import Tokenizer
 
-# By the kind of a format: the control token that opens a thinking, what follows it, the one that
-# closes the thinking, and the white space between it and the answer.
+# By the name of a format: the control token that opens the thinking, the text after it, the control
+# token that closes the thinking, and the white space before the answer.
 _TAGS = {
     "tags": ("<think>", "", "</think>", "\n\n"),
     "channel": ("<|channel>", "thought", "<channel|>", ""),
@@ -37,7 +37,7 @@ _TO_ANSWER = f"{_CHANNEL}{_FINAL}{_MESSAGE}"
 _CONSTRAIN = "<|constrain|>"  # between two words of a header
 # Marks that lead from a message to the next one, or into its header.
 _HARMONY = (_CONSTRAIN, _CHANNEL, _MESSAGE, "<|start|>", "<|end|>", "<|return|>", "<|call|>")
-# Stands for a mark between characters. Half a surrogate pair is in no decoded text.
+# Stands for a mark between characters. No decoded text has half a surrogate pair.
 _MARK_CHAR = re.compile("[\ud800-\udfff]")
 _TAIL = 16  # tokens at a prompt's end that hold a tag and the newlines after it
 # Variables of templates.
@@ -104,8 +104,8 @@ class ThinkingParser(ABC):
     """Takes the text of an answer, and the marks in it.
 
     A place in an answer counts its characters, and each mark as one. `start` is the place at which
-    the answer begins after the thinking, None before. `marks` are names by token id. `opens_call`
-    is set if a call of a tool begins, and `calls` counts those with a name. Without `may_call` no
+    the answer begins, None while the thinking lasts. `marks` are names by token id. `opens_call` is
+    set if a call of a tool begins, and `calls` counts the calls with a name. Without `may_call` no
     call is found.
     """
 
@@ -120,10 +120,10 @@ class ThinkingParser(ABC):
 
     @abstractmethod
     def add(self, text: str) -> AnswerText:
-        """Take the next text. Return what is certain."""
+        """Take the next text. Return the text that is certain."""
 
     def flush(self) -> AnswerText:
-        """Return what was held back, at the end of the answer."""
+        """Return the text that was held back, at the end of the answer."""
         return AnswerText()
 
     def mark(self, name: str) -> AnswerText:
@@ -139,7 +139,7 @@ class ThinkingParser(ABC):
         return self.start is not None
 
     def replay(self, tokenizer: Tokenizer, ids: Sequence[int]) -> None:
-        """Take the beginning of an answer that is continued, from which places do not count."""
+        """Take the text of an answer that is continued. Places are counted after it."""
         run: list[int] = []
         for token in ids:
             if token in self.marks:
@@ -164,8 +164,8 @@ def parser_of(
 ) -> ThinkingParser:
     """Return the parser of the answer to a prompt that a template has made.
 
-    The ids `begun` come after the prompt. They are the beginning of the answer. Without a format
-    all text is the answer. With `harmony_calls` the messages to functions are calls.
+    The ids `begun` follow the prompt, and are the beginning of the answer. Without a format all
+    text is the answer. With `harmony_calls` the messages to functions are calls.
     """
     parser: ThinkingParser = _NoThinking()
     if format is None:
@@ -191,7 +191,7 @@ def _ends_open(tokenizer: Tokenizer, prompt_ids: Sequence[int], opening: str) ->
 
 
 def _unseen(tokenizer: Tokenizer, *names: str) -> dict[int, str]:
-    """Return the names by id of those control tokens that a decoded text does not show."""
+    """Return the names of the control tokens that a decoded text does not show, by id."""
     known = tokenizer.control_tokens
     shown = tokenizer.token_bytes.names
     ids = {known[name]: name for name in names if name in known}
@@ -208,11 +208,11 @@ class _NoThinking(ThinkingParser):
 
 
 class _TagParser(ThinkingParser):
-    r"""Finds the tags in the text. Only one at the answer's beginning opens a thinking.
+    r"""Finds the tags in the text. Only a tag at the answer's beginning opens a thinking.
 
-    White space around the thinking is dropped. With "<think>\nHm" and "\n</think>\n\nA"
-    the parts are thinking "Hm", then the text "A", which starts at 22. The opening tag has a
-    `name` after it. `marks` are those tags that are tokens without text.
+    White space around the thinking is dropped. With "<think>\nHm" and "\n</think>\n\nA" the parts
+    are thinking "Hm", then the text "A", which starts at 22. `name` is the text after the opening
+    tag. `marks` are the tags that are tokens without text.
     """
 
     def __init__(

@@ -9,20 +9,20 @@ from typing import Protocol, TypeAlias
 from mixchat.base.errors import PromptError
 from mixchat.text.detokenizer import Detokenizer, TokenBytes
 
-# A character in a template's text may stand for plain text, or for ids that are taken as they are.
+# The replacement of a character in a template's text: plain text, or ids that stay as they are.
 Insert: TypeAlias = "str | tuple[int, ...]"
 
-# <...>, <|...|> or [...] with one word in it that has a letter or digit, so that prose and code do
-# not match, or Gemma's quote. Only one part of a pattern can take the first letter, or a text
-# without an end would take hours.
+# Matches Gemma's quote, and <...>, <|...|> or [...] with one word in it. The word has a letter or
+# digit, so that prose and code do not match. Only one part of the pattern can take the first
+# letter. Otherwise a long text without a closing bracket would take hours.
 _MARKUP = re.compile(r"<[^\s<>\w]*\w[^\s<>]*>|\[[^\s\[\]\w]*\w[^\s\[\]]*\]|<\|\"\|>")
 
 
 class Tokenizer(Protocol):
     """Turns text into token ids and back. Untrusted text never yields a control token.
 
-    A control token (`</s>`, `<|im_end|>`) steers the model. Templates may write one. People may
-    not, so `encode` yields none for any text.
+    A control token (`</s>`, `<|im_end|>`) steers the model. Templates may write control tokens.
+    People may not, so `encode` yields none, whatever the text.
     """
 
     vocab_size: int

@@ -14,7 +14,7 @@ from mixchat.text.tokenizer import looks_like_markup
 MAX_TEMPLATE_FILE = 1_000_000
 MAX_SETTINGS_FILE = 16_000_000
 MAX_TOKENIZER_FILE = 64_000_000
-_MAX_TOKENS = 1_000_000  # of a vocabulary. Tables have a place for each
+_MAX_TOKENS = 1_000_000  # of a vocabulary, because tables have an entry for each
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class AddedToken:
     content: str
     special: bool
     lstrip: bool = False  # removes the white space before the token
-    rstrip: bool = False  # and after it
+    rstrip: bool = False  # removes the white space after the token
     single_word: bool = False  # requires white space or punctuation there
     normalized: bool = False  # looks for the token in the normalized text
 
@@ -88,8 +88,8 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
 def read_special_tokens(directory: Path) -> dict[str, str]:
     """Return `bos_token`, `eos_token` and so on, each with its text. Raises `CheckpointError`.
 
-    tokenizer_config.json precedes special_tokens_map.json. Either may hold a token as a string or
-    as an object with `content`.
+    tokenizer_config.json precedes special_tokens_map.json. In both files a token is a string or an
+    object with `content`.
     """
     tokens: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):

@@ -74,7 +74,7 @@ def new_call_id() -> str:
 
 
 def properties_of(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schemas of an object's properties. One that is only required allows all values."""
+    """Return the schemas of an object's properties, {} for a required one without a schema."""
     properties = schema.get("properties")
     required = schema.get("required")
     known = properties if isinstance(properties, dict) else {}
@@ -83,7 +83,7 @@ def properties_of(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def whole_arguments(text: str) -> str:
-    """Return the arguments of a call as a JSON object. Those that a limit cut off end there.
+    """Return the arguments of a call as a JSON object, closed if a limit cut them off.
 
     `{"path": "a", "text": "Once up` becomes `{"path": "a", "text": "Once up"}`. Raises `ValueError`
     if the text is not the beginning of an object.

@@ -40,9 +40,9 @@ class ToolFormat:
 
     With `short_ids` the template takes only ids of 9 letters and digits. `markup` has the texts
     before and after a name, before and after an argument's name, after its value, and at the end.
-    Of literals, the text after a value is only between two of them, and `quote` is as in
-    literals.py. The literals of a form with `in_list` are a list between its two tokens. The
-    `markup` of a named call has the texts before its id, if it has one, and before its arguments.
+    For literals, the text after a value stands only between two values, and `quote` is as in
+    literals.py. With `in_list`, the calls are a list between two tokens. For named calls, `markup`
+    has the texts before the id, if there is one, and before the arguments.
     """
 
     name: str
@@ -131,9 +131,9 @@ _ALL = (
     *(_QWEN_CODER, _GLM_INLINE, _GLM, PLAIN, _GRANITE_TEXT),
 )
 FORMATS = {each.name: each for each in _ALL}
-_LFM_TOOLS = "List of tools: "  # its templates name no token of a call
+_LFM_TOOLS = "List of tools: "  # its templates have no token of a call
 _NAME = re.compile(r'\\?"name\\?": ')
-# The list of calls begins here, or the template writes all of them at once.
+# Matches the place at which a template begins the list of calls, or writes it at once.
 _MISTRAL_LIST = re.compile(r"\[TOOL_CALLS\](\s*\[|\W+([\w.]+\W+)?tool_calls)")
 
 
@@ -165,7 +165,8 @@ def one_call_each(messages: Sequence[Message]) -> list[Message]:
 
     An answer with both has its thinking, but no text.
     """
-    # Harmony's template shows only the first call of an answer, and takes all results for its own.
+    # Harmony's template shows only the first call of an answer, and takes all results for results
+    # of that call.
     parted: list[Message] = []
     waiting: list[ToolCall] = []
     for message in messages:
@@ -188,7 +189,7 @@ def in_plain_text(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> li
 
     The system text describes the tools. A call is text, and a result is part of a question.
     """
-    plain, texts = list[Message](), list[list[str]]()  # texts: of each plain message
+    plain, texts = list[Message](), list[list[str]]()  # texts: the parts of each plain message
     for message in messages:
         if message.role == "tool":
             message = Message("user", _RESULT.format(message.content))

@@ -16,7 +16,7 @@ from mixchat.text.tool_formats import ToolFormat
 if TYPE_CHECKING:
     from mixchat.text.tokenizer import Tokenizer
 
-# The text before the arguments of a call, as `call_grammar` has it.
+# Matches the text before the arguments of a call, as in `call_grammar`.
 _HEAD = r'\{"name": "([\w.-]+)", "arguments": (?=\{)'
 _FIRST = re.compile(rf"[ \n]{{0,2}}\[?{_HEAD}")
 _NEXT = re.compile(_HEAD)
@@ -64,7 +64,7 @@ class _CallParser(ThinkingParser):
         self.start = inner.start
         self._first = _FIRST
         self._next = _NEXT
-        self._object: _ObjectEnd | None = None  # of the arguments that come
+        self._object: _ObjectEnd | None = None  # the end of the arguments that are coming
 
     def add(self, text: str) -> AnswerText:
         return self._found(self._inner.add(text))
@@ -73,7 +73,7 @@ class _CallParser(ThinkingParser):
         return name != self._opening and self._inner.ends_at(name)
 
     def mark(self, name: str) -> AnswerText:
-        may_open = self.may_call and not self.opens_call  # else its text has come
+        may_open = self.may_call and not self.opens_call  # else its text came before
         if name == self._opening and may_open and self._inner.begin_answer():
             return AnswerText(self._open(len(self._held), 0))
         return self._found(self._inner.mark(name))
@@ -97,7 +97,7 @@ class _CallParser(ThinkingParser):
         return AnswerText(text, new.thinking, tuple(calls))
 
     def _before(self) -> str:
-        """Return the text that is certain to be no call, up to the opening."""
+        """Return the text before the opening of a call, as far as it is certain."""
         if not self.may_call:
             return self._take(len(self._held))
         start = self._held.find(self._opening)
@@ -106,7 +106,7 @@ class _CallParser(ThinkingParser):
         return self._open(start, len(self._opening))
 
     def _open(self, start: int, size: int) -> str:
-        """Return the text before an opening of this size at this place."""
+        """Begin a call at an opening of this size. Return the text before it."""
         text_before = self._take(start)
         self._take(size)
         self.opens_call = True
@@ -145,7 +145,7 @@ class _CallParser(ThinkingParser):
 
 
 class _TaggedParser(_CallParser, ABC):
-    """Finds calls with other control tokens in them than the opening of the first one."""
+    """Finds calls that have control tokens besides the opening of the first call."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class _TaggedParser(_CallParser, ABC):
 
     @abstractmethod
     def _read_format(self, format: ToolFormat) -> None:
-        """Make the expressions by which this kind of calls is read."""
+        """Compile the regular expressions for this form of calls."""
 
     def add(self, text: str) -> AnswerText:
         self._came = (self._came + text)[-_MAX_TAG:]
@@ -176,7 +176,7 @@ class _TaggedParser(_CallParser, ABC):
         return name not in self._tags and super().ends_at(name)
 
     def mark(self, name: str) -> AnswerText:
-        """Take a mark, of which a tag in a call counts as its text, unless that has come."""
+        """Take a mark. A tag in a call counts as text, unless its text has come already."""
         came = self._came.endswith(name)
         self._came = ""
         if self.opens_call and name in self._tags and not came:
@@ -222,13 +222,14 @@ class _MarkupParser(_TaggedParser):
     def _read_format(self, format: ToolFormat) -> None:
         name_start, name_end, key, value, end, last = map(re.escape, format.markup)
         last = rf"[ \n]{{0,2}}{last or re.escape(format.closing)}"
-        # A name without a text after it ends where an argument or the call's end begins.
+        # A name that no text follows ends at the next argument or at the end of the call.
         name_end = name_end or rf"(?=[ \n]{{0,2}}{key}|{last})"
         head = rf"[ \n]{{0,2}}{name_start}([\w.-]+){name_end}"
         self._first = re.compile(head)
         self._next = re.compile(re.escape(format.opening) + head)
         self._end = format.markup[4]
-        # Only tried once the end is there. For each token it took cubic time on a page of HTML.
+        # This is tried only once the end has come. If it was tried for each token, a page of HTML
+        # took cubic time.
         self._argument = re.compile(
             rf"[ \n]{{0,2}}{key}((?:(?!{value}).)*){value}(.*?){end}", re.DOTALL
         )
@@ -239,7 +240,7 @@ class _MarkupParser(_TaggedParser):
             return self._begin(
                 self._next.search(self._held) if self.calls else self._first.match(self._held)
             )
-        # A search for the end first, since this is asked for each token of a long argument.
+        # The end is searched first, because this runs for each token of a long argument.
         if self._end in self._held and (match := self._argument.match(self._held)):
             self._take(match.end())
             name, text = match.groups()
@@ -252,7 +253,7 @@ class _MarkupParser(_TaggedParser):
 class _LiteralsParser(_TaggedParser):
     """Finds calls whose arguments are literals. An argument comes as soon as it is complete.
 
-    LFM2 writes its list in JSON if a system text asks for that, which is read, too.
+    If a system text asks for it, LFM2 writes its list in JSON. That is read, too.
     """
 
     def _read_format(self, format: ToolFormat) -> None:

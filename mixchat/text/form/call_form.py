@@ -35,9 +35,9 @@ _BLANKS = r"/[ \n]{1,2}/?"
 class CallForm:
     """The calls that an answer may have.
 
-    An answer that `must_call` begins with the opening of a call, or with `answer`, the JSON of this
-    schema. Another one has any text in front of the opening, of which the form has only a few
-    tokens. `control_tokens` has the ids of the format's control tokens by name.
+    If `must_call` is set, an answer begins with the opening of a call, or it is `answer`, the JSON
+    of this schema. Otherwise any text may come before the opening. The form has only the last
+    tokens of such a text. `control_tokens` has the ids of the format's control tokens by name.
     """
 
     format: ToolFormat
@@ -83,9 +83,9 @@ def _check(tool: Tool) -> None:
 
 
 def _check_arguments(tool: Tool, *, have_quotes: bool) -> None:
-    """Raise `UsageError` for what has no effect if each argument is written by itself.
+    """Raise `UsageError` for keys without effect if each argument is written by itself.
 
-    Without `strict` that is only what hides the arguments' names.
+    Without `strict` only keys that hide the arguments' names are refused.
     """
     texts = [schema for name, schema in tool.arguments.items() if tool.takes_text(name)]
     unknown = {*(tool.parameters or {})} - _MARKUP_KEYS
@@ -203,7 +203,7 @@ def _open_text(form: CallForm, name: str, schema: Mapping[str, Any]) -> str:
 
 
 def _tags(form: CallForm, text: str) -> str:
-    """Return a text with control tokens in it as a part of a grammar."""
+    """Return a text as a part of a grammar. Control tokens in it stay tokens."""
     known = "|".join(map(re.escape, form.control_tokens)) or r"(?!)"
     return " ".join(_text(form, segment) for segment in re.split(f"({known})", text) if segment)
 

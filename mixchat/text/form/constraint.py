@@ -32,19 +32,19 @@ if TYPE_CHECKING:
     from mixchat.text.thinking import ThinkingParser
     from mixchat.text.tokenizer import Tokenizer
 
-_LOAD_CPU_S = 10.0  # for a vocabulary, of which one of 256,000 tokens takes 1 s
-_STEP_CPU_S = 0.5  # for a token, of which ordinary ones take a hundredth at most
+_LOAD_CPU_S = 10.0  # for a vocabulary; 256,000 tokens take 1 s
+_STEP_CPU_S = 0.5  # for a token; an ordinary one takes a hundredth of it at most
 _SUBJECT = "the form of the answer"
 _MAX_OPENING = 32  # tokens
-_IDLE_S = 60.0  # until a sandbox ends that waits for another answer
+_IDLE_S = 60.0  # after which a sandbox that waits for another answer ends
 
 
 class ConstraintCompiler:
     """Compiles output constraints for one tokenizer, and the tokens that end its answers.
 
-    A token that adds other bytes at the start of a text has a second id after the vocabulary, with
-    these bytes. For the tokens `▁a`, `b` the bytes are " a", "b" and "a", and the token 0 becomes 2
-    at the start.
+    Some tokens add other bytes at the start of a text. Such a token has a second id, after the
+    vocabulary, with these bytes. For the tokens `▁a`, `b` the bytes are " a", "b" and "a", and the
+    token 0 becomes 2 at the start.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ConstraintCompiler:
         Raises `UsageError` if no token can end an answer.
         """
         self._idle = deque[Sandbox](maxlen=1)  # the sandbox of an answer that has ended
-        self._timer = threading.Timer(_IDLE_S, self._idle.clear)  # until `keep`, it does not run
+        self._timer = threading.Timer(_IDLE_S, self._idle.clear)  # not started before `keep`
         tokens = tokenizer.token_bytes
         stops = sorted(i for i in stop_ids if i < len(tokens.within))
         if not stops:
@@ -72,11 +72,11 @@ class ConstraintCompiler:
         self._timer.cancel()
 
     def compile(self, constraint: OutputConstraint) -> StartConstraint:
-        """Return what starts the constraint of each answer of this form."""
+        """Return a function that starts the constraint of an answer of this form."""
         return partial(TokenConstraint, constraint.grammar, self)
 
     def sandbox(self) -> Sandbox:
-        """Return a sandbox that has all tokens, or soon will."""
+        """Return a sandbox that has all tokens, or is getting them."""
         self._timer.cancel()
         try:
             return self._idle.pop()
@@ -84,7 +84,7 @@ class ConstraintCompiler:
             return Sandbox(PROGRAM, [self._load])
 
     def keep(self, sandbox: Sandbox) -> None:
-        """Keep a sandbox for the next answer, for a minute. The one that was kept before ends."""
+        """Keep a sandbox for the next answer, for a minute. An older kept one ends."""
         self._timer.cancel()
         self._idle.append(sandbox)
         self._timer = threading.Timer(_IDLE_S, self._idle.clear)
@@ -96,7 +96,7 @@ class ConstraintCompiler:
 
 
 class TokenConstraint:
-    """A `Constraint` of one answer. When its form is complete, only a token that ends it may come.
+    """A `Constraint` of one answer. Once the form is complete, only a token that ends it may come.
 
     The answer begins with the tokens `beginning`. If it is `continued`, it continues the text of a
     prompt, and its first word keeps its space. The grammar is compiled in the background.
@@ -127,7 +127,7 @@ class TokenConstraint:
     def allowed(self) -> torch.Tensor:
         """Return the tokens that may come next, bool [V].
 
-        Raises `UsageError` if the form allows none of the tokens, too.
+        Also raises `UsageError` if the form allows no token.
         """
         bits = self.compiled.result() if self._is_new else self._ask("mask")
         mask = np.unpackbits(np.frombuffer(b64decode(bits), np.uint8), bitorder="little")
@@ -142,13 +142,13 @@ class TokenConstraint:
             raise UsageError("the answer cannot be continued in its form")
 
     def accepts(self, token: int) -> bool:
-        """Take the next token; return whether it was allowed. If it was not, none may follow."""
+        """Take the next token. Return whether it was allowed. After False no token may follow."""
         self.compiled.result()
         self._is_new = False
         return bool(self._ask("accept", self._as_first(token)))
 
     def _as_first(self, token: int) -> int:
-        """Return the id of a token as the sandbox knows it, at the start of a text or later."""
+        """Return the id by which the sandbox knows a token, at the start of a text or later."""
         begins_text = self._begins_text
         self._begins_text = False
         return self._firsts.get(token, token) if begins_text else token
@@ -157,12 +157,12 @@ class TokenConstraint:
         return asked(self._sandbox, SandboxCall(_SUBJECT, method, arguments, _STEP_CPU_S))
 
 
-# Takes the tokens of an answer's beginning, and `continued`.
+# Starts a constraint. Takes the tokens of an answer's beginning, and `continued`.
 StartConstraint: TypeAlias = Callable[..., TokenConstraint]
 
 
 def _give_back(compiler: ConstraintCompiler, sandbox: Sandbox, first_mask: Future[str]) -> None:
-    """Keep the sandbox for the next answer, unless it computes something that nobody wants."""
+    """Keep the sandbox for the next answer, unless it is still computing for this one."""
     if first_mask.done() and first_mask.exception() is None:
         compiler.keep(sandbox)
     else:
@@ -172,8 +172,8 @@ def _give_back(compiler: ConstraintCompiler, sandbox: Sandbox, first_mask: Futur
 class CallConstraint:
     """A `Constraint` that allows every token until the parser finds the opening of a call.
 
-    The parser has to take each token before `allowed` is called. What follows an opening in the
-    same token may not fit the constraint. Then nothing is a call, and every token stays allowed.
+    The parser has to take each token before `allowed` is called. The rest of the token with the
+    opening may not fit the constraint. Then the text is no call, and every token stays allowed.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ from mixchat.text.form.output_constraint import Kind
 from mixchat.text.form.schema import JSON_START, schema_grammar
 from mixchat.text.sandbox_child import serve
 
-_MAX_DIGITS = 20  # of a number's integer, fraction or exponent, one after the other
+_MAX_DIGITS = 20  # in a row, of a number's integer, fraction or exponent
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -102,7 +102,7 @@ class _DigitLimit:
         self._digits = int.from_bytes(begins_with_digit, "little")
 
     def start(self, beginning: Sequence[int], *, is_json: bool) -> None:
-        """Begin an answer with the tokens `beginning`. Another text than JSON has no limit."""
+        """Begin an answer with the tokens `beginning`. Only JSON has a limit."""
         self._is_json = is_json
         self._in_text = False
         self._is_escaped = False
@@ -120,7 +120,7 @@ class _DigitLimit:
             self._run = self._run + 1 if is_digit else 0
 
     def limited(self, bits: bytes) -> bytes:
-        """Return a mask without digits after too many of them, unless nothing else may come."""
+        """Return the mask, without digits after too many of them if anything else may come."""
         mask = int.from_bytes(bits, "little")
         if self._run < _MAX_DIGITS or not mask & ~self._digits:
             return bits

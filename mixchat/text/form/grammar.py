@@ -13,8 +13,9 @@ from mixchat.base.errors import UsageError, short_message
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-# Comes after a grammar, so that its lines keep their numbers. If only one text can follow,
-# llguidance would force its own choice of tokens. The model knows better which ones it learned.
+# These lines come after a grammar, so that its own lines keep their numbers. They stop llguidance
+# from forcing tokens if only one text can follow. The model knows better in which tokens it learned
+# that text.
 OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)", re.DOTALL)
 _NO_TOKEN = "NoExtension"  # llguidance's reason if no token can come next
@@ -23,7 +24,7 @@ NO_TEXT = "no text has this form"
 _RULE = re.compile(r"^[ \t]*([\w-]+)[ \t]*::=", re.MULTILINE)
 _LARK_RULE = re.compile(r"^\w+:", re.MULTILINE)
 _MISSING = re.compile(r"Rule '(.*)' not found")
-# Escapes of characters, of which llguidance only converts ASCII ones.
+# Escapes of characters. llguidance converts only those of ASCII.
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 
 
@@ -78,7 +79,7 @@ def checked_lark(text: str) -> str:
 
 
 def parsed_fault(error: str) -> Fault:
-    """Return the fault in an error of llguidance, without the picture or dump after it."""
+    """Return the fault in an error of llguidance, without the excerpt or dump after it."""
     placed = _PLACE.match(error)
     message = placed[3] if placed else error
     if message.startswith(_NO_TOKEN):
@@ -132,7 +133,7 @@ def _converted(text: str) -> str:
     except GbnfToLarkError as error:
         line = text.count("\n", 0, error.pos.pos) + 1
         raise grammar_error(Fault(str(error).partition(" at line ")[0], line)) from None
-    except Exception as error:  # the package has no other class for what it does not like
+    except Exception as error:  # the converter raises no class of its own
         missing = _MISSING.fullmatch(str(error))
         used = missing and re.search(rf"(?<![\w-]){re.escape(missing[1])}(?![\w-])", text)
         line = text.count("\n", 0, used.start()) + 1 if used else 0

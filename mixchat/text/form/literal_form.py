@@ -11,7 +11,8 @@ from mixchat.text.form.schema import NOTES, alone, constants, escaped, json_rule
 from mixchat.text.literals import GEMMA, literal_of
 from mixchat.text.tool_call import properties_of
 
-# The keys that have an effect in Gemma's form. Numbers and Python's literals are those of JSON.
+# The keys of a schema that have an effect in Gemma's form. Numbers and Python's literals follow the
+# grammar of JSON.
 _KEYS = {
     "string": {"type", "maxLength"},
     "array": {"type", "items", "minItems", "maxItems"},
@@ -19,7 +20,7 @@ _KEYS = {
 }
 _WORDS = {"boolean": (True, False), "null": (None,)}
 _NOTHING = '""'
-_KEY = '/[^\\s:,{}\\[\\]<"]{1,64}/'  # of an object that may have any
+_KEY = '/[^\\s:,{}\\[\\]<"]{1,64}/'  # a key of an object that may have any keys
 
 
 def unsupported(keys: Iterable[str]) -> str:
@@ -30,8 +31,8 @@ def unsupported(keys: Iterable[str]) -> str:
 class LiteralRules:
     """Makes the rules of one tool's arguments.
 
-    In Gemma's form a text is its quote and the rule `text`, which has the second quote. In Python's
-    form, all but its words is JSON.
+    In Gemma's form a text is the quote and then the rule `text`, which includes the second quote.
+    Python's form is JSON, but for the words True, False and None.
     """
 
     def __init__(
@@ -49,8 +50,8 @@ class LiteralRules:
         """Take the schema of the arguments, and the name of their rule.
 
         spell: returns a text as a part of the grammar. quote: as in literals.py. open_text: returns
-        the rule of this name for a text of Gemma's form with a schema. If `lenient`, what the form
-        cannot keep to has no effect.
+        the rule of this name for a text of Gemma's form with a schema. If `lenient`, keys that the
+        form cannot follow have no effect.
         """
         self._schema = schema
         self._name = name
@@ -75,12 +76,12 @@ class LiteralRules:
         return name
 
     def _pairs(self, schema: dict[str, Any], pointer: str, equals: str) -> str:
-        """Return the rule of an object's properties, which may miss if they are not required."""
+        """Return the rule of an object's properties, of which only required ones have to come."""
         needed = schema.get("required", ())
         properties = properties_of(schema)
         # Gemma's template sorts the names, so its models have seen no other order.
         names = sorted(properties, key=str.lower) if self._quote == GEMMA else [*properties]
-        # empty: if nothing has come yet. more: if something has come.
+        # empty: the rule if no property has come yet. more: the rule after a property.
         empty = more = _NOTHING
         for name in reversed(names):
             value = self._value(properties[name], f"{pointer}/properties/{escaped(name)}")
@@ -120,7 +121,7 @@ class LiteralRules:
         if target is not None and part is not None:
             self._check_keys(schema, {"$ref"})
             if target not in self._known:
-                # Named before its own rule is made, because that may contain it.
+                # It is noted before its rule is made, because the rule may contain itself.
                 self._known[target] = name = f"{self._name}_of_{len(self._known)}"
                 self._rules.append(f"{name}: {self._value(part, target)}")
             return self._known[target]

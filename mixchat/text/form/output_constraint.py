@@ -17,20 +17,21 @@ from mixchat.text.literals import refuse_constant
 from mixchat.text.sandbox import Sandbox, SandboxCall
 
 PROGRAM = "mixchat.text.form.form_child"  # the inside of the sandbox
-MAX_CALL = 30_000_000  # bytes of a call to it, of which a vocabulary of 256,000 tokens has 3 MB
+MAX_CALL = 30_000_000  # bytes of a call to it; a vocabulary of 256,000 tokens takes 3 MB
 # Computing time that compiling may take, for a stranger's request and for the person who waits.
 HASTY_S = 3.0
 PATIENT_S = 30.0
-# The sandbox's end if llguidance overflows its stack, as a long chain of references makes it.
+# The end of the sandbox if llguidance overflows its stack, for example by a long chain of
+# references.
 _OVERFLOW = f"ends its process (signal {signal.SIGSEGV:d})"
 _MAX_FILE = 4_000_000  # bytes
 _SUBJECTS = {"schema": "the schema", "calls": "the schemas"}
 
-Kind = Literal["schema", "calls", "lark", "gbnf"]  # of the text that gives a form
+Kind = Literal["schema", "calls", "lark", "gbnf"]  # of the text of a constraint
 
 
 def _ignore(text: str) -> None:
-    """Leave a silent pipe unnoted."""
+    """Ignore the note that a pipe is silent."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class OutputConstraint:
     """The form that an answer has to have, checked.
 
     `grammar` is in llguidance's kind of Lark. `schema` is the JSON schema that it stands for, if
-    any. `text` is the grammar as it was given, for a server.
+    any. `text` is the grammar as it was written, for a server.
     """
 
     grammar: str
@@ -56,7 +57,7 @@ class OutputConstraint:
 def checked_schema(
     schema: object, seconds: float = PATIENT_S, at_end: ExitStack | None = None
 ) -> OutputConstraint:
-    """Return the constraint of the JSON that a schema allows, its properties in the same order.
+    """Return the constraint of a schema's JSON, with properties in the schema's order.
 
     `at_end` ends the check when it is closed. Raises `UsageError` as `schema_grammar` does, and if
     the schema takes more than `seconds` of computing or more than 1 GB.
@@ -82,7 +83,8 @@ def checked(
 
     Raises `UsageError` as `checked_schema` does, for a grammar with the line of its fault.
     """
-    # In a process of its own: a schema took 12 GB of the server's, which the system ended then.
+    # The check runs in a process of its own. In the server's, a schema took 12 GB, and the system
+    # ended the server.
     subject = _SUBJECTS.get(language, "the grammar")
     with closing(Sandbox(PROGRAM)) as sandbox:
         if at_end is not None:
@@ -104,9 +106,8 @@ def asked(sandbox: Sandbox, call: SandboxCall) -> Any:
 def read_schema(value: str, note: Note = _ignore) -> OutputConstraint:
     """Return the constraint of a JSON schema, or of the file or pipe that holds it.
 
-    `note` is called if a pipe is silent.
-    Raises `UsageError` with the line and column of what is not JSON, or the pointer of what cannot
-    be met or used.
+    `note` is called if a pipe is silent. Raises `UsageError` with the line and column at which it
+    is no JSON, or with the pointer of the part that cannot be met or used.
     """
     inline = value.lstrip().startswith("{")
     with _named("--schema" if inline else value):
@@ -128,7 +129,7 @@ def read_grammar(path: Path, note: Note = _ignore) -> OutputConstraint:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Put the name of what is read in front of an error's message."""
+    """Put the name of the file or option in front of an error's message."""
     try:
         yield
     except UsageError as error:
@@ -139,7 +140,7 @@ def _read(path: Path, note: Note) -> str:
     try:
         with waiting_for(path, note), open(path, "rb") as file:
             data = file.read(_MAX_FILE + 1)
-    except (OSError, ValueError) as error:  # the latter for a NUL in the path
+    except (OSError, ValueError) as error:  # `ValueError` for a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"cannot be read ({reason})") from None
     if len(data) > _MAX_FILE:

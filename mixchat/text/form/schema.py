@@ -15,12 +15,12 @@ from mixchat.text.form.grammar import NO_TEXT, find_fault
 Schema: TypeAlias = "dict[str, Any]"
 
 _MAX_POINTER = 120  # characters in a message
-# The search of the part at fault. Each part costs as much as the whole schema.
+# Limits of the search for the part at fault. Each part costs as much as the whole schema.
 _MAX_SEARCHED, _SEARCH_CPU_S = 300, 1.0  # parts, and seconds of computing
 _SLIVER = 1e-9
 _MAX_TIGHTENED = 1e6
-# Of an integer. Without a bound, a weak model writes digits until its answer is cut off. llguidance
-# computes with 64 bits.
+# The bounds of an integer. Without them, a weak model writes digits until its answer is cut off.
+# llguidance computes with 64 bits.
 _LARGEST = 9 * 10**18
 _MINIMA = ("minimum", "exclusiveMinimum")
 _MAXIMA = ("maximum", "exclusiveMaximum")
@@ -41,8 +41,8 @@ _COMBINING = {"anyOf", "oneOf", "$ref", "if", "patternProperties"}
 # The blanks between two parts of JSON. Without a bound, a model can emit blanks until its answer is
 # cut off.
 _BLANKS = r"( |\n[ \t]{0,20})?"
-JSON_START = "start: %json "  # of a grammar of JSON alone
-_HOME = "/$defs/mixchat"  # of a schema inside another one
+JSON_START = "start: %json "  # begins a grammar of nothing but JSON
+_HOME = "/$defs/mixchat"  # the place of a schema inside another one
 
 
 def check_schema(schema: Schema) -> None:
@@ -66,7 +66,7 @@ def check_schema(schema: Schema) -> None:
 def schema_grammar(text: str) -> str:
     """Return the Lark grammar of the JSON that a schema, given as JSON, allows.
 
-    Raises `UsageError` as `check_schema` does. A schema is never met in part.
+    Raises `UsageError` as `check_schema` does. No part of a schema is ignored.
     """
     try:
         schema = json.loads(text)
@@ -133,7 +133,7 @@ def part_at(schema: Any, pointer: str) -> Any:
 
 
 def _parts_of(schema: Schema, pointer: str) -> Iterator[str]:
-    """Yield the pointers of the schemas that the one at `pointer` applies, itself left out."""
+    """Yield the pointers of the schemas that the schema at `pointer` applies, without its own."""
     node = part_at(schema, pointer)
     if not isinstance(node, dict):
         return
@@ -149,7 +149,7 @@ def _parts_of(schema: Schema, pointer: str) -> Iterator[str]:
 
 
 def alone(schema: Schema, pointer: str) -> Schema:
-    """Return a schema that is the part of another one at `pointer`, whose references it keeps."""
+    """Return the part of a schema at `pointer` as a schema of its own, with right references."""
     whole = _moved({key: value for key, value in schema.items() if key != "$id"})
     return {"$defs": {"mixchat": whole}, "$ref": f"#{_HOME}{quote(pointer, safe='/~')}"}
 
@@ -157,7 +157,7 @@ def alone(schema: Schema, pointer: str) -> Schema:
 def json_rule(schema: Schema, *, lenient: bool = False) -> str:
     """Return the part of a Lark grammar for the JSON of a schema.
 
-    If `lenient`, what llguidance does not support in the schema has no effect.
+    If `lenient`, keys that llguidance does not support have no effect.
     """
     options = {"whitespace_pattern": _BLANKS} | ({"lenient": True} if lenient else {})
     return f"%json {json.dumps({**tightened(schema), 'x-guidance': options})}"
@@ -177,7 +177,7 @@ def constants(schema: Schema) -> list[Any]:
 def tightened(schema: Any) -> Any:
     """Return a schema with bounds for all integers, and exclusive minima that are a little higher.
 
-    For more than 8 and at most 8.75, llguidance 1.9 allows 8 itself.
+    For a minimum above 8 and a maximum of 8.75, llguidance 1.9 allows 8 itself.
     """
     if not isinstance(schema, dict):
         return schema
@@ -194,7 +194,7 @@ def _missing_bounds(schema: Schema) -> Schema:
 
     A number without any bound gets none, because it could not have an exponent then.
     """
-    # A weak model wrote digits until its tokens ended.
+    # Without bounds, a weak model wrote digits until its answer was cut off.
     types = schema.get("type")
     types = types if isinstance(types, list) else [types]
     minima = [schema[key] for key in _MINIMA if isinstance(schema.get(key), int | float)]
