@@ -25,7 +25,7 @@ _SHAPE = (
 
 _LAYERS_MAX = 10_000
 _ORIGINAL = "original_max_position_embeddings"
-# The numbers of a rope type, without its factor.
+# The parameters of each type of rope besides its factor.
 _ROPE_NUMBERS: dict[RopeType, tuple[str, ...]] = {
     "default": (),
     "linear": (),
@@ -178,7 +178,7 @@ def types_of_layers(raw: dict[str, Any], is_sliding: Callable[[int], bool]) -> l
 
 def layer_count(raw: dict[str, Any]) -> int:
     """Return the count of layers, at most 10,000."""
-    # Callers make lists of this length before anything else bounds it.
+    # Callers make lists of this length, which nothing else bounds yet.
     layers = positive_int(raw, "num_hidden_layers")
     if layers > _LAYERS_MAX:
         raise CheckpointError(f"config.json: {layers} layers are more than any model has")
@@ -198,8 +198,8 @@ def sliding_layers(raw: dict[str, Any]) -> dict[str, Any]:
 def rope_parameters(raw: dict[str, Any], rope_theta: float) -> dict[str, RopeParameters]:
     """Return `ModelConfig`'s arguments for the rotary embedding, as transformers reads them.
 
-    They are in `rope_parameters`, which may hold an object for each type of layers, or in the older
-    `rope_scaling`, which precedes it. Some values may be in `raw` itself.
+    They are in the older `rope_scaling`, or else in `rope_parameters`, which may hold an object for
+    each type of layers. Some values may be in `raw` itself.
     """
     rope = _object(raw, "rope_scaling") or _object(raw, "rope_parameters")
     outer = {key: raw.get(key) for key in ("rope_theta", "partial_rotary_factor")}
@@ -207,7 +207,7 @@ def rope_parameters(raw: dict[str, Any], rope_theta: float) -> dict[str, RopePar
     context = positive_int(raw, "max_position_embeddings")
     keyed = [name for name in ("full_attention", "sliding_attention") if name in rope]
     if not keyed:
-        # Phi-3 has this key outside of the rope, where transformers gives it priority.
+        # Phi-3 has this key outside of the rope. There it takes precedence in transformers.
         original = with_defaults({_ORIGINAL: raw.get(_ORIGINAL)})
         return {"rope_parameters": _rope({**outer, **with_defaults(rope), **original}, context)}
     # transformers looks for `truncate` outside these objects, and never in them.
@@ -233,7 +233,7 @@ def _rope(values: dict[str, Any], context: int) -> RopeParameters:
         return RopeParameters(theta, partial_rotary_factor=partial)
     trained = values if rope_type in ("yarn", "llama3", "longrope") else {}
     original = positive_int({_ORIGINAL: context, **trained}, _ORIGINAL)
-    # transformers computes a missing factor of these two from the contexts.
+    # For these two types, transformers computes a missing factor from the contexts.
     implied = context / original if rope_type in ("yarn", "longrope") else None
     if rope_type == "proportional":
         implied = 1.0
@@ -262,7 +262,7 @@ def _numbers(values: dict[str, Any], key: str) -> tuple[float, ...]:
 def positive_int(values: dict[str, Any], key: str) -> int:
     """Return a positive whole number."""
     value = values.get(key)
-    # JSON's true is an int to Python. Two numbers below 2**31 multiply without overflow in int64.
+    # JSON's true is an int in Python. The product of two numbers below 2**31 fits in int64.
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
         raise CheckpointError(f"config.json: {key} is {value!r:.80}, not a positive whole number")
     return value

@@ -1,7 +1,8 @@
 """DeepSeek-V2 with its Lite and Coder models, DeepSeek-V3 and R1.
 
-They have latent attention and shared experts. In V2 probabilities weigh the experts, and are not
-normalized. In V3 scores with a correction choose groups of experts. Moonlight has V3's form.
+They have latent attention and shared experts. In V2 the experts' weights are probabilities, which
+are not normalized. In V3 scores with a correction choose groups of experts. Moonlight has V3's
+form.
 """
 
 from __future__ import annotations

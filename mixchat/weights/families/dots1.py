@@ -14,7 +14,8 @@ _DEFAULTS = {"sliding_window": 4096, "max_window_layers": 62, "first_k_dense_rep
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
     raw = {**_DEFAULTS, **raw}
     keys = read.of_experts(raw, "n_routed_experts")
-    # The layers from max_window_layers on have the window. In Qwen2 the layers before it have it.
+    # The layers from max_window_layers on have the window. In Qwen2 the layers before that number
+    # have it.
     full = read.whole_number(raw, "max_window_layers") if keys.get("sliding_window") else 2**31
     keys = {"layer_types": read.types_of_layers(raw, lambda layer: layer >= full), **keys}
     return ModelConfig(

@@ -34,7 +34,7 @@ _DEFAULTS = {
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
     raw = read.with_defaults(raw, **_DEFAULTS)
-    # Its config could mix dense layers with others. The published models have them first only.
+    # A config.json could have dense layers among others. In the published models they come first.
     last = read.layer_count(raw) - 1
     for key, usual in (("moe_layer_interval", (1,)), ("moe_layer_end_index", (-1, last))):
         if raw.get(key, usual[0]) not in usual:

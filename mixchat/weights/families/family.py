@@ -18,17 +18,17 @@ from mixchat.base.model_config import MixerType, ModelConfig
 class Slice:
     """Rows of a checkpoint's tensor, which is transposed first if need be.
 
-    The numbers are multiplied by `factor`, and then `added` is added. If they are `exponentials`,
-    -exp(x), their x is taken first.
+    The numbers are multiplied by `factor`, and then `added` is added. If the stored numbers are
+    `exponentials`, -exp(x), each is replaced by its x before that.
     """
 
     name: str  # of the tensor, or `X[3]` for the fourth part of a stacked tensor X
     shape: tuple[int, ...]  # of the stored tensor, with all parts if it is a stack
-    rows: range | None = None  # to take after a transposition, all if None
+    rows: range | None = None  # of the transposed tensor, None for all
     transposed: bool = False
     factor: float = 1.0
     added: float = 0.0
-    columns: tuple[range, ...] | None = None  # to take like `rows`, in any order
+    columns: tuple[range, ...] | None = None  # of the transposed tensor, in any order, None for all
     exponentials: bool = False
 
     @property
@@ -63,8 +63,9 @@ def attention(*, rotates_neighbours: bool = False, norm_offset: float = 0.0) -> 
         heads, groups, width = config.attention_shape(layer)
         columns = heads * width
         step = 2 if rotates_neighbours else 1
-        # Granite multiplies scores by a number of its own. The engine divides by the root. A norm
-        # of queries would undo a factor of the matrix.
+        # Granite multiplies scores by a number of its own, where the engine divides by the root of
+        # the head's width. Both become a factor of the queries' matrix. A norm of queries would
+        # undo it.
         scale = config.attention_multiplier
         normed = config.qk_norm is not None
         q_factor = 1.0 if scale is None else scale * sqrt(width)
@@ -89,7 +90,8 @@ def attention(*, rotates_neighbours: bool = False, norm_offset: float = 0.0) -> 
             name = f"{own}o_proj.{parameter}"
             yield name, (Slice(name, (hidden, *shape), factor=config.residual_multiplier),)
         if normed:
-            # One norm of all heads of a projection (OLMoE), or a norm that heads share (Qwen3).
+            # One norm over all heads of a projection (OLMoE), or over each head, with shared
+            # weights (Qwen3).
             together = config.qk_norm == "projection"
             for x, count, factor in (("q", columns, q_factor), ("k", groups * width, 1.0)):
                 name = f"{own}{x}_norm.weight"
@@ -180,36 +182,36 @@ def short_conv(config: ModelConfig, layer: int) -> Tensors:
 
 
 def whole_tensors(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """Yield tensors that an installed model has as they are stored."""
+    """Yield the tensors that an installed model takes over without a change."""
     for name, shape in shapes.items():
         yield f"{prefix}{name}", (Slice(f"{prefix}{name}", shape),)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models. All tensors that it does not describe are `decoder_tensors`."""
+    """A family of models. `decoder_tensors` has all tensors that it does not describe."""
 
     model_type: str  # of config.json
     read_config: Callable[[dict[str, Any]], ModelConfig]  # raises `CheckpointError`
     # A layer's router, experts and dense part. Expert 3 of layer 0 has
     # `model.layers.0.block_sparse_moe.experts.3.w13.weight`, and `w2`.
     moe: LayerTensors
-    # A layer's mixer, by its kind. By default attention has Llama's names and latent attention has
+    # A layer's mixer, by its type. By default attention has Llama's names, and latent attention has
     # DeepSeek's.
     mixers: Mapping[MixerType, MixerTensors] = field(
         default_factory=lambda: {"attention": attention(), "latent_attention": latent_attention}
     )
-    # Parts of the names of tensors, which are Llama's, and the checkpoint's names for them. A later
-    # one finds what an earlier one has renamed.
+    # Parts of Llama's names of tensors, each with the checkpoint's part. A later entry is applied
+    # to the result of the earlier ones.
     names: Mapping[str, str] = field(default_factory=dict)
-    norm_offset: float = 0.0  # what a checkpoint's weights of norms lack, 1 if it has w - 1
+    norm_offset: float = 0.0  # is added to a checkpoint's weights of norms, 1 if it stores w - 1
 
 
 @dataclass(frozen=True)
 class CheckpointForm:
     """The forms that a family's checkpoints are published in."""
 
-    is_nested: bool = False  # it has tensors of other models, too, such as vision's
+    is_nested: bool = False  # it also has tensors of other models, such as one for images
     # A tensor [E, rows, columns] has a matrix of all experts, gate above up.
     is_stacked: bool = False
 
@@ -371,8 +373,8 @@ def _head_rows(
 ) -> list[range] | list[None]:
     """Return `count` rows of heads of `width` rows in the order of an installed model.
 
-    Of each head each `step`th one comes first. With 4 rows in a head and a step of 2, the order is
-    0 2 1 3. kinds: heads of so many kinds take turns. first: the first row of this kind.
+    In each head every `step`th row comes first. With 4 rows in a head and a step of 2, the order is
+    0 2 1 3. kinds: heads of so many kinds alternate. first: the first row of this kind.
     """
     if step == kinds == 1:
         return [None]

@@ -1,6 +1,6 @@
-"""Gemma 4, by Google: 26B-A4B. Its language model alone is read.
+"""Gemma 4, by Google: 26B-A4B. Only the language model is read.
 
-A layer has a dense part and experts. Each part of a layer has a norm of its output. Full layers
+A layer has a dense part and experts. The output of each part of a layer is normalized. Full layers
 have wider heads than layers with a window, and take their keys as values.
 """
 
@@ -73,7 +73,7 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _refuse(raw: dict[str, Any]) -> None:
-    """Refuse what only the other models of Gemma 4 have."""
+    """Refuse the features of other models of Gemma 4."""
     if not read.flag(raw, "enable_moe_block"):
         raise CheckpointError("config.json: enable_moe_block is not true: dense models do not run")
     usual = {
@@ -148,7 +148,7 @@ GEMMA4 = Family(
     _read_config,
     _moe,
     names={
-        # The installed norm before the dense part has this name.
+        # In an installed model the norm before the dense part has this name.
         "post_attention_layernorm": "pre_feedforward_layernorm",
         "mixer_out_norm": "post_attention_layernorm",
         "moe.gate": "router.proj",

@@ -71,12 +71,13 @@ _NAMES = {
     "conv.conv": "shortconv.conv",
     "conv.out_proj": "shortconv.out_proj",
 }
-# The axis of length 1 that a tensor lacks there.
+# The axis of length 1 that a tensor lacks in GGUF.
 _SQUEEZED = {"ffn_gate_inp_shexp": 0, "shortconv.conv": 1}
-# A name that some families have if they lack another one.
+# GGUF's other name of a tensor, for files that lack the usual one.
 _OTHER_NAMES = {"ffn_norm": "post_attention_norm", "output_norm.weight": "token_embd_norm.weight"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+?)(\.weight|\.bias)?")
-# The rotated pairs of these are side by side. llama.cpp's converter turns Mixtral's and Granite's.
+# In files of these families rotated pairs are side by side. llama.cpp's converter reorders the rows
+# of Mixtral and Granite.
 _ROTATES_NEIGHBOURS = ("mixtral", "granitemoe", "granitemoehybrid", "ernie4_5_moe")
 
 
@@ -96,7 +97,7 @@ def gguf_tensors(config: ModelConfig, available: Collection[str]) -> Tensors:
     def moe(config: ModelConfig, prefix: str) -> Tensors:
         usual = dict(with_shared_expert(routed, dense)(config, prefix))
         yield from usual.items()
-        # Norms and numbers of the family's own.
+        # Further norms and numbers, which only some families have.
         own = family.moe(config, prefix)
         yield from ((name, slices) for name, slices in own if name not in usual)
 
@@ -165,7 +166,7 @@ def _renamed(source: Slice, other_names: Mapping[str, str]) -> Slice:
 
 
 def _split_latents(config: ModelConfig, layer: int) -> Tensors:
-    """Describe latent attention whose heads' keys and values are stacks, the keys transposed."""
+    """Describe latent attention with stacks of the heads' matrices, transposed for the keys."""
     latent = config.kv_lora_rank
     own = f"blk.{layer}.attn_{{}}_b.weight[{{}}]"
     count = config.num_attention_heads

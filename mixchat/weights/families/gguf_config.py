@@ -1,6 +1,6 @@
 """The metadata of a model in GGUF as a config.json.
 
-llama.cpp calls a family an architecture, and fixes in its code what a config.json may say.
+llama.cpp calls a family an architecture. Its code fixes values that a config.json has as keys.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _KEYS = {
     "num_experts": "expert_count",
 }
 _ROPE = "rope.scaling."
-# llama.cpp's values of keys that a file lacks.
+# The values that llama.cpp takes for missing keys.
 _UNSAID: Mapping[str, Any] = {
     "expert_weights_norm": False,
     "expert_weights_scale": 1.0,
     "leading_dense_block_count": 0,
-    # Which in Granite says that heads rotate.
+    # In Granite this key says that heads rotate.
     "rope.scaling.finetuned": True,
 }
 _SOFTMAX_GATING, _SIGMOID_GATING = (1, 3), 2  # a softmax before or after the choice of experts
@@ -51,8 +51,8 @@ class _Architecture:
     """A family by llama.cpp's name for it."""
 
     model_type: str
-    keys: Mapping[str, str] = field(default_factory=dict)  # of config.json, beside `_KEYS`
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # by llama.cpp's code, in no metadata
+    keys: Mapping[str, str] = field(default_factory=dict)  # keys of config.json, beside `_KEYS`
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # set in llama.cpp's code
     experts: str = "num_experts"  # config.json's key for their count
     sigmoid: bool = False  # the router takes a sigmoid, not a softmax
     # The keys of config.json whose numbers follow from two of llama.cpp's.
@@ -168,7 +168,7 @@ _ARCHITECTURES = {
 }
 
 
-# Of files whose router takes no sigmoid, though others of the architecture do.
+# For files whose router takes no sigmoid, though other files of the architecture do.
 _SOFTMAX = {
     "deepseek2": _Architecture(
         "deepseek_v2",
@@ -191,7 +191,7 @@ def gguf_config(
     keys = {**_KEYS, architecture.experts: "expert_count", **architecture.keys}
 
     def value(gguf_key: str) -> Any:
-        # Old files have the lengths of latent attention's heads under the usual keys.
+        # In old files the usual keys have the widths of latent attention's heads.
         usual = metadata.get(f"{name}.{gguf_key.removesuffix('_mla')}", _UNSAID.get(gguf_key))
         return metadata.get(f"{name}.{gguf_key}", usual)
 
@@ -205,7 +205,7 @@ def gguf_config(
         right = value(second)
         if isinstance(left, int) and isinstance(right, int) and right > 0:
             values[key] = operation(left, right)
-    # 0 groups of experts are none.
+    # 0 groups of experts mean that the router does not choose groups.
     values |= {key: values[key] or None for key in ("n_group", "topk_group") if key in values}
     config = {key: value for key, value in values.items() if value is not None}
     for key, value in config.items():
@@ -225,7 +225,8 @@ def gguf_config(
         config["num_hidden_layers"] = config.get("num_hidden_layers", 0) - predicting
     return {
         "model_type": architecture.model_type,
-        # If the file has none. Older files of DeepSeek's lack groups, and run without them there.
+        # This holds if the file has no such key. Older files of DeepSeek lack groups, and llama.cpp
+        # runs them without groups.
         "q_lora_rank": None,
         "n_group": 1,
         "topk_group": 1,
@@ -243,7 +244,8 @@ def _find_architecture(
     """Return the architecture of a model with this metadata and these tensors, and its name."""
     name = metadata.get("general.architecture")
     gating = metadata.get(f"{name}.expert_gating_func")
-    # Older files of GLM-4.7-Flash do not say it. Here only scores of a sigmoid have corrections.
+    # Older files of GLM-4.7-Flash have no key for the sigmoid. Their corrections show it, since in
+    # these families only a sigmoid's scores have corrections.
     has_corrections = any(tensor.endswith("exp_probs_b.bias") for tensor in tensors)
     is_sigmoid = gating == _SIGMOID_GATING or has_corrections
     known = _ARCHITECTURES if is_sigmoid else {**_ARCHITECTURES, **_SOFTMAX}
@@ -264,7 +266,7 @@ def _find_architecture(
 def _of_layers(heads: object, is_sliding: object, stateful: str) -> dict[str, Any]:
     """Return the keys that a list of key heads shows, one for each layer.
 
-    Those with a state have none. Layers with a window may have others than full layers.
+    Layers with a state have 0. Layers with a window may have another count than full layers.
     """
     if not isinstance(heads, list) or not all(type(count) is int for count in heads) or not heads:
         return {}
@@ -282,7 +284,7 @@ def _of_layers(heads: object, is_sliding: object, stateful: str) -> dict[str, An
 
 
 def _shown_by(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Return the keys of config.json that only the tensors show."""
+    """Return the keys of config.json that are known only from the tensors."""
     bias = "blk.0.attn_q.bias" in tensors
     counts = {x: sum(name.endswith(f"attn_{x}.weight") for name in tensors) for x in "kv"}
     return {
@@ -303,7 +305,8 @@ def _rope(
     keys: dict[str, Any] = {}
     theta = metadata.get(f"{prefix}rope.freq_base", 1e4)
     if (sliding := metadata.get(f"{prefix}rope.freq_base_swa")) is not None:
-        # Gemma 4. That it rotates a quarter of a head shows in the tensor rope_freqs alone.
+        # This is Gemma 4. It rotates a quarter of a head, which is known only from the tensor
+        # rope_freqs.
         full = {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": 0.25}
         own = {"rope_type": "default", "rope_theta": sliding}
         return {"rope_parameters": {"full_attention": full, "sliding_attention": own}}
@@ -332,7 +335,8 @@ def _rope(
             "beta_slow": "yarn_beta_slow",
         }
         rope |= {key: metadata.get(f"{prefix}{_ROPE}{name}") for key, name in numbers.items()}
-        # llama.cpp's converter writes a tenth of DeepSeek's mscale_all_dim, which is its mscale.
+        # llama.cpp's converter writes a tenth of DeepSeek's mscale_all_dim, which equals its
+        # mscale.
         if isinstance(logarithmic := metadata.get(f"{prefix}{_ROPE}yarn_log_multiplier"), float):
             rope |= dict.fromkeys(("mscale", "mscale_all_dim"), 10 * logarithmic)
         if (beta := metadata.get(f"{prefix}attention.temperature_scale")) is not None:
@@ -345,6 +349,6 @@ def _rope(
                     f"{where}: queries that grow every {step!r:.80} tokens, and not with the "
                     f"original context ({original!r:.80}), do not run"
                 )
-        # No metadata has it. Of these families, gpt-oss alone sets it to false.
+        # The metadata lacks this key. Of these families, only gpt-oss sets it to false.
         rope["truncate"] = model_type != "gpt_oss"
     return {**keys, "rope_parameters": rope}

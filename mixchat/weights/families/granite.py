@@ -29,9 +29,9 @@ _MULTIPLIERS = (
     "residual_multiplier",
     "logits_scaling",
 )
-# The names of layer types, as files are published and as transformers 5 saves them.
+# The names of layer types in published files, and as transformers 5 saves them.
 _LAYER_TYPES = {"linear_attention": "mamba", "attention": "full_attention"}
-_NO_LIMITS = [0.0, float("inf")], [0.0, {"__float__": "Infinity"}]  # as Python and others have it
+_NO_LIMITS = [0.0, float("inf")], [0.0, {"__float__": "Infinity"}]  # infinity in two spellings
 _HYBRID_DEFAULTS = {
     "shared_intermediate_size": 1024,
     "mamba_n_heads": 128,
@@ -101,7 +101,7 @@ def _moe(config: ModelConfig, prefix: str) -> Tensors:
         name = f"{own}output_linear.weight{number}"
         factor = config.residual_multiplier
         yield f"{installed}w13.weight", (gate_up,)
-        # With the factor the sum of the parts comes multiplied, and the engine only adds it.
+        # The factor multiplies the output of these parts, and the engine only adds it.
         yield f"{installed}w2.weight", (Slice(name, (*stacked, hidden, rows), factor=factor),)
 
 
@@ -113,7 +113,7 @@ def mamba(config: ModelConfig, layer: int) -> Tensors:
     values = heads * width
     keys = groups * state
     stored = f"{own}in_proj.weight", (2 * values + 2 * keys + heads, hidden)
-    # Of x, B and C, in the order of an installed model.
+    # The rows of x, B and C, in the order of an installed model.
     parts = range(values + keys, values + 2 * keys), range(values, values + keys), range(values)
     shifted = (range(rows.start + values, rows.stop + values) for rows in parts)
     yield f"{own}in_proj.weight", tuple(Slice(*stored, rows) for rows in (*shifted, range(values)))

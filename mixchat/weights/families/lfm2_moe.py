@@ -34,7 +34,7 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
     raw = read.with_defaults(raw, **_DEFAULTS)
     if read.flag(raw, "conv_bias"):
         raise CheckpointError("config.json: conv_bias is not supported")
-    # The layers' own keys precede the keys of other models.
+    # The keys of LFM2 itself take precedence over other models' keys.
     own = {"rms_norm_eps": raw["norm_eps"]}
     own["tie_word_embeddings"] = raw.get("tie_embedding", raw.get("tie_word_embeddings", True))
     keys = {**read.of_experts(raw), **own}

@@ -1,7 +1,7 @@
 """Mistral AI: Mixtral 8x7B and 8x22B, and models made of them, and Mistral-Small-4-119B-A6.5B.
 
-Mistral 4 has latent attention, whose queries grow with the position beyond the original context.
-Its text part alone is read.
+Mistral 4 has latent attention. Its queries are scaled up at positions beyond the original context.
+Only the text part is read.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _read_mistral4(raw: dict[str, Any]) -> ModelConfig:
         raise CheckpointError("config.json: n_group above 1: such a router does not run")
     rope = raw.get("rope_parameters") or _MISTRAL4_ROPE
     if isinstance(rope, dict):
-        # It is the rotating part of a head, which `qk_rope_head_dim` says, too.
+        # This key is the rotating part of a head, which `qk_rope_head_dim` has, too.
         rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
     if not raw["q_lora_rank"]:
         raise CheckpointError("config.json: q_lora_rank is missing")

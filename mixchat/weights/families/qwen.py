@@ -49,7 +49,7 @@ def _read_qwen2(raw: dict[str, Any]) -> ModelConfig:
     read.refuse_dense_layers(keys)
     if read.flag(keys, "use_sliding_window"):
         last = read.positive_int({"max_window_layers": 28, **keys}, "max_window_layers")
-        # As in transformers, every other layer before max_window_layers.
+        # As in transformers, every second layer before max_window_layers has the window.
         sliding = range(0, last, 2)
         keys = {"layer_types": read.types_of_layers(raw, sliding.__contains__), **keys}
     return ModelConfig(

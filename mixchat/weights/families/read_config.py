@@ -36,7 +36,7 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-# Needs of well-known models that no family here has.
+# Features of well-known models that no family here has.
 _MISSING = {
     "jamba": "Mamba layers of version 1",
     "kimi_k2": "a tokenizer that is Python code",
@@ -68,7 +68,7 @@ def read_config(raw: dict[str, Any]) -> ModelConfig:
             f"config.json says model_type {model_type!r:.80}{needs} mixchat does not run",
             hint=f"It runs {', '.join(FAMILIES)}.",
         )
-    # Here, because config.json comes before the first of many gigabytes of weights.
+    # It is checked here, because config.json comes before many gigabytes of weights.
     value = raw.get("quantization_config")
     quantization = value if isinstance(value, dict) else {}
     method = quantization.get("quant_method")
@@ -96,7 +96,7 @@ def _of_language_model(raw: dict[str, Any]) -> dict[str, Any]:
     model_type = raw.get("model_type")
     whole = raw
     if isinstance(text, dict):
-        # Mistral names the whole by the form of its image part.
+        # Mistral names the whole model by its image part.
         is_known = isinstance(model_type, str) and model_type in FAMILIES
         model_type = model_type if is_known else text.get("model_type", model_type)
         raw = {**raw, **{key: value for key, value in text.items() if value is not None}}
@@ -119,6 +119,6 @@ def read_config_file(path: Path) -> ModelConfig:
 def slices(config: ModelConfig) -> Mapping[str, tuple[Slice, ...]]:
     """Return the slices of a plain checkpoint that make each tensor of the installed model.
 
-    What is described has the size that the config asks for, so no foreign config may come here.
+    The result has the size that the config asks for, so no unchecked config may come here.
     """
     return dict(decoder_tensors(config, FAMILIES[config.model_type]))

@@ -1,11 +1,11 @@
 """The tensors of an installed model by file, with their names, types and shapes.
 
-`shared.safetensors` has all that every token needs. Each layer with experts has one
-`experts-LLL.safetensors`. These layers are counted from 0, without dense layers before them.
-Some matrices are fused, because one large multiplication is faster. An expert's `w13` is w1 (gate)
-above w3 (up). w2 is the down projection, out = w2(silu(w1 x) * w3 x), or another product of w1 x
-and w3 x. A bias of a matrix comes after it, fp32. If a matrix's shape does not fit its type, the
-matrix is dense.
+`shared.safetensors` has all tensors that every token needs. Each layer with experts has one
+`experts-LLL.safetensors`. These layers are counted from 0, without dense layers before them. Some
+matrices are fused, because one large multiplication is faster. An expert's `w13` is w1 (gate) above
+w3 (up). w2 is the down projection, out = w2(silu(w1 x) * w3 x), or another product of w1 x and w3
+x. A bias of a matrix comes after it, fp32. If a matrix's shape does not fit its type, the matrix is
+dense.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NORM = "model.norm.weight"
 HEAD = "lm_head"
 _ROUTER = "block_sparse_moe.gate"
 
-# The types of w1 and w3 of an expert, and of w2, as `Quantization` has them.
+# The type of an expert's w1 and w3, and the type of w2, None if it is the same.
 Form = tuple[QuantType, QuantType | None]
 
 
@@ -93,7 +93,7 @@ class Blueprint:
         return replace(self.quantization, scales=scales).description()
 
     def descriptions(self) -> dict[str, dict[str, Any]]:
-        """Return by file the values in which it differs from `description`."""
+        """Return for each file the values in which it differs from `description`."""
         whole = self.description()
         own = {name: form.description() for name, form in self.quantizations().items()}
         return {
@@ -184,8 +184,8 @@ class Blueprint:
     def layer_forms(self) -> dict[int, int]:
         """Return the first layer of each form, with the count of layers of this form.
 
-        Layers of a form have mixers and dense parts of the same kinds and shapes. Layers with
-        experts have none of the forms of those without.
+        Layers of one form have mixers and dense parts of the same types and shapes. Layers with and
+        without experts have different forms.
         """
         layers: dict[tuple[object, ...], list[int]] = {}
         for layer in range(self.config.num_hidden_layers):
@@ -204,12 +204,12 @@ class Blueprint:
 
     @property
     def norm_columns(self) -> set[int]:
-        """Return the counts of numbers that the layers' norms take together."""
+        """Return the lengths of the rows that the layers' norms normalize."""
         norms = (norm for layer in self.layer_forms for norm in self.mixer(layer).norms)
         return {self.config.hidden_size, *(norm.shape[-1] for norm in norms)}
 
     def expert_arithmetic(self, device: torch.device, *, exact: bool) -> str:
-        """Return a name of the arithmetic of experts there. Equal names give equal bits."""
+        """Return a name of the experts' arithmetic on a device. Equal names give equal bits."""
         matrices = [form.gate_up for form in self.expert_forms]
         return " and ".join(sorted({m.arithmetic(device, exact=exact) for m in matrices}))
 
@@ -256,7 +256,7 @@ class Blueprint:
         return {role: specs.norm(name, hidden) for role, name in names.items()}
 
     def layer_scalar(self, layer: int) -> TensorSpec:
-        """Return the number [1] that multiplies what a layer with sandwich norms gives."""
+        """Return the number [1] that multiplies the output of a layer with sandwich norms."""
         return self._layer(layer).tensor("layer_scalar", 1)
 
     def router(self, layer: int) -> dict[str, TensorSpec]:
@@ -272,7 +272,7 @@ class Blueprint:
         if self.config.moe_bias:
             tensors["bias"] = specs.tensor(f"{_ROUTER}.bias", experts)
         if self.config.e_score_correction_bias:
-            # transformers keeps it in fp32 in models in bf16, too.
+            # transformers keeps it in fp32, also in models in bf16.
             name = f"{_ROUTER}.e_score_correction_bias"
             tensors["correction"] = specs.tensor(name, experts, dtype=torch.float32)
         if self.config.per_expert_scale:
@@ -375,8 +375,8 @@ class Blueprint:
     ) -> LinearSpec:
         """Return a matrix of this type, or a dense one if its shape does not fit the type.
 
-        parts: how many matrices lie one above the other and are used apart. Each has to be of whole
-        bands. Of a single one, rows of zeros fill up the last band.
+        parts: how many matrices lie one above the other and are used apart. Each needs whole bands.
+        In a single matrix, rows of zeros fill up the last band.
         """
         stored = self.quantization
         scales = self.quantization.scales

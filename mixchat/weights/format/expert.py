@@ -26,7 +26,7 @@ from mixchat.weights.matrix.linear import LinearSpec, PackedLinear, as_packed
 from mixchat.weights.matrix.on_device import build_linear
 from mixchat.weights.matrix.quant_type import Linear
 
-# Arguments of a product: those that an expert has, and those that its rows give.
+# Arguments of a product: those that depend on the expert, and those that depend on its rows.
 _OF_MATRIX = "codes", "absmax", "bias"
 _OF_ROWS = "x_integers", "x_scales", "x_sums", "out", "tokens", "slots_taken"
 
@@ -40,7 +40,7 @@ class Expert:
     swiglu: Swiglu
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """Return w2(silu(w1 x) * w3 x), [n, D], or with the product that the model has."""
+        """Return w2(silu(w1 x) * w3 x) of x [n, D], [n, D], or with the model's other product."""
         return self.down(self.swiglu(self.gate_up(x, exact=exact)), exact=exact)
 
     @cached_property
@@ -61,7 +61,7 @@ class Expert:
 
     @property
     def form(self) -> Hashable:
-        """Return what all experts have in common that `ExpertSlots` of this one take."""
+        """Return a key. `ExpertSlots` of this expert take all experts with an equal one."""
         return as_packed(self.gate_up).form, as_packed(self.down).form, self.swiglu
 
 
@@ -69,8 +69,8 @@ class ExpertSlots:
     """Stages that compute the experts of rows of x [N, D], with `exact`.
 
     Each of P slots takes an expert of the form of `expert`, and up to N rows. A pair is a row and
-    an expert that it has chosen. After `arrange` and the stages `outputs` [P, D] has the output of
-    each pair in the row that `places` [P] says.
+    an expert that it has chosen. After `arrange` and the stages, the output of pair p is row
+    `places[p]` of `outputs` [P, D].
     """
 
     def __init__(self, expert: Expert, x: torch.Tensor, pairs: int) -> None:

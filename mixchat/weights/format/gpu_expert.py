@@ -24,7 +24,7 @@ class GpuExpertForm(NamedTuple):
 
 
 def expert_form(spec: ExpertSpec, device: torch.device) -> GpuExpertForm:
-    """Return the form of an expert's block. `form.is_supported` tells if kernels take it."""
+    """Return the form of an expert's block. `form.is_supported` tells whether kernels take it."""
     down_at = spec.gate_up.nbytes
     swiglu = spec.swiglu
     parts = (_part(spec.gate_up, 0), _part(spec.down, down_at))
@@ -34,11 +34,11 @@ def expert_form(spec: ExpertSpec, device: torch.device) -> GpuExpertForm:
 
 
 def _part(spec: LinearSpec, start: int) -> ExpertMatrix:
-    """Return where the tensors of a matrix lie that begins at byte `start`."""
+    """Return the offsets of the tensors of a matrix, which begins at byte `start` of the block."""
     places = []
     for tensor in spec.tensors:
         places.append(start)
         start += tensor.nbytes
     bias_at = places.pop() if spec.bias else None
-    # A dense matrix has no absmax, which nothing reads then.
+    # A dense matrix has no absmax. Its offset is not read.
     return ExpertMatrix(form_of(spec), codes_at=places[-1], absmax_at=places[0], bias_at=bias_at)

@@ -56,7 +56,8 @@ class InstalledModel:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._files: list[SafetensorsFile] = []
-        # A new model can take this one's place meanwhile. Files of both look like a damaged model.
+        # A new model can take this one's place meanwhile. Then files of both models are read, and
+        # look damaged.
         stamp = _stamp(directory)
         try:
             self.manifest = read_manifest(directory)
@@ -133,12 +134,12 @@ class InstalledModel:
 
 
 def _stamp(directory: Path) -> tuple[int, int] | None:
-    """Return what differs if another model has taken this one's place."""
+    """Return numbers that differ once another model has taken this one's place."""
     try:
         status = (directory / MANIFEST_FILE).stat()
     except OSError:
         return None
-    return status.st_ino, status.st_mtime_ns  # an inode's number may be used again
+    return status.st_ino, status.st_mtime_ns  # an inode can be used again
 
 
 def _other_tensors(path: Path) -> CheckpointError:

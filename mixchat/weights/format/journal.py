@@ -35,7 +35,7 @@ class Journal:
             lines = read_bytes(self._path, follow=False).splitlines(keepends=True)
         except CheckpointError:
             return
-        # A power cut can leave half a line, or zeros. All before it counts.
+        # A power cut can leave half a line, or zeros. All lines before that count.
         for line in lines:
             try:
                 record: Any = json.loads(line) if line.endswith(b"\n") else None
@@ -55,7 +55,8 @@ class Journal:
         try:
             source = Source(**(self.head or {})["source"])
             texts = [text for text in (source.commit, source.revision) if text is not None]
-            # Raises for what is no text, and for half of a surrogate pair, which JSON can hold.
+            # This raises for values that are no text, and for half of a surrogate pair, which JSON
+            # can hold.
             "".join([source.repo, *texts]).encode()
         except (KeyError, TypeError, UnicodeEncodeError):
             return None
@@ -68,7 +69,7 @@ class Journal:
     def start(self, head: dict[str, Any]) -> None:
         """Prepare the file for further lines. Another head replaces it."""
         if self.head == head:
-            with self._opened() as journal:  # what follows half a line would not be read
+            with self._opened() as journal:  # lines after half a line would not be read
                 journal.truncate(self._whole)
         else:
             self.head = head

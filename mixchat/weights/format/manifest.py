@@ -264,7 +264,7 @@ def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
     }
     for key, allowed in (_QUANTIZATION | depending).items():
         value = quantization.get(key)
-        # By type, too, since 64.0 == 64 and True == 1.
+        # The types are compared, too, since 64.0 == 64 and True == 1.
         if not any(value == known and type(value) is type(known) for known in allowed):
             raise _unreadable(path, f"{key} {value!r:.40} is not known to this mixchat")
 

@@ -84,17 +84,19 @@ def _attention(specs: LayerSpecs) -> MixerSpec:
         for role, count in (("q_norm", heads), ("k_norm", groups)):
             columns = count * width if together else width
             tensors[role] = specs.norm(f"{own}{role}.weight", columns)
-    if config.attention_sinks:  # a logit for each head, which joins the sum of its softmax
+    if config.attention_sinks:  # a logit for each head, which is added to the sum of its softmax
         tensors["sinks"] = specs.tensor(f"{own}sinks", heads)
     return MixerSpec({"qkv_proj": qkv, "o_proj": out}, tensors)
 
 
 def _latent_attention(specs: LayerSpecs) -> MixerSpec:
-    """Return the latents of queries above those of keys and values, and what is made of them.
+    """Return the matrices that make the latents, and those that make heads of them.
 
-    Without a latent of queries, `a_proj` has the queries themselves there. Queries are the columns
-    of all heads that do not rotate, then those that do. Each head has a matrix from its query to
-    the latent of keys, one above the other in `k_b_proj`, and one from the latent to its value.
+    In `a_proj` the latent of queries is above the latent of keys and values. Without a latent of
+    queries, the queries themselves are there. Of the queries, the columns of all heads that do not
+    rotate come first, then those that rotate. `k_b_proj` has a matrix for each head, from its query
+    to the latent of keys, one above the other. `v_b_proj` has a matrix for each head, from the
+    latent to its value.
     """
     config = specs.config
     hidden = specs.config.hidden_size
@@ -122,7 +124,7 @@ def _latent_attention(specs: LayerSpecs) -> MixerSpec:
 def _delta_net(specs: LayerSpecs) -> MixerSpec:
     """Return q above k above v above z, which gates the output, and the small matrix of b and a.
 
-    The norm rounds before it multiplies by its weights, whatever the other norms do.
+    This norm always rounds before it multiplies by its weights.
     """
     config = specs.config
     hidden = specs.config.hidden_size
@@ -162,7 +164,7 @@ def _short_conv(specs: LayerSpecs) -> MixerSpec:
 def _mamba(specs: LayerSpecs) -> MixerSpec:
     """Return C above B above x above z, which gates the output, and the small matrix of dt.
 
-    The roles are a DeltaNet's, whose class computes it, and so is the order.
+    The roles and their order are a DeltaNet's, because the same description computes it.
     """
     config = specs.config
     hidden = specs.config.hidden_size

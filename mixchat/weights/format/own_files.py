@@ -23,7 +23,7 @@ from mixchat.base.files import TEMPORARY_SUFFIX
 from mixchat.base.machine import disk_usage
 from mixchat.weights.format.manifest import MANIFESTS, is_installed, read_either_manifest
 
-# The small files of a checkpoint, which its model takes over.
+# The small files of a checkpoint, which an installed model has, too.
 COMPANION_FILES = (
     "config.json",
     "generation_config.json",

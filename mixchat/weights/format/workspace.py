@@ -13,7 +13,8 @@ The swap exchanges model/ and tiny/ in one step, so that a process can be killed
 journal has the `base` of the installed model. If that has changed, the new model has taken its
 place, and `settle` removes what is left.
 
-All is mixchat's, but for the files in old/ that mixchat did not write. They return to the model.
+All of it is mixchat's, except for files in old/ that mixchat did not write. These return to the
+model's directory.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def is_resumable(target: Path) -> bool:
 
 
 def base_of(target: Path) -> str | None:
-    """Return what differs between the models that are installed in turn, None without one.
+    """Return a text that differs for each model installed here in turn, None without a model.
 
     A repaired model has the manifest that it had, but another inode.
     """
@@ -107,7 +108,7 @@ def put_aside(target: Path) -> None:
 
 
 def settle(target: Path) -> None:
-    """Finish a swap that was cut off, and remove a workspace of no use, with the model's lock."""
+    """With the model's lock, finish a swap that was cut off, and remove a useless workspace."""
     target, place = real_path(target), workspace(target)
     for path in (place, *entries_of(place)):
         if path.is_symlink():  # a link must not choose where files are written
@@ -121,12 +122,12 @@ def settle(target: Path) -> None:
 
 
 def clear(target: Path, keep: Collection[str] = ()) -> None:
-    """Remove what is in a workspace, but for `keep`. A model that is there counts as old."""
+    """Empty a workspace, except for `keep`. A finished model in it counts as the old one."""
     place = workspace(target)
     if is_installed(place / MODEL_DIR):
         _drop_old(target)
         os.rename(place / MODEL_DIR, place / OLD_DIR)
-    # The journal goes last. Without it, nothing shows that the workspace is of no use.
+    # The journal goes last, because it shows that the workspace is useless.
     for path in sorted(entries_of(place), key=lambda path: path.name == JOURNAL_FILE):
         if path.name not in (OLD_DIR, *keep):
             remove_path(path)

@@ -40,7 +40,7 @@ _COMPONENTS = ("absmax", "quant_map", *_NESTED, *_STATES.values())
 _MAX_STATE = 4096  # bytes of JSON
 _KEYS = frozenset(("quant_type", "blocksize", "dtype", "shape"))
 _NESTED_KEYS = frozenset(("nested_blocksize", "nested_dtype", "nested_offset"))
-_BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes' own, less 32
+_BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes' sizes without 32
 _FLOATS = ("bfloat16", "float16", "float32")
 # The values of `bnb_4bit_quant_storage`, with the same bytes.
 _STORAGE = (torch.uint8, torch.int8, *(getattr(torch, name) for name in _FLOATS), torch.float64)
@@ -92,7 +92,7 @@ def read_matrix(
     levels = _LEVELS[named]
     state = _read_state(matrix, named, [rows, columns])
     stored_levels = matrix.numbers("quant_map", torch.float32, 16)
-    # Not bit by bit, because devices round the table differently.
+    # Not compared bit by bit, because devices round the table differently.
     if not torch.allclose(stored_levels, levels, rtol=0, atol=1e-6):
         raise CheckpointError(f"{name}.quant_map: not the table of {named}")
     codes = matrix.read(name)
@@ -119,7 +119,7 @@ class _Components:
         return self.get(name)
 
     def numbers(self, component: str, dtype: torch.dtype, count: int) -> torch.Tensor:
-        """Read a component, `count` finite numbers of this type."""
+        """Read a component. It has to be `count` finite numbers of this type."""
         name = f"{self.name}.{component}"
         tensor = self.read(name)
         if tensor.dtype != dtype or tuple(tensor.shape) != (count,):

@@ -31,14 +31,14 @@ from mixchat.weights.matrix.gptq import (
 )
 from mixchat.weights.matrix.quant_type import BLOCKSIZE, Encoded, Inputs, Way
 
-Pack = Callable[[torch.Tensor], torch.Tensor]  # of codes [B, 64], one a byte
+Pack = Callable[[torch.Tensor], torch.Tensor]  # packs codes [B, 64], one a byte
 # The least absmax that bitsandbytes divides by.
 _TINY = 1e-38
 _PIECE = 2**19  # weights in one pass
-# Each takes about 13 MB. More would mostly wait for Python's lock.
+# A thread takes about 13 MB. More threads would mostly wait for Python's lock.
 _MAX_THREADS = 6
-_STEPS = 512  # of the table, from 0 to 1
-# More than rounding can add to the squared error of a block with absmax 1.
+_STEPS = 512  # rows of the table from 0 to 1
+# A margin above the rounding errors in the squared error of a block with absmax 1.
 _MARGIN = 1e-5
 
 
@@ -165,7 +165,7 @@ def _rounded(
     ) -> None:
         weights = weights.to(torch.bfloat16).float()
         absmax = weights.abs().amax(-1)
-        # A product with 1 / absmax, because bitsandbytes rounds so.
+        # Like bitsandbytes, this multiplies by 1 / absmax, which rounds differently than dividing.
         scaled = weights * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(-1)
         separate = grid.nearest(scaled)
         scales.copy_(absmax)
@@ -189,10 +189,10 @@ def each_in_threads(work: Callable[..., None], *tensors: tuple[torch.Tensor, int
     alone = functools.partial(torch.set_num_threads, 1)
     pieces = [torch.split(tensor, length) for tensor, length in tensors]
     try:
-        # Keeps torch from starting threads in a thread, and in those that start later.
+        # This keeps torch from starting threads of its own in a thread, and in later ones.
         with ThreadPoolExecutor(min(threads, _MAX_THREADS), initializer=alone) as pool:
-            # A caller's inference mode holds for its own thread only. As a list, it raises what a
-            # thread raised.
+            # A caller's inference mode holds for its own thread only. `list` raises the errors of
+            # threads.
             list(pool.map(torch.inference_mode()(work), *pieces))
     finally:
         torch.set_num_threads(threads)
@@ -207,8 +207,8 @@ def _search(
     importance: torch.Tensor | None,
 ) -> None:
     """Replace the scales and codes of blocks that a factor of the grid makes better."""
-    # The table has the errors of all factors by weight / absmax, rounded to 1/512. One look-up and
-    # sum of rows takes the place of 32 trials, and the best factor is then tried exactly.
+    # The table has the errors of all factors by weight / absmax, rounded to 1/512. One look-up with
+    # a sum of rows replaces 32 trials. Then the best factor is tried exactly.
     steps = (scaled * _STEPS + (_STEPS + 0.5)).to(torch.int32)
     errors = torch.nn.functional.embedding_bag(
         steps, grid.error_table, mode="sum", per_sample_weights=importance
@@ -222,7 +222,7 @@ def _search(
     # If the trial is 0 or infinite, this compares 0 with 0, or NaN, which is not better.
     better = trial_error < error - _MARGIN * (1 if importance is None else importance.amax(-1))
     torch.where(better, trial, scales, out=scales)
-    # Eight codes at once, as one number of 64 bits.
+    # Eight codes are chosen at once, as one number of 64 bits.
     wide = codes.view(torch.int64)
     trial_wide = trial_codes.view(torch.int64)
     torch.where(better.unsqueeze(-1), trial_wide, wide, out=wide)

@@ -1,7 +1,7 @@
 """Reads matrices in the types of llama.cpp's GGUF files. All of it is untrusted.
 
-A row is a row of blocks, such as 256 weights of Q4_K in 144 bytes. The package gguf knows the
-types, and what their blocks hold.
+A row is a row of blocks, such as 256 weights of Q4_K in 144 bytes. The package gguf decodes the
+blocks of each type.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class GgufSpec(TensorSpec):
 
     @property
     def weights(self) -> tuple[int, ...]:
-        """Return the shape in weights."""
+        """Return the shape, counted in weights."""
         block, nbytes = _block(self.ggml_type)
         return (*self.shape[:-1], self.shape[-1] // nbytes * block)
 

@@ -1,10 +1,10 @@
 """Rounds a matrix by GPTQ (Frantar et al., arXiv:2210.17323).
 
-Columns are rounded one after the other. Later columns make up for what that changes in the
-products. H is the mean of x x^T over the inputs x, and H = F D F^T with D diagonal and F an upper
-triangle with ones on its diagonal. If rounding took e off column i, column j > i changes by
-e * F[i, j]. That is the same as GPTQ (Chee et al., arXiv:2307.13304), which needs the factor of
-inverse(H), and takes a quarter of the time.
+Columns are rounded one after the other. Later columns make up for the changes in the products. H is
+the mean of x x^T over the inputs x, and H = F D F^T with D diagonal and F an upper triangle with
+ones on its diagonal. If rounding took e off column i, column j > i changes by e * F[i, j]. That is
+the same as GPTQ (Chee et al., arXiv:2307.13304), which needs the factor of inverse(H), and takes a
+quarter of the time.
 
 With few rows, H is mostly noise, so it is shrunk toward its diagonal.
 
@@ -23,19 +23,19 @@ from mixchat.weights.matrix.quant_type import BLOCKSIZE, Inputs
 
 _PIECE = 4096  # rows that are widened or multiplied at once
 _BAND = 1024  # rows of H that are computed at once
-_PRIOR = 32  # inputs whose columns are alike, added to the real ones
+_PRIOR = 32  # the weight of the prior, in inputs whose columns are alike
 _FITTED = 512  # rows whose scales are fitted at once
-_LEAST_CHANGE = 0.25  # of a fitted scale, to the one before
+_LEAST_CHANGE = 0.25  # the least quotient of a fitted scale and the one before
 _TINY = 1e-38
-# Takes the index of a column, its values [R] and scales [R]. Returns what it is rounded to.
+# Takes the index of a column, its values [R] and scales [R]. Returns the rounded values [R].
 Rounder = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def shrinkage(rows: int, columns: int) -> float:
-    """Return by how much H of `rows` inputs is shrunk. 1 leaves nothing but its diagonal.
+    """Return the factor by which H of `rows` inputs is shrunk. 1 leaves only its diagonal.
 
-    On the demo's matrices it was best or within 3% of the best of several formulas, for other texts
-    than were calibrated with.
+    Of several formulas, this one was best on the demo's matrices or within 3% of the best, for
+    texts that were not used for calibrating.
     """
     return math.sqrt(columns / (columns + rows))
 
@@ -55,7 +55,7 @@ def feedback_of(inputs: torch.Tensor) -> Feedback:
     kept = 1 - shrinkage(*inputs.shape)
     correlations = torch.zeros(len(sizes), len(sizes))
     for piece in torch.split(inputs, _PIECE):
-        # Reversed, because Cholesky's lower factor of this is an upper one of H.
+        # The columns are reversed, because Cholesky's lower factor then is an upper factor of H.
         scaled = piece.flip(-1).float().div_(sizes.flip(0))
         for start in range(0, len(sizes), _BAND):
             end = start + _BAND  # the upper triangle is not needed
@@ -163,7 +163,7 @@ def round_columns(
 
     Returns what they are rounded to. `scales` [R, C / 64] are fp32. `factor` is F.
     """
-    remaining = weight.float().T.contiguous()  # [C, R], with what earlier columns have lost
+    remaining = weight.float().T.contiguous()  # [C, R], with the errors of earlier columns added
     for block, scale in enumerate(scales.T):
         start = block * BLOCKSIZE
         end = (block + 1) * BLOCKSIZE
@@ -174,7 +174,7 @@ def round_columns(
             columns[number] = rounded(index, columns[number], scale)
             error -= columns[number]
             columns[number + 1 :].addr_(factor[index, index + 1 : end], error)
-        # Later blocks get the errors of 64 columns in one product, which reads them once.
+        # Later blocks get the errors of 64 columns in one product, so they are read once.
         remaining[end:].addmm_(factor[start:end, end:].T, errors)
     return remaining.T
 
@@ -211,5 +211,5 @@ def _fitted(
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + _TINY
     fitted: torch.Tensor = torch.linalg.solve(normal, rhs)
-    # No scale may vanish or change its sign. Such a block keeps the old one.
+    # A scale may not vanish or change its sign. Such a block keeps the old scale.
     return fitted.where(fitted / old > _LEAST_CHANGE, old).flip(-1)

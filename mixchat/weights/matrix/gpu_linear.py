@@ -17,7 +17,7 @@ from mixchat.kernels.gpu.product import MANY, Form, Matrix, product
 from mixchat.weights.matrix.linear import TYPES, LinearSpec
 from mixchat.weights.matrix.quant_type import Linear, QuantType
 
-_PIECE = 2**25  # weights that are dense at once: 64 MiB in 16 bits
+_PIECE = 2**25  # weights that are decoded at once: 64 MiB in 16 bits
 
 
 class GpuLinear:

@@ -4,11 +4,11 @@ A code is a number from 0 to 63, and a weight is (code - 32) / 32 times the scal
 scale is chosen for the least error (`encode.py`) and can be negative, so that the largest weight of
 a block is at the end that has one level more.
 
-The low four bits of codes and the others lie apart. Rows are taken 32 at a time, and columns 8 at
-a time. A line is 32 words of 16 bits, for row 0 of one column, row 0 of the next, row 1 of
-the first, and so on up to row 15. Code 2p of a word is of a pair of columns p, and code 2p + 1 of
-the same pair, 16 rows on. Low lines hold the low bits of four codes in a word. The last line holds
-the other bits of them all.
+The low four bits of codes and the others lie apart. Rows are taken 32 at a time, and columns 8 at a
+time. A line is 32 words of 16 bits, for row 0 of one column, row 0 of the next, row 1 of the first,
+and so on up to row 15. Code 2p of a word belongs to the pair of columns p. Code 2p + 1 belongs to
+the same pair, 16 rows later. Low lines hold the low bits of four codes in a word. The last line
+holds the other bits of them all.
 
 In the order of the rows each block has 32 bytes with the low bits of two codes, the earlier one in
 the low nibble. Then come 16 bytes with the other bits of 4 codes, the first one lowest.
@@ -28,7 +28,7 @@ from mixchat.weights.matrix.quant_type import BLOCKSIZE, BlockCodes, Encoded, In
 # Rows that are encoded at once. A head of 151,936 rows and 2,048 columns is 1.2 GB in fp32.
 ROWS_AT_ONCE = 2**14
 _EXTRA = 6 - LOW_BITS  # bits of a code in the high line
-_COLUMNS = 16 // _EXTRA  # whose codes lie in one high line, of words of 16 bits
+_COLUMNS = 16 // _EXTRA  # columns with their codes in one high line, which has words of 16 bits
 _HALF = 32
 
 
@@ -49,12 +49,12 @@ class _Int6Codes(BlockCodes):
 
     def __init__(self) -> None:
         levels = torch.arange(-_HALF, _HALF) / _HALF
-        self._grid = _EvenGrid(levels, 0.94, 1.09)  # 1 is one of the factors
+        self._grid = _EvenGrid(levels, 0.94, 1.09)  # the factors include 1
 
     def codes(
         self, weight: torch.Tensor, *, search: bool = True, inputs: Inputs | None = None
     ) -> Encoded:
-        """Search always. Codes are flat [R * C / 64 * bytes of a block]."""
+        """Return flat codes [R * C / 64 * bytes of a block], and scales, always searched."""
         pieces = [
             encode(self._grid, piece, self._pack_blocks, search=True, inputs=inputs)
             for piece in torch.split(weight, ROWS_AT_ONCE)

@@ -68,13 +68,13 @@ class PackedLinear:
 
     @property
     def form(self) -> Hashable:
-        """Return what all matrices have in common whose steps differ in `addresses` alone."""
+        """Return a key. The steps of matrices with equal keys differ only in `addresses`."""
         matrix = self.matrix
         levels = 0 if matrix.levels is None else matrix.levels.data_ptr()
         return matrix.shape, matrix.units.bits, levels, matrix.bias is not None
 
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> tuple[Step, Step]:
-        """Return the steps that write `__call__` of x [N, C] with `exact` to `out` [N, R].
+        """Return the steps of an exact product of x [N, C], which write `out` [N, R].
 
         The second one needs the first. They do not keep the matrix alive.
         """
@@ -92,7 +92,7 @@ class PackedLinear:
 
 
 class BiasedLinear:
-    """A map and what it adds to each row, [R]."""
+    """A linear map with a bias [R], which is added to each row."""
 
     def __init__(self, linear: Linear, bias: torch.Tensor) -> None:
         self._linear = linear
@@ -110,7 +110,7 @@ def as_packed(matrix: Linear) -> PackedLinear:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """The form in which a matrix is stored, and its bias, fp32 [R], after it."""
+    """The form in which a matrix is stored. Its bias, fp32 [R], comes after it."""
 
     name: str
     rows: int
@@ -142,7 +142,7 @@ class LinearSpec:
         return quantization
 
     def arithmetic(self, device: torch.device, *, exact: bool) -> str:
-        """Return a name for how many rows are computed there. If it is equal, so are the bits."""
+        """Return a name of the arithmetic for many rows there. Equal names give equal bits."""
         if device.type != "cpu":
             return gpu.name(device)
         if self.quant_type == "none":

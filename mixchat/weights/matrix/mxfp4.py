@@ -4,8 +4,8 @@ A code is a float of 4 bits (e2m1): a sign, two bits of exponent and one of mant
 that number times a power of two. `absmax` holds the exponent of the power plus 127 (E8M0) in a
 byte, so that a weight takes 4.25 bits. Codes are ordered as in `nf4.py`.
 
-Models are published in MXFP4. It has fewer levels near 0 than NF4, and its scales are coarse, so
-that nothing else is quantized to it.
+Models are published in MXFP4. It has fewer levels near 0 than NF4, and coarse scales, so no other
+model is quantized to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mixchat.weights.matrix.encode import each_in_threads
 from mixchat.weights.matrix.nf4 import NibbleCodes, two_a_byte
 from mixchat.weights.matrix.quant_type import Encoded, Inputs
 
-LARGEST_SCALE = 252  # 2^125, with which 6 is still a float
+LARGEST_SCALE = 252  # 2^125; the largest level, 6, times 2^126 would be no float
 _BLOCKSIZE = 32
 _MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _BOUNDARIES = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / 2
@@ -43,7 +43,8 @@ class _Mxfp4Codes(NibbleCodes):
         return codes, absmax
 
     def scales(self, absmax: torch.Tensor) -> torch.Tensor:
-        # 2^-127 alone is too small for the exponent of a float, and has half of the least one's.
+        # 2^-127 has no exponent among normal floats. It is a denormal one: half of the least normal
+        # float.
         return (absmax.int() << 23).clamp(min=1 << 22).view(torch.float32)
 
 
@@ -53,7 +54,8 @@ MXFP4 = _Mxfp4Codes()
 def _encode_piece(weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     blocks = weight.float().view(-1, _BLOCKSIZE)
     largest = blocks.abs().amax(-1).view(torch.int32)
-    # It becomes 3.5 to 7, which is rounded to 4 or 6. The exponent begins at bit 23.
+    # The scale brings the largest weight to 3.5 to 7, which is rounded to 4 or 6. The exponent
+    # begins at bit 23.
     absmax.copy_(((largest + (1 << 21) >> 23) - 2).clamp(0, LARGEST_SCALE))
     scaled = blocks / MXFP4.scales(absmax).unsqueeze(-1)
     nearest = torch.bucketize(scaled.abs(), _BOUNDARIES, out_int32=True)

@@ -5,8 +5,8 @@ In place of a stack X [E, in, out] of matrices (or of its fourth part `X[3]`, wh
     X_blocks   U8 [E, out, in / 32, 16], two codes a byte, the even column's in the low nibble
     X_scales   U8 [E, out, in / 32], the exponent of each block of 32 columns
 
-So rows and columns are those of the matrix that is multiplied, [out, in], and X is its transpose.
-All of it is untrusted.
+So rows and columns belong to the matrix of the product, [out, in], and X is its transpose. All of
+it is untrusted.
 """
 
 from __future__ import annotations

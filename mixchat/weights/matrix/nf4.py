@@ -55,9 +55,9 @@ class Quantized4bit:
     rows: int
     columns: int
     codes: torch.Tensor  # uint8
-    # One a block. In place of bf16 it can be fp32, as bitsandbytes computes with it.
+    # One for each block. It can be fp32 in place of bf16, as bitsandbytes computes with fp32.
     absmax: torch.Tensor
-    levels: torch.Tensor | None = None  # of the codes, if they are others than the type's
+    levels: torch.Tensor | None = None  # of the codes, None for the type's own
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix [rows, columns] as `dtype` (bf16, fp16, fp32)."""

@@ -26,27 +26,27 @@ QuantType = Literal["nf4", "mxfp4", "int6", "int8", "trellis2", "trellis3", "non
 Shape = tuple[int, int]  # R, C
 Encoded = tuple[torch.Tensor, torch.Tensor]  # codes and absmax
 RecordRows = Callable[[torch.Tensor], object]
-Way = Literal["plain", "weighted", "gptq"]  # to choose codes and scales for given inputs
+Way = Literal["plain", "weighted", "gptq"]  # the way to choose codes and scales for inputs
 
 
 class Inputs(NamedTuple):
-    """Rows that a matrix is multiplied with, which its codes then suit."""
+    """Inputs of a matrix, for which its codes are chosen."""
 
-    fit: torch.Tensor  # rows [n, C] for which each way is tried
-    held_out: torch.Tensor  # others [m, C], which decide between the ways
-    # Called with the way taken, and the sum of squared errors of the products with `held_out` in
-    # that way and in the plain one.
+    fit: torch.Tensor  # inputs [n, C] for which each way chooses codes
+    held_out: torch.Tensor  # other inputs [m, C], which decide between the ways
+    # Called with the chosen way, and with the sums of squared errors of products with `held_out`,
+    # for this way and for the plain one.
     chosen: Callable[[Way, float, float], object]
-    # `fit` and `held_out` as they are if no matrix before this one is rounded. Products with them
-    # are what the rounded matrix should come near to.
+    # `fit` and `held_out` as they would be if no matrix before this one was rounded. The products
+    # of the rounded matrix should come near to products with these inputs.
     exact: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Linear(Protocol):
     """A map from [..., C] to [..., R].
 
-    `exact` means batch invariant. A token's result then has the same bits however many are computed
-    with it, if `LinearSpec.can_be_exact`.
+    `exact` means batch invariant. A token's result then has the same bits, whatever other tokens
+    are computed with it, if `LinearSpec.can_be_exact`.
     """
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor: ...
@@ -144,10 +144,10 @@ class BlockCodes(QuantizationType):
 
     Their order is the same on disk and in every memory. Bands of 32 rows (64 in a trellis) come one
     after the other, and within a band the rows are interleaved, as the kernels read them. Rows of
-    zeros fill up the last band, so that S rows are stored. So a thread reads codes and scales as
-    two streams: `absmax` is [S / band, C / blocksize, band].
+    zeros fill up the last band, so that S rows are stored. A thread reads codes and scales as two
+    streams: `absmax` is [S / band, C / blocksize, band].
 
-    Only while a model is made there are codes in the order of the rows. `pack` orders them.
+    Codes are in the order of the rows only while a model is made. `pack` orders them.
     """
 
     units: UnitSet  # of the kernel
@@ -180,7 +180,7 @@ class BlockCodes(QuantizationType):
         return self.pack(codes, absmax, weight.shape[1])
 
     def build(self, tensors: Sequence[torch.Tensor], shape: Shape) -> Linear:
-        """Return the map for devices without a kernel. It is right, and slow."""
+        """Return the map for devices without a kernel. It is slow."""
 
         def multiply(x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
             pieces = self.rows_of(tensors, shape, x.dtype)
@@ -206,7 +206,7 @@ class BlockCodes(QuantizationType):
         """Return the numbers of some bands before their scale, fp32 [rows, C]."""
 
     def scales(self, absmax: torch.Tensor) -> torch.Tensor:
-        """Return what the numbers of the codes are multiplied with, fp32."""
+        """Return the factors of the decoded numbers, fp32, in the shape of `absmax`."""
         return absmax.float()
 
     def packed_scales(self, absmax: torch.Tensor) -> torch.Tensor:
@@ -226,7 +226,7 @@ class BlockCodes(QuantizationType):
         scales = _filled_up(absmax, rows * columns // self.blocksize)
         scales = scales.view(-1, self.units.band, columns // self.blocksize)
         result = codes.new_empty(rows * columns * self.bits // 8)
-        # Some bands at a time, which bounds the memory.
+        # Only some bands are packed at a time, which bounds the memory.
         band = columns * self.units.band  # weights
         size = max(1, _REORDERED // band) * band * self.bits // 8
         for old, new in zip(torch.split(codes, size), torch.split(result, size), strict=True):
@@ -267,7 +267,7 @@ class BlockCodes(QuantizationType):
 
 @functools.cache
 def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a copy of a constant that each device keeps. A new one would wait for a GPU."""
+    """Return a constant on a device, which keeps the copy. Another copy would wait for a GPU."""
     return table.to(device)
 
 

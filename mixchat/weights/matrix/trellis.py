@@ -8,14 +8,16 @@ the search (`trellis_encode.py`) can choose among more sequences than separate c
     subset = (window * FACTOR mod 2^16) >> 12
     index = subset + 16 * bit j of the first plane + 32 * bit j of the second plane
 
-The number is an integer out of a table of 32 (or 64), which suits normal numbers. The search leaves
-0.077 of their mean square as an error in 2 bits, and four separate levels leave 0.117. In 3 bits it
-leaves 0.020, and eight levels 0.035 (trellis coded quantization, Marcellin and Fischer 1990).
+The number is an integer out of a table of 32 (or 64), which suits normal numbers. In 2 bits the
+search leaves an error of 0.077 of their mean square, and four separate levels would leave 0.117. In
+3 bits it leaves 0.020, and eight levels would leave 0.035 (trellis coded quantization, Marcellin
+and Fischer 1990).
 
-A scale is a float of 8 bits without a sign, with 5 bits of exponent and 3 of mantissa. 0 is 0. A
-number errs about as much wherever it lies, up to the largest number of the table. So a block's
-scale is chosen for the least sum of two errors: the mean error of numbers times the square of the
-scale, for each weight, and the squares of what larger weights have beyond the largest number.
+A scale is a float of 8 bits without a sign, with 5 bits of exponent and 3 of mantissa. 0 is 0. The
+error of a number is about the same wherever the number lies, up to the largest number of the table.
+So a block's scale is chosen for the least sum of two errors: the mean error of numbers times the
+square of the scale, for each weight, and the squares by which larger weights exceed the largest
+number.
 
 In the order of the rows, for each band of 64 rows and each column, there is the ring in 64 bits,
 then each plane. `kernels/cpu/trellis_units.py` describes the order of the kernels.
@@ -53,14 +55,14 @@ from mixchat.weights.matrix.trellis_table import TrellisTable
 
 _PIECE = 2**22  # weights that are rounded in one pass
 _TINY = 1e-38
-_FACTORS = torch.logspace(-0.2, 0.52, 22)  # of scales, times the root of a block's mean square
-_SCALE_BITS = 20  # of a float below those of a scale
-_EXPONENTS = 2.0**SCALE_EXPONENT  # makes an exponent of 8 bits out of one of 5
-_SMALLEST, _LARGEST = 8, 255  # bytes of scales, but for 0
+_FACTORS = torch.logspace(-0.2, 0.52, 22)  # that are tried, of the root of a block's mean square
+_SCALE_BITS = 20  # of a float's mantissa that a scale lacks
+_EXPONENTS = 2.0**SCALE_EXPONENT  # turns an exponent of 5 bits into one of 8
+_SMALLEST, _LARGEST = 8, 255  # of the bytes of scales, besides 0
 _FOURS = COLUMNS // 4
 _ROW_WORDS = RING // 16  # of a column
 
-# The last numbers were chosen by the error of products on inputs of two of the demo's layers.
+# The last numbers were chosen by the errors of products in two of the demo's layers.
 # fmt: off
 TABLE_2 = TrellisTable((0, 4, 4, 8, 11, 14, 14, 20, 21, 24, 26, 30, 37, 45, 41, 63), 25.8, 0.0125)
 TABLE_3 = TrellisTable((
@@ -71,7 +73,7 @@ TABLE_3 = TrellisTable((
 
 
 class TrellisCodes(BlockCodes):
-    """Codes of a table."""
+    """Codes of the trellis with one table."""
 
     scale_dtype = torch.uint8
     for_dense_parts = False
@@ -88,7 +90,7 @@ class TrellisCodes(BlockCodes):
     def codes(
         self, weight: torch.Tensor, *, search: bool = True, inputs: Inputs | None = None
     ) -> Encoded:
-        """Search always. Codes and absmax are of whole rings."""
+        """Return codes and absmax of whole rings. The codes are always searched."""
         rows, columns = weight.shape
         whole = functional.pad(weight.float(), (0, 0, 0, -rows % RING))
         plain = _round_plainly(self._table, whole)
@@ -122,7 +124,8 @@ class TrellisCodes(BlockCodes):
         shifts = torch.arange(TURNS, dtype=torch.uint8, device=codes.device)
         turns = bits.unsqueeze(-1) >> shifts & 1
         pairs = turns[..., 0, :] | turns[..., 1, :] << 1  # [..., pass, four, j, column, turn]
-        # A byte holds two bits of four turns: 0 to 3 in the first vectors, 4 to 7 in the second.
+        # A byte holds two bits of each of four turns: turns 0 to 3 in the first vectors, 4 to 7 in
+        # the second.
         fours = pairs.view(*pairs.shape[:-1], 2, 4)
         joined = fours[..., 0] | fours[..., 1] << 2 | fours[..., 2] << 4 | fours[..., 3] << 6
         return torch.cat((ring, joined.movedim(-1, -4).flatten(2)), dim=-1)
@@ -199,7 +202,7 @@ def _rounded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return words [R / 64, n, W] and values [R, n] of weights [R, n] with these scales."""
     rows, columns = weight.shape
-    # The largest scale of a ring counts as 1, so that squares of scales stay in range.
+    # Scales are divided by the largest one of a ring, so that their squares stay in range.
     relative = scale.view(-1, RING, columns)
     relative = relative / relative.amax(1, keepdim=True).clamp(min=_TINY)
     x = (weight / scale.where(scale != 0, 1)).view(relative.shape)

@@ -13,7 +13,7 @@ from mixchat.kernels.cpu.trellis_encode import subset
 from mixchat.kernels.cpu.trellis_units import RING, SUBSET_BITS, WINDOW
 
 _SUBSETS = 1 << SUBSET_BITS
-_ONE = 64  # the integer that stands for the number 1
+_ONE = 64  # the integer of the table that means 1
 _SHIFTS = torch.arange(8, dtype=torch.uint8)
 
 
@@ -37,7 +37,8 @@ class TrellisTable:
     def numbers(self, words: torch.Tensor) -> torch.Tensor:
         """Return the numbers, fp32 [n, 64], of words [n, W, 8]."""
         bits = (words.unsqueeze(-1) >> _SHIFTS.to(words.device) & 1).flatten(-2)  # [n, W, 64]
-        # The ring goes on with its first bits, so that the last windows are slices, too.
+        # The first bits of the ring are repeated at its end, so that the last windows are slices,
+        # too.
         ring = torch.cat((bits[:, 0], bits[:, 0, : WINDOW - 1]), dim=-1)
         window = ring[:, :RING]
         for bit in range(1, WINDOW):
