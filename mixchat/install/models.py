@@ -247,10 +247,10 @@ def default_model() -> str:
 
 def describe(directory: Path) -> ModelEntry:
     """Return the entry of the model in a directory, in any state."""
-    place = workspace(directory)
-    entry = ModelEntry(directory.name, directory, own_bytes(directory) + disk_usage(place))
+    work_dir = workspace(directory)
+    entry = ModelEntry(directory.name, directory, own_bytes(directory) + disk_usage(work_dir))
     if not is_installed(directory):
-        source = Journal(place).source or Source("")
+        source = Journal(work_dir).source or Source("")
         return replace(entry, source=source.repo, commit=source.commit, problem="unfinished")
     try:
         manifest = read_manifest(directory)

@@ -171,10 +171,10 @@ def _choose_types(
     chosen = expected_mix(blueprint, bits)
     if usual_type(bits) is None:
         note("measuring how much each layer loses by noise, to choose its bits")
-        found = measure_sensitivities(
+        sensitivities = measure_sensitivities(
             directory, inputs.text, lambda done, count: on_window(done, count, "", "layers")
         )
-        chosen = choose_mix(blueprint, found, expert_budget(blueprint, bits))
+        chosen = choose_mix(blueprint, sensitivities, expert_budget(blueprint, bits))
         note(f"the experts get {bits_of(chosen):.2f} bits a weight: {summary(chosen)}")
     inputs.write_mix(Mix(str(bits), forms_of(chosen)))
 
@@ -186,15 +186,15 @@ def forecast(plan: DownloadPlan, bits: ExpertSize, *, again: bool) -> str:
     """
     blueprint = plan.blueprint
     config = plan.blueprint.config
-    made = expected_mix(blueprint, bits)
+    model = expected_mix(blueprint, bits)
     directory = machine.nearest_existing(plan.target)
     windows = default_windows(config, directory)
     text = (
-        f"calibrates experts to {bits_of(made):.2f} bits, {format_size(made.size)} in all, because "
-        f"rounding alone would lose more: writes at most {windows} windows of text for at most "
-        f"{format_time(_DEFAULT_TEXT_S)}, and rounds for about "
+        f"calibrates experts to {bits_of(model):.2f} bits, {format_size(model.size)} in all, "
+        f"because rounding alone would lose more: writes at most {windows} windows of text for "
+        f"at most {format_time(_DEFAULT_TEXT_S)}, and rounds for about "
         f"{format_time(_seconds_to_fit(config, windows))}, with "
-        f"{format_least(_disk(blueprint, directory, windows) + made.size)} of disk meanwhile and "
+        f"{format_least(_disk(blueprint, directory, windows) + model.size)} of disk meanwhile and "
         f"{format_least(_memory(blueprint, directory, windows))} of memory"
     )
     if plan.commit is not None and again:

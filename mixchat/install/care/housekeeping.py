@@ -88,14 +88,14 @@ def sweep(*, unfinished: bool = False) -> Iterator[Leftover]:
 
 def _swept(target: Path, unfinished: bool) -> Iterator[Leftover]:
     """Yield the leftovers of a model, and what in its directory is not mixchat's."""
-    place = workspace(target)
-    if os.path.lexists(place):
-        size = disk_usage(place)
+    work_dir = workspace(target)
+    if os.path.lexists(work_dir):
+        size = disk_usage(work_dir)
         settle(target)
         resumable = is_resumable(target) and not unfinished
         if not resumable:
             clear(target)
-        yield Leftover(place, size, "resumable" if resumable else "removed")
+        yield Leftover(work_dir, size, "resumable" if resumable else "removed")
     if not is_installed(target):
         return
     for path in own_files(target):

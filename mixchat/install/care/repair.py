@@ -34,13 +34,13 @@ MISSING = "it is missing"
 
 @dataclass(frozen=True)
 class Damage:
-    """A fault of a file. `place` is a tensor's name, or one of the words above."""
+    """A fault of a file. `detail` is a tensor's name, or one of the words above."""
 
     file: str
-    place: str | None = None
+    detail: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.place}" if self.place else self.file
+        return f"{self.file}: {self.detail}" if self.detail else self.file
 
 
 def verify(directory: Path, progress: Progress) -> list[Damage]:
@@ -86,15 +86,15 @@ def repair(
     with CheckpointReader(checkpoint, manifest.checkpoint) as reader:
 
         def is_damaged(part: ModelPart) -> bool:
-            places = [MISSING, *(spec.name for spec in part.tensors)]
-            return any(Damage(part.file, place) in damages for place in places)
+            details = [MISSING, *(spec.name for spec in part.tensors)]
+            return any(Damage(part.file, detail) in damages for detail in details)
 
         def make(part: ModelPart) -> list[torch.Tensor]:
             if part.linear is not None and part.linear.scales == "calibrated":
-                one, many = ("an expert", "experts") if part.expert else ("a matrix", "matrices")
+                noun, many = ("an expert", "experts") if part.expert else ("a matrix", "matrices")
                 raise CheckpointError(
-                    f"{one} of {part.file} is damaged, and calibrated {many} cannot be rebuilt "
-                    "alone",
+                    f"{noun} of {part.file} is damaged, and calibrated {many} cannot be "
+                    "rebuilt alone",
                     hint=f"Remove the model (mixchat rm {directory.name}), and download it again.",
                 )
             tensors = part.make(checkpoint.index, reader.read)

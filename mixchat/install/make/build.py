@@ -55,9 +55,9 @@ class Build:
         self.target = real_path(target)
         self.source = source
         self.blueprint = blueprint
-        self.place = workspace(target)
-        self.directory = self.place / MODEL_DIR
-        self.journal = Journal(self.place)
+        self.work_dir = workspace(target)
+        self.directory = self.work_dir / MODEL_DIR
+        self.journal = Journal(self.work_dir)
         self.head: dict[str, object] = {
             "format": FORMAT,
             "source": vars(source),
@@ -128,7 +128,7 @@ class Build:
         # Without a journal, the first shard may have been fetched in part.
         same = head is None or head.get("fingerprint") == self.head.get("fingerprint")
         clear(self.target, keep=(INPUTS_DIR, SOURCE_DIR) if same else (INPUTS_DIR,))
-        self.journal = Journal(self.place)
+        self.journal = Journal(self.work_dir)
 
     def save(self, writer: ModelWriter) -> None:
         """Make the written parts and their journal durable."""
@@ -136,7 +136,7 @@ class Build:
         self.journal.save()
 
     def _forget_damaged(self, progress: Progress) -> None:
-        lost = find_damaged(self.place, self.headers, self.journal.made, progress)
+        lost = find_damaged(self.work_dir, self.headers, self.journal.made, progress)
         if count := sum(len(tensors) for tensors in lost.values()):
             self.journal.forget(lost)
             self.find_work()

@@ -95,8 +95,8 @@ class InputsWriter:
         self._temporary.mkdir(parents=True)
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
+    def __exit__(self, error_type: object, *_: object) -> None:
+        if error_type is None:
             for path in self._temporary.iterdir():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
@@ -206,13 +206,13 @@ class Calibrator:
         if part.linear.name == "w2":
             return part.encoded(weight, self._w2_inputs, bias)
         fit, held_out = self._rows(*part.expert)
-        made = part.encoded(weight, Inputs(fit, held_out, self._note), bias)
+        tensors = part.encoded(weight, Inputs(fit, held_out, self._note), bias)
         rounded, exact = (
             [self._gated(matrix, bias, rows) for rows in (fit, held_out)]
-            for matrix in (part.linear.dequantized(made), weight)
+            for matrix in (part.linear.dequantized(tensors), weight)
         )
         self._w2_inputs = Inputs(rounded[0], rounded[1], self._note, (exact[0], exact[1]))
-        return made
+        return tensors
 
     def _gated(
         self, w13: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor
@@ -250,11 +250,11 @@ class Calibrator:
         return torch.arange(len(rows)) // self._window % FOLD == FOLD - 1
 
 
-def _some(every: torch.Tensor, chosen: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+def _some(every: torch.Tensor, chosen: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the rows of a mask [N] whose tokens chose an expert, and a few others."""
-    places = part.nonzero().squeeze(-1)
-    few = places[:: max(1, len(places) // _ROWS_OF_ALL)][:_ROWS_OF_ALL]
-    return torch.cat((every[part & chosen], every[few]))
+    numbers = mask.nonzero().squeeze(-1)
+    few = numbers[:: max(1, len(numbers) // _ROWS_OF_ALL)][:_ROWS_OF_ALL]
+    return torch.cat((every[mask & chosen], every[few]))
 
 
 def check_checkpoint(

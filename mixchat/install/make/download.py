@@ -172,14 +172,14 @@ def _check_same(request: DownloadRequest, target: Path) -> None:
     raise UsageError(f"the model {key!r} is already installed{difference}", hint=hint)
 
 
-def _made_as(request: DownloadRequest, made: dict[str, Any]) -> bool:
+def _made_as(request: DownloadRequest, quantization: dict[str, Any]) -> bool:
     """Return whether a model is quantized as requested. Its scales may be any."""
     options = request.options
 
     def fits(part: str, bits: int | None) -> bool:
-        return bits is None or made[part] == type_of_bits(bits)
+        return bits is None or quantization[part] == type_of_bits(bits)
 
-    same_experts = TYPES[options.quant_type].bits == TYPES[made["quant_type"]].bits
+    same_experts = TYPES[options.quant_type].bits == TYPES[quantization["quant_type"]].bits
     same_experts = same_experts or request.any_experts
     return same_experts and fits("attention", options.attention) and fits("head", options.head)
 

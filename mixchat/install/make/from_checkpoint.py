@@ -45,7 +45,7 @@ class CheckpointBuild(Build):
 
     def find_work(self) -> None:
         super().find_work()
-        self._spill = Spill(self.place, self.journal.made_under(self.head))
+        self._spill = Spill(self.work_dir, self.journal.made_under(self.head))
         needed = {name for part in self.parts for name in part.components(self._index)}
         self.shards = sorted({self._index.shard_of(name) for name in needed - self._spill.names})
 

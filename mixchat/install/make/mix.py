@@ -82,8 +82,8 @@ def mixed(blueprint: Blueprint, forms: Sequence[Form]) -> Blueprint:
 
     The type that w1 and w3 have in most layers is the model's.
     """
-    kinds = [up for up, _ in forms]
-    shared = replace(blueprint.quantization, quant_type=max(kinds, key=kinds.count), down=None)
+    types = [up for up, _ in forms]
+    shared = replace(blueprint.quantization, quant_type=max(types, key=types.count), down=None)
     layers = [replace(shared, quant_type=up, down=down) for up, down in forms]
     return replace(blueprint, quantization=shared, layers=layers_unlike(shared, layers))
 
@@ -134,7 +134,7 @@ def usual_type(bits: ExpertSize) -> QuantType | None:
     """Return the type with these bits if they are whole, None for a mix. Raises `UsageError`."""
     if bits.whole is None:
         return None
-    known = {TYPES[kind].bits for kind in mixable_types()}
+    known = {TYPES[name].bits for name in mixable_types()}
     if bits.whole not in known:
         raise UsageError(
             f"--expert-bits {bits}: experts have {', '.join(map(str, sorted(known)))} bits",

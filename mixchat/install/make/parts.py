@@ -92,9 +92,11 @@ class ModelPart:
         assert self.linear is not None
         return self._padded(self.linear.encode(weight, inputs, bias))
 
-    def _padded(self, made: list[torch.Tensor]) -> list[torch.Tensor]:
-        padding = [torch.zeros(spec.shape, dtype=spec.dtype) for spec in self.tensors[len(made) :]]
-        return made + padding
+    def _padded(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        padding = [
+            torch.zeros(spec.shape, dtype=spec.dtype) for spec in self.tensors[len(tensors) :]
+        ]
+        return tensors + padding
 
     def is_one_matrix(self, index: CheckpointIndex) -> bool:
         """Return whether the part is one matrix of the checkpoint, whole and unchanged."""

@@ -60,8 +60,8 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
 
     Matrices that are quantized stay so. Raises `UsageError` for other bits.
     """
-    given_4bit = index.experts_quant_type
-    quant_type = experts_type(index.where, given_4bit, options.quant_type)
+    checkpoint_type = index.experts_quant_type
+    quant_type = experts_type(index.where, checkpoint_type, options.quant_type)
     shape = Blueprint(index.config, Quantization())
     layers = map(shape.dense_matrices, range(index.config.num_hidden_layers))
     attention = [f"{spec.name}.weight" for layer in layers for spec in layer]
@@ -69,13 +69,13 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
     def type_of(part: str, names: list[str], bits: int | None) -> QuantType:
         sources = [source.name for name in names for source in index.slices(name)]
         if (
-            given_4bit
-            and TYPES[given_4bit].for_dense_parts
-            and all(index.quant_type(source) == given_4bit for source in sources)
+            checkpoint_type
+            and TYPES[checkpoint_type].for_dense_parts
+            and all(index.quant_type(source) == checkpoint_type for source in sources)
         ):
-            if bits not in (None, TYPES[given_4bit].bits):
-                raise _has_4_bits(index.where, part, given_4bit)
-            return given_4bit
+            if bits not in (None, TYPES[checkpoint_type].bits):
+                raise _has_4_bits(index.where, part, checkpoint_type)
+            return checkpoint_type
         if bits is None:
             bits = 16 if options.quant_type == "none" else default_dense_bits(index.config)
         return type_of_bits(bits)
@@ -91,19 +91,19 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
         attention=type_of("attention", attention, options.attention),
         head=type_of("head", [f"{HEAD}.weight"], options.head),
         dtype=dtype,
-        scales="given" if given_4bit or quant_type == "none" else options.scales,
+        scales="given" if checkpoint_type or quant_type == "none" else options.scales,
     )
     return Blueprint(index.config, quantization)
 
 
-def experts_type(where: str, given_4bit: QuantType | None, wanted: QuantType) -> QuantType:
+def experts_type(where: str, checkpoint_type: QuantType | None, wanted: QuantType) -> QuantType:
     """Return the experts' type: the checkpoint's if it has 4 bits, else the wanted one.
 
     Raises `UsageError`, which begins with `where`, for other bits.
     """
-    if given_4bit and TYPES[given_4bit].bits != TYPES[wanted].bits:
-        raise _has_4_bits(where, "experts", given_4bit)
-    return given_4bit or wanted
+    if checkpoint_type and TYPES[checkpoint_type].bits != TYPES[wanted].bits:
+        raise _has_4_bits(where, "experts", checkpoint_type)
+    return checkpoint_type or wanted
 
 
 def default_blueprint(

@@ -81,8 +81,8 @@ class Rebuild(Build):
     def need(self) -> Need:
         """Return the need of disk beyond what is made already."""
         files = [self.directory / name for name in self.headers]
-        made = sum(map(machine.disk_usage, files)) if self.journal.head == self.head else 0
-        size = sum(header.size for header in self.headers.values()) - made
+        made_bytes = sum(map(machine.disk_usage, files)) if self.journal.head == self.head else 0
+        size = sum(header.size for header in self.headers.values()) - made_bytes
         return Need(self.target, max(0, size) + SMALL_FILES_BYTES, machine.free_disk(self.target))
 
     def find_work(self) -> None:

@@ -132,25 +132,25 @@ class Spill:
 
 
 def find_damaged(
-    place: Path,
+    work_dir: Path,
     headers: Mapping[str, Header],
-    made: Mapping[str, Mapping[str, str]],
+    recorded: Mapping[str, Mapping[str, str]],
     progress: Progress,
 ) -> dict[str, set[str]]:
-    """Return the tensors of `made` in a workspace whose bytes have changed, by file.
+    """Return the `recorded` tensors in a workspace whose bytes have changed, by file.
 
     headers: of the files of weights that are being made.
     """
-    files = {place / MODEL_DIR / name: header for name, header in headers.items()}
-    files |= {place / name: header for name, header in _spill_headers(place).items()}
+    files = {work_dir / MODEL_DIR / name: header for name, header in headers.items()}
+    files |= {work_dir / name: header for name, header in _spill_headers(work_dir).items()}
     known = {
         path: {
-            spec.name: made[path.name][spec.name]
+            spec.name: recorded[path.name][spec.name]
             for spec in header.specs
-            if spec.name in made[path.name]
+            if spec.name in recorded[path.name]
         }
         for path, header in files.items()
-        if path.name in made
+        if path.name in recorded
     }
     whole = sum(files[path].spec(tensor).nbytes for path in known for tensor in known[path])
     damaged = {}
@@ -166,7 +166,7 @@ def find_damaged(
             if wrong:
                 # A spill file is written again as a whole.
                 is_spill = path.name.startswith(SPILL_PREFIX)
-                damaged[path.name] = set(made[path.name]) if is_spill else wrong
+                damaged[path.name] = set(recorded[path.name]) if is_spill else wrong
     return damaged
 
 

@@ -112,12 +112,12 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
 class DemoCheckpoint(Checkpoint):
     """A checkpoint of one shard, built in `source/` in a workspace when it is first needed."""
 
-    def __init__(self, place: Path, progress: Progress) -> None:
+    def __init__(self, work_dir: Path, progress: Progress) -> None:
         self.source = Source(DEMO)
         self.index = expected_index(read_config(DEMO_CONFIG), SINGLE)
         self.size = WHEEL_SIZE
         self.fingerprint = WHEEL_SHA256
-        self._directory = place / SOURCE_DIR
+        self._directory = work_dir / SOURCE_DIR
         self._progress = progress
         self._checkpoint: Path | None = None
 

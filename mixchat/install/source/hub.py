@@ -95,7 +95,7 @@ def fetch_small(file: RemoteFile) -> bytes:
         path = file.cached()
         if path and _has_listed_bytes(data := read_bytes(path), file):
             return data
-    data = bytes(read_range(file.url, 0, file.size, Event(), of=file.size))
+    data = bytes(read_range(file.url, 0, file.size, Event(), file_size=file.size))
     if not _has_listed_bytes(data, file):
         raise HubError(
             f"{file.where} is not the file that the hub lists", hint="Run the same command again."
@@ -135,7 +135,7 @@ def _header(file: RemoteFile, stop: Event) -> Header:
 
     def read(start: int, size: int) -> bytearray:
         nonlocal first
-        piece = read_range(url, start, size, stop, of=file.size)
+        piece = read_range(url, start, size, stop, file_size=file.size)
         first += piece
         return piece
 

@@ -38,13 +38,13 @@ _PROBE_S = 1.0  # to measure the hub's speed
 class HubCheckpoint(Checkpoint):
     """The files of one commit.
 
-    A shard is fetched to `source/` in the workspace `place` and removed when it is released. With
-    `keep_source` it moves to huggingface_hub's cache and stays. A file in this cache is used if its
-    hash is right.
+    A shard is fetched to `source/` in the workspace `work_dir` and removed when it is released.
+    With `keep_source` it moves to huggingface_hub's cache and stays. A file in this cache is used
+    if its hash is right.
     """
 
     def __init__(
-        self, remote: HubListing, source: Source, place: Path, *, keep_source: bool = False
+        self, remote: HubListing, source: Source, work_dir: Path, *, keep_source: bool = False
     ) -> None:
         self.source = source
         self.index = remote.index
@@ -52,7 +52,7 @@ class HubCheckpoint(Checkpoint):
         self.fingerprint = remote.commit
         self.cache = cache_dir() if keep_source else None
         self._remote = remote
-        self._directory = place / SOURCE_DIR
+        self._directory = work_dir / SOURCE_DIR
 
     def companions(self) -> Path:
         read = self._remote.read
@@ -158,7 +158,9 @@ class _RemoteShard:
         spec = self._header.spec(name)
         start = self._header.start(name)
         with plain_errors(self._file.repo_id):
-            data = read_range(self._file.url, start, spec.nbytes, Event(), of=self._file.size)
+            data = read_range(
+                self._file.url, start, spec.nbytes, Event(), file_size=self._file.size
+            )
         flat = torch.frombuffer(data, dtype=torch.uint8)
         return flat.view(spec.dtype).view(spec.shape)
 

@@ -48,9 +48,9 @@ def _open_checkpoint(
     if source.repo == DEMO:
         return DemoCheckpoint(workspace(target), progress)
     path = Path(source.repo)
-    place = workspace(target)
-    small_files = place / SOURCE_DIR
-    for directory in (place, small_files):
+    work_dir = workspace(target)
+    small_files = work_dir / SOURCE_DIR
+    for directory in (work_dir, small_files):
         if directory.is_symlink():  # a link must not choose where files are written
             directory.unlink()
     if path.is_absolute():
@@ -65,7 +65,7 @@ def _open_checkpoint(
     else:
         remote = _look_up(source)
         resolved = replace(source, commit=remote.commit)
-        return HubCheckpoint(remote, resolved, place, keep_source=keep_source)
+        return HubCheckpoint(remote, resolved, work_dir, keep_source=keep_source)
     if files:
         return GgufCheckpoint(files, known, small_files)
     return DirectoryCheckpoint(directory, known)

@@ -64,13 +64,15 @@ def is_intact(path: Path, size: int, sha256: str, stop: Event) -> bool:
     return digest.hexdigest() == sha256
 
 
-def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None = None) -> bytearray:
-    """Return `size` bytes of `url` from byte `start` on. `of` is the file's size.
+def read_range(
+    url: str, start: int, size: int, stop: Event, *, file_size: int | None = None
+) -> bytearray:
+    """Return `size` bytes of `url` from byte `start` on. file_size: None if unknown.
 
     Raises as `fetch_file` does.
     """
     got = bytearray()
-    remote = RemoteBytes(url, of)
+    remote = RemoteBytes(url, file_size)
 
     def attempt() -> None:
         with remote.stream(start + len(got), start + size - 1) as (reply, first):

@@ -97,7 +97,7 @@ class LiteralRules:
     def _value(self, schema: Any, pointer: str) -> str:
         """Return the rule of a value with the schema at a pointer, "" if there is none."""
         schema = schema if isinstance(schema, dict) else {}
-        kind = schema.get("type")
+        json_type = schema.get("type")
         refers = '"$ref"' in json.dumps(schema)
         if "enum" in schema or "const" in schema:
             return self._constants(constants(schema))
@@ -105,17 +105,17 @@ class LiteralRules:
             self._check_keys(schema, {"anyOf"})
             parts = enumerate(schema["anyOf"])
             return self._any([self._value(part, f"{pointer}/anyOf/{i}") for i, part in parts])
-        if isinstance(kind, list) and kind and not refers:
-            return self._any([self._value({**schema, "type": each}, pointer) for each in kind])
-        kind = kind if isinstance(kind, str) else ""
-        if kind in _WORDS:
-            return self._constants(_WORDS[kind])
-        if self._quote == GEMMA and kind not in ("integer", "number"):
-            return self._in_gemmas_form(schema, kind, pointer)
+        if isinstance(json_type, list) and json_type and not refers:
+            return self._any([self._value({**schema, "type": each}, pointer) for each in json_type])
+        json_type = json_type if isinstance(json_type, str) else ""
+        if json_type in _WORDS:
+            return self._constants(_WORDS[json_type])
+        if self._quote == GEMMA and json_type not in ("integer", "number"):
+            return self._in_gemmas_form(schema, json_type, pointer)
         schema = alone(self._schema, pointer) if refers else schema
         return self._add(json_rule(schema, lenient=self._lenient))
 
-    def _in_gemmas_form(self, schema: dict[str, Any], kind: str, pointer: str) -> str:
+    def _in_gemmas_form(self, schema: dict[str, Any], json_type: str, pointer: str) -> str:
         target = target_of(schema)
         part = None if target is None else part_at(self._schema, target)
         if target is not None and part is not None:
@@ -125,20 +125,20 @@ class LiteralRules:
                 self._known[target] = name = f"{self._name}_of_{len(self._known)}"
                 self._rules.append(f"{name}: {self._value(part, target)}")
             return self._known[target]
-        kind = "" if kind == "object" and not schema.get("properties") else kind
-        self._check_keys(schema, _KEYS.get(kind, {"type"}))
-        if kind == "string":
+        json_type = "" if json_type == "object" and not schema.get("properties") else json_type
+        self._check_keys(schema, _KEYS.get(json_type, {"type"}))
+        if json_type == "string":
             text = "text"
             if "maxLength" in schema:
                 text = f"{self._name}_{len(self._rules)}"
                 self._rules.append(self._open_text(text, schema))
             return f"{self._spell(self._quote)} {text}"
-        if kind == "array":
+        if json_type == "array":
             value = self._value(schema.get("items"), f"{pointer}/items")
             most = schema.get("maxItems") if value else 0
             item = self._add(value or _NOTHING)
             return self._many(item, "[]", schema.get("minItems", 0), most)
-        if kind == "object":
+        if json_type == "object":
             return f'"{{" {self._add(self._pairs(schema, pointer, ":"))} "}}"'
         return self._anything()
 

@@ -203,7 +203,7 @@ def _delta_net(*, tiled: bool, joined: bool) -> MixerTensors:
             shape = (start + heads * width, *columns)
             first = [Slice(own + name, shape, range(start))] if start else []
             rows = (range(start + n * width, start + (n + 1) * width) for n in places)
-            return [*first, *(Slice(own + name, shape, part) for part in rows)]
+            return [*first, *(Slice(own + name, shape, row_range) for row_range in rows)]
 
         if joined:
             name, slices = next(next_in_proj(config, to))
@@ -216,7 +216,7 @@ def _delta_net(*, tiled: bool, joined: bool) -> MixerTensors:
             rates = by_head("ssm_beta.weight", hidden)
             yield f"{to}ba_proj.weight", (*rates, *by_head("ssm_alpha.weight", hidden))
         else:
-            starts = [head * 2 * each + part for part in (0, each) for head in range(keys)]
+            starts = [head * 2 * each + first for first in (0, each) for head in range(keys)]
             name = f"{own}ssm_ba.weight"
             shape = (2 * heads, hidden)
             both = (Slice(name, shape, range(start, start + each)) for start in starts)

@@ -30,7 +30,9 @@ def expert_form(spec: ExpertSpec, device: torch.device) -> GpuExpertForm:
     parts = (_part(spec.gate_up, 0), _part(spec.down, down_at))
     form = ExpertForm(*parts, swiglu.limit, swiglu.alpha, swiglu.act)
     matrices = spec.gate_up, spec.down
-    return GpuExpertForm(form, Levels(*(levels_on(part.quant_type, device) for part in matrices)))
+    return GpuExpertForm(
+        form, Levels(*(levels_on(matrix.quant_type, device) for matrix in matrices))
+    )
 
 
 def _part(spec: LinearSpec, start: int) -> ExpertMatrix:

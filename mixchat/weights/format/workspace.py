@@ -71,8 +71,8 @@ def is_model_directory(target: Path) -> bool:
 
 def is_resumable(target: Path) -> bool:
     """Return whether a workspace has work that the same command resumes."""
-    place = workspace(target)
-    return Journal(place).head is not None or (place / INPUTS_DIR).is_dir()
+    work_dir = workspace(target)
+    return Journal(work_dir).head is not None or (work_dir / INPUTS_DIR).is_dir()
 
 
 def base_of(target: Path) -> str | None:
@@ -109,13 +109,13 @@ def put_aside(target: Path) -> None:
 
 def settle(target: Path) -> None:
     """With the model's lock, finish a swap that was cut off, and remove a useless workspace."""
-    target, place = real_path(target), workspace(target)
-    for path in (place, *entries_of(place)):
+    target, work_dir = real_path(target), workspace(target)
+    for path in (work_dir, *entries_of(work_dir)):
         if path.is_symlink():  # a link must not choose where files are written
             path.unlink()
-    if not target.exists() and _is_whole(place / OLD_DIR):  # cut off between two renames
-        os.rename(place / OLD_DIR, target)
-    head = Journal(place).head
+    if not target.exists() and _is_whole(work_dir / OLD_DIR):  # cut off between two renames
+        os.rename(work_dir / OLD_DIR, target)
+    head = Journal(work_dir).head
     if head is not None and head.get("base") != base_of(target):
         clear(target, keep=() if head.get("uses_inputs") else (INPUTS_DIR,))
     _drop_old(target)
@@ -123,12 +123,12 @@ def settle(target: Path) -> None:
 
 def clear(target: Path, keep: Collection[str] = ()) -> None:
     """Empty a workspace, except for `keep`. A finished model in it counts as the old one."""
-    place = workspace(target)
-    if is_installed(place / MODEL_DIR):
+    work_dir = workspace(target)
+    if is_installed(work_dir / MODEL_DIR):
         _drop_old(target)
-        os.rename(place / MODEL_DIR, place / OLD_DIR)
+        os.rename(work_dir / MODEL_DIR, work_dir / OLD_DIR)
     # The journal goes last, because it shows that the workspace is useless.
-    for path in sorted(entries_of(place), key=lambda path: path.name == JOURNAL_FILE):
+    for path in sorted(entries_of(work_dir), key=lambda path: path.name == JOURNAL_FILE):
         if path.name not in (OLD_DIR, *keep):
             remove_path(path)
     _drop_old(target)

@@ -30,4 +30,4 @@ def build_parts(spec: LinearSpec, tensors: Sequence[torch.Tensor], count: int) -
     own = replace(spec, rows=spec.rows // count)
     assert spec.rows == spec.stored_rows == count * own.stored_rows
     parts = zip(*(torch.chunk(tensor, count) for tensor in tensors), strict=True)
-    return [build_linear(own, part) for part in parts]
+    return [build_linear(own, own_tensors) for own_tensors in parts]

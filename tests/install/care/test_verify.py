@@ -62,7 +62,7 @@ class TestFinding:
         for name in (SHARED, EXPERTS):
             for offset in (5000, -1):
                 flip(installed / name, offset)
-        found = {(damage.file, damage.place) for damage in verify(installed)}
+        found = {(damage.file, damage.detail) for damage in verify(installed)}
         assert found == {
             (name, at(installed / name, offset % (installed / name).stat().st_size))
             for name in (SHARED, EXPERTS)
