@@ -70,7 +70,9 @@ class ServedExperts:
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         if self.placement.layers and set(keys) != set(self._held):
-            self._drop()  # GPUs will hold other experts
+            if self._built is not None:
+                self._built.close()
+            self._built = None  # GPUs will hold other experts
         self._held = list(keys)
 
     def follow_memory(self) -> None:
@@ -122,11 +124,6 @@ class ServedExperts:
         if self._built is None:
             self._built = self._build()
         return self._built
-
-    def _drop(self) -> None:
-        if self._built is not None:
-            self._built.close()
-        self._built = None
 
     def _build(self) -> _Experts:
         return build_experts(

@@ -77,18 +77,16 @@ class _FormService:
         """Return the bits of the tokens that may come next."""
         bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise self._error()
+            fault = parsed_fault(self._matcher.get_error()).message
+            no_token = "the model has no token for what has to come"
+            reason = no_token if fault == NO_TEXT else fault
+            raise UsageError(f"the answer cannot be continued in its form: {reason}")
         return b64encode(self._digits.limited(bits)).decode()
 
     def accept(self, token: int) -> bool:
         """Take the next token, and return whether it was allowed."""
         self._digits.take(token)
         return self._matcher.consume_token(token)
-
-    def _error(self) -> UsageError:
-        fault = parsed_fault(self._matcher.get_error()).message
-        reason = "the model has no token for what has to come" if fault == NO_TEXT else fault
-        return UsageError(f"the answer cannot be continued in its form: {reason}")
 
 
 class _DigitLimit:
