@@ -63,7 +63,7 @@ class ModelPart:
         return self.encoded(self.dense(index, read), bias=bias)
 
     def dense(self, index: CheckpointIndex, read: Read) -> torch.Tensor:
-        """Return the checkpoint's matrices, one above the other."""
+        """Return the checkpoint's matrices, one above the other, [R, C]."""
         linear = self.linear
         pieces = _read(index.slices(self.name), index, read)
         if linear is None:

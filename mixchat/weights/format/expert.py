@@ -96,7 +96,7 @@ class ExpertSlots:
         self._slots = Slots(torch.tensor(targets), factors)
 
     def arrange(self, experts: torch.Tensor, rows: torch.Tensor, table: torch.Tensor) -> Step:
-        """Return `arrange_step` of these slots."""
+        """Return `arrange_step` of these slots. experts, rows: [P]. table: [E, n]."""
         return arrange_step(experts, rows, table, self._slots, self._order)
 
 
@@ -177,7 +177,7 @@ class ExpertSpec:
         return specs
 
     def build(self, block: torch.Tensor) -> Expert:
-        """Return the expert over a block of `stride` bytes, which is used in place."""
+        """Return the expert over a block, uint8 [stride], which is used in place."""
         gate_up, down = self._views(block)
         both = build_linear(self.gate_up, gate_up), build_linear(self.down, down)
         return Expert(*both, self.swiglu)

@@ -107,7 +107,7 @@ class InstalledModel:
     def read_expert(
         self, layer: int, expert: int, block: torch.Tensor, begin: int = 0, *, direct: bool = False
     ) -> None:
-        """Fill `block` (uint8, on the CPU) with an expert's bytes from `begin` on, in one read.
+        """Fill `block` (uint8 [n], on the CPU) with an expert's bytes from `begin` on, in one read.
 
         `direct` bypasses the page cache. Then `begin`, the block's address and its length have to
         be multiples of 4096.

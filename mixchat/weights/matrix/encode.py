@@ -105,7 +105,8 @@ def best_way(
 ) -> Encoded:
     """Return the codes and scales with the least error of products that were held out.
 
-    The first way is the plain one. It is taken unless another is better. `dense` makes a matrix.
+    The first way is the plain one. It is taken unless another is better. `dense` makes a matrix [R,
+    C], like `weight`.
     """
     best: Encoded | None = None
     taken: Way = "plain"

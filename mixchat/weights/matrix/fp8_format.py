@@ -30,7 +30,7 @@ def scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def read_matrix(name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """Read a matrix, whose shape was checked, as bf16."""
+    """Read a matrix [out, in], whose shape was checked, as bf16."""
     numbers, scales = map(read, component_names(name))
     matrix = torch.empty(numbers.shape, dtype=torch.bfloat16)
     # A band of 128 rows at a time, which bounds the memory in fp32.

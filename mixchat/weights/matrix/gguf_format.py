@@ -83,7 +83,7 @@ def dense(spec: GgufSpec, raw: torch.Tensor) -> torch.Tensor:
 
 
 def mxfp4(spec: GgufSpec, raw: torch.Tensor) -> Quantized4bit:
-    """Return a matrix in MXFP4 without rounding it again. Raises `CheckpointError`.
+    """Return a matrix [rows, columns] in MXFP4 without rounding it again. Raises `CheckpointError`.
 
     A block has its exponent and 16 bytes, with weights 0 to 15 in the low nibbles and 16 to 31 in
     the high ones.

@@ -63,7 +63,7 @@ def as_gpu(linear: Linear) -> GpuLinear:
 
 
 def build_on_gpu(spec: LinearSpec, tensors: Sequence[torch.Tensor]) -> GpuLinear | None:
-    """Return the map over a matrix's tensors on a GPU, or None if the kernels do not take it.
+    """Return the map [..., C] to [..., R] over tensors on a GPU, None if no kernel takes them.
 
     The tensors are used in place. So they have to begin on a boundary of 16 bytes.
     """
@@ -85,6 +85,6 @@ def form_of(spec: LinearSpec) -> Form:
 
 @functools.cache
 def levels_on(quant_type: QuantType, device: torch.device) -> torch.Tensor | None:
-    """Return the levels of a type as kernels read them, or None if its codes are numbers."""
+    """Return the `level_table` [n] of a type, or None if its codes are numbers themselves."""
     levels = getattr(TYPES[quant_type], "levels", None)
     return None if levels is None else level_table(levels).to(device)

@@ -181,7 +181,7 @@ class LinearSpec:
     ) -> list[torch.Tensor]:
         """Return the tensors that hold these 4-bit matrices, one above the other.
 
-        They have the type of the spec. absmax is rounded to the type's own.
+        They have the type of the spec. absmax is rounded to the type's own. bias: [R].
         """
         quantization = self._codes
         assert sum(matrix.rows for matrix in matrices) == self.rows
@@ -198,7 +198,7 @@ class LinearSpec:
         return tensors if bias is None else [*tensors, bias.float()]
 
     def build(self, tensors: Sequence[torch.Tensor]) -> Linear:
-        """Return the map over these tensors, which are used in place."""
+        """Return the map [..., C] to [..., R] over these tensors, which are used in place."""
         if not self.has_kernel or tensors[0].device.type != "cpu":
             linear = TYPES[self.quant_type].build(tensors, (self.rows, self.columns))
             return BiasedLinear(linear, tensors[-1]) if self.bias else linear

@@ -124,5 +124,5 @@ def two_a_byte(codes: torch.Tensor) -> torch.Tensor:
 
 
 def round_absmax(absmax: torch.Tensor) -> torch.Tensor:
-    """Round scales to bf16, as they are stored. This changes one by 1 part in 256 at most."""
+    """Round scales to bf16, as they are stored. A scale changes by 1 part in 256 at most."""
     return absmax.to(torch.bfloat16)

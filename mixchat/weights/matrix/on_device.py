@@ -13,7 +13,7 @@ from mixchat.weights.matrix.quant_type import Linear
 
 
 def build_linear(spec: LinearSpec, tensors: Sequence[torch.Tensor]) -> Linear:
-    """Return the map over these tensors, as `LinearSpec.build` does on a CPU."""
+    """Return the map [..., C] to [..., R] over tensors, as `LinearSpec.build` does on a CPU."""
     if gpu.is_gpu(tensors[0].device):
         # Triton is imported only if a GPU computes.
         from mixchat.weights.matrix.gpu_linear import build_on_gpu
@@ -25,7 +25,7 @@ def build_linear(spec: LinearSpec, tensors: Sequence[torch.Tensor]) -> Linear:
 
 
 def build_parts(spec: LinearSpec, tensors: Sequence[torch.Tensor], count: int) -> list[Linear]:
-    """Return the maps of `count` matrices that lie one above the other in these tensors."""
+    """Return the maps of `count` matrices [R / count, C], one above the other in these tensors."""
     assert not spec.bias
     own = replace(spec, rows=spec.rows // count)
     assert spec.rows == spec.stored_rows == count * own.stored_rows

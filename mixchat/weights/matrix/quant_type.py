@@ -53,7 +53,7 @@ class Linear(Protocol):
 
 
 class QuantizationType(ABC):
-    """A type of matrices. It makes their tensors of weights, and computes with them."""
+    """A type of matrices [R, C]. It makes their tensors of weights, and computes with them."""
 
     name: QuantType
     bits: int  # of a weight
@@ -97,7 +97,7 @@ class QuantizationType(ABC):
 
     @abstractmethod
     def build(self, tensors: Sequence[torch.Tensor], shape: Shape) -> Linear:
-        """Return the map over these tensors, which are used in place."""
+        """Return the map from [..., C] to [..., R] over these tensors, which are used in place."""
 
 
 def dense_linear(weight: torch.Tensor) -> Linear:
@@ -180,7 +180,7 @@ class BlockCodes(QuantizationType):
         return self.pack(codes, absmax, weight.shape[1])
 
     def build(self, tensors: Sequence[torch.Tensor], shape: Shape) -> Linear:
-        """Return the map for devices without a kernel. It is slow."""
+        """Return the map [..., C] to [..., R] for devices without a kernel. It is slow."""
 
         def multiply(x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
             pieces = self.rows_of(tensors, shape, x.dtype)
@@ -199,7 +199,7 @@ class BlockCodes(QuantizationType):
 
     @abstractmethod
     def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
-        """Return the codes of some bands in the order of the kernels, in any shape and type."""
+        """Return flat codes of some bands in the order of the kernels, in any shape and type."""
 
     @abstractmethod
     def decode(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
@@ -214,13 +214,13 @@ class BlockCodes(QuantizationType):
         return absmax.transpose(1, 2)
 
     def unpacked_scales(self, absmax: torch.Tensor) -> torch.Tensor:
-        """Undo `packed_scales`."""
+        """Undo `packed_scales`: from [bands, C / 64, band] to [bands, band, C / 64]."""
         return absmax.transpose(1, 2)
 
     def pack(self, codes: torch.Tensor, absmax: torch.Tensor, columns: int) -> list[torch.Tensor]:
         """Return the tensors that hold flat codes and absmax, which are in the order of the rows.
 
-        Rows of zeros are added.
+        codes: [R * C * bits / 8] bytes. absmax: [R * C / blocksize]. Rows of zeros are added.
         """
         rows = self.stored_rows(len(absmax) * self.blocksize // columns)
         scales = _filled_up(absmax, rows * columns // self.blocksize)
@@ -237,7 +237,7 @@ class BlockCodes(QuantizationType):
     def rows_of(
         self, tensors: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype
     ) -> Iterator[torch.Tensor]:
-        """Yield the matrix as `dtype`, some bands at a time."""
+        """Yield the matrix as `dtype`, some bands at a time, [n, C]."""
         (rows, columns), band, (absmax, codes) = shape, self.units.band, tensors[:2]
         count = max(1, _PIECE // (columns * band)) * band  # rows
         blocks = columns // self.blocksize

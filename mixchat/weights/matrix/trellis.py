@@ -90,7 +90,7 @@ class TrellisCodes(BlockCodes):
     def codes(
         self, weight: torch.Tensor, *, search: bool = True, inputs: Inputs | None = None
     ) -> Encoded:
-        """Return codes and absmax of whole rings. The codes are always searched."""
+        """Return flat codes and absmax of whole rings of weight [R, C], always searched."""
         rows, columns = weight.shape
         whole = functional.pad(weight.float(), (0, 0, 0, -rows % RING))
         plain = _round_plainly(self._table, whole)
@@ -238,12 +238,12 @@ def _scales(table: TrellisTable, weight: torch.Tensor, importance: torch.Tensor)
 
 
 def scales_of_bytes(scales: torch.Tensor) -> torch.Tensor:
-    """Return the scales, fp32, that bytes stand for."""
+    """Return the scales, fp32, that bytes, uint8, stand for, in the same shape."""
     return (scales.int() << _SCALE_BITS).view(torch.float32) * _EXPONENTS
 
 
 def bytes_of_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Return the nearest bytes, uint8, of scales that are not negative, fp32."""
+    """Return the nearest bytes, uint8 [...], of scales, fp32 [...], that are not negative."""
     bits = (scales / _EXPONENTS).view(torch.int32) + (1 << _SCALE_BITS - 1) >> _SCALE_BITS
     return bits.clamp_(_SMALLEST, _LARGEST).masked_fill_(scales == 0, 0).byte()
 
