@@ -1,6 +1,6 @@
-"""Values as literals, in Python's form or in Gemma's, whose texts stand between two tokens.
+"""Values as literals, in Python's form or in Gemma's, which has a token around each text.
 
-The quote of a text, `"` or Gemma's `<|"|>`, tells which form it is. Gemma's has no escapes, no
+The quote of a text, `"` or Gemma's `<|"|>`, tells which form it is. Gemma's form has no escapes, no
 blanks, and no quotes around the keys of an object.
 """
 
