@@ -29,7 +29,7 @@ from mixchat.base.quantities import format_size
 TEMPORARY_SUFFIX = ".mixchat.tmp"  # of a file until it is whole, which no other program writes
 MAX_SIZE = 100_000_000  # bytes, of small files of checkpoints
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# The permissions are missing, or something else is there.
+# Permissions are missing, or another file or directory is in the way.
 NOT_WRITABLE = (
     errno.EACCES,
     errno.EPERM,

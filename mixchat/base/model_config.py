@@ -86,7 +86,7 @@ class ModelConfig:
     norm_topk_prob: bool = True  # whether the weights of the chosen experts sum to one
     # Makes these weights of the router's logits.
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
-    routed_scaling_factor: float = 1.0  # of these weights
+    routed_scaling_factor: float = 1.0  # multiplies the weights of the chosen experts
     e_score_correction_bias: bool = False  # a number an expert that joins scores for the choice
     # The groups of experts, and those that a token chooses its experts of. A group's score is that
     # of its best expert, or with corrections the sum of its two best.
@@ -96,8 +96,8 @@ class ModelConfig:
     # sigmoid of the gate multiplies its output.
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
-    # The layers at the beginning that have a dense part of this size instead of experts. What holds
-    # experts counts the layers after them from 0.
+    # The layers at the beginning that have a dense part of this size instead of experts. Layers
+    # with experts are counted from 0 after these.
     first_k_dense_replace: int = 0
     dense_intermediate_size: int = 0
     num_nextn_predict_layers: int = 0  # layers of a checkpoint after these, which are left out

@@ -62,8 +62,8 @@ class ModelProvider(Protocol):
 class ChatSession:
     """One conversation with one model. The next turn remembers exactly the text that was shown.
 
-    `history` has all questions and answers. `changed` and all that comes from the options may be
-    changed between turns.
+    `history` has all questions and answers. `changed` and the values that come from options may be
+    set between turns.
     """
 
     def __init__(

@@ -22,8 +22,8 @@ OnPrefill = Callable[[int, int], object]  # is called with the tokens done, and 
 class TokenAnswer:
     """An answer that waits, is computed, or has ended. `ids` are its prompt's tokens and its own.
 
-    max_tokens: that fit, too. at_max: why an answer of so many tokens ends. on_prefill: is called
-    after layers.
+    max_tokens: the limit, within the context. at_max: the reason to end an answer at this limit.
+    on_prefill: called after layers of the prompt.
 
     Any thread may call `cancel`. `error` is why the answer failed. A batch that computes it gives
     it `sampler`, `proposals` and `prefix`, and takes them back when the answer leaves.
@@ -54,7 +54,7 @@ class TokenAnswer:
         self.logits: torch.Tensor | None = None  # [vocab_size], of the last token
         self.error: Exception | None = None
         self.is_cancelled = False
-        self.tokens_read = 0  # of `tokens_to_read`
+        self.tokens_read = 0  # tokens of the prompt that were computed, out of `tokens_to_read`
 
     @property
     def generated_tokens(self) -> int:

@@ -27,7 +27,7 @@ Embedding = Callable[[torch.Tensor], torch.Tensor]  # from ids [T], on the CPU, 
 
 
 class Output(NamedTuple):
-    """The norm and the head, which follow the layers, and what its logits are capped by."""
+    """The norm and the head after the layers, and the cap of the logits."""
 
     norm: RMSNorm
     head: Linear

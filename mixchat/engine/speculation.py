@@ -106,7 +106,7 @@ class Proposals:
         match = len(self._text) - len(last)
         while (match := self._text.rfind(last, 0, match + len(last) - 1)) >= 0:
             if match % _TOKEN_BYTES == 0:
-                break  # else it begins in the middle of a token
+                break  # an occurrence that begins inside a token does not count
         if match < 0:
             return []
         # Propose as many tokens as are repeated: the longer the quote, the farther it goes on.

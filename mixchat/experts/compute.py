@@ -41,7 +41,7 @@ class HostCompute:
         self._experts = experts
         self._forms = forms
         self._order: list[ExpertKey] = []  # those that are still to be computed
-        self._least = 1  # of them that are computed together, if as many are left
+        self._least = 1  # the least experts that are computed together, if as many are left
         self._unrequested: list[ExpertKey] = []
         # By rows, pairs and the form of the experts. The most recently used one comes last.
         self._programs: dict[tuple[int, int, int], RowExperts] = {}

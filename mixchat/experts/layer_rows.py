@@ -56,7 +56,7 @@ class LayerRows:
         }
         shape = tokens * choices, hidden_states.shape[-1]
         if memory is None or memory.shape != shape:
-            with torch.inference_mode(False):  # another call may not be in it
+            with torch.inference_mode(False):  # a later call may be outside of it
                 memory = torch.empty(shape, dtype=hidden_states.dtype, device=device)
         self.memory = memory
 

@@ -140,7 +140,8 @@ class LoadQueue:
         """End threads as soon as nothing is in flight. No load begins after that."""
         with self._changed:
             self._limit = 0
-            # They may refer to the queue's owner, which would be garbage in a circle.
+            # These functions may refer to the queue's owner. Such a circle would wait for the
+            # collector.
             self._inside = nullcontext
             self._count_moved = lambda seconds, size: None
             self._changed.notify_all()

@@ -42,8 +42,8 @@ class RunningAnswer(TokenAnswer):
     the second token, so two ids are remembered. With `A` `.\n` `\nB` no token ends there, so the
     text alone is remembered, and the template will encode it.
 
-    request: has all options of its sampling, with a seed, and the limit of the answer's tokens.
-    max_tokens: of these, as many as fit.
+    request: has all sampling options, with a seed, and the requested limit of tokens. max_tokens:
+    that limit within the context.
     """
 
     def __init__(

@@ -193,7 +193,7 @@ def open_lines(path: str, note: Note) -> Iterator[BinaryIO]:
         return
     try:
         with waiting_for(path, note):
-            file = open(path, "rb")  # noqa: SIM115 - an error of reading is another one
+            file = open(path, "rb")  # noqa: SIM115 - only an error of opening is reported here
     except OSError as error:
         raise UsageError(f"--jsonl {path}: {error.strerror}") from None
     with file:

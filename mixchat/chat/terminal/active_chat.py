@@ -101,7 +101,7 @@ class ActiveChat:
                     self.screen.say("(Ctrl-C again, Ctrl-D or /bye leaves)")
 
     def _may_leave(self) -> bool:
-        """Return whether the chat is saved as it should be, or a person leaves it all the same."""
+        """Return whether the chat may end: it is saved, or a person leaves in spite of an error."""
         try:
             if self._is_open:
                 self._save_at_end()

@@ -54,7 +54,7 @@ class Resumed(NamedTuple):
 
 
 AfterTurn = Callable[["End"], object]
-# Makes the report after each turn of a model's engine, which is None if a server answers.
+# Takes the engine, None if a server answers. Returns what reports each turn.
 NewReport = Callable[["Engine | None", Predictor], AfterTurn]
 
 

@@ -74,12 +74,12 @@ def reading_keys(source: Input) -> Iterator[None]:
 
     Raises `KeyboardInterrupt` at the end if Ctrl-C came after the Enter that ended the prompt.
     """
-    # Only in raw mode is half a line there, too, and no line can come after the look.
+    # Raw mode also shows an unfinished line. In it, no line can be completed after the look.
     with source.raw_mode():
         _take(source)
         yield
         if mode := system.terminal_mode(source):
-            # Now Ctrl-C makes a signal, and keeps the keys before it.
+            # From here on Ctrl-C makes a signal, and the terminal keeps the keys before it.
             with_signals = [*mode[:3], mode[3] | termios.ISIG | termios.NOFLSH, *mode[4:]]
             system.set_terminal_mode(source, with_signals)
         _take(source)

@@ -51,7 +51,7 @@ class DeviceKVCache(PlainKVCache):
         past: Past,
     ) -> None:
         super().__init__(shape, capacity, window, dtype)
-        self.tensors, self._past = tensors, past  # whose addresses never change
+        self.tensors, self._past = tensors, past  # tensors whose addresses never change
         self._is_ring = tensors.room < capacity
 
     @property

@@ -125,7 +125,7 @@ class LayerPlace:
 class GraphWriter:
     """Writes the kernels of one layer after the other.
 
-    The next norm adds what a layer adds to x. So a layer's last kernels are those of its follower.
+    A layer's output is added to x by the first kernel of the next layer, its norm.
     """
 
     def __init__(self, config: ModelConfig, tokens: TokenTensors) -> None:

@@ -2,7 +2,7 @@
 
 A description reads from top to bottom, like the formulas of a paper. It names buffers and says
 nothing of devices or of the count of rows. Executors compute it: `compute.py` one operation after
-the other for any rows, `program.py` as a CPU's program, and `gpu_layer.py` as a GPU's kernels.
+the other for any rows, `program.py` as a CPU's program, and `graph.py` as a GPU's kernels.
 
 T = rows of a pass, D = hidden_size, H = heads, h = columns of a head, K = num_experts_per_tok.
 """
@@ -138,7 +138,7 @@ class HeadProducts(Operation):
 
 @dataclass(frozen=True, eq=False)
 class Apply(Operation):
-    """Make each row of other rows: gates, activations, sums, products with numbers.
+    """Compute each row from the same row of the operands: gates, activations, sums, scaling.
 
     is_wide: all threads share even one row, because it is long.
     """
@@ -229,4 +229,4 @@ class Experts(Operation):
 
 
 class UnsupportedOperationError(Exception):
-    """An executor lacks an operation, or the shapes of one, which the text names."""
+    """An executor lacks an operation, or does not take its shapes. The text names the operation."""

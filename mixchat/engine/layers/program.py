@@ -144,7 +144,7 @@ class TokenBuffers:
         return tensor if tensor.dim() == 2 else tensor.view(len(tensor), -1)
 
     def result(self) -> Span:
-        """Return the name of a result inside an operation."""
+        """Return a new span that stands for a result inside an operation."""
         return next(self._results), 0, 1
 
     def require(self, operation: Operation, *columns: int) -> None:
@@ -184,7 +184,7 @@ class TokenBuffers:
         return self._scalings[key]
 
     def bind(self, layer: int, set_places: Sequence[Callable[[Any], None]]) -> None:
-        """Call these with the sequences' caches before each token, to set addresses in steps."""
+        """Before each token, call these with the sequences' caches. They set addresses in steps."""
         self._bound.setdefault(layer, []).append(set_places)
 
     def attend(self, operation: ops.Attend) -> list[KVSteps]:
@@ -438,7 +438,7 @@ class ExpertWorks:
         self.works.append(Work([added], [computed, arranged, of_weights], [span(operation.out)]))
 
     def use(self, experts: LayerExperts) -> None:
-        """Let the works compute these experts. They do not keep them alive."""
+        """Let the works compute these experts. The works do not keep the experts alive."""
         table = experts.addresses.data_ptr()
         if table != self._table:
             self._table = table

@@ -100,7 +100,7 @@ class Router:
 
     @property
     def _scores(self) -> Scoring | None:
-        """Return the scores that the choice is made by, or None if it is made by the logits."""
+        """Return the scoring by which experts are chosen, None if their logits decide."""
         is_scaled = self.scaling != 1 or self.scales is not None
         plain = self.scoring == "softmax" and self.correction is None and not is_scaled
         return None if plain and self.groups == 1 else self.scoring

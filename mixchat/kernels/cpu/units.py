@@ -152,7 +152,7 @@ class Unit(ABC):
 class WordUnit(Unit):
     """Multiplies words, with two products in a lane."""
 
-    apart: ClassVar[bool] = False  # whether all of a column's levels come before the other's
+    apart: ClassVar[bool] = False  # whether the levels of two columns are not interleaved
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
         # With VNNI, LLVM joins pmaddwd and the addition to one instruction, vpdpwssd.

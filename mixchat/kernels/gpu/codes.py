@@ -294,7 +294,7 @@ def _words(words, COUNT: tl.constexpr):
 
 @triton.jit
 def _trellis_scales(words):
-    """Return 16 floats of 8 bits from each address on, in the order of j and turns."""
+    """Return the 16 scales, floats of 8 bits, at each address, ordered by j and then by turn."""
     turns = _words(words, 4)
     bits = join4(turns << 20, turns << 12, turns << 4, turns >> 4) & 0x0FF00000
     numbers = fp32(bits) * _EXPONENT

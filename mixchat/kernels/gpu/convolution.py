@@ -63,7 +63,7 @@ def _gated_convolution(
 
 @triton.jit
 def floats_at(address):
-    """Return a pointer to what begins at an address, a multiple of 16, in memory."""
+    """Load an address, a multiple of 16, from memory, and return it as a pointer to floats."""
     return tl.multiple_of(tl.load(address).to(tl.pointer_type(tl.float32)), 16)
 
 

@@ -22,7 +22,7 @@ from mixchat.kernels.gpu.convolution import convolved, floats_at
 from mixchat.kernels.gpu.launch import launch
 from mixchat.kernels.gpu.norm import summed
 
-_THREADS = 128  # of a program, which has 16 KiB of the state of most models
+_THREADS = 128  # of a program, which computes 16 KiB of the state in most models
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class PendingAnswers:
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
-                await asyncio.sleep(0)  # sending alone lets nobody else run
+                await asyncio.sleep(0)  # sending alone lets no other task run
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _pieces(self) -> AsyncGenerator[bytes, None]:
@@ -283,7 +283,7 @@ class WholeAnswer(Response):
                 return  # it was given up, so the connection is closed
             sent += len(piece)
             await send({"type": "http.response.body", "body": piece, "more_body": sent < size})
-            await asyncio.sleep(0)  # sending alone lets nobody else run
+            await asyncio.sleep(0)  # sending alone lets no other task run
 
     def _give_up(self) -> None:
         self._share.shrink(len(self._left))

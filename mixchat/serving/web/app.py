@@ -55,7 +55,7 @@ _MAX_NOTED = 100  # names
 _PER_TOKEN = 40  # bytes of a prompt's token
 _CHAT_PATH = "/v1/chat/completions"
 _EMBEDDING_PATHS = ("/v1/embeddings", "/api/embed", "/api/embeddings")
-_CLIENT_LEFT = 499  # nginx's status, which nobody gets
+_CLIENT_LEFT = 499  # nginx's status for a client that has gone, so nobody reads it
 
 Endpoint = Callable[["AppState", Request], Coroutine[Any, Any, ASGIApp]]
 BodyEndpoint = Callable[["AppState", Request, Body], Coroutine[Any, Any, ASGIApp]]

@@ -95,7 +95,7 @@ class ResponseBuilder(ABC):
 
 
 class OpenAIResponses(ResponseBuilder):
-    """Chats and completions. `seed` is mixchat's own field, also for a drawn seed."""
+    """Chats and completions. The field `seed`, also of a drawn seed, is mixchat's own."""
 
     prefix: str  # of the ID
     name: str  # of the object
