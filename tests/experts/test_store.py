@@ -16,9 +16,10 @@ from routing_simulation import LRU
 from source_tools import EXPERTS, KEYS, A, B, digest, disk
 
 from mixchat.base.errors import CheckpointError
+from mixchat.base.ram_blocks import new_block
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats
 from mixchat.experts.load_queue import PREDICTED, REQUESTED, ExpertLoad, LoadQueue
-from mixchat.experts.store import ExpertStore, new_block
+from mixchat.experts.store import ExpertStore
 from mixchat.weights.format.installed_model import InstalledModel
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
