@@ -139,35 +139,39 @@ def test_what_cannot_be_read_is_no_limit(tree, tmp_path):
     assert cgroups.memory_room(tmp_path / "no such process") is None
 
 
-@pytest.mark.parametrize(
-    ("content", "cores"),
-    [
-        ("max 100000", None),
-        ("200000 100000", 2),
-        ("150000 100000", 2),
-        ("5000 100000", 1),
-        ("", None),
-        ("x y", None),
-        ("1 0", None),
-    ],
-)
-def test_a_share_of_time_counts_as_cores(tree, content, cores):
-    process = tree("0::/\n", {"v2": "cgroup2 cgroup2 rw"}, {"v2/cpu.max": content})
-    assert cgroups.cores(process) == cores
+SHARES: list[Any] = [
+    *(
+        ("0::/", V2, {"v2/cpu.max": content}, cores)
+        for content, cores in (
+            *(("max 100000", None), ("200000 100000", 2), ("150000 100000", 2)),
+            *(("5000 100000", 1), ("", None), ("x y", None), ("1 0", None)),
+        )
+    ),
+    (  # the tightest of all levels
+        "0::/a/b",
+        V2,
+        {
+            "v2/cpu.max": "max 100000",
+            "v2/a/cpu.max": "100000 100000",
+            "v2/a/b/cpu.max": "300000 100000",
+        },
+        1,
+    ),
+    *(  # version 1
+        (
+            "3:cpu,cpuacct:/a",
+            {"cpu": "cgroup cgroup rw,cpu,cpuacct"},
+            {"cpu/a/cpu.cfs_quota_us": quota, "cpu/a/cpu.cfs_period_us": "100000"},
+            cores,
+        )
+        for quota, cores in (("150000", 2), ("-1", None))
+    ),
+]
 
 
-def test_the_tightest_share_of_all_levels_wins(tree):
-    files = {"v2/cpu.max": "max 100000", "v2/a/cpu.max": "100000 100000"}
-    files["v2/a/b/cpu.max"] = "300000 100000"
-    process = tree("0::/a/b\n", {"v2": "cgroup2 cgroup2 rw"}, files)
-    assert cgroups.cores(process) == 1
-
-
-@pytest.mark.parametrize(("quota", "cores"), [("150000", 2), ("-1", None)])
-def test_version_1_has_quota_and_period_each_in_a_file(tree, quota, cores):
-    files = {"cpu/a/cpu.cfs_quota_us": quota, "cpu/a/cpu.cfs_period_us": "100000"}
-    process = tree("3:cpu,cpuacct:/a\n", {"cpu": "cgroup cgroup rw,cpu,cpuacct"}, files)
-    assert cgroups.cores(process) == cores
+@pytest.mark.parametrize(("groups", "mounts", "files", "cores"), SHARES)
+def test_a_share_of_time_counts_as_cores(tree, groups, mounts, files, cores):
+    assert cgroups.cores(tree(f"{groups}\n", mounts, files)) == cores
 
 
 def test_this_machine_can_be_asked():

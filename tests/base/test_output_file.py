@@ -17,16 +17,12 @@ def output(path: Path, **options: bool) -> OutputFile:
     return OutputFile("--out", path, lambda head: head.startswith(OURS), **options)
 
 
-def test_a_new_file_is_created_and_one_that_the_flag_wrote_is_replaced(tmp_path):
-    for data in (OURS + b"a long first text", OURS + b"short"):
-        output(tmp_path / "f").write(data)
-        assert (tmp_path / "f").read_bytes() == data
-
-
-def test_an_empty_file_is_replaced(tmp_path):
-    (tmp_path / "f").touch()
-    output(tmp_path / "f").write(OURS)
-    assert (tmp_path / "f").read_bytes() == OURS
+def test_a_new_file_is_created_and_one_that_is_empty_or_that_the_flag_wrote_is_replaced(tmp_path):
+    (tmp_path / "empty").touch()
+    for name in ("new", "empty"):
+        for data in (OURS + b"a long first text", OURS + b"short"):
+            output(tmp_path / name).write(data)
+            assert (tmp_path / name).read_bytes() == data
 
 
 @pytest.mark.parametrize("streams", [True, False])
@@ -76,9 +72,19 @@ def test_a_device_that_is_not_there_is_wrong_use(tmp_path, monkeypatch):
         OutputFile("--prompt-cache", tmp_path / "x").open()
 
 
-def test_a_directory_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="was not written by --out"):
-        output(tmp_path).check()
+@pytest.mark.parametrize(
+    ("put", "error"),
+    [
+        (Path.mkdir, "was not written by --out"),
+        (os.mkfifo, "was not written by --out"),
+        (lambda path: path.symlink_to(path.name), "cannot be read"),
+    ],
+    ids=["directory", "pipe", "link in a circle"],
+)
+def test_what_is_no_file_is_refused(tmp_path, put, error):
+    put(tmp_path / "f")
+    with pytest.raises(UsageError, match=error):
+        output(tmp_path / "f", streams=False).check()
 
 
 def test_a_missing_directory_is_reported_beforehand(tmp_path):

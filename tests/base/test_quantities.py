@@ -26,13 +26,7 @@ def test_what_is_no_time_is_refused(text):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [
-        ("300MB", 300_000_000),
-        ("1.5GiB", 3 * 2**29),
-        ("12345", 12345),
-        ("0", 0),
-        (" 7 kB ", 7000),
-    ],
+    [("300MB", 300_000_000), ("1.5GiB", 3 * 2**29), ("12345", 12345), ("0", 0), (" 7 kB ", 7000)],
 )
 def test_a_budget_in_bytes(text, size):
     assert MemoryBudget.parse(text).of(10**12) == size
@@ -43,10 +37,7 @@ def test_a_budget_as_a_percentage():
     assert MemoryBudget.parse("100 %").of(1000) == 1000
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "9" * 400, "-3MB", "1e3", "300MiBB", "0%", "101%", "٣MB"],
-)
+@pytest.mark.parametrize("text", ["", "9" * 400, "-3MB", "1e3", "300MiBB", "0%", "101%", "٣MB"])
 def test_a_malformed_budget_is_refused(text):
     with pytest.raises(UsageError):
         MemoryBudget.parse(text)

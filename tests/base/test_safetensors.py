@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -104,11 +105,12 @@ def test_a_part_of_a_stacked_tensor_is_read_by_its_number(tmp_path, part):
 
 
 @pytest.mark.parametrize(
-    "name", ["s[4]", "s[-1]", "s[01]", "s[]", "s[0][0]", "b[0]", "c[0]", "z[0]"]
+    "name", ["s[4]", "s[-1]", "s[01]", "s[]", "s[0][0]", "b[0]", "c[0]", "z[0]", "z"]
 )
-def test_a_part_that_is_not_there_is_refused(tmp_path, name):
+def test_a_tensor_or_a_part_that_is_not_there_is_named(tmp_path, name):
     write(tmp_path / "x", STACKED)
-    with SafetensorsFile(tmp_path / "x") as file, pytest.raises(CheckpointError, match="no tensor"):
+    message = f"no tensor {re.escape(repr(name))}"
+    with SafetensorsFile(tmp_path / "x") as file, pytest.raises(CheckpointError, match=message):
         file.read(name)
 
 
@@ -125,12 +127,6 @@ def test_a_link_under_the_temporary_name_is_not_followed(tmp_path):
     (tmp_path / "x.mixchat.tmp").symlink_to(outside)
     write(tmp_path / "x", TENSORS)
     assert outside.read_text() == "precious"
-
-
-def test_a_missing_tensor_is_named(tmp_path):
-    write(tmp_path / "x", TENSORS)
-    with SafetensorsFile(tmp_path / "x") as file, pytest.raises(CheckpointError, match="'z'"):
-        file.read("z")
 
 
 def test_a_file_cut_short_after_it_was_opened_is_an_error_not_a_signal(tmp_path):

@@ -66,15 +66,9 @@ def test_a_damaged_file_of_settings_is_described(config, data, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_directory_is_not_a_file_of_settings(config):
-    config.mkdir()
-    with pytest.raises(UsageError, match=r"cannot be read \(Is a directory\)"):
-        read_config(config)
-
-
-@pytest.mark.parametrize("name", ["nul\0byte", "loop"])
-def test_an_impossible_file_name_is_an_error(config, name):
-    if name == "loop":
-        (config.parent / name).symlink_to(name)
+@pytest.mark.parametrize("name", ["nul\0byte", "loop", "directory"])
+def test_what_cannot_be_a_file_is_an_error(config, name):
+    (config.parent / "loop").symlink_to("loop")
+    (config.parent / "directory").mkdir()
     with pytest.raises(UsageError, match="cannot be read"):
         read_config(config.parent / name)
