@@ -1,6 +1,5 @@
 """The main job as a person meets it: one command builds the demo model and answers."""
 
-import json
 import os
 import subprocess
 import sys
@@ -49,20 +48,6 @@ def test_the_answer_is_byte_identical_for_every_size_of_the_cache(home):
     assert len({answer.stdout for answer in answers.values()}) == 1
     assert "2 RAM slots" in answers["2.83MB"].stderr
     assert "240 RAM slots" in answers["100%"].stderr
-
-
-def test_standard_input_precedes_the_prompt(home):
-    run = ("run", "-m", "demo", "--temp", "0", "-n", "20")
-    both = mixchat(home, *run, "capital?", stdin="Paris")
-    assert both.stdout == mixchat(home, *run, "Paris\n\ncapital?").stdout
-
-
-def test_the_demo_is_listed_and_described(home):
-    (model,) = json.loads(mixchat(home, "list", "--json").stdout)
-    assert (model["name"], model["quantization"], model["problem"]) == ("demo", "nf4", None)
-    shown = mixchat(home, "show", "demo").stdout
-    assert "small dense model, converted to a mixture of experts" in shown
-    assert "SmolLM2-135M-Instruct" in shown
 
 
 def test_chat_turns_prefill_only_new_tokens(home):

@@ -116,54 +116,51 @@ def run(code: str, *before: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
-@pytest.mark.parametrize("number", interrupts.ENDING)
-def test_a_signal_ends_a_process_that_is_stuck(number):
-    """As in a native function that does not return: no code gets the exception."""
-    done = run(f"with interrupts.deferred():\n    send({number:d})\n    time.sleep(50)")
-    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
+SAVING = """
+with interrupts.deferred(), interrupts.saving():
+    send({:d})
+    time.sleep(2)
+    print('done', flush=True)
+"""
+CLEANING_UP = f"""
+try:
+    send({{:d}})
+    time.sleep(50)
+finally:
+    send({signal.SIGTERM:d})
+    send({signal.SIGINT:d})
+    print('done', flush=True)
+"""
+# As in a native function that does not return: no code gets the exception.
+STUCK = "with interrupts.deferred():\n    send({:d})\n    time.sleep(50)"
+# Exceptions in callbacks are printed and ignored: a run continued to exit code 0.
+SWALLOWING = """
+class Gone:
+    def __del__(self):
+        send({:d})
+        [None for _ in range(1000)]
+Gone()
+try:
+    time.sleep(50)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
 
 
-def test_saving_is_finished_before_the_process_ends():
-    code = (
-        "with interrupts.deferred(), interrupts.saving():\n"
-        f"    send({signal.SIGTERM:d})\n"
-        "    time.sleep(2)\n"
-        "    print('saved', flush=True)\n"
-    )
-    done = run(code)
-    assert (done.returncode, done.stdout, done.stderr) == (143, "saved\n", "")
-
-
-def test_a_second_signal_does_not_interrupt_the_cleanup_of_the_first():
-    code = (
-        "try:\n"
-        f"    send({signal.SIGHUP:d})\n"
-        "    time.sleep(50)\n"
-        "finally:\n"
-        f"    send({signal.SIGTERM:d})\n"
-        f"    send({signal.SIGINT:d})\n"
-        "    print('cleaned', flush=True)\n"
-    )
-    done = run(code)
-    assert (done.returncode, done.stdout, done.stderr) == (129, "cleaned\n", "")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_whose_exception_is_swallowed_still_ends_the_process(number):
-    """Exceptions in callbacks are printed and ignored: a run continued to exit code 0."""
-    code = (
-        "class Gone:\n"
-        "    def __del__(self):\n"
-        f"        send({number:d})\n"
-        "        [None for _ in range(1000)]\n"
-        "Gone()\n"
-        "try:\n"
-        "    time.sleep(50)\n"
-        "except KeyboardInterrupt:\n"
-        "    sys.exit(130)\n"
-    )
-    done = run(code)
-    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
+@pytest.mark.parametrize(
+    ("code", "number", "printed"),
+    [
+        (SAVING, signal.SIGTERM, "done\n"),
+        (CLEANING_UP, signal.SIGHUP, "done\n"),
+        *((STUCK, number, "") for number in interrupts.ENDING),
+        *((SWALLOWING, number, "") for number in (signal.SIGTERM, signal.SIGINT)),
+    ],
+)
+def test_a_signal_ends_a_process_whatever_it_does_after_what_has_to_be_finished(
+    code, number, printed
+):
+    done = run(code.format(number))
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, printed, "")
 
 
 def test_other_swallowed_exceptions_are_printed_as_always():
