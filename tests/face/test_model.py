@@ -155,19 +155,6 @@ def test_an_idle_model_takes_as_many_answers_at_once_as_it_says(load):
     assert all(isinstance(waiter.result()[1], End) for waiter in waiters)
 
 
-def test_a_queue_has_a_bound_and_what_is_refused_harms_nobody(load):
-    model = load(parallel=1, waiting=2)
-    waiters, refused = [], 0
-    with held(model):  # none ends meanwhile
-        for n in range(9):
-            try:
-                waiters.append(Waiter(model, asked(n)))
-            except QueueFullError:
-                refused += 1
-    assert refused == 6
-    assert all(isinstance(waiter.result()[1], End) for waiter in waiters)
-
-
 def test_answers_that_do_not_all_find_room_leave_the_room_to_others(load):
     """Those that had found room held it until the thread of the model had cancelled them."""
     model = load(parallel=1, waiting=2)
