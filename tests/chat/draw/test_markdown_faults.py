@@ -127,11 +127,6 @@ def test_no_letter_is_lost():
         assert not letters[0] - letters[1], (seed, text)
 
 
-BRACKETS = r"""
-[/INST] [INST] [bold] [/bold] [/] [ ] [[ ]] [1] [x]: [link=u] [red]x[/red] \[ :x: a
-"""
-
-
 @pytest.mark.parametrize(
     "text",
     [

@@ -133,20 +133,20 @@ def press_ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(session_of):
-    session = session_of([*"Hel", press_ctrl_c, *"lo world"], "Fine")
+@pytest.mark.parametrize(
+    ("said", "note", "turn"),
+    [
+        ("Hel", "Hel\n(stopped; /continue resumes it)", "[user]Hi[assistant]Hel"),
+        ("", "(stopped)", ""),
+    ],
+)
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(session_of, said, note, turn):
+    session = session_of([*said, press_ctrl_c, *"never seen"], "Fine")
     before = signal.getsignal(signal.SIGINT)
     chat = Chat(session, "Hi\rGo on\r" + CTRL_D)
-    assert chat.text.startswith("Hel\n(stopped; /continue resumes it)\n\nFine")
-    assert prompts_of(session)[1] == "[user]Hi[assistant]Hel[user]Go on"
+    assert chat.text == f"{note}\n\nFine\n\n"
+    assert prompts_of(session)[1] == f"{turn}[user]Go on"
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_ctrl_c_before_the_first_token_does_not_wait_for_it(session_of):
-    session = session_of([press_ctrl_c, *"never seen"])
-    chat = Chat(session, "Hi\r" + CTRL_D)
-    assert chat.text == "(stopped)\n\n"
-    assert session.history == []
 
 
 def test_ctrl_c_does_not_wait_long_for_a_token(session_of):

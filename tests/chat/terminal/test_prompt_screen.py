@@ -111,36 +111,29 @@ def test_what_turns_text_around_is_not_in_the_menu():
     assert [completion.display_text for completion in completions] == ["ab[31m"]
 
 
-def test_several_lines_from_before_the_prompt_are_sent_one_after_the_other():
-    """They were put together into one that waited: commands among them became text."""
+@pytest.mark.parametrize(
+    ("before", "lines"),
+    [
+        ("one é" + ENTER + "/two" + ENTER + ENTER + "thr", ["one é", "/two", ""]),
+        ("thr", []),
+        (ENTER + ENTER + "one" + ENTER + "thr", ["one"]),  # Enter alone is only impatience
+        ("one" + ENTER + CTRL_D, ["one", EOFError]),
+    ],
+    ids=["lines", "half a line", "impatience", "Ctrl-D"],
+)
+def test_what_was_typed_before_the_prompt_is_read_line_by_line(before, lines):
+    """Lines were put together into one that waited: commands among them became text."""
     with look(ask=False) as screen:
-        screen.type("one é" + ENTER + "/two" + ENTER + ENTER + "thr")
-        screen.ask()
-        assert screen.read() == "one é"
-        screen.ask()
-        assert screen.read() == "/two"
-        screen.ask()
-        assert screen.read() == ""
-        screen.ask()
-        screen.wait_for(">>> thr")
-        screen.type("ee" + ENTER)
-        assert screen.read() == "three"
-
-
-def test_ctrl_d_from_before_the_prompt_leaves_after_what_was_typed_before_it():
-    with look(ask=False) as screen:
-        screen.type("one" + ENTER + CTRL_D)
-        screen.ask()
-        assert screen.read() == "one"
-        screen.ask()
-        assert isinstance(screen.read(), EOFError)
-
-
-def test_enter_alone_from_before_the_prompt_is_only_impatience():
-    with look(ask=False) as screen:
-        screen.type(ENTER + ENTER + "one" + ENTER)
-        screen.ask()
-        assert screen.read() == "one"
+        screen.type(before)
+        for line in lines:
+            screen.ask()
+            read = screen.read()
+            assert (type(read) if isinstance(read, Exception) else read) == line
+        if EOFError not in lines:
+            screen.ask()
+            screen.wait_for(">>> thr")
+            screen.type("ee" + ENTER)
+            assert screen.read() == "three"
 
 
 @pytest.mark.parametrize("last", ["c", "c" + ENTER])
@@ -154,15 +147,6 @@ def test_a_marked_paste_from_before_the_prompt_is_one_text_that_waits(last):
         screen.wait_for("... c")
         screen.type("!" + ENTER)
         assert screen.read() == "a\n/b\n" + last.replace(ENTER, "\n") + "!"
-
-
-def test_half_a_line_from_before_the_prompt_continues():
-    with look(ask=False) as screen:
-        screen.type("one ")
-        screen.ask()
-        screen.wait_for(">>> one")
-        screen.type("two" + ENTER)
-        assert screen.read() == "one two"
 
 
 @pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("NO_COLOR", "1"), ("TERM", "")])
