@@ -178,24 +178,22 @@ def gives_up_after(clock: Clock, waiting: Patience, happens: Callable[[int], Non
     raise AssertionError("it waits for ever")
 
 
-def test_a_token_now_and_then_buys_a_minute(clock):
+@pytest.mark.parametrize(
+    ("happens", "least", "most"),
+    [
+        (lambda waiting, number: waiting.take_text(1), 0, 3),  # a token buys a minute
+        (lambda waiting, number: waiting.wait_in_queue(), 11, 14),
+        # 65,636 tokens, 60 in 50 minutes
+        (lambda waiting, number: waiting.read(60 * (number + 1)), 500, 2000),
+        (lambda waiting, number: waiting.read(5), 0, 3),
+        (lambda waiting, number: waiting.read(10**8 + number), 0, 3),
+    ],
+    ids=["tokens now and then", "queue", "progress", "no progress", "beyond the prompt"],
+)
+def test_what_happens_now_and_then_buys_some_hours(clock, happens, least, most):
     waiting = Patience(100)
-    assert gives_up_after(clock, waiting, lambda number: waiting.take_text(1)) < 3
-
-
-def test_progress_of_a_prompt_is_waited_for_but_not_beyond_the_prompt(clock):
-    waiting = Patience(100)
-    hours = gives_up_after(clock, waiting, lambda number: waiting.read(60 * (number + 1)))
-    assert 500 < hours < 2000  # 65,636 tokens, 60 in 50 minutes
-    waiting = Patience(100)
-    assert gives_up_after(clock, waiting, lambda number: waiting.read(5)) < 3
-    waiting = Patience(100)
-    assert gives_up_after(clock, waiting, lambda number: waiting.read(10**8 + number)) < 3
-
-
-def test_a_queue_is_waited_in_for_half_a_day(clock):
-    waiting = Patience(100)
-    assert 11 < gives_up_after(clock, waiting, lambda number: waiting.wait_in_queue()) < 14
+    hours = gives_up_after(clock, waiting, lambda number: happens(waiting, number))
+    assert least < hours < most
 
 
 def test_after_its_end_an_answer_buys_no_time(clock):

@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack, suppress
 
 import pytest
+from event_loop import in_event_loop
 from raw_http import exchange, read_response, request
 from scripted_model import scripted_model
 
@@ -81,95 +82,89 @@ def test_the_largest_answer_that_is_not_taken_makes_room_for_another_one():
 
 
 @pytest.mark.parametrize(("patience", "expected"), [(1.0, [9, 2, 5, 7]), (0.0, [9, 5, 2, 7])])
-def test_large_bodies_are_parsed_one_at_a_time_the_lightest_first(monkeypatch, patience, expected):
+@in_event_loop
+async def test_large_bodies_are_parsed_one_at_a_time_the_lightest_first(
+    monkeypatch, patience, expected
+):
     """The heaviest ones never had their turn while lighter ones came, in spite of their wait."""
     monkeypatch.setattr(bodies, "_LIGHT", 0)
     monkeypatch.setattr(bodies, "_PATIENCE_PER_BYTE", patience)
+    budget, turns, order, running = RequestMemory(LIMIT), WorkTurns(), [], []
+    may_end = threading.Event()
 
-    async def main():
-        budget, turns, order, running = RequestMemory(LIMIT), WorkTurns(), [], []
-        may_end = threading.Event()
+    def read(given):
+        running.append(None)
+        order.append(len(given))
+        assert may_end.wait(60)
+        assert len(running) == 1
+        running.pop()
 
-        def read(given):
-            running.append(None)
-            order.append(len(given))
-            assert may_end.wait(60)
-            assert len(running) == 1
-            running.pop()
-
-        with budget.share() as share:
-            tasks = []
-            for fields in (9, 5, 2, 7):
-                data = json.dumps({str(n): [] for n in range(fields)}).encode()
-                body = body_of(data, share, turns)
-                tasks.append(asyncio.ensure_future(read_body(body, read)))
-                await asyncio.sleep(0.02)
-            may_end.set()
-            await asyncio.gather(*tasks)
-        assert order == expected
-
-    asyncio.run(main())
+    with budget.share() as share:
+        tasks = []
+        for fields in (9, 5, 2, 7):
+            data = json.dumps({str(n): [] for n in range(fields)}).encode()
+            body = body_of(data, share, turns)
+            tasks.append(asyncio.ensure_future(read_body(body, read)))
+            await asyncio.sleep(0.02)
+        may_end.set()
+        await asyncio.gather(*tasks)
+    assert order == expected
 
 
-def test_a_small_body_waits_for_no_large_one_and_for_no_form():
-    async def main():
-        budget, turns = RequestMemory(LIMIT), WorkTurns()
-        with budget.share() as share:
-            async with turns.turn(HEAVY, 0.0), turns.turn(0, 0.0, has_form=True):
-                assert await read_body(body_of(b'{"a": 1}', share, turns), len) == 1
-
-    asyncio.run(main())
+@in_event_loop
+async def test_a_small_body_waits_for_no_large_one_and_for_no_form():
+    budget, turns = RequestMemory(LIMIT), WorkTurns()
+    with budget.share() as share:
+        async with turns.turn(HEAVY, 0.0), turns.turn(0, 0.0, has_form=True):
+            assert await read_body(body_of(b'{"a": 1}', share, turns), len) == 1
 
 
-def test_the_body_of_a_client_that_left_is_never_parsed(monkeypatch):
+@in_event_loop
+async def test_the_body_of_a_client_that_left_is_never_parsed(monkeypatch):
     """60 clients sent 1 MB each and left. Another one waited until all were parsed, for 225 s."""
     monkeypatch.setattr(bodies, "_LIGHT", 0)
     parsed = []
     monkeypatch.setattr(bodies, "read_object", lambda data: parsed.append(data) or {})
-
-    async def main():
-        budget, turns = RequestMemory(LIMIT), WorkTurns()
-        with budget.share() as share:
-            async with turns.turn(HEAVY, 0.0):
-                left, stays = (
-                    asyncio.ensure_future(read_body(body_of(data, share, turns), len))
-                    for data in (b"left", b"stays")
-                )
-                await asyncio.sleep(0.02)
-                left.cancel()
-                await asyncio.wait([left])
-            await stays
-        assert parsed == [b"stays"]
-
-    asyncio.run(main())
+    budget, turns = RequestMemory(LIMIT), WorkTurns()
+    with budget.share() as share:
+        async with turns.turn(HEAVY, 0.0):
+            left, stays = (
+                asyncio.ensure_future(read_body(body_of(data, share, turns), len))
+                for data in (b"left", b"stays")
+            )
+            await asyncio.sleep(0.02)
+            left.cancel()
+            await asyncio.wait([left])
+        await stays
+    assert parsed == [b"stays"]
 
 
-def test_a_turn_that_ends_as_others_leave_goes_to_one_who_stays():
+@in_event_loop
+async def test_a_turn_that_ends_as_others_leave_goes_to_one_who_stays():
     """Two clients left in the moment in which a turn ended. Nobody got a turn after that."""
+    turns, may_end, had_turns = WorkTurns(), asyncio.Event(), []
 
-    async def main():
-        turns, may_end, had_turns = WorkTurns(), asyncio.Event(), []
+    async def take(name):
+        async with turns.turn(HEAVY, 0.0):
+            had_turns.append(name)
+            await may_end.wait()
 
-        async def take(name):
-            async with turns.turn(HEAVY, 0.0):
-                had_turns.append(name)
-                await may_end.wait()
-
-        first, *left, last = (
-            asyncio.ensure_future(take(name)) for name in ("first", "left", "left", "last")
-        )
-        await asyncio.sleep(0.02)
-        may_end.set()
-        await asyncio.sleep(0)  # the first one is about to end
-        for task in left:
-            task.cancel()
-        await asyncio.gather(first, last)
-        assert had_turns == ["first", "last"]
-
-    asyncio.run(main())
+    first, *left, last = (
+        asyncio.ensure_future(take(name)) for name in ("first", "left", "left", "last")
+    )
+    await asyncio.sleep(0.02)
+    may_end.set()
+    await asyncio.sleep(0)  # the first one is about to end
+    for task in left:
+        task.cancel()
+    await asyncio.gather(first, last)
+    assert had_turns == ["first", "last"]
 
 
-def test_who_leaves_while_a_body_is_parsed_ends_it_and_lets_the_next_one_begin_then(monkeypatch):
+@in_event_loop
+async def test_who_leaves_while_a_body_is_parsed_ends_it_and_lets_the_next_one_begin_then(
+    monkeypatch,
+):
     """Others began while the threads of clients that had left still ran: 40 at once."""
     monkeypatch.setattr(bodies, "_LIGHT", 0)
     began, may_end, ended = threading.Event(), threading.Event(), []
@@ -179,22 +174,19 @@ def test_who_leaves_while_a_body_is_parsed_ends_it_and_lets_the_next_one_begin_t
         assert may_end.wait(60)
         ended.append("left")
 
-    async def main():
-        budget, turns = RequestMemory(LIMIT), WorkTurns()
-        with budget.share() as share, ExitStack() as at_end:
-            at_end.callback(may_end.set)
-            left = body_of(b"{}", share, turns)
-            leaving = asyncio.ensure_future(read_body(left, read, at_end))
-            await asyncio.to_thread(began.wait, 60)
-            staying = body_of(b"{}", share, turns)
-            reading = asyncio.ensure_future(read_body(staying, lambda fields: tuple(ended)))
-            await asyncio.sleep(0.02)
-            leaving.cancel()
-            assert await reading == ("left",)
-            with suppress(asyncio.CancelledError):
-                await leaving
-
-    asyncio.run(main())
+    budget, turns = RequestMemory(LIMIT), WorkTurns()
+    with budget.share() as share, ExitStack() as at_end:
+        at_end.callback(may_end.set)
+        left = body_of(b"{}", share, turns)
+        leaving = asyncio.ensure_future(read_body(left, read, at_end))
+        await asyncio.to_thread(began.wait, 60)
+        staying = body_of(b"{}", share, turns)
+        reading = asyncio.ensure_future(read_body(staying, lambda fields: tuple(ended)))
+        await asyncio.sleep(0.02)
+        leaving.cancel()
+        assert await reading == ("left",)
+        with suppress(asyncio.CancelledError):
+            await leaving
 
 
 @pytest.mark.parametrize(
@@ -319,88 +311,78 @@ class _Model:
 ASKED = APIRequest((Request(),), (Prompt((1,)),))
 
 
-def test_an_answer_that_is_not_taken_is_given_up_when_its_memory_is_needed():
+@in_event_loop
+async def test_an_answer_that_is_not_taken_is_given_up_when_its_memory_is_needed():
     token = TokenLogprob(1, -1.0, tuple((n, -1.0) for n in range(20)))
-
-    async def main():
-        budget, model = RequestMemory(LIMIT), _Model()
-        with budget.share() as share:
-            pending = PendingAnswers(model, ASKED, share, None, as_request_error)
-            pending.submit()
-            for _ in range(LIMIT // 2_000):
-                model.sink(Piece("x", tokens=(token,)))
-            await asyncio.sleep(0.1)  # the events arrive
-            with pytest.raises(ResourceError, match="cut off"):
-                await pending.next(PING_S)
-            assert model.is_cancelled
-            assert share.size == 0
-
-    asyncio.run(main())
+    budget, model = RequestMemory(LIMIT), _Model()
+    with budget.share() as share:
+        pending = PendingAnswers(model, ASKED, share, None, as_request_error)
+        pending.submit()
+        for _ in range(LIMIT // 2_000):
+            model.sink(Piece("x", tokens=(token,)))
+        await asyncio.sleep(0.1)  # the events arrive
+        with pytest.raises(ResourceError, match="cut off"):
+            await pending.next(PING_S)
+        assert model.is_cancelled
+        assert share.size == 0
 
 
-def test_sending_a_long_answer_lets_others_run():
+@in_event_loop
+async def test_sending_a_long_answer_lets_others_run():
     """A socket that had failed got all pieces before anybody saw it, with a warning for each."""
+    sent, turns = [], []
 
-    async def main():
-        sent, turns = [], []
+    async def send(message):
+        sent.append(message)
+
+    async def look():
+        while not sent or sent[-1].get("more_body", True):
+            turns.append(len(sent))
+            await asyncio.sleep(0)
+
+    with RequestMemory(LIMIT).share() as share:
+        answer = WholeAnswer(b"x" * 1_000_000, share)
+        await asyncio.gather(look(), answer({}, None, send))
+    assert len({*turns}) > 10
+    assert b"".join(message.get("body", b"") for message in sent) == b"x" * 1_000_000
+
+
+@in_event_loop
+async def test_a_whole_answer_that_is_not_taken_is_given_up_when_its_memory_is_needed():
+    budget, sent = RequestMemory(LIMIT), []
+    with budget.share() as share, budget.share() as other:
+        answer = WholeAnswer(b"x" * 8_000_000, share)
 
         async def send(message):
             sent.append(message)
+            if len(sent) == 3:  # the client is slow now, and another one needs memory
+                other.can_give_up(lambda: None)
+                other.grow(3_000_000)
 
-        async def look():
-            while not sent or sent[-1].get("more_body", True):
-                turns.append(len(sent))
-                await asyncio.sleep(0)
-
-        with RequestMemory(LIMIT).share() as share:
-            answer = WholeAnswer(b"x" * 1_000_000, share)
-            await asyncio.gather(look(), answer({}, None, send))
-        assert len({*turns}) > 10
-        assert b"".join(message.get("body", b"") for message in sent) == b"x" * 1_000_000
-
-    asyncio.run(main())
+        await answer({}, None, send)
+        assert share.size == 0
+    assert [message["type"][14:] for message in sent] == ["start", "body", "body"]
+    assert sent[-1]["more_body"]  # so that the server closes the connection
 
 
-def test_a_whole_answer_that_is_not_taken_is_given_up_when_its_memory_is_needed():
-    async def main():
-        budget, sent = RequestMemory(LIMIT), []
-        with budget.share() as share, budget.share() as other:
-            answer = WholeAnswer(b"x" * 8_000_000, share)
-
-            async def send(message):
-                sent.append(message)
-                if len(sent) == 3:  # the client is slow now, and another one needs memory
-                    other.can_give_up(lambda: None)
-                    other.grow(3_000_000)
-
-            await answer({}, None, send)
-            assert share.size == 0
-        assert [message["type"][14:] for message in sent] == ["start", "body", "body"]
-        assert sent[-1]["more_body"]  # so that the server closes the connection
-
-    asyncio.run(main())
-
-
-def test_a_model_is_free_as_soon_as_an_answer_is_computed():
-    async def main():
-        model, computed = _Model(), []
-        with RequestMemory(LIMIT).share() as share:
-            pending = PendingAnswers(model, ASKED, share, None, as_request_error)
-            pending.submit()
-            pending.when_computed(lambda: computed.append(pending.finished))
-            model.sink(Piece("x"))
-            model.sink(End("stop"))
-            await asyncio.sleep(0.02)
-            assert computed == [False]  # nobody has taken it yet
-            pending.when_computed(lambda: computed.append("again"))
-            assert computed == [False, "again"]
-            assert share.size > 0
-            pending.end()
-            model.sink(Piece("late"))
-            await asyncio.sleep(0.02)
-            assert share.size == 0
-
-    asyncio.run(main())
+@in_event_loop
+async def test_a_model_is_free_as_soon_as_an_answer_is_computed():
+    model, computed = _Model(), []
+    with RequestMemory(LIMIT).share() as share:
+        pending = PendingAnswers(model, ASKED, share, None, as_request_error)
+        pending.submit()
+        pending.when_computed(lambda: computed.append(pending.finished))
+        model.sink(Piece("x"))
+        model.sink(End("stop"))
+        await asyncio.sleep(0.02)
+        assert computed == [False]  # nobody has taken it yet
+        pending.when_computed(lambda: computed.append("again"))
+        assert computed == [False, "again"]
+        assert share.size > 0
+        pending.end()
+        model.sink(Piece("late"))
+        await asyncio.sleep(0.02)
+        assert share.size == 0
 
 
 def test_a_body_is_checked_for_the_budget_by_its_objects():

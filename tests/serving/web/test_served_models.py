@@ -63,6 +63,20 @@ def others():
     return {name: Context(size, size) for name, size in SIZES.items()}
 
 
+@pytest.fixture
+def serve_shelf(serve, shelf):
+    """Starts a server of the shelf's models, with options of `ServedModels`."""
+    started = []
+
+    def start(**options):
+        started.append(models_of(shelf, **options))
+        return serve(models=started[-1])
+
+    yield start
+    for models in started:
+        models.close()
+
+
 async def until(condition):
     for _ in range(12_000):
         if condition():
@@ -87,7 +101,6 @@ async def test_another_model_replaces_the_loaded_one_and_only_one_is_open(shelf)
         async with models.use(name) as model:
             assert (model.name, shelf.open) == (used, [used])
     assert list(await models.contexts()) == ["a", "b"]
-
     assert shelf.loads == ["a", "b", "a"]
 
 
@@ -138,7 +151,6 @@ async def test_later_requests_pass_one_for_another_model_until_its_turn_comes(
 async def test_neither_of_two_models_is_starved_by_clients_without_a_pause(shelf, monkeypatch):
     """Two clients of each model ask again at once. A model had to be loaded for each question."""
     monkeypatch.setattr(served_models, "_TURN_S", 0.1)
-
     models, counts = models_of(shelf), Counter()
     end = asyncio.get_running_loop().time() + 2
 
@@ -156,7 +168,6 @@ async def test_neither_of_two_models_is_starved_by_clients_without_a_pause(shelf
 @in_event_loop
 async def test_requests_that_wait_for_a_model_are_counted_and_bounded(shelf):
     """80 of them waited with a --queue of 64, and each held what was parsed of its body."""
-
     models = models_of(shelf, queue=2)
     async with models.use("a"):
         waiting = [asyncio.ensure_future(models.use("b").__aenter__()) for _ in range(2)]
@@ -173,7 +184,6 @@ async def test_requests_that_wait_for_a_model_are_counted_and_bounded(shelf):
 @in_event_loop
 async def test_who_leaves_lets_those_pass_who_waited_behind(shelf, monkeypatch):
     monkeypatch.setattr(served_models, "_TURN_S", 0.0)
-
     models = models_of(shelf)
     async with models.use("a"):
         leaving = asyncio.ensure_future(models.use("b").__aenter__())
@@ -198,14 +208,13 @@ async def test_a_model_that_fails_to_load_fails_all_who_wait_for_it_at_once(shel
         assert (model.name, shelf.open) == ("a", ["a"])
 
 
-def test_a_damaged_model_leaves_the_loaded_one_where_it_is(serve, shelf):
+def test_a_damaged_model_leaves_the_loaded_one_where_it_is(serve_shelf, shelf):
     """It was unloaded first, so any client could have it unloaded again and again."""
 
     def check(name):
         raise CheckpointError(f"/home/me/{name}: the file is missing")
 
-    models = models_of(shelf, check=check)
-    served = serve(models=models)
+    served = serve_shelf(check=check)
     for _ in range(2):
         refused = exchange(served, request(CHAT, {**HI, "model": "b"}))
         assert refused.status == 500
@@ -213,26 +222,21 @@ def test_a_damaged_model_leaves_the_loaded_one_where_it_is(serve, shelf):
     assert exchange(served, request(CHAT, {**HI, "model": "a"})).status == 200
     assert (shelf.open, shelf.loads) == (["a"], ["a"])
     assert str(served.reports[0]) == "/home/me/b: the file is missing"
-    models.close()
 
 
-def test_an_option_that_a_model_cannot_use_is_no_fault_of_the_client(shelf):
+@in_event_loop
+async def test_an_option_that_a_model_cannot_use_is_no_fault_of_the_client(shelf):
     """A path in the server's configuration was told to a client, as the fault of its request."""
-
-    async def main():
-        models = models_of(shelf)
-        shelf.errors.append(UsageError("/home/me/key: there is no key"))
-        with pytest.raises(CheckpointError, match="there is no key"):
-            async with models.use("b"):
-                pass
-
-    asyncio.run(main())
-
-
-def test_a_slow_reader_of_a_long_answer_keeps_nobody_from_another_model(serve, shelf):
-    """No other model was loaded until all of the answer was sent."""
     models = models_of(shelf)
-    served = serve(models=models)
+    shelf.errors.append(UsageError("/home/me/key: there is no key"))
+    with pytest.raises(CheckpointError, match="there is no key"):
+        async with models.use("b"):
+            pass
+
+
+def test_a_slow_reader_of_a_long_answer_keeps_nobody_from_another_model(serve_shelf, shelf):
+    """No other model was loaded until all of the answer was sent."""
+    served = serve_shelf()
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(("127.0.0.1", served.port))
@@ -246,7 +250,6 @@ def test_a_slow_reader_of_a_long_answer_keeps_nobody_from_another_model(serve, s
         while b"[DONE]" not in data[-100:]:
             data += slow.recv(65_536)
     assert data.count(b'"finish_reason":"stop"') == 16
-    models.close()
 
 
 def asking(text, **more):
@@ -256,7 +259,6 @@ def asking(text, **more):
 @in_event_loop
 async def test_a_client_that_leaves_while_a_model_loads_leaves_no_second_model_open(shelf):
     """The next request began another load, and the first model was never closed."""
-
     models = models_of(shelf, sleep_after=0.05)
     leaving = await left_while_loading(models, shelf)
     staying = asyncio.ensure_future(models.use("a").__aenter__())
@@ -278,7 +280,6 @@ async def test_a_model_that_was_loaded_for_nobody_sleeps_too(shelf):
 @in_event_loop
 async def test_the_servers_end_waits_for_a_model_that_is_being_unloaded(shelf):
     """Its KV caches may be written then."""
-
     models = models_of(shelf, sleep_after=0.01)
     async with models.use() as model:
         pass
@@ -305,7 +306,6 @@ async def test_an_idle_model_is_unloaded_and_the_next_request_loads_it_again(she
         assert shelf.open == ["a"]
     await until(lambda: shelf.open == [])
     assert models.name == "a"
-
     assert shelf.loads == ["a", "a"]
 
 
@@ -322,15 +322,13 @@ async def test_a_model_is_unloaded_as_soon_as_its_answers_are_sent(shelf):
     assert (shelf.open, models.is_loaded) == ([], False)
     async with models.use():
         assert shelf.open == ["a"]
-
     assert shelf.loads == ["a", "a"]
 
 
 @pytest.mark.parametrize("client", ["chat", "generate"])
-def test_ollamas_clients_load_and_unload_a_model_without_a_question(serve, shelf, client):
+def test_ollamas_clients_load_and_unload_a_model_without_a_question(serve_shelf, shelf, client):
     """Open WebUI unloads so. The model wrote an answer to the empty prompt instead."""
-    models = models_of(shelf, sleep_after=600)
-    served = serve(models=models)
+    served = serve_shelf(sleep_after=600)
     with closing(ollama.Client(host=served.url)) as api:
         ask = getattr(api, client)
         for name, keep_alive, reason, loaded in [
@@ -345,7 +343,6 @@ def test_ollamas_clients_load_and_unload_a_model_without_a_question(serve, shelf
         left = model.expires_at - datetime.now(timezone.utc)
     assert (model.model, 0 < left.total_seconds() <= 600) == ("b:latest", True)
     assert shelf.loads == ["a", "b"]
-    models.close()
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/api/show", "/api/pull"])
@@ -377,9 +374,8 @@ async def test_a_model_that_loads_while_the_server_ends_is_closed(shelf):
     assert (shelf.open, shelf.loads) == ([], ["a", "b"])
 
 
-def test_counts_go_on_over_a_change_of_model(serve, shelf):
-    models = models_of(shelf)
-    served = serve(models=models)
+def test_counts_go_on_over_a_change_of_model(serve_shelf, shelf):
+    served = serve_shelf()
     for name in ("a", "b", "b"):
         body = {"model": name, "messages": [{"role": "user", "content": "say:hi"}]}
         response = exchange(served, request(CHAT, body))
@@ -390,12 +386,10 @@ def test_counts_go_on_over_a_change_of_model(serve, shelf):
         ("b", 40_000),
         ("a", 4000),
     ]
-    models.close()
 
 
-def test_an_alias_is_a_name_in_each_api(serve, shelf):
-    models = models_of(shelf, aliases={"gpt-4o": "b"})
-    served = serve(models=models)
+def test_an_alias_is_a_name_in_each_api(serve_shelf, shelf):
+    served = serve_shelf(aliases={"gpt-4o": "b"})
     asked = {"model": "gpt-4o", "messages": [{"role": "user", "content": "say:hi"}]}
     for path, body in {
         CHAT: asked,
@@ -412,15 +406,13 @@ def test_an_alias_is_a_name_in_each_api(serve, shelf):
     assert shelf.open == []
     tags = exchange(served, request("/api/tags")).json["models"]
     assert [model["name"] for model in tags] == ["b:latest", "a:latest", "gpt-4o:latest"]
-    models.close()
 
 
-def test_ollama_and_openai_show_what_is_known_of_a_model(serve, shelf):
+def test_ollama_and_openai_show_what_is_known_of_a_model(serve_shelf, shelf):
     """Sizes were 0, times the present, and a digest that of the name."""
     modified = datetime(2026, 1, 2, tzinfo=timezone.utc)
     facts = ModelFacts(4_500_000_000, 8_000_000_000, "nf4", "d" * 64, modified.timestamp(), "olmoe")
-    models = models_of(shelf, facts={"a": facts}.get, aliases={"gpt-4o": "a"})
-    served = serve(models=models)
+    served = serve_shelf(facts={"a": facts}.get, aliases={"gpt-4o": "a"})
     with closing(ollama.Client(host=served.url)) as client:
         listed = {model.model: model for model in client.list().models}
         for model in listed["a:latest"], listed["gpt-4o:latest"], client.ps().models[0]:
@@ -439,25 +431,21 @@ def test_ollama_and_openai_show_what_is_known_of_a_model(serve, shelf):
     loaded = exchange(served, request("/api/ps")).json["models"][0]
     assert loaded["context_length"] == 4000
     assert exchange(served, request("/v1/models/a")).json["created"] == modified.timestamp()
-    models.close()
 
 
-def test_tokens_are_those_of_the_model_that_the_request_names(serve, shelf):
+def test_tokens_are_those_of_the_model_that_the_request_names(serve_shelf, shelf):
     """The field was refused, so that a client could not count the tokens of its own model."""
-    models = models_of(shelf)
-    served = serve(models=models)
+    served = serve_shelf()
     tokens = exchange(served, request("/tokenize", {"model": "b", "content": "Hé"})).json
     assert (tokens, shelf.open) == ({"tokens": [72, 233]}, ["b"])
     text = exchange(served, request("/detokenize", {"model": "a", **tokens})).json
     assert (text, shelf.open) == ({"content": "Hé"}, ["a"])
-    models.close()
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_may_be_as_long_as_the_model_that_it_names_can_take(serve, shelf, chunked):
+def test_a_body_may_be_as_long_as_the_model_that_it_names_can_take(serve_shelf, shelf, chunked):
     """The limit was the loaded model's, so that long prompts for another one were refused."""
-    models = models_of(shelf)
-    served = serve(models=models)
+    served = serve_shelf()
     for size, status in [(2_000_000, 200), (20_000_000, 413)]:
         asked = {"model": "b", "messages": [{"role": "user", "content": "say:hi"}]}
         body = json.dumps(asked | {"user": "x" * size}).encode()
@@ -469,7 +457,6 @@ def test_a_body_may_be_as_long_as_the_model_that_it_names_can_take(serve, shelf,
             with suppress(ConnectionError):  # it is refused before its end
                 connection.sendall(data)
             assert read_response(connection).status == status
-    models.close()
 
 
 @in_event_loop

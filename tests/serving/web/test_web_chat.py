@@ -1,8 +1,6 @@
 """The openai package as the client of /v1/chat/completions: every field, streaming and not."""
 
 import re
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -132,14 +130,6 @@ def test_what_is_not_given_is_the_models_advice(serve):
     assert (second.sampling.top_p, second.sampling.temperature, second.max_tokens) == (0.9, 0.2, 5)
 
 
-def test_an_answer_ends_after_a_quarter_of_the_context_by_default(client, served):
-    ask(client, "Hi")
-    ask(client, "Hi", extra_body={"max_tokens": 0})
-    usual, longest = served.requests
-    assert usual.max_tokens == 1000
-    assert longest.max_tokens == 4000 - len(longest.ids)
-
-
 def test_log_probabilities_have_openais_shape(client):
     (choice,) = ask(client, "say:aé", logprobs=True, top_logprobs=3).choices
     first, second, _ = choice.logprobs.content  # the stop token comes last
@@ -263,29 +253,6 @@ def test_an_error_in_the_midst_of_a_stream_comes_as_an_event(client):
     with pytest.raises(openai.APIError, match="there is no memory"):
         pieces.extend(ask(client, "say:abc{fail}", stream=True))
     assert text_of(pieces) == "abc"
-
-
-def test_forty_at_once_of_which_a_third_leaves_get_what_each_gets_alone(serve):
-    served = serve(parallel=4, waiting=40)
-    results = {}
-
-    def one(number):
-        text = f"say:{{wait}}answer {number} of{{wait}} seed {{seed}}"
-        with served.openai() as client:
-            if number % 3 == 0:
-                with ask(client, f"{text}{{hang}}", stream=True) as stream:
-                    next(iter(stream))
-            elif number % 2:
-                results[number] = ask(client, text, seed=number).choices[0].message.content
-            else:
-                results[number] = text_of(streamed(client, text, seed=number))
-
-    with ThreadPoolExecutor(40) as threads:
-        list(threads.map(one, range(40)))
-    assert results == {i: f"answer {i} of seed {i}" for i in range(40) if i % 3}
-    while served.model.stats.running:  # those whose clients left end by themselves
-        time.sleep(0.01)
-    assert served.reports == []
 
 
 def test_no_number_in_an_answer_is_beyond_json(served):

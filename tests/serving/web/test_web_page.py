@@ -68,20 +68,12 @@ def test_the_page_may_ask_its_own_server_alone(served):
         assert exchange(served, asked).status == status
 
 
-@pytest.mark.parametrize("path", ["/", "/page.js"])
-def test_without_the_page_there_is_nothing(serve, path):
-    assert exchange(serve(page=False), request(path)).status == 404
-
-
-def test_other_files_of_its_folder_are_not_served(served):
-    for path in (
-        "/markdown-it.LICENSE",
-        "/temml.LICENSE",
-        "/page_files/page.html",
-        "/..%2fpage.py",
-        "/page.html",
-    ):
-        assert exchange(served, request(path)).status == 404
+def test_other_files_of_its_folder_are_not_served_and_without_the_page_none(serve):
+    names = ("markdown-it.LICENSE", "temml.LICENSE", "page_files/page.html", "page.html")
+    for path in (*(f"/{name}" for name in names), "/..%2fpage.py"):
+        assert exchange(serve(), request(path)).status == 404
+    for path in ("/", "/page.js"):
+        assert exchange(serve(page=False), request(path)).status == 404
 
 
 class Elements(HTMLParser):
