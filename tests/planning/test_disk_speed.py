@@ -86,20 +86,16 @@ def spy_on_writing(monkeypatch: pytest.MonkeyPatch, largest: int = 2**30) -> lis
     return written
 
 
-@pytest.mark.parametrize(("free", "size"), [(10**12, SIZE), (3_000_000, 300_000)])
+@pytest.mark.parametrize(
+    ("free", "size"),
+    [(10**12, SIZE), (3_000_000, 300_000), (10 * BLOCK, BLOCK), (10 * BLOCK - 1, 0)],
+)
 def test_the_file_takes_a_tenth_of_the_free_disk_at_most(tmp_path, monkeypatch, free, size):
+    """Where that has no room for an expert, nothing is written and nothing is measured."""
     monkeypatch.setattr(machine, "free_disk", lambda directory: free)
     written = spy_on_writing(monkeypatch)
-    assert measured(tmp_path) is not None
+    assert (measured(tmp_path) is not None) == bool(size)
     assert sum(written) == size
-
-
-@pytest.mark.parametrize(("free", "there_is_room"), [(10 * BLOCK - 1, False), (10 * BLOCK, True)])
-def test_without_room_for_an_expert_nothing_is_written(tmp_path, monkeypatch, free, there_is_room):
-    monkeypatch.setattr(machine, "free_disk", lambda directory: free)
-    written = spy_on_writing(monkeypatch)
-    assert (measured(tmp_path) is not None) == there_is_room
-    assert bool(written) == there_is_room
 
 
 def test_a_place_that_cannot_be_written_to_is_not_measured(monkeypatch):
