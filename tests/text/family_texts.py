@@ -1,6 +1,6 @@
 """Small tokenizers and chat templates with the rules of the families that people run.
 
-The templates say what the real ones say for system, user and assistant, without tools.
+The templates say what the real ones say. Those that know tools are in `tool_texts`.
 """
 
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import text_builders as build
+import tool_texts
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
@@ -60,57 +61,6 @@ OLMOE = """\
 {% if not loop.last %}{{ '<|assistant|>\n' + message['content'] + eos_token + '\n' }}{% else %}\
 {{ '<|assistant|>\n' + message['content'] + eos_token }}{% endif %}{% endif %}\
 {% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"""
-GRANITE = """\
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content'] %}
-    {%- set loop_messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "Knowledge: 2024.\\nToday's Date: " + strftime_now('%B %d, %Y') %}
-    {%- if tools and documents %}
-        {%- set system_message = system_message + " Use tools." %}
-    {%- endif %}
-    {%- set loop_messages = messages %}
-{%- endif %}
-{{- '<|start_of_role|>system<|end_of_role|>' + system_message + '<|end_of_text|>\\n' }}
-{%- for message in loop_messages %}
-    {{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] }}
-    {{- '<|end_of_text|>\\n' }}
-    {%- if loop.last and add_generation_prompt %}
-        {{- '<|start_of_role|>assistant' }}
-        {%- if controls %}{{- ' ' + controls | tojson() }}{%- endif %}
-        {{- '<|end_of_role|>' }}
-    {%- endif %}
-{%- endfor %}"""
-HARMONY = """\
-{%- macro system() -%}
-    {%- if reasoning_effort is not defined %}
-        {%- set reasoning_effort = "medium" %}
-    {%- endif %}
-    {{- "You are a model.\\nCurrent date: " + strftime_now("%Y-%m-%d") + "\\n\\n" }}
-    {{- "Reasoning: " + reasoning_effort + "\\n\\n# Valid channels: analysis, final." }}
-{%- endmacro -%}
-{{- "<|start|>system<|message|>" }}
-{{- system() }}
-{{- "<|end|>" }}
-{%- set rest = messages %}
-{%- if messages[0].role == "system" %}
-    {{- "<|start|>developer<|message|># Instructions\\n\\n" + messages[0].content }}
-    {{- "\\n\\n<|end|>" }}
-    {%- set rest = messages[1:] %}
-{%- endif %}
-{%- for message in rest -%}
-    {%- if message.role == 'assistant' -%}
-        {%- if "<|channel|>final<|message|>" in message.content %}
-            {{- raise_exception("a message with channels") }}
-        {%- endif %}
-        {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|end|>" }}
-    {%- else -%}
-        {{- "<|start|>user<|message|>" + message.content + "<|end|>" }}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-<|start|>assistant
-{%- endif -%}"""
 
 
 @dataclass(frozen=True)
@@ -168,7 +118,7 @@ FAMILIES = {
         tokenizer_class="Qwen2Tokenizer",
     ),
     "gpt-oss": FamilyText(
-        {"harmony": HARMONY},
+        {"harmony": tool_texts.HARMONY},
         _split(_O200K),
         (
             *("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>"),
@@ -177,7 +127,7 @@ FAMILIES = {
         {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"},
     ),
     "granite": FamilyText(
-        {"3.1": GRANITE},
+        {"3.1": tool_texts.GRANITE},
         Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
         (
             *("<|end_of_text|>", "<fim_prefix>", "<filename>", "<reponame>"),

@@ -14,6 +14,14 @@ _DOUBLED = (
 _OFTEN = "{%% for i in range(99999) %%}{%% for j in range(99999) %%}%s{%% endfor %%}{%% endfor %%}"
 
 TEMPLATES = {
+    "syntax": "{% for %}",
+    "unknown filter": "{{ messages | nothing }}",
+    "undefined": "{{ messages[0].a.b }}",
+    "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "format of a class": "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "attr": "{{ (messages | attr('__class__')).__mro__ }}",
+    "changes": "{{ messages.append(1) }}",
+    "range": "{% for i in range(10**9) %}x{% endfor %}",
     "loops over a string": "{% set s = 'x' * 99999 %}"
     "{% for a in s %}{% for b in s %}{% endfor %}{% endfor %}",
     "nested ranges": _OFTEN % "",

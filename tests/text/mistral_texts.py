@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,24 +95,33 @@ class MistralText:
         )
         return getattr(instruct, f"InstructTokenizer{self.version.upper()}")(tokenizer)
 
-    def their_ids(self, messages: list[Message], tools: tuple[Tool, ...]) -> list[int]:
-        """Return the ids of a conversation by mistral-common."""
-        from mistral_common.protocol.instruct.normalize import get_normalizer
-        from mistral_common.protocol.instruct.request import ChatCompletionRequest
-        from mistral_common.protocol.instruct.tool_calls import Function
-        from mistral_common.protocol.instruct.tool_calls import Tool as TheirTool
 
-        theirs = self.theirs()
-        request = ChatCompletionRequest(
-            messages=[_their_message(message, self.thinks) for message in messages],
-            tools=[TheirTool(function=Function(**t.to_json()["function"])) for t in tools] or None,
-        )
-        builder = theirs.tokenizer.model_settings_builder
-        normalizer = get_normalizer(theirs.tokenizer.version, builder)
-        ids: list[int] = theirs.encode_instruct(
-            normalizer.from_chat_completion_request(request)
-        ).tokens
-        return ids
+def first_generations(file: Path) -> Any:
+    """Return mistral-common's tokenizer of conversations with a file of V1 or V3."""
+    from mistral_common.tokens.tokenizers import instruct
+    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+
+    tokenizer = SentencePieceTokenizer(str(file))
+    return getattr(instruct, f"InstructTokenizer{tokenizer.version.value.upper()}")(tokenizer)
+
+
+def their_ids(
+    theirs: Any, messages: list[Message], tools: Sequence[Tool] = (), *, thinks: bool = False
+) -> list[int]:
+    """Return the ids of a conversation by a tokenizer of mistral-common."""
+    from mistral_common.protocol.instruct.normalize import get_normalizer
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.protocol.instruct.tool_calls import Function
+    from mistral_common.protocol.instruct.tool_calls import Tool as TheirTool
+
+    request = ChatCompletionRequest(
+        messages=[_their_message(message, thinks) for message in messages],
+        tools=[TheirTool(function=Function(**t.to_json()["function"])) for t in tools] or None,
+    )
+    builder = theirs.tokenizer.model_settings_builder
+    normalizer = get_normalizer(theirs.tokenizer.version, builder)
+    normal = normalizer.from_chat_completion_request(request)
+    return list(theirs.encode_instruct(normal).tokens)
 
 
 def _their_message(message: Message, thinks: bool) -> Any:

@@ -12,6 +12,7 @@ from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.hf import JsonTokenizer
 from mixchat.text.jinja_template import JinjaTemplate
 from mixchat.text.messages import Message
+from mixchat.text.spm import SentencePieceTokenizer
 from mixchat.text.template import CompletionTemplate, InstructTemplate
 
 
@@ -19,43 +20,42 @@ def chosen(directory: Path) -> Any:
     return load_template(directory, load_tokenizer(directory))
 
 
+SPM, JSON = SentencePieceTokenizer, JsonTokenizer
+V1, V3 = build.V1_FILE, build.V3_FILE
+NAMED = [{"name": "rag", "template": build.MISTRAL}, {"name": "default", "template": build.CHATML}]
+INDENTED = build.MISTRAL.replace("'[INST] '", "' [INST] '")
+
+
 @pytest.mark.parametrize(
-    "template", [build.MISTRAL, build.MISTRAL.replace("'[INST] '", "' [INST] '")]
+    ("has_json", "model_file", "template", "tokenizer", "kind"),
+    [
+        (True, V1, None, SPM, CompletionTemplate),  # a base model
+        (True, V1, build.MISTRAL, SPM, InstructTemplate),  # built from ids
+        (True, V1, INDENTED, SPM, InstructTemplate),
+        (True, V1, build.CHATML, JSON, JinjaTemplate),
+        (True, V1, build.LLAMA2, JSON, JinjaTemplate),
+        (True, V1, build.ALPACA, JSON, JinjaTemplate),
+        (True, V1, NAMED, JSON, JinjaTemplate),
+        (False, V1, build.CHATML, SPM, JinjaTemplate),
+        (True, None, build.MISTRAL, JSON, JinjaTemplate),
+        (True, None, build.CHATML, JSON, JinjaTemplate),
+        (True, V3, build.MISTRAL_V3, SPM, InstructTemplate),
+        (False, V3, build.MISTRAL_V3, SPM, InstructTemplate),
+        # A fine-tune of the first generation has the tokens for tools in tokenizer.json only.
+        (True, V1, build.MISTRAL_V3, JSON, JinjaTemplate),
+    ],
 )
-def test_mistrals_own_template_is_built_from_ids(template, tmp_path):
-    build.write_checkpoint(
-        tmp_path, build.byte_level(), model_file=build.V1_FILE, template=template
-    )
-    assert type(chosen(tmp_path)) is InstructTemplate
-
-
-@pytest.mark.parametrize("template", [build.CHATML, build.LLAMA2, build.ALPACA])
-@pytest.mark.parametrize("model_file", [build.V1_FILE, None])
-def test_another_template_is_rendered(template, model_file, tmp_path):
-    build.write_checkpoint(tmp_path, build.byte_level(), model_file=model_file, template=template)
-    assert type(chosen(tmp_path)) is JinjaTemplate
-
-
-@pytest.mark.parametrize("with_json", [True, False])
-def test_mistrals_third_generation_is_built_from_ids(with_json, tmp_path):
-    tokenizer = build.byte_level() if with_json else None
-    build.write_checkpoint(tmp_path, tokenizer, model_file=build.V3_FILE, template=build.MISTRAL_V3)
-    template = chosen(tmp_path)
-    assert type(template) is InstructTemplate
-    assert template.encode([Message("user", "[INST]")])[:2] == [1, 3]
-    assert template.stop_ids == {2}
-
-
-def test_a_template_for_tools_needs_a_tokenizer_with_their_tokens(tmp_path):
-    """A fine-tune of the first generation has the tokens in tokenizer.json only."""
-    build.write_checkpoint(
-        tmp_path,
-        build.byte_level(plain=["[INST]", "[/INST]"]),
-        model_file=build.V1_FILE,
-        template=build.MISTRAL_V3,
-    )
-    assert type(load_tokenizer(tmp_path)) is JsonTokenizer
-    assert type(chosen(tmp_path)) is JinjaTemplate
+def test_the_choice_of_a_tokenizer_and_a_template(
+    has_json, model_file, template, tokenizer, kind, tmp_path
+):
+    made = build.byte_level(plain=["[INST]", "[/INST]"]) if has_json else None
+    build.write_checkpoint(tmp_path, made, model_file=model_file, template=template)
+    assert type(load_tokenizer(tmp_path)) is tokenizer
+    found = chosen(tmp_path)
+    assert type(found) is kind
+    if template == build.MISTRAL_V3 and kind is InstructTemplate:
+        assert found.encode([Message("user", "[INST]")])[:2] == [1, 3]
+        assert found.stop_ids == {2}
 
 
 def test_a_space_before_a_control_token_is_kept(tmp_path):
@@ -64,10 +64,6 @@ def test_a_space_before_a_control_token_is_kept(tmp_path):
     template = chosen(tmp_path)
     assert type(template) is JinjaTemplate
     assert template.encode([Message("user", "[INST]")]).count(3) == 1
-
-
-def test_no_template_means_a_base_model(checkpoints):
-    assert type(chosen(checkpoints["spm"])) is CompletionTemplate
 
 
 def test_a_template_in_a_file_of_its_own_precedes_the_config(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import text_builders as build
 from family_texts import FAMILIES
 from fed_answers import answer_read_by, feed
-from tool_texts import GEMMA
+from tool_texts import GEMMA, as_dicts
 
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.messages import Message
@@ -42,10 +42,6 @@ def conversations(count: int) -> Any:
         yield [*talk, Message("user", text())]
 
 
-def as_dicts(messages: list[Message]) -> list[dict[str, str]]:
-    return [{"role": m.role, "content": m.content} for m in messages]
-
-
 @pytest.fixture(scope="module")
 def speaker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Our template and tokenizer, and transformers' tokenizer of the same directory."""
@@ -75,17 +71,6 @@ def test_talk_gets_transformers_ids(speaker):
         ids = theirs.encode(text, add_special_tokens=False)
         assert tokenizer.encode(text) == ids
         assert tokenizer.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
-
-
-@pytest.mark.parametrize("speaker", CASES, indirect=True, ids="-".join)
-def test_control_tokens_in_a_persons_text_stay_text(speaker):
-    template, tokenizer, _ = speaker
-    everything = "".join(tokenizer.control_tokens)
-    plain = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
-    hostile = [Message(m.role, m.content + everything) for m in plain]
-    assert build.controls_in(tokenizer, template.encode(hostile)) == (
-        build.controls_in(tokenizer, template.encode(plain))
-    )
 
 
 def loaded(directory: Path, family: str, name: str) -> tuple[Any, Any]:

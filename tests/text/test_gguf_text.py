@@ -74,7 +74,7 @@ def assert_same(made: OurTokenizer, original: OurTokenizer) -> None:
 
 # Granite 4.0 has the rule "dbrx", which is GLM's.
 @pytest.mark.parametrize(("family", "rule"), [*RULES.items(), ("glm-4.7", "dbrx")])
-def test_byte_pairs_are_the_original_s(family: str, rule: str, tmp_path: Path) -> None:
+def test_byte_pairs_are_the_original_s(family, rule, tmp_path):
     text = FAMILIES[family]
     name, template = next(iter(text.templates.items()), (family, MISTRAL))
     original = text.write(tmp_path / "original", template)
@@ -93,7 +93,7 @@ def test_byte_pairs_are_the_original_s(family: str, rule: str, tmp_path: Path) -
     assert encoded[0] == encoded[1]
 
 
-def test_tekken_splits_text_as_mistral_common_does() -> None:
+def test_tekken_splits_text_as_mistral_common_does():
     published = json.loads((DATA / "tekken_240911.json").read_bytes())
     assert _SPLITS["tekken"][0]["pattern"] == {"Regex": published["config"]["pattern"]}
 
@@ -109,7 +109,7 @@ def test_tekken_splits_text_as_mistral_common_does() -> None:
         ("deepseek-v3", ["Hi", ",", " w\u00f6rld", " ", "202", "4", "!\n", "\u4f60\u597d"]),
     ],
 )
-def test_deepseeks_rules_split_a_text(rule: str, pieces: list[str]) -> None:
+def test_deepseeks_rules_split_a_text(rule, pieces):
     steps = {"type": "Sequence", "pretokenizers": _SPLITS[rule]}
     tokenizer = Tokenizer(models.BPE())
     spec = json.loads(tokenizer.to_str()) | {"pre_tokenizer": steps}
@@ -139,7 +139,7 @@ def merging(spec: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def test_gemma_4_s_merges_of_characters_are_the_original_s(tmp_path: Path) -> None:
+def test_gemma_4_s_merges_of_characters_are_the_original_s(tmp_path):
     """Its quote is in no list of special tokens there, and text may not have it all the same."""
     original = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     original.normalizer = normalizers.Replace(" ", "\u2581")
@@ -177,7 +177,7 @@ def test_gemma_4_s_merges_of_characters_are_the_original_s(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "file", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"]
 )
-def test_sentencepiece_is_the_original_s(file: str, tmp_path: Path) -> None:
+def test_sentencepiece_is_the_original_s(file, tmp_path):
     data = (DATA / file).read_bytes()
     model = SentencePieceProcessor(model_proto=data)
     ids = range(model.vocab_size())
@@ -206,7 +206,7 @@ def test_sentencepiece_is_the_original_s(file: str, tmp_path: Path) -> None:
     assert_same(load_tokenizer(made), load_tokenizer(original))
 
 
-def test_sampling_is_what_the_makers_advise() -> None:
+def test_sampling_is_what_the_makers_advise():
     metadata = {
         "tokenizer.ggml.eos_token_id": 2,
         "general.sampling.temp": 0.6000000238418579,
@@ -248,7 +248,7 @@ def test_sampling_is_what_the_makers_advise() -> None:
         ),
     ],
 )
-def test_what_does_not_fit_together_is_refused(change: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_together_is_refused(change, message):
     with pytest.raises(CheckpointError, match=message):
         text_files(metadata() | change, 128, 262, "x")
 
@@ -273,9 +273,7 @@ ODD: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("model", ["gpt2", "gemma4", "llama"])
-def test_no_value_of_the_metadata_ends_in_another_error_than_one_line(
-    model: str,
-) -> None:
+def test_no_value_of_the_metadata_ends_in_another_error_than_one_line(model):
     """Scores of 1e300, and types in 64 bits of floats, ended in an internal error."""
     whole = {
         **metadata(),

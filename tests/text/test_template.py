@@ -1,6 +1,5 @@
 """Templates built from ids: Mistral's instruct format and plain completion."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 import text_builders as build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mistral_texts import first_generations, their_ids
 from text_strategies import anything
 
 from mixchat.base.errors import PromptError
@@ -30,39 +30,10 @@ def instruct_v3(tmp_path_factory: pytest.TempPathFactory) -> InstructTemplate:
     return template
 
 
-def mistral_common(kind: str, file: Path) -> Callable[[list[Message]], list[int]]:
-    """Return mistral-common's ids of a conversation that ends with a question."""
-    from mistral_common.protocol.instruct.messages import (
-        AssistantMessage,
-        SystemMessage,
-        UserMessage,
-    )
-    from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    from mistral_common.tokens.tokenizers import instruct
-    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
-
-    tokenizer = getattr(instruct, kind)(SentencePieceTokenizer(str(file)))
-    kinds = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
-
-    def encode(messages: list[Message]) -> list[int]:
-        request = ChatCompletionRequest(
-            messages=[kinds[m.role](content=m.content) for m in messages]
-        )
-        normal = InstructRequestNormalizer.normalizer().from_chat_completion_request(request)
-        return list(tokenizer.encode_instruct(normal).tokens)
-
-    return encode
-
-
 @pytest.fixture(scope="session")
-def oracle() -> Callable[[list[Message]], list[int]]:
-    return mistral_common("InstructTokenizerV1", build.V1_FILE)
-
-
-@pytest.fixture(scope="session")
-def oracle_v3() -> Callable[[list[Message]], list[int]]:
-    return mistral_common("InstructTokenizerV3", build.V3_FILE)
+def oracles() -> dict[Path, Any]:
+    """mistral-common's tokenizers by their file."""
+    return {file: first_generations(file) for file in (build.V1_FILE, build.V3_FILE)}
 
 
 @st.composite
@@ -76,26 +47,12 @@ def conversations(draw: st.DrawFn) -> list[Message]:
     return [*messages, Message("user", draw(anything))]
 
 
+@pytest.mark.parametrize("file", [build.V1_FILE, build.V3_FILE], ids=["v1", "v3"])
 @settings(max_examples=60)
 @given(messages=conversations())
-def test_the_ids_are_mistral_commons(messages, instruct, oracle):
-    assert instruct.encode(messages) == oracle(messages)
-
-
-@settings(max_examples=60)
-@given(messages=conversations())
-def test_the_ids_of_the_third_generation_are_mistral_commons(messages, instruct_v3, oracle_v3):
-    assert instruct_v3.encode(messages) == oracle_v3(messages)
-
-
-def test_from_the_third_generation_the_system_text_is_in_the_last_question(instruct_v3):
-    """An answer's own ids are taken as they are, with their last space."""
-    ids = (1, 2, 29473)
-    first, answer = Message("user", "a"), Message("assistant", "b", ids)
-    assert instruct_v3.encode([Message("system", "S"), first, answer, Message("user", "c")]) == (
-        instruct_v3.encode([first, answer, Message("user", "S\n\nc")])
-    )
-    assert instruct_v3.encode([first, answer, first])[4:8] == [*ids, 2]
+def test_the_ids_are_mistral_commons(messages, file, instruct, instruct_v3, oracles):
+    template = instruct if file == build.V1_FILE else instruct_v3
+    assert template.encode(messages) == their_ids(oracles[file], messages)
 
 
 def test_a_worked_example(instruct, v1):
@@ -108,21 +65,17 @@ def test_a_worked_example(instruct, v1):
     assert instruct.encode([hi, hello, Message("user", "My")]) == [*question, 22557, 2, *again]
 
 
-def test_an_answers_own_ids_go_into_the_next_prompt(instruct):
+def test_an_answers_own_ids_go_into_the_next_prompt(instruct, instruct_v3):
     """Encoding its text again can give other ids, which the KV cache would not match."""
-    ids = (16230, 28705, 13)
-    messages = [Message("user", "Hi"), Message("assistant", "Hello", ids), Message("user", "Hi")]
-    prompt, again = instruct.encode(messages[:1]), instruct.encode(messages)
-    assert again[: len(prompt) + 4] == [*prompt, *ids, 2]
-    empty = [Message("user", "Hi"), Message("assistant", "", ()), Message("user", "Hi")]
-    assert instruct.encode(empty)[: len(prompt) + 1] == [*prompt, 2]
+    for template in (instruct, instruct_v3):
+        for text, ids in (("Hello", (16230, 28705, 13)), ("", ())):  # with their last space
+            messages = [Message("user", "Hi"), Message("assistant", text, ids)]
+            prompt = template.encode(messages[:1])
+            again = template.encode([*messages, Message("user", "Hi")])
+            assert again[: len(prompt) + len(ids) + 1] == [*prompt, *ids, 2]
 
 
-def test_the_system_text_goes_in_front_of_the_first_question(instruct):
-    rest = [Message("assistant", "b"), Message("user", "c")]
-    assert instruct.encode([Message("system", "S"), Message("user", "a"), *rest]) == (
-        instruct.encode([Message("user", "S\n\na"), *rest])
-    )
+def test_several_system_texts_go_in_front_of_the_first_question(instruct):
     both = [Message("system", ""), Message("system", "S"), Message("system", "T")]
     assert instruct.encode([*both, Message("user", "a")]) == (
         instruct.encode([Message("user", "S\n\nT\n\na")])

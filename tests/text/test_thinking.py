@@ -30,39 +30,60 @@ def parsed(form: Any, pieces: Any, prompt: str = "", begun: str = "") -> tuple[s
     return new.thinking, new.text, parser.start
 
 
-def pieces_of(text: str, cuts: Any) -> list[str]:
-    places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
-    return [text[a:b] for a, b in pairwise(places)]
+def spelled(text: str) -> list[str]:
+    return list(map(chr, TOKENIZER.encode_template(text)))
+
+
+FINAL = "<|start|>assistant<|channel|>final<|message|>"
 
 
 @pytest.mark.parametrize(
-    ("prompt", "answer", "thinking", "text"),
+    ("form", "prompt", "answer", "thinking", "text"),
     [
-        ("", "<think>\nHm.\n</think>\n\nYes", "Hm.", "Yes"),
-        ("<think>\n", "Hm.\n</think>\n\nYes", "Hm.", "Yes"),  # the prompt has opened it
-        ("<think>\n\n</think>\n\n", "Yes", "", "Yes"),
-        ("", "\n<think>\n\n</think>\n\nYes\n", "", "Yes\n"),
-        ("", " Yes, as in <think>x</think>", "", " Yes, as in <think>x</think>"),
-        ("", "<think>a</think>b</think><think>c", "a", "b</think><think>c"),
-        ("", "<think>a < b, </thin, <think>, </think >\n </think>c", None, "c"),
-        ("", "<think>\n\na\n\nb\n\n", "a\n\nb", ""),  # cut off
-        ("<think>", "a</thi", "a", ""),
-        ("", "<thi", "", "<thi"),
-        ("", "  ", "", "  "),
-        ("", "", "", ""),
-        ("<think>\n", "", "", ""),
-        ("", "<think>🙂</think>🙂", "🙂", "🙂"),
+        (TAGS, "", "<think>\nHm.\n</think>\n\nYes", "Hm.", "Yes"),
+        (TAGS, "<think>\n", "Hm.\n</think>\n\nYes", "Hm.", "Yes"),  # the prompt has opened it
+        (TAGS, "<think>\n\n</think>\n\n", "Yes", "", "Yes"),
+        (TAGS, "", "\n<think>\n\n</think>\n\nYes\n", "", "Yes\n"),
+        (TAGS, "", " Yes, as in <think>x</think>", "", " Yes, as in <think>x</think>"),
+        (TAGS, "", "<think>a</think>b</think><think>c", "a", "b</think><think>c"),
+        (TAGS, "", "<think>a < b, </thin, <think>, </think >\n </think>c",
+         "a < b, </thin, <think>, </think >", "c"),
+        (TAGS, "", "<think>\n\na\n\nb\n\n", "a\n\nb", ""),  # cut off
+        (TAGS, "<think>", "a</thi", "a", ""),
+        (TAGS, "", "<thi", "", "<thi"),
+        (TAGS, "", "  ", "", "  "),
+        (TAGS, "", "", "", ""),
+        (TAGS, "<think>\n", "", "", ""),
+        (TAGS, "", "<think>🙂</think>🙂", "🙂", "🙂"),
+        # The marks of channels have no text, and channels other than final are thinking.
+        (CHANNEL, "", "<|channel>thought\nHm.\n<channel|>Yes", "Hm.", "Yes"),
+        (CHANNEL, "", "<|channel>thought\n<channel|>Yes", "", "Yes"),
+        (CHANNEL, "<|channel>thought\n", "Hm.<channel|>\nYes", "Hm.", "Yes"),
+        (CHANNEL, "", "Yes <|channel>thought\n", "", "Yes thought\n"),
+        (CHANNEL, "", "<|channel>final\nYes<channel|>", "", "final\nYes"),
+        (CHANNEL, "", "<|channel>thought\nHm", "Hm", ""),
+        (HARMONY, "", f"<|channel|>analysis<|message|>Hm.<|end|>{FINAL}Yes", "Hm.", "Yes"),
+        (HARMONY, "", "<|channel|>final<|message|>Yes", "", "Yes"),
+        (HARMONY, "", "<|message|>Yes", "", "Yes"),
+        (HARMONY, "", "Yes", "", "Yes"),
+        (HARMONY, "", "<|channel|>analysis<|message|>A<|end|><|start|>assistant<|channel|>"
+         f"commentary to=f <|message|>B<|end|>{FINAL}C", "A\n\nB", "C"),
+        (HARMONY, "", "<|channel|>analysis<|message|>Hm", "Hm", ""),
+        (HARMONY, "", "<|channel|>analy", "", ""),
+        (HARMONY, "", f"<|channel|>analysis<|message|><|end|>{FINAL}final", "", "final"),
     ],
-)
+)  # fmt: skip
 @settings(max_examples=30)
 @given(cuts=st.lists(st.integers(0, 60), max_size=60))
-def test_tags_are_found_in_any_pieces(prompt, answer, thinking, text, cuts):
-    found, rest, start = parsed(TAGS, pieces_of(answer, cuts), prompt)
-    assert rest == text
-    assert found == (thinking if thinking is not None else "a < b, </thin, <think>, </think >")
-    if text:
+def test_thinking_is_found_in_any_pieces(form, prompt, answer, thinking, text, cuts):
+    encoded = "".join(spelled(answer))
+    marks = [i + n for i, char in enumerate(encoded) if char > "\ud800" for n in (0, 1)]
+    places = sorted({0, len(encoded), *marks, *(cut % (len(encoded) + 1) for cut in cuts)})
+    found, rest, start = parsed(form, [encoded[a:b] for a, b in pairwise(places)], prompt)
+    assert (found, rest) == (thinking, text)
+    if text and (thinking or form is not CHANNEL):
         assert start is not None
-        assert answer[start:] == text
+        assert encoded[start:] == text
 
 
 @given(parts=st.lists(st.sampled_from(["<think>", "</think>", "<", "/", "think>", " ", "\n", "a"])))
@@ -77,39 +98,6 @@ def test_tags_are_found_as_in_the_whole_text(parts):
         expected = (cut_off, thought[2] or "")
     assert parsed(TAGS, parts)[:2] == expected
     assert parsed(TAGS, answer)[:2] == expected
-
-
-def spelled(text: str) -> list[str]:
-    return list(map(chr, TOKENIZER.encode_template(text)))
-
-
-FINAL = "<|start|>assistant<|channel|>final<|message|>"
-
-
-@pytest.mark.parametrize(
-    ("answer", "thinking", "text"),
-    [
-        (f"<|channel|>analysis<|message|>Hm.<|end|>{FINAL}Yes", "Hm.", "Yes"),
-        ("<|channel|>final<|message|>Yes", "", "Yes"),
-        ("<|message|>Yes", "", "Yes"),
-        ("Yes", "", "Yes"),
-        (
-            "<|channel|>analysis<|message|>A<|end|><|start|>assistant<|channel|>commentary "
-            f"to=f <|message|>B<|end|>{FINAL}C",
-            "A\n\nB",
-            "C",
-        ),
-        ("<|channel|>analysis<|message|>Hm", "Hm", ""),
-        ("<|channel|>analy", "", ""),
-        (f"<|channel|>analysis<|message|><|end|>{FINAL}final", "", "final"),
-    ],
-)
-def test_channels_other_than_final_are_thinking(answer, thinking, text):
-    found, rest, start = parsed(HARMONY, spelled(answer))
-    assert (found, rest) == (thinking, text)
-    if text:
-        assert start is not None
-        assert "".join(spelled(answer)[start:]) == text
 
 
 @pytest.mark.parametrize(
@@ -135,29 +123,6 @@ def test_an_answer_is_continued_from_any_place(form, whole):
         assert (shown.thinking + rest[0], shown.text + rest[1]) == (thinking, text)
         assert rest[2] == max(start - cut, 0)
         assert encode(before) == list(map(ord, before))
-
-
-@pytest.mark.parametrize(
-    ("prompt", "answer", "thinking", "text"),
-    [
-        ("", "<|channel>thought\nHm.\n<channel|>Yes", "Hm.", "Yes"),
-        ("", "<|channel>thought\n<channel|>Yes", "", "Yes"),
-        ("<|channel>thought\n", "Hm.<channel|>\nYes", "Hm.", "Yes"),
-        ("", "Yes <|channel>thought\n", "", "Yes thought\n"),
-        ("", "<|channel>final\nYes<channel|>", "", "final\nYes"),
-        ("", "<|channel>thought\nHm", "Hm", ""),
-    ],
-)
-@settings(max_examples=30)
-@given(cuts=st.lists(st.integers(0, 60), max_size=60))
-def test_a_channel_is_found_though_its_marks_have_no_text(prompt, answer, thinking, text, cuts):
-    encoded = "".join(map(chr, TOKENIZER.encode_template(answer)))
-    marks = [i + n for i, char in enumerate(encoded) if char > "\ud800" for n in (0, 1)]
-    places = sorted({0, len(encoded), *marks, *(cut % (len(encoded) + 1) for cut in cuts)})
-    found, rest, start = parsed(CHANNEL, [encoded[a:b] for a, b in pairwise(places)], prompt)
-    assert (found, rest) == (thinking, text)
-    if text and thinking:
-        assert encoded[start:] == text
 
 
 @pytest.mark.parametrize(

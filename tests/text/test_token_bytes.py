@@ -74,11 +74,6 @@ def test_the_bytes_of_tokens_after_a_prompt_are_the_text_that_is_shown(
         assert data.decode() == shown(tokenizer, ids, before)
 
 
-def test_a_token_that_does_not_fill_a_character_has_its_bytes(v1):
-    tokens = v1.token_bytes
-    assert [tokens.within[i] for i in (3 + 0xE2, 3 + 0x82, 3 + 0xAC)] == [b"\xe2", b"\x82", b"\xac"]
-
-
 def test_every_token_has_an_entry_and_control_tokens_have_no_bytes(tokenizer, tokens):
     assert len(tokens.within) == tokenizer.vocab_size
     controls = tokenizer.control_tokens.values()

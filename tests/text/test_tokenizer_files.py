@@ -7,32 +7,6 @@ import text_builders as build
 
 from mixchat.base.errors import CheckpointError
 from mixchat.text.choose import load_tokenizer
-from mixchat.text.hf import JsonTokenizer
-from mixchat.text.spm import SentencePieceTokenizer
-
-NAMED = [{"name": "rag", "template": build.MISTRAL}, {"name": "default", "template": build.CHATML}]
-
-
-@pytest.mark.parametrize(
-    ("files", "template", "kind"),
-    [
-        ("both", None, SentencePieceTokenizer),
-        ("both", build.MISTRAL, SentencePieceTokenizer),
-        ("both", build.CHATML, JsonTokenizer),
-        ("both", build.LLAMA2, JsonTokenizer),
-        ("both", NAMED, JsonTokenizer),
-        ("tokenizer.model", build.CHATML, SentencePieceTokenizer),
-        ("tokenizer.json", build.MISTRAL, JsonTokenizer),
-    ],
-)
-def test_the_choice_of_a_file(files, template, kind, tmp_path):
-    build.write_checkpoint(
-        tmp_path,
-        None if files == "tokenizer.model" else build.byte_level(),
-        model_file=None if files == "tokenizer.json" else build.V1_FILE,
-        template=template,
-    )
-    assert type(load_tokenizer(tmp_path)) is kind
 
 
 def assert_refused(file: Path, match: str | None = None) -> None:

@@ -126,9 +126,7 @@ def parsed(tools: str | None, thinking: Any, answer: str, cuts: list[int]) -> An
 )  # fmt: skip
 @settings(max_examples=30)
 @given(cuts=st.lists(st.integers(0, 200), max_size=60))
-def test_calls_are_found_in_any_pieces(
-    tools: str, thinking: Any, answer: str, text: str, calls: Any, cuts: list[int]
-) -> None:
+def test_calls_are_found_in_any_pieces(tools, thinking, answer, text, calls, cuts):
     found = parsed(tools, thinking, answer, cuts)
     assert [(call.name, call.arguments) for call in joined_calls(found.calls)] == calls
     assert found.text == text
@@ -143,7 +141,7 @@ def test_calls_are_found_in_any_pieces(
         ("{'a': (1, False)}", {"a": [1, False]}), ("'a\nb'", "a\nb"), ("a b", "a b"),
     ],
 )  # fmt: skip
-def test_an_argument_may_be_any_python_literal(written: str, value: Any) -> None:
+def test_an_argument_may_be_any_python_literal(written, value):
     for answer in (f"f(a={written})", f"f(b=0, a={written}, c=0)"):
         found = parsed("lfm", None, f"<|tool_call_start|>[{answer}]<|tool_call_end|>", [])
         (call,) = joined_calls(found.calls)
@@ -158,7 +156,7 @@ def test_an_argument_may_be_any_python_literal(written: str, value: Any) -> None
         ("hello", "hello"),
     ],
 )  # fmt: skip
-def test_an_argument_may_be_any_literal_of_gemma(written: str, value: Any) -> None:
+def test_an_argument_may_be_any_literal_of_gemma(written, value):
     written = written.replace("Q", '<|"|>')
     answer = f"<|tool_call>call:f{{b:0,a:{written},c:1}}<tool_call|>"
     (call,) = joined_calls(parsed("gemma", None, answer, []).calls)
@@ -178,7 +176,7 @@ def test_an_argument_may_be_any_literal_of_gemma(written: str, value: Any) -> No
     max_leaves=6,
 ))  # fmt: skip
 @settings(max_examples=60)
-def test_written_calls_are_read_again(name: str, value: Any) -> None:
+def test_written_calls_are_read_again(name, value):
     format, call = FORMATS[name], ToolCall("abcdefgh1", "f", json.dumps({"a": value, "b": [value]}))
     answer = format.opening + format.text_of([call, call])
     (first, second) = joined_calls(parsed(name, None, answer, []).calls)
@@ -193,7 +191,7 @@ def test_written_calls_are_read_again(name: str, value: Any) -> None:
         ("qwen-coder", "<tool_call>\n<function=f>\n<parameter=a>\n{}\n</parameter>\n</function>"),
     ],
 )
-def test_a_number_larger_than_pythons_stays_a_number(tools: str, answer: str) -> None:
+def test_a_number_larger_than_pythons_stays_a_number(tools, answer):
     """The schemas allow it, and the object with it became a string."""
     for text, is_object in (('{"x": 7E999}', True), ('{"x": NaN}', False)):
         written = answer.replace('{"x": 7E999, "y": NAN}', text).replace("{}", text)
@@ -201,14 +199,14 @@ def test_a_number_larger_than_pythons_stays_a_number(tools: str, answer: str) ->
         assert call.arguments == '{"a": ' + (text if is_object else json.dumps(text)) + "}"
 
 
-def test_thinking_stays_apart_from_calls() -> None:
+def test_thinking_stays_apart_from_calls():
     found = parsed("tags", TAGS, f"<think>Hm.</think>\n\nSo:\n<tool_call>{F}</tool_call>", [])
     assert (found.thinking, found.text, len(joined_calls(found.calls))) == ("Hm.", "So:", 1)
     found = parsed("harmony", HARMONY, ANALYSIS + TO_G, [])
     assert (found.thinking, found.text, len(joined_calls(found.calls))) == ("Hm.", "", 1)
 
 
-def test_arguments_come_as_they_are_generated() -> None:
+def test_arguments_come_as_they_are_generated():
     tokenizer: Any = MarkedCharacters(MARKS)
     parser = answer_parser(None, FORMATS["tags"], tokenizer, ())
     for piece, arguments in ((CUT, '{"a": '), ('"x', '"x'), ("y", "y"), ('"}}', '"}')):

@@ -17,7 +17,7 @@ from family_texts import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import UndefinedError
-from mistral_texts import VERSIONS
+from mistral_texts import VERSIONS, first_generations, their_ids
 from text_strategies import anything
 
 from mixchat.base.errors import CheckpointError
@@ -63,7 +63,7 @@ def instruct_v3(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("tools", [(), TOOLS], ids=["none", "two"])
 @pytest.mark.parametrize("name", CASES)
-def test_tools_and_calls_get_transformers_ids(name: str, tools: Any, directories: Any) -> None:
+def test_tools_and_calls_get_transformers_ids(name, tools, directories):
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(directories[name])
@@ -87,7 +87,7 @@ _TOKEN = re.compile(r"""<[|/]?[a-zA-Z_"]+\|?>|\[[A-Za-z]*MASK\]""")
 
 
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
-def test_a_published_template_gets_transformers_ids(file: Path, tmp_path: Path) -> None:
+def test_a_published_template_gets_transformers_ids(file, tmp_path):
     """Needs a folder of templates, `*.jinja`, in MIXCHAT_TEST_TEMPLATES."""
     from transformers import AutoTokenizer
 
@@ -126,44 +126,16 @@ def test_a_published_template_gets_transformers_ids(file: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("tools", [(), TOOLS], ids=["none", "two"])
-def test_tools_and_calls_get_mistral_commons_ids(tools: Any, instruct_v3: Any) -> None:
-    from mistral_common.protocol.instruct import messages as kinds
-    from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    from mistral_common.protocol.instruct.tool_calls import Function, FunctionCall
-    from mistral_common.protocol.instruct.tool_calls import Tool as TheirTool
-    from mistral_common.protocol.instruct.tool_calls import ToolCall as TheirCall
-    from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV3
-    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
-
-    def call(given: ToolCall) -> TheirCall:
-        return TheirCall(id=given.id, function=FunctionCall(**json.loads(
-            json.dumps({"name": given.name, "arguments": given.arguments}))))  # fmt: skip
-
-    def message(given: Message) -> Any:
-        if given.role == "tool":
-            return kinds.ToolMessage(content=given.content, tool_call_id=given.call_id)
-        if given.calls:
-            return kinds.AssistantMessage(content=None, tool_calls=list(map(call, given.calls)))
-        kind = {"system": kinds.SystemMessage, "user": kinds.UserMessage}
-        return kind.get(given.role, kinds.AssistantMessage)(content=given.content)
-
-    theirs = InstructTokenizerV3(SentencePieceTokenizer(str(build.V3_FILE)))
-    offered = [TheirTool(function=Function(**tool.to_json()["function"])) for tool in tools]
+def test_tools_and_calls_get_mistral_commons_ids(tools, instruct_v3):
+    theirs = first_generations(build.V3_FILE)
     assert instruct_v3.tools == FORMATS["mistral"]
     for messages in texts.conversations(2):
-        request = ChatCompletionRequest(
-            messages=list(map(message, messages)), tools=offered or None
-        )
-        normal = InstructRequestNormalizer.normalizer().from_chat_completion_request(request)
-        assert instruct_v3.encode(messages, None, tools) == theirs.encode_instruct(normal).tokens
+        assert instruct_v3.encode(messages, None, tools) == their_ids(theirs, messages, tools)
 
 
 @pytest.mark.parametrize("tools", [(), TOOLS], ids=["none", "two"])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_mistrals_later_versions_get_mistral_commons_ids(
-    version: str, tools: Any, tmp_path: Path
-) -> None:
+def test_mistrals_later_versions_get_mistral_commons_ids(version, tools, tmp_path):
     """Calls of V11 and later were taken for V3's list, so none was found in an answer."""
     mistral = VERSIONS[version]
     directory = mistral.write(tmp_path / "x")
@@ -174,10 +146,11 @@ def test_mistrals_later_versions_get_mistral_commons_ids(
     thought = Message("assistant", "So:", thinking="[/THINK]", calls=(said,))
     talk = texts.conversations(2)
     for messages in (*talk, [*talk[0], thought, Message("tool", "5", call_id=said.id)]):
-        assert template.encode(messages, None, tools) == mistral.their_ids(messages, tools)
+        expected = their_ids(mistral.theirs(), messages, tools, thinks=mistral.thinks)
+        assert template.encode(messages, None, tools) == expected
 
 
-def test_a_long_id_of_a_call_becomes_one_that_mistral_takes(instruct_v3: Any) -> None:
+def test_a_long_id_of_a_call_becomes_one_that_mistral_takes(instruct_v3):
     one, other = (
         [Message("user", "Hi"),
          Message("assistant", "", calls=(ToolCall(id, "now", "{}"),)),
@@ -191,7 +164,7 @@ def test_a_long_id_of_a_call_becomes_one_that_mistral_takes(instruct_v3: Any) ->
     assert list(shown[1]) == other
 
 
-def test_harmony_gets_the_result_of_each_call_after_it(directories: Any) -> None:
+def test_harmony_gets_the_result_of_each_call_after_it(directories):
     """Its template shows the first call of an answer alone, and takes all results for its own."""
     template = load_template(directories["harmony"], load_tokenizer(directories["harmony"]))
     hi, (first, second) = Message("user", "Hi"), texts.CALLS
@@ -206,7 +179,7 @@ def test_harmony_gets_the_result_of_each_call_after_it(directories: Any) -> None
     )
 
 
-def test_calls_are_an_answers_text_if_the_template_shows_none(tmp_path: Path) -> None:
+def test_calls_are_an_answers_text_if_the_template_shows_none(tmp_path):
     family = FAMILIES["granite"]
     directory = family.write(tmp_path / "x", texts.GRANITE_WITHOUT_CALLS)
     tokenizer = load_tokenizer(directory)
@@ -224,9 +197,7 @@ strings = st.one_of(anything, st.sampled_from(["im_end", "<|im_end|>", "|>", "to
 @pytest.mark.parametrize("name", CASES)
 @settings(max_examples=15)
 @given(hostile=st.lists(strings, min_size=6, max_size=6))
-def test_nothing_in_tools_or_calls_adds_a_control_token(
-    name: str, hostile: list[str], directories: Any
-) -> None:
+def test_nothing_in_tools_or_calls_adds_a_control_token(name, hostile, directories):
     tokenizer = load_tokenizer(directories[name])
     template = load_template(directories[name], tokenizer)
 
@@ -244,7 +215,8 @@ def test_nothing_in_tools_or_calls_adds_a_control_token(
         ids = template.encode(messages, None, [Tool("f", about, schema)])
         return build.controls_in(tokenizer, ids)
 
-    assert controls(hostile) == controls(["x"] * 6)
+    plain, every = controls(["x"] * 6), "".join(tokenizer.control_tokens)
+    assert controls(hostile) == controls([every] * 6) == plain
 
 
 @pytest.mark.parametrize(
@@ -267,12 +239,12 @@ def test_nothing_in_tools_or_calls_adds_a_control_token(
         ("<|python_tag|>", {"tools"}, None),
     ],
 )
-def test_the_form_of_calls_is_found_in_the_template(source: str, variables: Any, name: Any) -> None:
+def test_the_form_of_calls_is_found_in_the_template(source, variables, name):
     found = tool_format_of(source, variables)
     assert (found and found.name) == name
 
 
-def test_a_template_that_escapes_json_gets_the_text_itself(tmp_path: Path) -> None:
+def test_a_template_that_escapes_json_gets_the_text_itself(tmp_path):
     """The escapes of the characters that covered < and > stood in the prompt."""
     source = "{{ tools | tojson(ensure_ascii=True) }}{{ messages[0].content }}"
     tokenizer = load_tokenizer(FAMILIES["qwen3"].write(tmp_path / "x", source))
@@ -282,7 +254,7 @@ def test_a_template_that_escapes_json_gets_the_text_itself(tmp_path: Path) -> No
     assert "Z\\u00fcrich" in shown
 
 
-def test_a_template_without_tools_gets_them_as_text() -> None:
+def test_a_template_without_tools_gets_them_as_text():
     system, user, answer, results = in_plain_text(texts.conversations(2)[1], TOOLS)
     assert system.content.startswith("Be brief\n\n")
     lines = [line for line in system.content.split("\n") if line.startswith('{"name": "')]

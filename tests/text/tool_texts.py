@@ -69,6 +69,11 @@ HARMONY = """\
     {%- elif spec.type == "array" %}{{- type(spec['items']) + "[]" }}
     {%- else %}{{- "any" }}{%- endif %}
 {%- endmacro %}
+{%- macro system() -%}
+    {%- if reasoning_effort is not defined %}{%- set reasoning_effort = "medium" %}{%- endif %}
+    {{- "Date: " + strftime_now("%Y-%m-%d") + "\\n\\nReasoning: " + reasoning_effort }}
+{%- endmacro -%}
+{{- "<|start|>system<|message|>" + system() + "<|end|>" }}
 {%- if tools %}
     {{- "<|start|>developer<|message|># Tools\\n\\nnamespace functions {\\n" }}
     {%- for tool in tools %}
@@ -95,6 +100,11 @@ HARMONY = """\
         {%- endif %}
         {{- "<|start|>assistant to=functions." + call.name + "<|channel|>commentary json" }}
         {{- "<|message|>" + call.arguments | tojson + "<|call|>" }}
+    {%- elif message.role == "assistant" %}
+        {%- if "<|channel|>final<|message|>" in message.content %}
+            {{- raise_exception("a message with channels") }}
+        {%- endif %}
+        {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|end|>" }}
     {%- else %}
         {{- "<|start|>" + message.role + "<|message|>" + message.content + "<|end|>" }}
     {%- endif %}

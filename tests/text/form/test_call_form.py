@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 from fed_answers import answer_read_by, feed
 from form_walks import STOP
-from mistral_texts import VERSIONS
+from mistral_texts import VERSIONS, their_ids
 
 from mixchat.base.errors import UsageError
 from mixchat.face.running_answer import RunningAnswer
@@ -126,9 +126,7 @@ def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Runnin
         ("harmony", HARMONY),
     ],
 )
-def test_random_tokens_make_calls_that_keep_to_the_schemas(
-    name: str, controls: Any, said: str | None, parallel: bool
-) -> None:
+def test_random_tokens_make_calls_that_keep_to_the_schemas(name, controls, said, parallel):
     tokens = Tokens(*controls)
     form = CallForm(FORMATS[name], TOOLS, tokens.control_tokens, said is None, parallel)
     counts = set()
@@ -146,9 +144,7 @@ def test_random_tokens_make_calls_that_keep_to_the_schemas(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_calls_that_mistral_common_writes_are_allowed_and_found(
-    version: str, tmp_path: Any
-) -> None:
+def test_calls_that_mistral_common_writes_are_allowed_and_found(version, tmp_path):
     """They were text, as was the thinking before them."""
     mistral = VERSIONS[version]
     tokenizer: Any = load_tokenizer(mistral.write(tmp_path / "x"))
@@ -160,7 +156,7 @@ def test_calls_that_mistral_common_writes_are_allowed_and_found(
     answer = Message("assistant", "So:", thinking="Hm." if mistral.thinks else "", calls=calls)
     result = Message("tool", "", call_id="abcdefgh2")
     talk = [question, answer, replace(result, call_id="abcdefgh1"), result]
-    ids = mistral.their_ids(talk, ())
+    ids = their_ids(mistral.theirs(), talk, thinks=mistral.thinks)
     start = ids.index(tokenizer.control_tokens["[/INST]"]) + 1
     said = ids[start : ids.index(tokenizer.eos_id)]
     known = {name: tokenizer.control_tokens.get(name) for name in template.tools.marks if name}
@@ -229,49 +225,47 @@ LITERALS = {
 }
 
 
-@pytest.mark.parametrize("controls", [True, False])
-@pytest.mark.parametrize("name", WRITTEN)
-@pytest.mark.parametrize("text", [TEXT, ""])
-def test_texts_between_tags_stand_without_quotes(name: str, controls: bool, text: str) -> None:
-    tokens = Tokens(*FORMATS[name].marks if controls else ())
-    form = CallForm(FORMATS[name], [WRITE], tokens.control_tokens, parallel=False)
-    answer, (call,) = walk(form, tokens, 0, WRITTEN[name].format(text))
-    assert (call.name, answer.reason, answer.text) == ("write", "tool_calls", "")
-    assert json.loads(call.arguments) == {"text": text, "lines": [1, 2], "more": "5"}
+FORMS = (*WRITTEN, *LITERALS)
+
+
+def call_with(name: str, text: str) -> str:
+    """Return a call of `write` in a form whose texts have no quotes of JSON."""
+    if name in WRITTEN:
+        return WRITTEN[name].format(text)
+    return LITERALS[name].format(literal_of(text, FORMATS[name].quote))
 
 
 @pytest.mark.parametrize("controls", [True, False])
-@pytest.mark.parametrize("name", LITERALS)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("text", [TEXT, ""])
-def test_literals_stand_in_their_own_form(name: str, controls: bool, text: str) -> None:
+def test_texts_stand_between_tags_or_as_literals(name, controls, text):
     format = FORMATS[name]
     tokens = Tokens(*format.marks if controls else ())
     form = CallForm(format, [WRITE], tokens.control_tokens, parallel=False)
-    said = LITERALS[name].format(literal_of(text, format.quote))
+    said = call_with(name, text)
     answer, (call,) = walk(form, tokens, 0, said)
     assert (call.name, answer.reason, answer.text) == ("write", "tool_calls", "")
     assert json.loads(call.arguments) == {"text": text, "lines": [1, 2], "more": "5"}
-    five, nothing, true = (literal_of(value, format.quote) for value in ("5", None, True))
-    walk(form, tokens, 0, said.replace(five, nothing))
-    with pytest.raises(AssertionError, match="call"):
-        walk(form, tokens, 0, said.replace(five, true))
+    if name in LITERALS:
+        five, nothing, true = (literal_of(value, format.quote) for value in ("5", None, True))
+        walk(form, tokens, 0, said.replace(five, nothing))
+        with pytest.raises(AssertionError, match="call"):
+            walk(form, tokens, 0, said.replace(five, true))
 
 
 @pytest.mark.parametrize("controls", [True, False])
-@pytest.mark.parametrize("name", [*WRITTEN, *LITERALS])
-def test_a_text_has_at_most_its_longest_length_in_characters(name: str, controls: bool) -> None:
+@pytest.mark.parametrize("name", FORMS)
+def test_a_text_has_at_most_its_longest_length_in_characters(name, controls):
     """`maxLength` had no effect in the forms whose texts have no quotes of JSON."""
     format = FORMATS[name]
     tokens = Tokens(*format.marks if controls else ())
-    said = (WRITTEN | LITERALS)[name].format(
-        TEXT if name in WRITTEN else literal_of(TEXT, format.quote)
-    )
 
     def write(longest: int) -> None:
         properties = WRITE.arguments | {"text": {"type": "string", "maxLength": longest}}
         schema = {**(WRITE.parameters or {}), "properties": properties}
         tool = Tool("write", None, {**schema, "additionalProperties": False})
-        walk(CallForm(format, [tool], tokens.control_tokens, parallel=False), tokens, 0, said)
+        form = CallForm(format, [tool], tokens.control_tokens, parallel=False)
+        walk(form, tokens, 0, call_with(name, TEXT))
 
     write(len(TEXT))
     with pytest.raises(AssertionError, match="call"):
@@ -298,7 +292,7 @@ NESTED = {
 
 
 @pytest.mark.parametrize("name", LITERALS)
-def test_random_literals_keep_to_a_nested_schema(name: str) -> None:
+def test_random_literals_keep_to_a_nested_schema(name):
     tokens = Tokens(*FORMATS[name].marks)
     known = tokens.control_tokens
     form = CallForm(FORMATS[name], [Tool("f", None, NESTED)], known, must_call=True, parallel=False)
@@ -317,45 +311,42 @@ def written(name: str, schema: Any, strict: bool = False) -> list[Any]:
     return [json.loads(calls[0].arguments) for _, calls in answers]
 
 
+LIST_OF_BOOLEANS = {"type": "array", "items": {"type": "boolean"}}
+
+
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "harmony"])
 @pytest.mark.parametrize(
-    "bounds", [{"minItems": 2}, {"minItems": 1, "maxItems": 2}, {"maxItems": 1}, {"maxItems": 0}]
+    "argument",
+    [
+        # Gemma's form kept to neither bound.
+        {**LIST_OF_BOOLEANS, "minItems": 2},
+        {**LIST_OF_BOOLEANS, "minItems": 1, "maxItems": 2},
+        {**LIST_OF_BOOLEANS, "maxItems": 1},
+        {**LIST_OF_BOOLEANS, "maxItems": 0},
+        # `maxLength` had no effect next to `enum`.
+        {"type": "string", "enum": ["a", "bc"], "maxLength": 1},
+        {"type": "string", "enum": ["a", "bc", 5]},
+        {"enum": [1, 5, "a"], "type": "integer", "maximum": 3},
+    ],
+    ids=str,
 )
-def test_a_list_in_a_call_has_as_many_items_as_its_schema_says(name: str, bounds: Any) -> None:
-    """Gemma's form kept to neither bound."""
-    items = {"type": "array", "items": {"type": "boolean"}, **bounds}
-    schema = {"type": "object", "properties": {"a": items}, "required": ["a"]}
-    for strict in (False, True):
+def test_an_argument_keeps_to_the_bounds_of_a_list_and_to_what_other_keys_exclude(name, argument):
+    schema = {"type": "object", "properties": {"a": argument}, "required": ["a"]}
+    for strict in {False, "items" in argument}:
         for arguments in written(name, schema, strict):
             jsonschema.validate(arguments, schema)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "harmony"])
-@pytest.mark.parametrize(
-    "choices",
-    [
-        {"type": "string", "enum": ["a", "bc"], "maxLength": 1},
-        {"type": "string", "enum": ["a", "bc", 5]},
-        {"enum": [1, 5, "a"], "type": "integer", "maximum": 3},
-    ],
-)
-def test_choices_that_other_keys_exclude_are_not_written(name: str, choices: Any) -> None:
-    """`maxLength` had no effect next to `enum`."""
-    schema = {"type": "object", "properties": {"a": choices}, "required": ["a"]}
-    for arguments in written(name, schema):
-        jsonschema.validate(arguments, schema)
-
-
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "harmony"])
-def test_an_argument_without_a_possible_value_is_left_out(name: str) -> None:
+def test_an_argument_without_a_possible_value_is_left_out(name):
     """Between tags it could be any text."""
     never = {"type": "string", "enum": ["abc"], "maxLength": 1}
     schema = {"type": "object", "properties": {"a": never, "b": {"const": True}}, "required": ["b"]}
     assert all(arguments == {"b": True} for arguments in written(name, schema))
 
 
-@pytest.mark.parametrize("name", [*WRITTEN, *LITERALS])
-def test_an_argument_that_is_required_but_not_described_is_written(name: str) -> None:
+@pytest.mark.parametrize("name", FORMS)
+def test_an_argument_that_is_required_but_not_described_is_written(name):
     tokens = Tokens(*FORMATS[name].marks)
     tool = Tool("f", None, {"type": "object", "properties": {}, "required": ["a"]})
     form = CallForm(FORMATS[name], [tool], tokens.control_tokens, must_call=True, parallel=False)
@@ -372,7 +363,7 @@ def test_an_argument_that_is_required_but_not_described_is_written(name: str) ->
     ],
     ids=["tags", *WRITTEN],
 )
-def test_an_integer_in_a_call_has_an_end(request: Any, said: str) -> None:
+def test_an_integer_in_a_call_has_an_end(request, said):
     name = request.node.callspec.id
     form = CallForm(FORMATS[name], [WRITE], parallel=False)
     walk(form, Tokens(), 0, said)
@@ -392,9 +383,7 @@ SHORT_LIST = {"type": "array", "items": {"type": "string", "minLength": 2}}
         (LITERALS, {"anyOf": [{"type": "string"}], "minLength": 2}, "minLength"),
     ],
 )
-def test_a_strict_tool_is_refused_for_what_the_form_of_its_calls_cannot_keep(
-    names: Sequence[str], argument: Any, key: str
-) -> None:
+def test_a_strict_tool_is_refused_for_what_the_form_of_its_calls_cannot_keep(names, argument, key):
     schema = {"type": "object", "properties": {"a": argument}}
     for name in names:
         with pytest.raises(UsageError, match=f"the arguments of f: not .* of calls: {key}"):
@@ -402,12 +391,12 @@ def test_a_strict_tool_is_refused_for_what_the_form_of_its_calls_cannot_keep(
         call_grammar(CallForm(FORMATS[name], [Tool("f", None, schema)]).to_text())
 
 
-def test_literals_of_python_keep_to_more_than_gemmas() -> None:
+def test_literals_of_python_keep_to_more_than_gemmas():
     schema = {"properties": {"a": {"anyOf": [SHORT_LIST, {"type": "null"}]}}}
     call_grammar(CallForm(FORMATS["lfm"], [Tool("f", None, schema, strict=True)]).to_text())
 
 
-def test_tags_need_the_names_of_arguments() -> None:
+def test_tags_need_the_names_of_arguments():
     """The model could only call such a tool without arguments, and nothing said so."""
     hidden = {"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "properties": {"b": {}}}}}
     for schema in (hidden, {"allOf": [hidden["$defs"]["a"]]}):  # type: ignore[index]
@@ -417,7 +406,7 @@ def test_tags_need_the_names_of_arguments() -> None:
 
 
 @pytest.mark.parametrize("choices", [{"enum": ["a", None]}, {"enum": ["a", 1]}, {"const": None}])
-def test_choices_of_a_text_that_are_none_do_not_spoil_the_grammar(choices: Any) -> None:
+def test_choices_of_a_text_that_are_none_do_not_spoil_the_grammar(choices):
     """Clients that allow null in a list of choices got "the grammar cannot be used"."""
     schema = {"type": "object", "properties": {"a": {"type": "string", **choices}}}
     for tool in (Tool("f", None, schema), Tool("f", None, schema, strict=True)):
@@ -425,7 +414,7 @@ def test_choices_of_a_text_that_are_none_do_not_spoil_the_grammar(choices: Any) 
 
 
 @pytest.mark.parametrize("said", ["<tool_call>\n", '<tool_call>{"'])
-def test_what_follows_the_opening_in_its_token_counts(said: str) -> None:
+def test_what_follows_the_opening_in_its_token_counts(said):
     tokens = Tokens()
     assert len(tokens.encode(said)) == 3  # "<", "tool_call", and the rest
     answer, calls = walk(CallForm(FORMATS["tags"], TOOLS), tokens, 1, said)
@@ -433,19 +422,17 @@ def test_what_follows_the_opening_in_its_token_counts(said: str) -> None:
     assert answer.reason == "tool_calls"
 
 
-def test_an_opening_in_a_token_that_cannot_begin_a_call_is_text() -> None:
-    said = '<tool_call>x <tool_call>{"name": "now", "arguments": {"a": 1}}'
+@pytest.mark.parametrize(
+    "said",
+    ['<tool_call>x <tool_call>{"name": "now", "arguments": {"a": 1}}', "a <tool, <|x|> {}"],
+    ids=["an opening in a token that cannot begin a call", "no opening"],
+)
+def test_without_a_call_that_begins_every_token_may_come(said):
     answer, calls = walk(CallForm(FORMATS["tags"], TOOLS), Tokens(), 0, said)
     assert (answer.text, calls, answer.reason) == (said, (), "stop")
 
 
-def test_without_an_opening_every_token_may_come() -> None:
-    tokens: Any = Tokens()
-    answer, calls = walk(CallForm(FORMATS["tags"], TOOLS), tokens, 0, "a <tool, <|x|> {}")
-    assert (answer.text, calls, answer.reason) == ("a <tool, <|x|> {}", (), "stop")
-
-
-def test_an_answer_has_its_own_form_or_is_a_call() -> None:
+def test_an_answer_has_its_own_form_or_is_a_call():
     form = CallForm(FORMATS["tags"], TOOLS, must_call=True, answer={"enum": ["yes"]})
     kinds = {walk(form, Tokens(), seed)[0].text for seed in range(6)}
     assert kinds == {"", '"yes"'}
@@ -461,13 +448,13 @@ def test_an_answer_has_its_own_form_or_is_a_call() -> None:
         (Tool("f", None, {"properties": 5}), "the arguments of f: the schema cannot be used"),
     ],
 )  # fmt: skip
-def test_a_schema_that_cannot_be_kept_is_refused_with_its_tool(tool: Tool, message: str) -> None:
+def test_a_schema_that_cannot_be_kept_is_refused_with_its_tool(tool, message):
     with pytest.raises(UsageError) as error:
         call_grammar(CallForm(FORMATS["tags"], [*TOOLS, tool]).to_text())
     assert str(error.value).startswith(message)
 
 
-def test_unknown_keys_of_a_schema_have_no_effect_if_it_is_not_strict() -> None:
+def test_unknown_keys_of_a_schema_have_no_effect_if_it_is_not_strict():
     lenient = {"properties": {"a": {"const": 1, "not": {}, "format": "x"}}, "required": ["a"]}
     form = CallForm(FORMATS["tags"], [Tool("f", None, {**lenient, "additionalProperties": False})])
     assert "lenient" in call_grammar(form.to_text())
