@@ -15,7 +15,7 @@ from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.install.make.parts import model_parts
 from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.install.source.checkpoint_index import CheckpointIndex
-from mixchat.weights.families.family import MLP_EXPERTS, Family, Slice, attention, decoder_tensors
+from mixchat.weights.families.family import Slice, attention
 from mixchat.weights.families.read_config import read_config_file
 
 HEADS, GROUPS, WIDTH, HIDDEN = 3, 1, 4, 6
@@ -65,18 +65,6 @@ def test_gates_that_follow_each_query_lie_below_the_values(neighbours):
         assert torch.equal(result, torch.cat([*expected, v, heads[:, 1].flatten(0, 1)]))
 
 
-def test_norms_get_what_a_checkpoint_lacks():
-    config = replace(CONFIG, qk_norm="head", fp32_norms=True)
-    mixers = {"attention": attention(norm_offset=1.0)}
-    family = Family("any", lambda raw: config, MLP_EXPERTS, mixers, norm_offset=1.0)
-    tensors = dict(decoder_tensors(config, family))
-    norms = {name: slices for name, slices in tensors.items() if "norm" in name}
-    assert len(norms) == 2 * 4 + 1
-    assert all([source.added for source in slices] == [1.0] for slices in norms.values())
-    others = (source for name in tensors.keys() - norms for source in tensors[name])
-    assert all(source.added == 0 for source in others)
-
-
 def test_a_factor_of_scores_is_one_of_the_norm_if_queries_have_one():
     """Of the matrix it would have no effect, because the norm divides by the size."""
     scaled = replace(CONFIG, attention_multiplier=1.0)
@@ -91,16 +79,6 @@ def test_a_factor_of_scores_is_one_of_the_norm_if_queries_have_one():
             if source.factor != 1
         }
         assert factors == {f"model.layers.0.self_attn.{name}.weight": 2.0}
-
-
-def test_names_are_replaced_one_after_the_other():
-    names = {"model.norm": "model.embedding_norm", "mlp.": "ffn.", "model.": "model.text."}
-    family = Family("any", lambda raw: CONFIG, MLP_EXPERTS, names=names)
-    tensors = dict(decoder_tensors(CONFIG, family))
-    assert tensors["model.norm.weight"][0].name == "model.text.embedding_norm.weight"
-    router = tensors["model.layers.0.block_sparse_moe.gate.weight"]
-    assert router[0].name == "model.text.layers.0.ffn.gate.weight"
-    assert tensors["lm_head.weight"][0].name == "lm_head.weight"
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -4,7 +4,6 @@ import json
 import tracemalloc
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import gguf_files
@@ -12,6 +11,7 @@ import pytest
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.safetensors import SafetensorsFile
+from mixchat.install.known_models import KNOWN
 from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.install.source.checkpoint_index import CheckpointIndex
 from mixchat.install.source.gguf_checkpoint import read_gguf
@@ -74,7 +74,7 @@ def faults(values: dict[str, Any], read: Callable[[dict[str, Any]], object]) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_of_a_config_json(family: str, make_checkpoint: Callable[..., Path]) -> None:
+def test_of_a_config_json(family, make_checkpoint):
     """A count of 10**8 heads took 5.4 GB: each got its slices before a shape was compared."""
     checkpoint = make_checkpoint(model_type=family)
     raw = json.loads((checkpoint / "config.json").read_text())
@@ -93,9 +93,7 @@ def test_of_a_config_json(family: str, make_checkpoint: Callable[..., Path]) -> 
 
 
 @pytest.mark.parametrize("family", gguf_files.ARCHITECTURES)
-def test_of_the_metadata_of_a_gguf(
-    family: str, make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_of_the_metadata_of_a_gguf(family, make_checkpoint, tmp_path):
     checkpoint = make_checkpoint(model_type=family, vocab_size=262)
     path = gguf_files.write(checkpoint, tmp_path / "model.gguf")
     with GgufFile(path) as file:
@@ -116,18 +114,30 @@ def test_of_the_metadata_of_a_gguf(
     assert found[f"{name}.block_count {NUMBERS[0]}"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_long_text_in_place_of_a_value_is_not_repeated(
-    family: str, make_checkpoint: Callable[..., Path]
-) -> None:
-    """A line of the length of the value said that it is no positive number."""
-    checkpoint = make_checkpoint(model_type=family)
-    raw = json.loads((checkpoint / "config.json").read_text())
+ODD = ["\n" * 5000, None, 0, -1, 1.5, "x", True, [], [0], {}, {"rope_type": 1}, ["full_attention"]]
+ANY_TYPE = (int, float, bool, str, list, dict, type(None))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen3.6", "gemma4 with images"])
+def test_no_odd_or_missing_value_ends_the_program_or_is_repeated_in_full(name, make_checkpoint):
+    """A line of the length of the value said that it is no positive number.
+
+    A model_type that was a list ended the program, and so did a missing layer_types of LFM2.
+    """
+    if name in FAMILIES:
+        checkpoint = make_checkpoint(model_type=name)
+        raw = json.loads((checkpoint / "config.json").read_text())
+    else:  # of more than text
+        raw = KNOWN[name.split()[0]].config
+    cases = [case for odd in ODD for _, case in changed(raw, odd, ANY_TYPE)]
+    cases += [{key: raw[key] for key in raw if key != missing} for missing in raw]
     lines = []
-    for _, case in changed(raw, "\n" * 5000, (int, float, bool, str, list, dict, type(None))):
+    for case in cases:
         try:
-            read_config(case)
+            config = read_config(case)
         except CheckpointError as error:
             lines.append(str(error))
+        else:
+            assert len(config.layer_types) in (0, config.num_hidden_layers)
     assert len(lines) > 10
     assert all(len(line) < 300 and line.isprintable() for line in lines)

@@ -33,7 +33,7 @@ def refusal(installed: Path) -> str:
     return str(caught.value)
 
 
-def test_a_directory_without_a_manifest_is_unfinished(installed: Path) -> None:
+def test_a_directory_without_a_manifest_is_unfinished(installed):
     (installed / MANIFEST_FILE).unlink()
     assert "mixchat.json: the file is missing" in refusal(installed)  # its copy says what it was
     (installed / MANIFEST_COPY).unlink()
@@ -41,7 +41,7 @@ def test_a_directory_without_a_manifest_is_unfinished(installed: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["shared.safetensors", "experts-001.safetensors", "config.json"])
-def test_a_short_long_or_missing_file_is_named(installed: Path, name: str) -> None:
+def test_a_short_long_or_missing_file_is_named(installed, name):
     size = (installed / name).stat().st_size
     os.truncate(installed / name, size - 1)
     assert f"{name}: {size - 1} bytes, but the manifest says {size}" in refusal(installed)
@@ -51,7 +51,7 @@ def test_a_short_long_or_missing_file_is_named(installed: Path, name: str) -> No
     assert f"{name}: the file is missing" in refusal(installed)
 
 
-def test_files_of_another_layer_count_are_refused(installed: Path) -> None:
+def test_files_of_another_layer_count_are_refused(installed):
     config = json.loads((installed / "config.json").read_text())
     config["num_hidden_layers"] = 3
     text = json.dumps(config, indent=2)
@@ -62,7 +62,7 @@ def test_files_of_another_layer_count_are_refused(installed: Path) -> None:
     assert "its tensors are not those of this model" in refusal(installed)
 
 
-def test_a_file_of_another_model_is_refused(installed: Path) -> None:
+def test_a_file_of_another_model_is_refused(installed):
     shared, experts = installed / "shared.safetensors", installed / "experts-000.safetensors"
     shutil.copy(experts, shared)
     weights = json.loads((installed / MANIFEST_FILE).read_text())["weights"]
@@ -71,14 +71,8 @@ def test_a_file_of_another_model_is_refused(installed: Path) -> None:
     assert "its tensors are not those of this model" in refusal(installed)
 
 
-def test_a_changed_manifest_is_found_by_its_own_hash(installed: Path) -> None:
-    path = installed / MANIFEST_FILE
-    path.write_text(path.read_text().replace('"nf4"', '"nf3"'))
-    assert "mixchat.json: damaged (its SHA-256 differs)" in refusal(installed)
-
-
 @pytest.mark.parametrize("version", [99, 3, "4"])
-def test_another_format_is_one_line_with_what_to_do(installed: Path, version: object) -> None:
+def test_another_format_is_one_line_with_what_to_do(installed, version):
     edit_manifest(installed, format=version)
     with pytest.raises(CheckpointError, match=f"format {version!r}") as caught:
         read_manifest(installed)
@@ -86,7 +80,7 @@ def test_another_format_is_one_line_with_what_to_do(installed: Path, version: ob
 
 
 @pytest.mark.parametrize("part", ["experts of all layers", "experts of one layer"])
-def test_a_model_of_an_unknown_type_is_one_line_with_what_to_do(installed: Path, part: str) -> None:
+def test_a_model_of_an_unknown_type_is_one_line_with_what_to_do(installed, part):
     """`repair` could not mend it."""
     raw = json.loads((installed / MANIFEST_FILE).read_text())
     if part == "experts of all layers":
@@ -117,7 +111,7 @@ def test_a_model_of_an_unknown_type_is_one_line_with_what_to_do(installed: Path,
         {"checkpoint": {"a": 1}},
     ],
 )
-def test_a_malformed_manifest_is_refused(installed: Path, changes: dict[str, Any]) -> None:
+def test_a_malformed_manifest_is_refused(installed, changes):
     edit_manifest(installed, **changes)
     assert MANIFEST_FILE in refusal(installed)
 
@@ -136,21 +130,13 @@ def test_a_malformed_manifest_is_refused(installed: Path, changes: dict[str, Any
         ("attention", True, "attention True is not known"),
     ],
 )
-def test_an_unknown_quantization_is_refused(
-    installed: Path, key: str, value: object, said: str
-) -> None:
+def test_an_unknown_quantization_is_refused(installed, key, value, said):
     quantization = json.loads((installed / MANIFEST_FILE).read_text())["quantization"]
     edit_manifest(installed, quantization={**quantization, key: value})
     assert said in refusal(installed)
 
 
-@pytest.mark.parametrize("text", ["", "[]"])
-def test_a_manifest_that_is_no_object_is_refused(installed: Path, text: str) -> None:
-    (installed / MANIFEST_FILE).write_text(text)
-    assert MANIFEST_FILE in refusal(installed)
-
-
-def test_a_manifest_names_format_7_and_the_types(installed: Path) -> None:
+def test_a_manifest_names_format_7_and_the_types(installed):
     document = json.loads((installed / MANIFEST_FILE).read_text())
     assert document["format"] == 7
     quantization = document["quantization"]

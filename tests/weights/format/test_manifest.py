@@ -26,15 +26,15 @@ def hint_of(directory: Path) -> str:
     return caught.value.hint or ""
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_manifest_has_a_copy_from_which_repair_makes_it_again(installed, damage):
+@pytest.mark.parametrize("damage", [*DAMAGES, None])
+def test_a_damaged_or_missing_manifest_has_a_copy_from_which_repair_makes_it_again(
+    installed, damage
+):
     """A broken one came without a hint, though `repair` repairs it."""
-    (installed / MANIFEST_FILE).write_text(damage)
-    assert "mixchat repair mine" in hint_of(installed)
-
-
-def test_a_missing_manifest_too(installed):
-    (installed / MANIFEST_FILE).unlink()
+    if damage is None:
+        (installed / MANIFEST_FILE).unlink()
+    else:
+        (installed / MANIFEST_FILE).write_text(damage)
     assert "mixchat repair mine" in hint_of(installed)
 
 

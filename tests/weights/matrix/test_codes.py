@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from matrix_tools import random
 
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format import manifest
@@ -109,11 +110,6 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return request.param
 
 
-def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator)
-
-
 def spec(kind: Kind, rows: int = 64, columns: int = 128) -> LinearSpec:
     return LinearSpec("w", rows, columns, kind.type.name, torch.bfloat16)
 
@@ -135,7 +131,7 @@ def build(kind: Kind, form: LinearSpec, seed: int = 0) -> tuple[Linear, torch.Te
     return form.build(form.encode(weight)), exact(kind, codes, absmax, weight.shape)
 
 
-def test_pieces_leave_no_seam(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_leave_no_seam(kind, monkeypatch):
     form, weight = spec(kind, 200, 192), random(200, 192)
     whole = form.encode(weight)
     matrix = form.dequantized(whole)
@@ -147,7 +143,7 @@ def test_pieces_leave_no_seam(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dequantizing_is_the_definition_to_rounding(kind: Kind, shape: tuple[int, int]) -> None:
+def test_dequantizing_is_the_definition_to_rounding(kind, shape):
     codes, absmax = kind.type.codes(random(*shape))
     expected = exact(kind, codes, absmax, shape)
     tensors = kind.type.pack(codes, absmax, shape[1])
@@ -161,6 +157,16 @@ def test_dequantizing_is_the_definition_to_rounding(kind: Kind, shape: tuple[int
         torch.testing.assert_close(result.double(), expected, rtol=rounding, atol=1e-7)
 
 
+@pytest.mark.parametrize("search", [False, True])
+def test_a_parameter_is_encoded_also_in_inference_mode(kind, search):
+    weight, threads = torch.nn.Parameter(random(3, 64)), torch.get_num_threads()
+    outside = kind.type.codes(weight, search=search)
+    with torch.inference_mode():
+        inside = kind.type.codes(weight, search=search)
+    assert all(map(torch.equal, outside, inside))
+    assert torch.get_num_threads() == threads
+
+
 def test_a_block_of_zeros_gives_zeros(kind):
     weight = random(2, 64)
     weight[1] = 0
@@ -171,7 +177,7 @@ def test_a_block_of_zeros_gives_zeros(kind):
 
 
 @pytest.mark.parametrize("rows", [1, 32, 40, 32002])
-def test_rows_of_zeros_fill_up_the_last_band(kind: Kind, rows: int) -> None:
+def test_rows_of_zeros_fill_up_the_last_band(kind, rows):
     """The vocabularies of some models have 32002 tokens."""
     form, band = spec(kind, rows, 64), kind.type.units.band
     assert form.stored_rows % band == 0
@@ -181,7 +187,7 @@ def test_rows_of_zeros_fill_up_the_last_band(kind: Kind, rows: int) -> None:
     assert sum(tensor.nbytes for tensor in form.tensors) == nbytes
 
 
-def test_scales_lie_by_bands_then_by_blocks_of_columns(kind: Kind) -> None:
+def test_scales_lie_by_bands_then_by_blocks_of_columns(kind):
     band, columns = kind.type.units.band, 3 * kind.type.blocksize
     absmax = torch.arange(2 * band * 3).to(kind.type.scale_dtype)  # 3 blocks in each of 2 bands
     codes, _ = kind.type.codes(torch.zeros(2 * band, columns))
@@ -194,7 +200,7 @@ def test_scales_lie_by_bands_then_by_blocks_of_columns(kind: Kind) -> None:
         assert torch.equal(block, expected)
 
 
-def test_sizes_announced_are_sizes_written(kind: Kind) -> None:
+def test_sizes_announced_are_sizes_written(kind):
     for shape in SHAPES:
         form = spec(kind, *shape)
         written = form.encode(random(*shape))
@@ -202,7 +208,7 @@ def test_sizes_announced_are_sizes_written(kind: Kind) -> None:
         assert [one.dtype for one in form.tensors] == [tensor.dtype for tensor in written]
 
 
-def test_a_type_takes_whole_blocks_of_columns_and_parts_of_whole_bands(kind: Kind) -> None:
+def test_a_type_takes_whole_blocks_of_columns_and_parts_of_whole_bands(kind):
     block, band = kind.type.blocksize, kind.type.units.band
     assert kind.type.fits(3 * block)
     assert kind.type.fits(3 * block, 5 * band)
@@ -212,9 +218,7 @@ def test_a_type_takes_whole_blocks_of_columns_and_parts_of_whole_bands(kind: Kin
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("kernel")
-def test_a_product_is_that_of_the_exact_matrix_to_rounding(
-    kind: Kind, shape: tuple[int, int]
-) -> None:
+def test_a_product_is_that_of_the_exact_matrix_to_rounding(kind, shape):
     linear, matrix = build(kind, spec(kind, *shape))
     for tokens, dtype in product(TOKENS, DTYPES):
         x = random(tokens, shape[1], seed=tokens).to(dtype)
@@ -227,7 +231,7 @@ def test_a_product_is_that_of_the_exact_matrix_to_rounding(
 
 
 @pytest.mark.usefixtures("kernel")
-def test_what_is_no_number_stays_visible_and_to_its_token(kind: Kind) -> None:
+def test_what_is_no_number_stays_visible_and_to_its_token(kind):
     linear, _ = build(kind, spec(kind))
     x = random(3, 128)
     for bad in (torch.nan, torch.inf):
@@ -238,7 +242,7 @@ def test_what_is_no_number_stays_visible_and_to_its_token(kind: Kind) -> None:
 
 
 @pytest.mark.usefixtures("kernel")
-def test_the_map_reads_its_tensors_anew_each_time(kind: Kind) -> None:
+def test_the_map_reads_its_tensors_anew_each_time(kind):
     """A slot is filled again with other bytes."""
     one, other = random(64, 128), random(64, 128, seed=1)
     tensors = spec(kind).encode(one)
@@ -251,9 +255,7 @@ def test_the_map_reads_its_tensors_anew_each_time(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (7, 64)])
-def test_a_bias_is_added_to_each_row_and_read_anew(
-    kind: Kind, kernel: bool, shape: tuple[int, int]
-) -> None:
+def test_a_bias_is_added_to_each_row_and_read_anew(kind, kernel, shape):
     plain = spec(kind, *shape)
     biased, weight = replace(plain, bias=True), random(*shape)
     tensors = biased.encode(weight, bias=torch.zeros(shape[0]))
@@ -276,9 +278,7 @@ def test_a_bias_is_added_to_each_row_and_read_anew(
 
 @pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, False), (torch.float32, True)])
 @needs_kernel
-def test_the_steps_of_a_packed_map_have_its_bits(
-    kind: Kind, dtype: torch.dtype, bias: bool
-) -> None:
+def test_the_steps_of_a_packed_map_have_its_bits(kind, dtype, bias):
     form = replace(spec(kind), bias=bias)
     packed = as_packed(
         form.build(form.encode(random(64, 128), bias=random(1, 64)[0] if bias else None))
@@ -290,12 +290,12 @@ def test_the_steps_of_a_packed_map_have_its_bits(
     assert torch.equal(out, packed(x))
 
 
-def test_each_type_is_known_by_its_name_and_to_manifests() -> None:
+def test_each_type_is_known_by_its_name_and_to_manifests():
     assert all(kind.name == name for name, kind in TYPES.items())
     experts = {name for name, kind in TYPES.items() if kind.for_experts}
     assert set(manifest._QUANTIZATION["quant_type"]) == experts
 
 
-def test_a_type_is_found_by_its_bits() -> None:
+def test_a_type_is_found_by_its_bits():
     names = {16: "none", 8: "int8", 6: "int6", 4: "nf4", 3: "trellis3", 2: "trellis2"}
     assert {bits: type_of_bits(bits) for bits in names} == names

@@ -58,7 +58,7 @@ def checkpoints(make_checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[P
     return in_fp8, as_floats
 
 
-def test_it_is_installed_as_its_floats(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+def test_it_is_installed_as_its_floats(checkpoints, tmp_path):
     made = []
     for number, checkpoint in enumerate(checkpoints):
         quantize(checkpoint, tmp_path / str(number))
@@ -68,9 +68,7 @@ def test_it_is_installed_as_its_floats(checkpoints: tuple[Path, Path], tmp_path:
 
 
 @pytest.mark.parametrize("change", ["shape", "type", "missing"])
-def test_scales_that_do_not_fit_are_refused(
-    checkpoints: tuple[Path, Path], tmp_path: Path, change: str
-) -> None:
+def test_scales_that_do_not_fit_are_refused(checkpoints, tmp_path, change):
     path = checkpoints[0] / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.0.mlp.experts.1.up_proj.weight_scale_inv"
@@ -83,9 +81,7 @@ def test_scales_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors", "fp8", 5])
-def test_other_forms_are_refused_by_name(
-    tiny_checkpoint: Path, tmp_path: Path, method: object
-) -> None:
+def test_other_forms_are_refused_by_name(tiny_checkpoint, tmp_path, method):
     config = json.loads((tiny_checkpoint / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
+from matrix_tools import random, there_and_back
 
 from mixchat.weights.matrix import gptq
 from mixchat.weights.matrix.encode import best_way
 from mixchat.weights.matrix.nf4 import NF4, Quantized4bit
 from mixchat.weights.matrix.quant_type import Inputs, Way
-
-
-def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator)
+from mixchat.weights.matrix.trellis import TRELLIS3
 
 
 def alike(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
@@ -56,7 +53,11 @@ def slowly(
     return codes.view(-1, 64)
 
 
-def test_it_is_least_squares_for_the_columns_that_are_left() -> None:
+@pytest.mark.parametrize("is_in_pieces", [False, True])
+def test_it_is_least_squares_for_the_columns_that_are_left(monkeypatch, is_in_pieces):
+    if is_in_pieces:  # of what is computed at once
+        monkeypatch.setattr(gptq, "_BAND", 48)
+        monkeypatch.setattr(gptq, "_PIECE", 70)
     weight, inputs = random(16, 128), alike(300, 128)
     levels = NF4.levels
     _, scales = NF4.codes(weight, search=True)
@@ -69,29 +70,7 @@ def test_it_is_least_squares_for_the_columns_that_are_left() -> None:
     assert (fast != slowly(weight, scales.float(), levels, inputs)).float().mean() < 0.005
 
 
-def test_the_factor_makes_the_shrunk_hessian_whatever_is_computed_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    inputs = alike(300, 128)
-    whole, pivots, *_ = gptq.feedback_of(inputs)
-    monkeypatch.setattr(gptq, "_BAND", 48)
-    monkeypatch.setattr(gptq, "_PIECE", 70)
-    in_bands, _, correlations, sizes = gptq.feedback_of(inputs)
-    torch.testing.assert_close(in_bands, whole, rtol=1e-3, atol=1e-4)
-    hessian = shrunk_hessian(inputs)
-    whole_hessian = correlations.flip(0, 1) * sizes * sizes.unsqueeze(-1)
-    torch.testing.assert_close(whole_hessian.double(), hessian, rtol=1e-3, atol=1e-3)
-    undone = torch.linalg.inv(in_bands.double())
-    diagonal = undone @ hessian @ undone.T
-    assert torch.equal(in_bands, in_bands.triu())
-    torch.testing.assert_close(in_bands.diagonal(), torch.ones(128))
-    torch.testing.assert_close(diagonal.diagonal().float(), pivots, rtol=1e-3, atol=0)
-    sizes = diagonal.diagonal().sqrt()
-    off = (diagonal - diagonal.diagonal().diag()) / sizes / sizes.unsqueeze(-1)
-    assert off.abs().max() < 1e-3
-
-
-def test_fitted_scales_are_the_least_squares_solution_of_each_row() -> None:
+def test_fitted_scales_are_the_least_squares_solution_of_each_row():
     weight, inputs = random(600, 192), alike(300, 192)
     hessian, feedback = shrunk_hessian(inputs), gptq.feedback_of(inputs)
     codes, spread = random(600, 192, seed=7).sign() * 0.5 + weight, torch.rand(600, 3)
@@ -122,7 +101,7 @@ def noisy(rows: torch.Tensor) -> Inputs:
     return Inputs(wrong[:half], wrong[half:], lambda *_: None, exact)
 
 
-def test_a_corrected_weight_is_the_least_squares_solution() -> None:
+def test_a_corrected_weight_is_the_least_squares_solution():
     weight, inputs = random(16, 128), noisy(alike(600, 128))
     assert inputs.exact is not None
     given, exact = inputs.fit.double(), inputs.exact[0].double()
@@ -133,7 +112,7 @@ def test_a_corrected_weight_is_the_least_squares_solution() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_matrix_makes_up_for_what_was_rounded_before_it() -> None:
+def test_a_matrix_makes_up_for_what_was_rounded_before_it():
     """The second matrix of an expert learnt from inputs that it never gets."""
     weight, inputs = random(64, 128).bfloat16(), noisy(alike(4000, 128))
     assert inputs.exact is not None
@@ -147,9 +126,7 @@ def test_a_matrix_makes_up_for_what_was_rounded_before_it() -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 256), (40, 192)])
-def test_products_with_the_inputs_and_with_others_like_them_get_better(
-    shape: tuple[int, int],
-) -> None:
+def test_products_with_the_inputs_and_with_others_like_them_get_better(shape):
     torch.manual_seed(0)
     weight, every = random(*shape).bfloat16(), alike(2000, shape[1])
     inputs, others = every[::2], every[1::2]
@@ -163,7 +140,7 @@ def test_products_with_the_inputs_and_with_others_like_them_get_better(
         assert error(fitted, rows) < 0.75 * error(plain, rows)
 
 
-def test_few_inputs_zeros_and_columns_that_are_never_used_do_no_harm() -> None:
+def test_few_inputs_zeros_and_columns_that_are_never_used_do_no_harm():
     weight = random(32, 128).bfloat16()
     weight[3] = 0
     weight[5, :64] = 0
@@ -177,24 +154,21 @@ def test_few_inputs_zeros_and_columns_that_are_never_used_do_no_harm() -> None:
         assert (matrix - weight.float()).norm() < 0.5 * weight.float().norm()
 
 
+@pytest.mark.parametrize("kind", [NF4, TRELLIS3], ids=["nf4", "trellis3"])
 @pytest.mark.parametrize(("count", "going_together"), [(8, True), (32, False), (128, True)])
-def test_products_with_others_like_few_inputs_get_no_worse(
-    count: int, going_together: bool
-) -> None:
+def test_products_with_others_like_few_inputs_get_no_worse(count, going_together, kind):
     """GPTQ fitted the noise of few inputs: its codes made other products up to twice as wrong."""
     every = (alike if going_together else random)(1000 + count, 256, 1)
     weight = random(64, 256).bfloat16()
 
-    def error(made: tuple[torch.Tensor, torch.Tensor]) -> float:
-        apart = Quantized4bit(NF4, 64, 256, *made).dense(torch.float32) - weight.float()
+    def error(inputs: Inputs | None) -> float:
+        apart = there_and_back(kind, weight, inputs) - weight.float()
         return float((apart @ every[count:].T).norm())
 
-    plain = NF4.codes(weight, search=True)
-    fitted = NF4.codes(weight, inputs=halves(every[:count]))
-    assert error(fitted) < 1.01 * error(plain)
+    assert error(halves(every[:count])) < 1.02 * error(None)
 
 
-def test_codes_that_lose_on_what_was_held_out_are_not_taken() -> None:
+def test_codes_that_lose_on_what_was_held_out_are_not_taken():
     """The rows that are held out use other columns than the rest, which nobody can foresee."""
     weight, chosen = random(64, 128).bfloat16(), list[Way]()
     rows = alike(200, 128)
@@ -216,9 +190,7 @@ def test_codes_that_lose_on_what_was_held_out_are_not_taken() -> None:
         ((1, 1, 1), "plain"),
     ],
 )
-def test_of_ways_a_few_percent_apart_the_one_with_the_least_error_is_taken(
-    errors: tuple[float, ...], best: Way
-) -> None:
+def test_of_ways_a_few_percent_apart_the_one_with_the_least_error_is_taken(errors, best):
     """A guard that was 5% too loose passed every test."""
     weight, noise, taken = random(32, 64), random(32, 64, seed=1), list[tuple[Way, float]]()
     ways: tuple[Way, ...] = ("plain", "weighted", "gptq")

@@ -4,24 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrix_tools import random, there_and_back
 
 from mixchat.weights.matrix import int6
 from mixchat.weights.matrix.int6 import INT6
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.nf4 import NF4
 from mixchat.weights.matrix.quant_type import BlockCodes, Inputs
-
-
-def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator)
-
-
-def there_and_back(
-    kind: BlockCodes, weight: torch.Tensor, inputs: Inputs | None = None
-) -> torch.Tensor:
-    tensors = kind.encode(weight, torch.float32, search=True, inputs=inputs)
-    return kind.dequantize(tensors, (len(weight), weight.shape[1]), torch.float32)
 
 
 def error(kind: BlockCodes, weight: torch.Tensor) -> float:

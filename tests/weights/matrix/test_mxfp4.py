@@ -2,17 +2,13 @@
 
 import pytest
 import torch
+from matrix_tools import random, swapped
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from mixchat.weights.matrix.mxfp4 import LARGEST_SCALE, MXFP4
 from mixchat.weights.matrix.nf4 import Quantized4bit
 
 SHAPE = (48, 96)
-
-
-def swapped(codes: torch.Tensor) -> torch.Tensor:
-    """The two halves of each byte by turns: checkpoints have the even column in the low one."""
-    return codes << 4 | codes >> 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -39,7 +35,7 @@ def test_weights_that_are_in_the_format_are_kept():
 
 
 def test_no_other_code_and_no_other_power_of_two_is_nearer():
-    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    weight = random(*SHAPE)
     codes, scales = MXFP4.codes(weight)
     made = Quantized4bit(MXFP4, *SHAPE, codes, scales).dense(torch.float32).view(-1, 32)
     blocks, values = weight.view(-1, 32), MXFP4.scales(scales).unsqueeze(-1)
@@ -49,9 +45,3 @@ def test_no_other_code_and_no_other_power_of_two_is_nearer():
     largest = blocks.abs().amax(-1) / values.squeeze(-1)
     assert (largest >= 3.5).all()
     assert (largest < 7).all()
-
-
-def test_weights_of_nothing_have_codes_of_nothing():
-    codes, scales = MXFP4.codes(torch.zeros(SHAPE))
-    assert not codes.any()
-    assert not scales.any()

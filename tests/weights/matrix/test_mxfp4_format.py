@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matrix_tools import swapped
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from mixchat.base.errors import CheckpointError
@@ -55,10 +56,6 @@ def test_rows_that_alternate_are_taken_over_one_above_the_other(stored):
     by_rows = torch.cat((nibbles[::2], nibbles[1::2])).reshape(-1)
     scales = torch.cat([cut.absmax for cut in (gate, up)])
     assert all(map(torch.equal, tensors, MXFP4.pack(by_rows, scales, COLUMNS)))
-
-
-def swapped(codes: torch.Tensor) -> torch.Tensor:
-    return codes << 4 | codes >> 4
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matrix_tools import random, there_and_back
 
 from mixchat.weights.matrix.quant_type import Inputs, Way
 from mixchat.weights.matrix.trellis import (
@@ -9,7 +10,6 @@ from mixchat.weights.matrix.trellis import (
     TABLE_3,
     TRELLIS2,
     TRELLIS3,
-    TrellisCodes,
     bytes_of_scales,
     scales_of_bytes,
 )
@@ -18,19 +18,8 @@ each_table = pytest.mark.parametrize("table", [TABLE_2, TABLE_3], ids=["2", "3"]
 each_type = pytest.mark.parametrize("kind", [TRELLIS2, TRELLIS3], ids=["2", "3"])
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def there_and_back(kind: TrellisCodes, weight: torch.Tensor) -> torch.Tensor:
-    tensors = kind.encode(weight, torch.float32, search=True, inputs=None)
-    return kind.dequantize(tensors, (len(weight), weight.shape[1]), torch.float32)
-
-
 @pytest.mark.parametrize(("kind", "most"), [(TRELLIS2, 0.078), (TRELLIS3, 0.0215)])
-def test_normal_numbers_err_as_little_as_the_docstring_says(
-    kind: TrellisCodes, most: float
-) -> None:
+def test_normal_numbers_err_as_little_as_the_docstring_says(kind, most):
     """Four separate levels leave 0.117 without the error of a scale, and eight leave 0.035."""
     weight = random(256, 256)
     again = there_and_back(kind, weight)
@@ -38,7 +27,7 @@ def test_normal_numbers_err_as_little_as_the_docstring_says(
 
 
 @pytest.mark.parametrize(("plane", "bits"), [(0, 0b01010101), (1, 0b10101010)])
-def test_each_of_two_planes_has_its_own_bits_in_the_kernels_order(plane: int, bits: int) -> None:
+def test_each_of_two_planes_has_its_own_bits_in_the_kernels_order(plane, bits):
     """Planes that were exchanged on the way there and back passed this file's tests."""
     codes = torch.zeros(2, 16, 3, 8, dtype=torch.uint8)  # [bands, columns, ring and planes, bytes]
     codes[:, :, 1 + plane] = 0xFF
@@ -49,14 +38,14 @@ def test_each_of_two_planes_has_its_own_bits_in_the_kernels_order(plane: int, bi
 
 
 @each_type
-def test_an_outlier_is_not_cut_off(kind: TrellisCodes) -> None:
+def test_an_outlier_is_not_cut_off(kind):
     weight = random(64, 64)
     weight[3, 5] = 6
     again = there_and_back(kind, weight)
     assert abs(again[3, 5] - 6) < 1.5
 
 
-def test_a_scale_is_the_nearest_float_of_eight_bits() -> None:
+def test_a_scale_is_the_nearest_float_of_eight_bits():
     every = torch.cat((torch.zeros(1), (torch.arange(8, 256) % 8 + 8) / 8.0))
     every[1:] *= 2.0 ** (torch.arange(8, 256) // 8 - 25)
     made = bytes_of_scales(every)
@@ -72,9 +61,7 @@ def test_a_scale_is_the_nearest_float_of_eight_bits() -> None:
 
 
 @each_type
-def test_error_feedback_lowers_the_error_of_products_that_were_held_out(
-    kind: TrellisCodes,
-) -> None:
+def test_error_feedback_lowers_the_error_of_products_that_were_held_out(kind):
     common = random(8, 128, seed=1)
     rows = random(600, 8, seed=2) @ common + random(600, 128, seed=3)
     taken: list[tuple[Way, float, float]] = []
