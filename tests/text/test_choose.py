@@ -41,6 +41,7 @@ INDENTED = build.MISTRAL.replace("'[INST] '", "' [INST] '")
         (True, None, build.CHATML, JSON, JinjaTemplate),
         (True, V3, build.MISTRAL_V3, SPM, InstructTemplate),
         (False, V3, build.MISTRAL_V3, SPM, InstructTemplate),
+        (True, V3, build.CHATML, JSON, JinjaTemplate),
         # A fine-tune of the first generation has the tokens for tools in tokenizer.json only.
         (True, V1, build.MISTRAL_V3, JSON, JinjaTemplate),
     ],

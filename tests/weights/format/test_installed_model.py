@@ -71,6 +71,12 @@ def test_a_file_of_another_model_is_refused(installed):
     assert "its tensors are not those of this model" in refusal(installed)
 
 
+def test_a_changed_manifest_is_found_by_its_own_hash(installed):
+    path = installed / MANIFEST_FILE
+    path.write_text(path.read_text().replace('"nf4"', '"nf3"'))
+    assert "mixchat.json: damaged (its SHA-256 differs)" in refusal(installed)
+
+
 @pytest.mark.parametrize("version", [99, 3, "4"])
 def test_another_format_is_one_line_with_what_to_do(installed, version):
     edit_manifest(installed, format=version)
