@@ -2,24 +2,15 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from weight_tools import fetching, files_of, quantize, run, shard
+from weight_tools import fetching, files_of, leave_unfinished, run, shard
 
-from mixchat.install.make.parts import model_parts
-from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.format.journal import JOURNAL_FILE, Journal
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.format.workspace import workspace
-
-
-def unfinished(checkpoint: Path, target: Path) -> Path:
-    opened = fetching(checkpoint, target)
-    opened.fail_at = opened.index.shards[-1]
-    with pytest.raises(ConnectionError):
-        run(opened, target)
-    return workspace(target) / JOURNAL_FILE
 
 
 def started(directory: Path, head: dict[str, object]) -> Journal:
@@ -33,8 +24,14 @@ def checkpoint(small: Path, tmp_path: Path) -> Path:
     return shard(small, tmp_path / "shards", 3)
 
 
+def naming(name: str) -> Callable[[bytes], bytes]:
+    """Add a line for a file of this name to a journal."""
+    line = json.dumps({"file": name, "sha256": {"x": "0" * 64}}).encode() + b"\n"
+    return lambda data: data + line
+
+
 @pytest.mark.parametrize(
-    "tear",
+    "damage",
     [
         lambda data: data[:-1],
         lambda data: data[: len(data) // 2],
@@ -46,23 +43,19 @@ def checkpoint(small: Path, tmp_path: Path) -> Path:
         lambda data: data[:10],
         lambda data: b"",
         lambda data: b"\xff\xfe\n" + data,
+        # A name that was too long for the disk ended the download as a fault of our own.
+        *(naming(name) for name in ("a" * 5_000, "", ".", "../../precious", "a\0b")),
     ],
 )
-def test_a_torn_line_counts_for_nothing(checkpoint, whole, tmp_path, tear):
-    journal = unfinished(checkpoint, tmp_path / "installed")
-    journal.write_bytes(tear(journal.read_bytes()))
-    run(fetching(checkpoint, tmp_path / "installed"), tmp_path / "installed")
-    assert files_of(tmp_path / "installed") == whole
-
-
-@pytest.mark.parametrize("name", ["a" * 5_000, "", ".", "../../precious", "a\0b"])
-def test_a_file_that_no_model_has_counts_for_nothing(checkpoint, whole, tmp_path, name):
-    """A name that was too long for the disk ended the download as a fault of our own."""
-    journal = unfinished(checkpoint, tmp_path / "installed")
-    line = json.dumps({"file": name, "sha256": {"x": "0" * 64}}).encode() + b"\n"
-    journal.write_bytes(journal.read_bytes() + line)
-    run(fetching(checkpoint, tmp_path / "installed"), tmp_path / "installed")
-    assert files_of(tmp_path / "installed") == whole
+def test_a_torn_line_and_a_file_that_no_model_has_count_for_nothing(
+    checkpoint, whole, tmp_path, damage
+):
+    target = tmp_path / "installed"
+    leave_unfinished(checkpoint, target)
+    journal = workspace(target) / JOURNAL_FILE
+    journal.write_bytes(damage(journal.read_bytes()))
+    run(fetching(checkpoint, target), target)
+    assert files_of(target) == whole
 
 
 @pytest.mark.parametrize(
@@ -113,14 +106,3 @@ def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path):
 def test_a_pipe_in_its_place_does_not_make_a_list_of_models_wait(tmp_path):
     os.mkfifo(tmp_path / JOURNAL_FILE)
     assert Journal(tmp_path).head is None
-
-
-@pytest.mark.parametrize("other", [QuantizeOptions(attention=4), QuantizeOptions("none")])
-def test_work_with_other_options_is_not_resumed(checkpoint, tmp_path, making, other):
-    unfinished(checkpoint, tmp_path / "installed")
-    making.again()
-    opened = fetching(checkpoint, tmp_path / "installed")
-    run(opened, tmp_path / "installed", other)
-    assert len(making.names) == len(list(model_parts(make_blueprint(opened.index, other))))
-    quantize(checkpoint, tmp_path / "other", other)
-    assert files_of(tmp_path / "installed") == files_of(tmp_path / "other")

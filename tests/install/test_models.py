@@ -3,8 +3,6 @@
 import json
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -383,17 +381,3 @@ class TestToRemove:
         (models.models_dir() / "notes").mkdir(parents=True)
         with pytest.raises(ModelNotFoundError, match="notes"):
             models.existing_directory("notes")
-
-
-def test_importing_does_no_work():
-    program = (
-        "import sys, json\n"
-        "from mixchat.install import models\n"
-        "from mixchat.weights.format import journal, manifest\n"
-        "from mixchat.install.source import hub_errors\n"
-        "from mixchat.base import lock\n"
-        "heavy = {'torch', 'huggingface_hub', 'gguf', 'tokenizers', 'numpy', 'httpx', 'httpx2'}\n"
-        "print(json.dumps(sorted(heavy & set(sys.modules))))"
-    )
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout
-    assert json.loads(out) == []

@@ -197,6 +197,30 @@ def run(
     return meter
 
 
+def leave_unfinished(checkpoint: Path, target: Path) -> Fetching:
+    """Begin a model of a checkpoint in shards, of which the last one does not come."""
+    opened = fetching(checkpoint, target)
+    opened.fail_at = opened.index.shards[-1]
+    with pytest.raises(ConnectionError):
+        run(opened, target)
+    return opened
+
+
+# Files of a person, with names that are nearly mixchat's.
+FOREIGN = {
+    "thesis.txt": b"years",
+    "thesis.tmp": b"days",
+    "shared.safetensors.tmp": b"days",
+    "experts-000.safetensors.new": b"hours",
+    "mixchat.json.tmp": b"minutes",
+    "journal.jsonl": b'{"monday": "wrote"}\n',
+    "aside-notes.txt": b"notes",
+    "mixchat.txt": b"about mixchat",
+    "source/config.json": b"{}",
+    "source/model-00001-of-00002.safetensors": b"weights",
+    "build/checkpoint/model.safetensors": b"weights",
+    "expert-inputs/selected-000": b"mine",
+}
 NF4 = QuantizeOptions()
 
 

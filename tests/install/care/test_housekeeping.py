@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from weight_tools import files_of, write_files
+from weight_tools import FOREIGN, files_of, write_files
 
 from mixchat.base.errors import ModelNotFoundError, UsageError
 from mixchat.base.lock import exclusive_lock
@@ -22,18 +22,6 @@ WORK = {
     "inputs.mixchat.tmp/inputs-000": b"x",
 }
 JUNK = {"mixchat.json.mixchat.tmp": b"{", "config.json.mixchat.tmp": b"{"}
-# Files of a person, with names that are nearly mixchat's.
-FOREIGN = {
-    "thesis.txt": b"years",
-    "thesis.tmp": b"days",
-    "thesis.new": b"hours",
-    "journal.jsonl": b'{"monday": "wrote"}\n',
-    "aside-notes.txt": b"notes",
-    "mixchat.txt": b"about mixchat",
-    "source/model-00001.safetensors": b"weights",
-    "build/checkpoint/model.safetensors": b"weights",
-    "expert-inputs/readme": b"mine",
-}
 
 
 @pytest.fixture(autouse=True)

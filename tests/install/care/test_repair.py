@@ -34,16 +34,6 @@ class TestRepair:
         mend(installed, two_shards)
         assert files_of(installed) == files_of(made)
 
-    def test_foreign_files_stay(self, installed, made, two_shards):
-        names = ("thesis.new", f"{EXPERTS}.tmp", f"{EXPERTS}.new", "mixchat.json.tmp")
-        foreign = {name: b"mine" for name in names}
-        for name, data in foreign.items():
-            (installed / name).write_bytes(data)
-        for name in (EXPERTS, "config.json", MANIFEST_FILE):
-            flip(installed / name, 9)
-        mend(installed, two_shards)
-        assert files_of(installed) == files_of(made) | foreign
-
     @pytest.mark.parametrize(
         "damage",
         [

@@ -58,17 +58,6 @@ class TestFinding:
                 assert verify(installed) == [Damage(name)], (name, offset)
                 flip(installed / name, offset)
 
-    def test_several_damages_are_all_named(self, installed):
-        for name in (SHARED, EXPERTS):
-            for offset in (5000, -1):
-                flip(installed / name, offset)
-        found = {(damage.file, damage.detail) for damage in verify(installed)}
-        assert found == {
-            (name, at(installed / name, offset % (installed / name).stat().st_size))
-            for name in (SHARED, EXPERTS)
-            for offset in (5000, -1)
-        }
-
     def test_a_file_cut_short_is_named_with_what_is_gone(self, installed):
         size = (installed / EXPERTS).stat().st_size
         last = at(installed / EXPERTS, size - 1)

@@ -10,8 +10,8 @@ from fake_hub import COMMIT, REPO, FakeHub
 from safetensors.torch import load_file, save_file
 from weight_tools import NF4, Meter, files_of, get, shard_names
 
-from mixchat.base.errors import HubError, ModelNotFoundError, UsageError
-from mixchat.install.make import build
+from mixchat.base.errors import HubError, ModelNotFoundError
+from mixchat.install.make import build, download
 from mixchat.install.make.download import DownloadRequest, plan_download
 from mixchat.install.make.parts import ModelPart
 from mixchat.install.make.quantize_options import QuantizeOptions
@@ -163,30 +163,20 @@ def interrupt_after(count: int, make: Callable[..., Any]) -> Callable[..., Any]:
     return interrupted
 
 
-def test_what_is_missing_of_a_model_in_4_bits_is_not_passed_over():
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        (QuantizeOptions(), True),
+        (QuantizeOptions(attention=4), True),
+        (QuantizeOptions(head=16), True),
+        (QuantizeOptions(attention=16), False),
+        (QuantizeOptions("trellis3"), False),
+        (QuantizeOptions("none"), False),
+        (QuantizeOptions(head=4), False),
+        (QuantizeOptions(head=8), False),
+    ],
+)
+def test_what_is_missing_of_a_model_in_4_bits_is_not_passed_over(options, fits):
     """One that came quantized was taken as made in any way, whatever was asked of it."""
-    from mixchat.install.make.download import _made_as
-
     made = {"scales": "given", "quant_type": "nf4", "attention": "nf4", "head": "none"}
-
-    def fits(*given, **options):
-        return _made_as(DownloadRequest(resolve(REPO), QuantizeOptions(*given, **options)), made)
-
-    assert fits()
-    assert fits(attention=4)
-    assert not fits(attention=16)
-    assert not fits("trellis3")
-    assert not fits("none")
-    assert fits(head=16)
-    assert not fits(head=4)
-    assert not fits(head=8)
-
-
-@pytest.mark.parametrize(("revision", "same"), [("c0ffeec", True), ("c0ffee", False)])
-def test_a_commit_may_be_shortened_to_seven_digits(fake, revision, same):
-    path = get(REPO)
-    if same:
-        assert get(REPO, revision=revision) == path
-    else:  # it may be a branch's name
-        with pytest.raises(UsageError, match="already installed, from revision"):
-            get(REPO, revision=revision)
+    assert download._made_as(DownloadRequest(resolve(REPO), options), made) == fits

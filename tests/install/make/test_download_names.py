@@ -66,11 +66,6 @@ class TestLocal:
         assert "pickle" in (caught.value.hint or "")
         assert left_in(home) == ["models"]
 
-    def test_no_checkpoint_at_all(self, tmp_path):
-        (tmp_path / "empty").mkdir()
-        with pytest.raises(CheckpointError, match=r"config\.json: the file is missing"):
-            get(str(tmp_path / "empty"))
-
     @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError, HubError])
     def test_whatever_goes_wrong_leaves_no_model_but_work_to_resume(
         self, tiny_checkpoint, home, monkeypatch, error
@@ -235,8 +230,9 @@ class TestAlreadyInstalled:
         assert get(REPO, revision="main") == installed
         assert get(REPO, revision=COMMIT[:8]) == installed
         assert get(REPO) == installed
-        with pytest.raises(UsageError, match="already installed, from revision"):
-            get(REPO, revision="other")
+        for other in ("other", COMMIT[:6]):  # which may be a branch's name
+            with pytest.raises(UsageError, match=r"already installed, from revision .*c0ffee"):
+                get(REPO, revision=other)
 
     @pytest.mark.parametrize("name", ["", SOURCE_DIR, MODEL_DIR, OLD_DIR])
     def test_a_link_does_not_choose_where_files_are_fetched_to(self, fake, home, name):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import REPO
-from weight_tools import Meter, files_of, get, write_files
+from weight_tools import FOREIGN, Meter, files_of, get, write_files
 
 from mixchat.base.errors import UsageError
 from mixchat.base.machine import disk_usage
@@ -17,16 +17,6 @@ from mixchat.weights.format.manifest import is_installed
 from mixchat.weights.format.own_files import own_bytes, own_files
 
 pytestmark = pytest.mark.usefixtures("home")
-FOREIGN = {
-    "thesis.txt": b"years",
-    "shared.safetensors.tmp": b"days",
-    "experts-000.safetensors.new": b"hours",
-    "journal.jsonl": b'{"monday": "wrote"}\n',
-    "source/config.json": b"{}",
-    "source/model-00001-of-00002.safetensors": b"weights",
-    "build/checkpoint/model.safetensors": b"weights",
-    "expert-inputs/selected-000": b"mine",
-}
 
 
 def test_a_download_leaves_them_and_names_them(fake, made, home):

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from care_tools import EXPERTS, flip, mend, verify
 from rebuild_tools import DENSE, FIRST, HEAD, LAST, SHARED, reform, stop_at
-from weight_tools import Meter, files_of, write_files
+from weight_tools import FOREIGN, Meter, files_of, write_files
 
 from mixchat.base import machine, system
 from mixchat.base.errors import CheckpointError, ResourceError
 from mixchat.install import models
 from mixchat.install.care.housekeeping import remove, sweep
+from mixchat.install.make import rebuild
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.workspace import MODEL_DIR, settle, workspace
-
-FOREIGN = {"thesis.txt": b"years", "notes/monday": b"days"}
 
 
 class Killed(BaseException):
@@ -156,26 +156,23 @@ class TestResumed:
         reform(installed)
         assert files_of(installed) == files_of(both["rounded"])
 
-    @pytest.mark.parametrize("name", ["model.layers.1.self_attn.o_proj.weight", HEAD])
-    def test_what_is_made_is_not_made_again(self, both, installed, monkeypatch, name):
+    @pytest.mark.parametrize(
+        ("name", "error"),
+        [
+            ("model.layers.1.self_attn.o_proj.weight", KeyboardInterrupt()),
+            (HEAD, OSError(errno.ENOSPC, "No space left on device")),
+        ],
+    )
+    def test_what_is_made_is_not_made_again(self, both, installed, monkeypatch, name, error):
         with monkeypatch.context() as patch:
-            stop_at(patch, name, KeyboardInterrupt())
-            with pytest.raises(KeyboardInterrupt):
+            stop_at(patch, name, error)
+            with pytest.raises(type(error)):
                 reform(installed)
         assert files_of(installed) == files_of(both["wide"])
         meter = Meter()
         reform(installed, meter)
         assert meter.bar("rounding mine").first > 0
         assert meter.notes[0].startswith("rounding takes")
-        assert files_of(installed) == files_of(both["rounded"])
-
-    def test_after_a_full_disk(self, both, installed, monkeypatch):
-        with monkeypatch.context() as patch:
-            stop_at(patch, HEAD, OSError(errno.ENOSPC, "No space left on device"))
-            with pytest.raises(OSError, match="No space"):
-                reform(installed)
-        assert is_whole(installed)
-        reform(installed)
         assert files_of(installed) == files_of(both["rounded"])
 
     def test_work_of_another_command_starts_again(
@@ -252,3 +249,41 @@ def test_without_links_files_are_copied_and_the_disk_is_counted(
     reform(other, meters[1])
     assert files_of(other) == files_of(dense)
     assert meters[0].notes[0].split(" of ")[0] != meters[1].notes[0].split(" of ")[0]
+
+
+class TestLoadingBeside:
+    """It is loaded as it was, or not at all.
+
+    The manifest was read, then the files were opened: those that a rebuild had replaced in between
+    were read as what they no longer were, and the text was nonsense.
+    """
+
+    @pytest.mark.parametrize("moment", [SHARED, FIRST, LAST])
+    def test_files_of_two_models_are_not_loaded(self, installed, monkeypatch, moment):
+        opened = InstalledModel._open
+
+        def beside(model: InstalledModel, name: str, expected: Any) -> Any:
+            file = opened(model, name, expected)
+            if name == moment:
+                monkeypatch.undo()
+                reform(installed)
+            return file
+
+        monkeypatch.setattr(InstalledModel, "_open", beside)
+        with pytest.raises(CheckpointError, match="changed while it was being loaded"):
+            InstalledModel(installed)
+        with InstalledModel(installed):
+            pass
+
+    def test_a_file_that_was_replaced_since_is_not_opened_past_the_page_cache(
+        self, installed, monkeypatch
+    ):
+        monkeypatch.setattr(rebuild, "_has_links", lambda directory: False)
+        with InstalledModel(installed) as model:
+            stride = model.blueprint.expert.stride
+            before, after = (torch.empty(stride, dtype=torch.uint8) for _ in range(2))
+            model.read_expert(0, 1, before)
+            reform(installed)
+            assert not model.open_direct()
+            model.read_expert(0, 1, after)
+            assert torch.equal(before, after)

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
-from weight_tools import Meter, fetching, files_of, run, shard
+from care_tools import flip, verify
+from weight_tools import Meter, fetching, files_of, leave_unfinished, run, shard
 
-from mixchat.base.progress import NoProgress
 from mixchat.base.safetensors import SafetensorsFile
-from mixchat.install.care.repair import verify
 from mixchat.install.make.parts import model_parts
 from mixchat.install.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.install.make.unfinished import find_damaged
@@ -23,17 +22,8 @@ def checkpoint(small: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def unfinished(checkpoint: Path, tmp_path: Path) -> Path:
     """A model that lacks the last shard."""
-    opened = fetching(checkpoint, tmp_path / "model")
-    opened.fail_at = opened.index.shards[-1]
-    with pytest.raises(ConnectionError):
-        run(opened, tmp_path / "model")
+    leave_unfinished(checkpoint, tmp_path / "model")
     return tmp_path / "model"
-
-
-def flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
 
 
 def first_made(checkpoint: Path, target: Path) -> tuple[Path, int]:
@@ -51,7 +41,7 @@ def test_a_part_with_a_flipped_byte_is_made_again_alone(checkpoint, unfinished, 
     making.again()
     meter = run(fetching(checkpoint, unfinished), unfinished)
     assert any(name.startswith(path.name) for name in making.names)
-    assert verify(unfinished, NoProgress()) == []
+    assert verify(unfinished) == []
     assert files_of(unfinished) == whole
     assert meter.notes == ["damaged since the last run: 1 tensor; making again"]
 

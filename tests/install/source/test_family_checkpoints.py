@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from care_tools import flip, verify
@@ -26,7 +25,6 @@ from mixchat.install.source.open_checkpoint import open_checkpoint
 from mixchat.weights.families.read_config import FAMILIES, read_config_file
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.matrix.nf4 import NF4
 
 STACKED = "granitemoe", "gpt_oss"
 LAYER, EXPERT = 1, 2
@@ -168,22 +166,6 @@ def test_an_installed_expert_is_that_of_transformers(checkpoint, tmp_path):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-
-
-@torch.inference_mode()
-def test_an_expert_in_nf4_has_the_codes_and_scales_of_bitsandbytes(checkpoint, tmp_path):
-    found = installed_expert(checkpoint, tmp_path / "model", scales="absmax")
-    for name, tensor in experts_of(checkpoint).items():
-        matrix, kind = name.split(".")
-        if kind == "bias":
-            assert torch.equal(found.pop(name), tensor)
-            continue
-        rounded = tensor.to(torch.bfloat16)
-        codes, state = bnb.quantize_4bit(rounded, blocksize=64, quant_type="nf4")
-        absmax, packed = NF4.pack(codes.view(-1), state.absmax.bfloat16(), tensor.shape[1])
-        assert torch.equal(found.pop(f"{matrix}.codes"), packed)
-        assert torch.equal(found.pop(f"{matrix}.absmax"), absmax)
-    assert not found
 
 
 def test_a_model_is_the_same_out_of_shards_that_part_its_matrices(

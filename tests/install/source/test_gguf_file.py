@@ -37,9 +37,7 @@ def whole(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
     return gguf_files.write(checkpoint, path, "Q8_0").read_bytes()
 
 
-def test_metadata_and_tensors_are_those_that_the_package_reads(
-    whole: bytes, tmp_path: Path
-) -> None:
+def test_metadata_and_tensors_are_those_that_the_package_reads(whole, tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(whole)
     reader = gguf.GGUFReader(path)
@@ -55,7 +53,7 @@ def test_metadata_and_tensors_are_those_that_the_package_reads(
             assert file.header.start(tensor.name) == tensor.data_offset
 
 
-def test_no_more_than_the_header_is_read(whole: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_the_header_is_read(whole, monkeypatch):
     pieces = []
 
     def read(start: int, size: int) -> bytes:
@@ -72,7 +70,7 @@ def test_no_more_than_the_header_is_read(whole: bytes, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_are_read_as_the_package_reads_them(kind: str) -> None:
+def test_blocks_are_read_as_the_package_reads_them(kind):
     """In pieces of rows, for each part of a stack, from random bytes."""
     number = gguf.GGMLQuantizationType[kind]
     spec = gguf_format.tensor_spec("x", number, (2, 700, 512), "file")
@@ -88,7 +86,7 @@ def test_blocks_are_read_as_the_package_reads_them(kind: str) -> None:
         assert torch.equal(taken, expected[1])
 
 
-def test_malformed_files_are_refused_in_one_line(whole: bytes, tmp_path: Path) -> None:
+def test_malformed_files_are_refused_in_one_line(whole, tmp_path):
     path, target = tmp_path / "x.gguf", tmp_path / "model"
     refused: dict[str, str | None] = {}
     for label, data in malformed(whole):

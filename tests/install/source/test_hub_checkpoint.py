@@ -61,13 +61,16 @@ class TestBesideTheModel:
         checkpoint.release(SHARDS[0])
         assert not list((target / "source").iterdir())
 
-    def test_what_another_process_left_is_gone_on_with(self, fake, target):
+    @pytest.mark.parametrize("keep_source", [False, True])
+    def test_what_another_process_left_is_resumed(self, fake, target, cache, keep_source):
         (target / "source").mkdir(parents=True)
         part_path(target / "source" / SHARDS[0]).write_bytes(fake.files[SHARDS[0]][:100_000])
-        checkpoint, bar = origin_for(target), Bar()
+        checkpoint, bar = origin_for(target, keep_source=keep_source), Bar()
         missing = checkpoint.missing(SHARDS[0])
         assert missing == len(fake.files[SHARDS[0]]) - 100_000
-        assert bring(checkpoint, bar=bar).read_bytes() == fake.files[SHARDS[0]]
+        path = bring(checkpoint, bar=bar)
+        assert path.read_bytes() == fake.files[SHARDS[0]]
+        assert (path.resolve() == blob(cache, fake)) == keep_source
         assert bar.done == missing
         assert asked(fake) == ["bytes=100000-"]
 
@@ -156,13 +159,6 @@ class TestKeepSource:
         assert path.parent.name == "d" * 40
         assert path.read_bytes() == fake.files[SHARDS[0]]
         assert asked(fake) == []
-
-    def test_resumes_a_part_that_another_process_left(self, fake, target, cache):
-        (target / "source").mkdir(parents=True)
-        part_path(target / "source" / SHARDS[0]).write_bytes(fake.files[SHARDS[0]][:90_000])
-        path = bring(origin_for(target, keep_source=True))
-        assert path.resolve() == blob(cache, fake)
-        assert asked(fake) == ["bytes=90000-"]
 
     def test_a_disk_of_its_own_for_the_cache_is_filled_by_copies(self, fake, target, monkeypatch):
         checkpoint, rename = origin_for(target, keep_source=True), os.rename
@@ -267,21 +263,16 @@ class TestReading:
         assert not fake.requests
 
 
-def test_companions_are_the_small_files_checked(fake, target):
+def test_a_checkpoint_leaves_its_shards_alone_and_nothing_in_hugging_faces_cache(
+    fake, target, cache
+):
+    """3.5 MB of a tokenizer stayed there, although all data is said to be in one directory."""
     fake.files["tokenizer.json"] = json.dumps({"a": 1}).encode()
     checkpoint = origin_for(target)
     directory = checkpoint.companions()
-    assert (directory / "tokenizer.json").read_bytes() == fake.files["tokenizer.json"]
-    assert (directory / "config.json").read_bytes() == fake.files["config.json"]
+    for name in ("tokenizer.json", "config.json"):
+        assert (directory / name).read_bytes() == fake.files[name]
     assert not [path for path in directory.iterdir() if path.suffix == ".safetensors"]
-    checkpoint.close()
-    assert not target.exists()
-
-
-def test_a_checkpoint_leaves_nothing_in_hugging_faces_cache(fake, target, cache):
-    """3.5 MB of a tokenizer stayed there, although all data is said to be in one directory."""
-    checkpoint = origin_for(target)
-    checkpoint.companions()
     bring(checkpoint)
     checkpoint.close()
     assert not cache.exists()

@@ -1,8 +1,6 @@
 """A hub that sends without an end what is no file, or next to nothing; and slow lines."""
 
 import gzip
-import hashlib
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +10,7 @@ from threading import Event
 
 import pytest
 from endless_server import endless_server
-from fake_hub import FakeHub
+from large_file import DATA, NAME, fetch, ranges, url
 from weight_tools import Bar
 
 from mixchat.base.errors import HubError
@@ -24,7 +22,6 @@ GZIP = HEAD % b"Content-Encoding: gzip\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 REDIRECT = b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\n\r\n"
 EMPTY_BLOCK = b"\x00\x00\x00\xff\xff"  # of deflate
-NAME = "model.safetensors"
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -87,34 +84,17 @@ def test_a_listing_has_minutes_at_most(cache, monkeypatch):
         hub_request.read_json(url)
 
 
-DATA = random.Random(1).randbytes(100_000)
-SHA256 = hashlib.sha256(DATA).hexdigest()
-
-
-@pytest.fixture
-def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    with FakeHub({NAME: DATA}) as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        yield hub
-
-
-def url(hub: FakeHub) -> str:
-    return f"{hub.url}/{hub.repo}/resolve/{hub.commit}/{NAME}"
-
-
 def test_a_slow_but_steady_line_brings_a_file_in_one_request(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_request, "_PACE_BYTES", 1000)
     hub.delay, hub.step = 0.03, 2000  # for many times the pace's period
-    fetch_file(url(hub), tmp_path / NAME, len(DATA), SHA256, Bar(), Event())
-    assert (tmp_path / NAME).read_bytes() == DATA
-    assert [request.range for request in hub.requests if request.where == "store"] == [None]
+    assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
+    assert ranges(hub) == [None]
 
 
 def test_a_line_that_is_slower_than_the_pace_brings_a_file_in_several_requests(hub, tmp_path):
     hub.delay, hub.step = 0.03, 2000
-    fetch_file(url(hub), tmp_path / NAME, len(DATA), SHA256, Bar(), Event())
-    assert (tmp_path / NAME).read_bytes() == DATA
-    assert len([request for request in hub.requests if request.where == "store"]) > 1
+    assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
+    assert len(ranges(hub)) > 1
 
 
 def test_time_in_which_this_process_does_something_else_is_not_the_hubs(hub, tmp_path, monkeypatch):
@@ -127,15 +107,15 @@ def test_time_in_which_this_process_does_something_else_is_not_the_hubs(hub, tmp
 
     monkeypatch.setattr(hub_request, "_PACE_S", 2.0)
     hub.step = 5000
-    fetch_file(url(hub), tmp_path / NAME, len(DATA), SHA256, Slow(), Event())
-    assert [request.range for request in hub.requests if request.where == "store"] == [None]
+    fetch(hub, tmp_path / NAME, Slow())
+    assert ranges(hub) == [None]
 
 
 def test_a_few_bytes_of_each_attempt_do_not_count_as_progress(hub, tmp_path):
     """Attempts were counted anew for each byte that came."""
     hub.fail(f"^/{NAME}", cut_after=10)
     with pytest.raises(Exception, match=r"peer closed|disconnected|complete"):
-        fetch_file(url(hub), tmp_path / NAME, len(DATA), SHA256, Bar(), Event())
+        fetch(hub, tmp_path / NAME)
     assert part_path(tmp_path / NAME).stat().st_size < 100
 
 

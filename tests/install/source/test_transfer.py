@@ -1,47 +1,21 @@
 """Bytes from a hub that drops, stalls, lies, or knows no ranges."""
 
-import hashlib
-import random
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Event
 
 import pytest
 from fake_hub import FakeHub, Fault
+from large_file import DATA, NAME, fetch, ranges, url
 from weight_tools import Bar
 
 from mixchat.base.errors import HubError
 from mixchat.install.source import transfer
 from mixchat.install.source.checkpoint import Stopped
 from mixchat.install.source.hub_errors import plain_errors
-from mixchat.install.source.transfer import fetch_and_discard, fetch_file, part_path, read_range
-
-NAME = "model.safetensors"
-DATA = random.Random(1).randbytes(100_000)
-SHA256 = hashlib.sha256(DATA).hexdigest()
-
-
-@pytest.fixture
-def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    with FakeHub({NAME: DATA}) as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        yield hub
-
-
-def url(hub: FakeHub) -> str:
-    return f"{hub.url}/{hub.repo}/resolve/{hub.commit}/{NAME}"
-
-
-def fetch(hub: FakeHub, path: Path, bar: Bar | None = None, stop: Event | None = None) -> Path:
-    fetch_file(url(hub), path, len(DATA), SHA256, bar or Bar(), stop or Event())
-    return path
-
-
-def ranges(hub: FakeHub) -> list[str | None]:
-    return [request.range for request in hub.requests if request.where == "store"]
+from mixchat.install.source.transfer import fetch_and_discard, part_path, read_range
 
 
 class TestFile:
@@ -322,11 +296,3 @@ def test_listening_counts_what_comes_until_stop_is_set(hub):
     bar = Bar()
     fetch_and_discard(url(hub), bar, stop)
     assert 0 < bar.done <= len(DATA)
-
-
-def test_the_token_is_kept_from_the_store(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    fetch(hub, tmp_path / NAME)
-    read_range(url(hub), 0, 10, Event())
-    assert {r.token for r in hub.requests if r.where == "hub"} == {"Bearer hf_secret"}
-    assert {r.token for r in hub.requests if r.where == "store"} == {None}
