@@ -14,7 +14,7 @@ D = hidden_size, K = num_experts_per_tok, V = vocab_size, L = layers of a GPU wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, groupby, pairwise, starmap
 from typing import Any
@@ -26,7 +26,7 @@ from mixchat.base import gpu
 from mixchat.engine.caches.sequence_cache import SequenceCache, TokenContext, state_shapes
 from mixchat.engine.caches.state_cache import StateCache
 from mixchat.engine.layers.block import Block
-from mixchat.engine.layers.graph import GraphWriter, Kernels, LayerPlace, TokenTensors
+from mixchat.engine.layers.graph import GraphWriter, Kernels, LayerMemory, TokenTensors
 from mixchat.engine.layers.operations import Norm, UnsupportedOperationError
 from mixchat.engine.model import AfterLayer, Output, Transformer
 from mixchat.experts.gpu_experts import GpuExperts
@@ -126,15 +126,13 @@ class _Section:
         with gpu.current(self.device), torch.inference_mode():
             self._forms = {number: self._forms_of(number) for number in blocks}
             config = used.config
-            sums = max(map(self._count_sums, blocks))
-            selected = len(self._sparse), config.num_experts_per_tok
-            dtype = used.quantization.dtype
+            outputs = max(map(self._count_outputs, blocks))
             # The places of each layer's addresses, two for each tensor of its state.
             counts = [2 * len(state_shapes(config, number)) for number in blocks]
             ends = [*accumulate(counts, initial=1)]
             self._addresses = dict(zip(blocks, starmap(slice, pairwise(ends)), strict=True))
-            shape = config.hidden_size, dtype, sums, selected, ends[-1]
-            self._tokens = TokenTensors.new(*shape, self.device)
+            shape = used.quantization.dtype, outputs, len(self._sparse), ends[-1]
+            self._tokens = TokenTensors.new(config, *shape, self.device)
             self._sources = self._told_tensors()
             self._host = _locked_copies(self._sources, self.device)
             self._graphs = {id(cache): self._capture(cache) for cache in caches}
@@ -191,7 +189,7 @@ class _Section:
             weights = host["weights"][missing]
             row = self._experts.row_on_host(layer, host["normed"], experts, weights)
             host["row"].copy_(row)
-            self._tokens.sums[0].copy_(host["row"], non_blocking=True)
+            self._tokens.outputs[0].copy_(host["row"], non_blocking=True)
 
     def _forms_of(self, number: int) -> dict[str, GpuExpertForm]:
         """Return the forms of a layer's experts, and of its dense part."""
@@ -204,8 +202,8 @@ class _Section:
             forms["mlp"] = expert_form(dense, self.device)
         return forms
 
-    def _count_sums(self, number: int) -> int:
-        """Return the partial sums of a layer."""
+    def _count_outputs(self, number: int) -> int:
+        """Return the partial sums of a layer's experts and dense part."""
         choices = {"experts": self._used.config.num_experts_per_tok, "mlp": 1}
         return sum(form.sums(choices[part]) for part, form in self._forms[number].items())
 
@@ -216,7 +214,7 @@ class _Section:
             "selected": tokens.selected,
             "weights": tokens.weights,
             "normed": tokens.normed,
-            "row": tokens.sums[0],
+            "row": tokens.outputs[0],
             "place": tokens.place,
         }
         if self._output is not None:
@@ -244,7 +242,9 @@ class _Section:
                 continue
             pending += [self._telling(name) for name in ("selected", "weights", "normed")]
             # The host's part of the layer before is none of this layer's.
-            graphs.append((self._graph(pending), self._graph([self._tokens.sums[0].zero_, *own])))
+            graphs.append(
+                (self._graph(pending), self._graph([self._tokens.outputs[0].zero_, *own]))
+            )
             pending = []
         last_graph = self._graph([*pending, *last_of_split])
         return _Graphs(self._graph([*whole, *last]), graphs, last_graph)
@@ -257,10 +257,10 @@ class _Section:
         with_host: whether the host adds to the outputs of layers with experts.
         """
         tokens = self._tokens
-        config = self._used.config
-        writer = GraphWriter(config, tokens)
+        writer = GraphWriter()
         for number, block in self._blocks.items():
-            place = LayerPlace(
+            memory = LayerMemory(
+                tokens,
                 cache.layers[number],
                 tokens.place[self._addresses[number]],
                 self._forms[number].get("experts"),
@@ -269,17 +269,18 @@ class _Section:
                 None if block.is_dense else self._experts.table(block.experts.layer),
                 with_host,
             )
-            yield writer.write(block, place)
-        yield self._last_kernels(writer), []
+            yield writer.write(block, memory)
+        yield self._last_kernels(writer, memory), []
 
-    def _last_kernels(self, writer: GraphWriter) -> Kernels:
+    def _last_kernels(self, writer: GraphWriter, memory: LayerMemory) -> Kernels:
         """Return the kernels after the layers, which add what the last one left to add."""
         tokens = self._tokens
         output = self._output
-        first = next(iter(self._blocks.values())).operations[0]
-        assert isinstance(first, Norm)
-        kernels = [*writer.last(first.norm if output is None else output.norm)]
-        kernels.append(self._telling("selected"))
+        norm = next(iter(self._blocks.values())).operations[0]
+        assert isinstance(norm, Norm)
+        if output is not None:
+            norm = replace(norm, norm=output.norm)
+        kernels = [*writer.last(norm, memory), self._telling("selected")]
         if output is not None:
             head = as_gpu(output.head).matrix
             kernels.append(partial(product, tokens.normed[None], head, self._sources["logits"]))

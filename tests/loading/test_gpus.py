@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -36,10 +37,13 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.base.options import LoadOptions
 from mixchat.engine.answer import TokenAnswer
 from mixchat.engine.generate import Engine
+from mixchat.engine.layers.graph import kernels
+from mixchat.engine.layers.operations import Apply, DenseProduct, Rows, UnsupportedOperationError
 from mixchat.engine.report import report_of
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.layer_rows import LayerRows
+from mixchat.kernels.cpu.rows import Scaling
 from mixchat.loading import loader
 from mixchat.loading.loader import load_engine, speed_predictor
 from mixchat.planning.fitting import FreeMemory, fit_model
@@ -138,6 +142,26 @@ def test_graphs_compute_every_feature(paper, tmp_path, monkeypatch, feature, slo
     assert text(engine) == expected
     # Without graphs, each layer of each token has ten at least.
     assert paper.launches - launches < 8 * 10 * LAYERS
+
+
+class Halving(Scaling):
+    """A kernel that GPUs lack."""
+
+
+_X = Rows.new("x", 64)
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"),
+    [
+        (Apply(_X, (_X,), Halving(0.5)), "Halving"),
+        (DenseProduct(_X, _X, torch.ones(64, 64)), "DenseProduct"),
+    ],
+)
+def test_an_operation_without_kernels_is_refused_by_its_name(operation, name):
+    """Graphs told mixers apart by the operations in them, and could name no single one."""
+    with pytest.raises(UnsupportedOperationError, match=f"^{name}$"):
+        kernels([operation], Mock())
 
 
 @pytest.mark.parametrize("name", ["one holds all", "two over RAM for some"])

@@ -1,8 +1,7 @@
 """Turns descriptions into a GPU's kernels for one token, with all that they read and write.
 
-A product leaves partial sums, which the next kernel adds up. What follows a product is fused with
-it as far as there is a kernel: norms of heads, rotation and the store of keys are one, an addition
-and the norm after it are one, and so is a DeltaNet without its matrices.
+A rule writes the kernels of an operation, or of several that follow one another. A product leaves
+partial sums, which the next kernel adds up.
 
 D = hidden_size, K = num_experts_per_tok, L = layers with experts, P = partial sums, S = splits of a
 product.
@@ -11,10 +10,10 @@ product.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
-from typing import TypeVar
+from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from mixchat.engine.caches.layer_cache import LayerCache
 from mixchat.engine.caches.sequence_cache import scratch_bytes
 from mixchat.engine.layers import operations as ops
 from mixchat.engine.layers.block import Block
-from mixchat.engine.layers.operations import Operation, RMSNorm, UnsupportedOperationError
+from mixchat.engine.layers.operations import Operation, Rows, UnsupportedOperationError
 from mixchat.kernels.cpu.gated_norm import GatedNorm
 from mixchat.kernels.cpu.rows import Addition, Clamping, Gating, Scaling, Swiglu, Weighting
 from mixchat.kernels.gpu.attention import Parts, attend
@@ -42,8 +41,6 @@ from mixchat.weights.matrix.quant_type import Linear
 
 Kernels = list[Callable[[], object]]
 _FP32 = torch.float32
-_Op = TypeVar("_Op", bound=Operation)
-_Kernel = TypeVar("_Kernel")
 
 
 @dataclass
@@ -51,44 +48,54 @@ class TokenTensors:
     """The tensors that the layers of a GPU share.
 
     x, normed: the token's row [D]. place: int64, the tokens before it, and then the addresses of
-    states before and after it. sums: a layer's outputs, fp32 [1 + P, D], which the next norm adds
-    to x. The first row is the host's part. selected: int32 [L, K]. weights: fp32 [K]. finished:
-    counts programs, int32 [1], and is 0 between kernels.
+    states before and after it. outputs: of a layer's experts and dense part, fp32 [1 + P, D], which
+    the next norm adds to x. The first row is the host's part. selected: int32 [L, K]. weights: fp32
+    [K]. finished: counts programs, int32 [1], and is 0 between kernels. scratch: fp32, for the
+    splits of attention. sums: of products, fp32 [P, R], by the names of buffers.
     """
 
     x: torch.Tensor
     normed: torch.Tensor
     place: torch.Tensor
-    sums: torch.Tensor
+    outputs: torch.Tensor
     selected: torch.Tensor
     weights: torch.Tensor
     finished: torch.Tensor
+    scratch: torch.Tensor
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    _rows: dict[Rows, torch.Tensor] = field(default_factory=dict)
     _others: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def new(
         cls,
-        size: int,
+        config: ModelConfig,
         dtype: torch.dtype,
-        sums: int,
-        selected: tuple[int, int],
+        outputs: int,
+        layers: int,
         places: int,
         device: torch.device,
     ) -> TokenTensors:
         """Return tensors of zeros.
 
-        sums: P of the layer with most outputs. selected: L and K. places: numbers in `place`.
+        outputs: P of the layer with most outputs. layers: L. places: numbers in `place`.
         """
         zeros = partial(torch.zeros, device=device)
-        return cls(
+        size = config.hidden_size
+        choices = config.num_experts_per_tok
+        tensors = cls(
             x=zeros(size, dtype=dtype),
             normed=zeros(size, dtype=dtype),
             place=zeros(places, dtype=torch.int64),
-            sums=zeros(1 + sums, size, dtype=torch.float32),
-            selected=zeros(*selected, dtype=torch.int32),
-            weights=zeros(selected[1], dtype=torch.float32),
+            outputs=zeros(1 + outputs, size, dtype=_FP32),
+            selected=zeros(layers, choices, dtype=torch.int32),
+            weights=zeros(choices, dtype=_FP32),
             finished=zeros(1, dtype=torch.int32),
+            scratch=zeros(scratch_bytes(config) // _FP32.itemsize, dtype=_FP32),
         )
+        tensors.put(Rows.new("x", size), tensors.x)
+        tensors.put(Rows.new("normed", size), tensors.normed)
+        return tensors
 
     @property
     def past(self) -> torch.Tensor:
@@ -103,9 +110,32 @@ class TokenTensors:
             self._others[name] = torch.zeros(shape, dtype=dtype, device=self.x.device)
         return self._others[name]
 
+    def put(self, part: Rows, tensor: torch.Tensor) -> None:
+        """Let kernels write these numbers of a row to a tensor, and read them there."""
+        self._rows[part] = tensor
+
+    def out(self, part: Rows) -> torch.Tensor:
+        """Return where a kernel writes numbers of a row [columns] or [heads, columns]."""
+        if part not in self._rows:
+            buffer = self.tensor(part.name, 1, part.size, dtype=part.dtype)
+            self._rows[part] = part.of(buffer)[0]
+        return self._rows[part]
+
+    def row(self, part: Rows) -> torch.Tensor:
+        """Return what a kernel has written to `out`."""
+        if part not in self._rows:
+            raise UnsupportedOperationError(f"a kernel that reads {part.name} {part.shape}")
+        return self._rows[part]
+
+    def sums_of(self, part: Rows) -> torch.Tensor:
+        """Return the partial sums of the whole row that a product left, fp32 [S, R]."""
+        if part.name not in self.sums:
+            raise UnsupportedOperationError(f"a kernel that adds up {part.name}")
+        return self.sums[part.name]
+
 
 @dataclass(frozen=True)
-class LayerPlace:
+class LayerMemory:
     """The memory of one layer on a GPU.
 
     cache: of its keys and values. addresses: of its states, each before and after the token.
@@ -113,6 +143,7 @@ class LayerPlace:
     experts. with_host: whether the host adds to what the experts give.
     """
 
+    tokens: TokenTensors
     cache: LayerCache
     addresses: torch.Tensor
     experts: GpuExpertForm | None
@@ -121,166 +152,111 @@ class LayerPlace:
     table: torch.Tensor | None
     with_host: bool
 
+    @property
+    def kv(self) -> DeviceKVCache:
+        assert isinstance(self.cache, DeviceKVCache)
+        return self.cache
+
+    @property
+    def dense_start(self) -> int:
+        """Return the first row of the dense part in `outputs`, behind those of the experts."""
+        return 1 if self.experts is None else 1 + self.experts.sums(len(self.selected))
+
 
 class GraphWriter:
     """Writes the kernels of one layer after the other.
 
-    A layer's output is added to x by the first kernel of the next layer, its norm.
+    A layer's outputs are added to x by the first norm of the next layer, since the host may have to
+    add its part to them before. So the additions are left to the next layer.
     """
 
-    def __init__(self, config: ModelConfig, tokens: TokenTensors) -> None:
-        self._config = config
-        self._tokens = tokens
-        self._kernels: Kernels = []
-        self._dense: Kernels = []  # of a dense part that nothing has needed yet
-        self._sums: dict[str, torch.Tensor] = {}  # fp32 [P, D], by the names of buffers
-        self._added, self._factor = tokens.sums[:0], 1.0  # what the next norm does to x
+    def __init__(self) -> None:
+        self._left: list[Operation] = []
 
-    def write(self, block: Block, place: LayerPlace) -> tuple[Kernels, Kernels]:
+    def write(self, block: Block, memory: LayerMemory) -> tuple[Kernels, Kernels]:
         """Return the kernels up to the layer's router, and those of its experts.
 
         Raises `UnsupportedOperationError`.
         """
-        first, *rest = block.operations
-        assert isinstance(first, ops.Norm)
-        self._norm(first)
-        mixer = [*takewhile(lambda operation: not _reads(operation, "added"), rest)]
-        self._sums["added"] = self._mixer(mixer, place)
-        operations = iter(rest[len(mixer) :])
-        route_of_experts = None if block.is_dense else block.route
-        up: Kernels = []
-        own: Kernels = []
-        for operation in operations:
-            if isinstance(operation, ops.Norm):
-                self._norm(operation)
-            elif isinstance(operation, ops.Apply) and isinstance(operation.kernel, Addition):
-                self._add(operation)
-            elif isinstance(operation, ops.Apply) and isinstance(operation.kernel, Scaling):
-                self._factor = operation.kernel.factor
-            elif isinstance(operation, ops.Experts):
-                up = self._kernels
-                own = self._experts(place)
-                self._kernels = []
-            elif isinstance(operation, ops.Route) and operation is route_of_experts:
-                self._route(operation, place.selected, self._tokens.weights, self._kernels)
-            else:
-                dense = [operation]
-                while dense[-1].out.name != "dense":
-                    dense.append(next(operations))
-                self._dense_part(dense, place)
-        self._run_dense()
-        if block.is_dense:
-            up = self._kernels
-            self._kernels = []
-        return up, own
+        if not block.is_dense:
+            memory.tokens.put(_in_32_bits(block.route.selected), memory.selected)
+            memory.tokens.put(block.route.out, memory.tokens.weights)
+        operations = [*self._left, *_with_early_experts(block.operations)]
+        types = [_type(operation) for operation in operations]
+        left = takewhile(lambda each: each in (ops.Norm, Addition, Scaling), reversed(types))
+        end = len(types) - len([*left])
+        start = end if block.is_dense else types.index(ops.Experts)
+        self._left = operations[end:]
+        return kernels(operations[:start], memory), kernels(operations[start:end], memory)
 
-    def last(self, norm: RMSNorm) -> Kernels:
-        """Return the kernels after all layers, which leave the normalized row in `normed`."""
-        self._add_norm(norm)
-        return self._kernels
+    def last(self, norm: ops.Norm, memory: LayerMemory) -> Kernels:
+        """Return the kernels after all layers, which end with a norm. memory: of the last layer."""
+        return kernels([*self._left, norm], memory)
 
-    def _norm(self, operation: ops.Norm) -> None:
-        name = operation.x.name
-        tokens = self._tokens
-        if name == "x":
-            self._add_norm(operation.norm)
-            return
-        if name == "dense":
-            self._run_dense()
-        # Outputs that are added later lie one behind the other, and their sum is another row.
-        outputs = tokens.tensor("outputs", 3, *tokens.x.shape, dtype=_FP32)
-        sums = self._sums[name]
-        row = 0 if name == "dense" else 1 + (sums.data_ptr() == outputs.data_ptr())
-        self._kernels.append(_normalized(sums, operation.norm, outputs[row], tokens))
-        self._sums[name] = outputs[row : row + 1]
 
-    def _add_norm(self, norm: RMSNorm) -> None:
-        tokens = self._tokens
-        operands = self._added, norm.weight, tokens.normed, norm.eps, tokens.finished
-        factor = None if self._factor == 1 else self._factor
-        self._kernels.append(partial(add_norm, tokens.x, *operands, factor=factor))
-        self._added = tokens.sums[:0]
-        self._factor = 1.0
+def _with_early_experts(operations: Sequence[Operation]) -> list[Operation]:
+    """Put experts before a dense part that they do not need. The host waits for their router."""
+    result: list[Operation] = []
+    for operation in operations:
+        place = len(result)
+        if isinstance(operation, (ops.Route, ops.Experts)):
+            while place and not result[place - 1].precedes(operation):
+                place -= 1
+        result.insert(place, operation)
+    return result
 
-    def _add(self, operation: ops.Apply) -> None:
-        """Let the next norm add the outputs to x, or let both outputs be one."""
-        x, addend = operation.operands
-        added = self._sums.pop(addend.name)
-        if x.name == "x":
-            self._added = added
-            return
-        parts = sorted((added, self._sums[x.name]), key=torch.Tensor.data_ptr)
-        rows = sum(map(len, parts))
-        assert parts[0].data_ptr() + parts[0].nbytes == parts[1].data_ptr()
-        joined = parts[0].as_strided((rows, parts[0].shape[1]), parts[0].stride())
-        self._sums[operation.out.name] = joined
 
-    def _mixer(self, operations: Sequence[Operation], place: LayerPlace) -> torch.Tensor:
-        """Write a mixer. Return the partial sums of its output, fp32 [S, D]."""
-        types = {type(operation) for operation in operations}
-        if ops.UpdateState in types:
-            kernels, outputs = _delta_net(operations, place, self._tokens)
-        elif ops.Convolve in types:
-            kernels, outputs = _short_convolution(operations, place, self._tokens)
-        elif ops.HeadProducts in types:
-            kernels, outputs = _latent_attention(operations, place, self._config, self._tokens)
+_RULES: list[tuple[Sequence[type | list[type]], Callable[..., Kernels | None]]] = []
+
+
+def _rule(*types: type | list[type]) -> Callable[[Any], Any]:
+    """Let a function write the kernels of operations of these types that follow one another.
+
+    `Apply` has the type of its kernel. A list stands for any number of operations of a type. The
+    function gets the operations, and returns None if they are others than its kernels compute.
+    """
+
+    def register(function: Callable[..., Kernels | None]) -> Callable[..., Kernels | None]:
+        _RULES.append((types, function))
+        return function
+
+    return register
+
+
+def kernels(operations: Sequence[Operation], memory: LayerMemory) -> Kernels:
+    """Return the kernels of operations, by the first rule that takes the next ones.
+
+    Raises `UnsupportedOperationError` for an operation that no rule takes.
+    """
+    result: Kernels = []
+    while operations:
+        for types, write in _RULES:
+            taken, rest = _taken(types, operations)
+            if len(taken) == len(types) and (written := write(memory, *taken)) is not None:
+                result += written
+                operations = rest
+                break
         else:
-            kernels, outputs = _attention(operations, place, self._config, self._tokens)
-        self._kernels += kernels
-        return outputs
-
-    def _route(
-        self, operation: ops.Route, selected: torch.Tensor, weights: torch.Tensor, kernels: Kernels
-    ) -> None:
-        """Write the choice of experts [K] of the normed row, and their weights [K]."""
-        router = operation.router
-        tokens = self._tokens
-        if router.groups > 1:
-            raise UnsupportedOperationError("Route by groups of experts")
-        logits = tokens.tensor("logits of experts", len(router.gate), dtype=_FP32)
-        operands = tokens.normed, router, logits, selected, weights, tokens.finished
-        kernels.append(partial(route, *operands))
-
-    def _experts(self, place: LayerPlace) -> Kernels:
-        """Return the kernels of the experts, and of a dense part that nothing needs before."""
-        assert place.experts is not None
-        assert place.table is not None
-        tokens = self._tokens
-        end = 1 + place.experts.sums(len(place.selected))
-        self._sums["added"] = tokens.sums[0 if place.with_host else 1 : end]
-        chosen = place.table, place.selected, tokens.weights
-        kernels = _selected_experts(place.experts, *chosen, tokens.sums[1:end], tokens)
-        dense = self._dense
-        self._dense = []
-        return [*kernels, *dense]
-
-    def _dense_part(self, operations: Sequence[Operation], place: LayerPlace) -> None:
-        """Write a dense part, an expert that is always chosen, with its own weight."""
-        _only(operations, ops.Product, ops.Route, Swiglu, Weighting)
-        assert place.dense is not None
-        tokens = self._tokens
-        device = self._tokens.x.device
-        selected = torch.zeros(1, dtype=torch.int32, device=device)
-        weight = torch.ones(1, device=device)
-        for gate in _all(operations, ops.Route):
-            self._route(gate, selected, weight, self._dense)
-        # Both matrices lie in one block, which begins with the first tensor of the first one.
-        network = _matrix(_all(operations, ops.Product)[0].matrix)
-        first = network.codes if network.absmax is None else network.absmax
-        table = torch.tensor([first.data_ptr()], device=device)
-        start = 1 if place.experts is None else 1 + place.experts.sums(len(place.selected))
-        sums = tokens.sums[start : start + place.dense.sums(1)]
-        self._sums["dense"] = sums
-        self._dense += _selected_experts(place.dense, table, selected, weight, sums, tokens)
-
-    def _run_dense(self) -> None:
-        """Write a dense part's kernels here, if they are not written yet."""
-        self._kernels += self._dense
-        self._dense = []
+            raise UnsupportedOperationError(_type(operations[0]).__name__)
+    return result
 
 
-def _reads(operation: Operation, name: str) -> bool:
-    return any(part.name == name for part in operation.inputs)
+def _taken(
+    types: Sequence[type | list[type]], operations: Sequence[Operation]
+) -> tuple[list[Any], Sequence[Operation]]:
+    """Return the first operations by types, up to a type that they do not have, and the others."""
+    taken: list[Any] = []
+    for each in types:
+        if isinstance(each, list):
+            several = [*takewhile(lambda operation: _type(operation) in each, operations)]  # noqa: B023
+            taken.append(several)
+            operations = operations[len(several) :]
+        elif operations and _type(operations[0]) is each:
+            taken.append(operations[0])
+            operations = operations[1:]
+        else:
+            break
+    return taken, operations
 
 
 def _type(operation: Operation) -> type:
@@ -288,29 +264,112 @@ def _type(operation: Operation) -> type:
     return type(operation.kernel if isinstance(operation, ops.Apply) else operation)
 
 
-def _only(operations: Sequence[Operation], *types: type) -> None:
-    """Raise `UnsupportedOperationError` for operations or kernels of other types."""
-    others = {_type(each).__name__ for each in operations} - {each.__name__ for each in types}
-    if others:
-        raise UnsupportedOperationError(", ".join(sorted(others)))
+@_rule(Addition, [Scaling], ops.Norm)
+def _add_norm(
+    memory: LayerMemory, addition: ops.Apply, scalings: list[Any], norm: ops.Norm
+) -> Kernels | None:
+    """Add an output to x, scale x, and normalize it into another row."""
+    if not addition.out == norm.x != norm.out or len(scalings) > 1:
+        return None
+    tokens = memory.tokens
+    added = tokens.sums_of(addition.operands[1])
+    operands = tokens.row(norm.x), added, norm.norm.weight, tokens.out(norm.out), norm.norm.eps
+    factor = scalings[0].kernel.factor if scalings else None
+    return [partial(add_norm, *operands, tokens.finished, factor=factor)]
 
 
-def _all(operations: Sequence[Operation], one: type[_Op]) -> list[_Op]:
-    return [operation for operation in operations if isinstance(operation, one)]
+@_rule(Addition)
+def _add(memory: LayerMemory, addition: ops.Apply) -> Kernels:
+    """Let two outputs be one. They are added up with what they are added to."""
+    both = sorted(map(memory.tokens.sums_of, addition.operands), key=torch.Tensor.data_ptr)
+    rows = sum(map(len, both))
+    assert both[0].data_ptr() + both[0].nbytes == both[1].data_ptr()
+    joined = both[0].as_strided((rows, both[0].shape[1]), both[0].stride())
+    memory.tokens.sums[addition.out.name] = joined
+    return []
 
 
-def _kernels(operations: Sequence[Operation], one: type[_Kernel]) -> list[_Kernel]:
-    """Return the kernels of this type that operations apply."""
-    kernels = (operation.kernel for operation in _all(operations, ops.Apply))
-    return [kernel for kernel in kernels if isinstance(kernel, one)]
+@_rule([ops.Norm], [Clamping], ops.Rotate, ops.Attend, [Gating])
+def _attend(
+    memory: LayerMemory,
+    norms: list[ops.Norm],
+    clips: list[Any],
+    turn: ops.Rotate,
+    attending: ops.Attend,
+    gatings: list[ops.Apply],
+) -> Kernels | None:
+    """Normalize, clip and rotate heads as they are stored, and gate what attention gives."""
+    heads_are_of_one = {norm.x.name for norm in norms} <= {turn.x.name}
+    if not heads_are_of_one or turn.out.name != attending.queries.name:
+        return None
+    tokens = memory.tokens
+    queries = tokens.out(attending.queries)
+    count, width = queries.shape
+    of_values = [norm for norm in norms if norm.out == attending.values]
+    values = of_values[0].x if of_values else attending.values
+    weights = [norm.norm.weight for norm in norms if norm.out == norm.x]
+    eps = norms[0].norm.eps if norms else 0.0
+    clip = clips[0].kernel.limit if clips else None
+    # Heads after the values are stored as they are.
+    end = values.first + values.shape[0] * width
+    others = replace(turn.x, first=end, shape=(count, width))
+    gates = tokens.out(others) if end < others.size else None
+    arrays = tokens.sums_of(turn.x), queries, memory.kv.tensors, tokens.past, turn.rope.tables
+    store = partial(heads, *arrays, weights, eps, clip, gates)
+    store = partial(store, v_norm=bool(of_values), values_are_keys=values == turn.x[count:])
+    return [store, _attend_to_stored(memory, attending, *gatings)]
 
 
-def _normalized(
-    sums: torch.Tensor, norm: RMSNorm, out: torch.Tensor, tokens: TokenTensors
+def _attend_to_stored(
+    memory: LayerMemory, attending: ops.Attend, gating: ops.Apply | None = None
 ) -> Callable[[], object]:
-    """Return the kernel that stores the norm of a sum of rows, fp32 [P, D], in `out` [D]."""
-    unused = tokens.tensor("sum of rows", *tokens.x.shape)
-    return partial(add_norm, unused, sums, norm.weight, out, norm.eps, tokens.finished, adds=False)
+    """Return the kernel that attends to the cache, and multiplies by the sigmoids of gates."""
+    tokens = memory.tokens
+    cache = memory.kv
+    queries = tokens.row(attending.queries)[None]
+    gates = None if gating is None else tokens.row(gating.operands[1])
+    parts = Parts.for_tokens(1, queries.shape[1], cache.tensors, cache.window, tokens.scratch)
+    arrays = queries, cache.tensors, tokens.past, tokens.out(attending.out)[None], parts
+    scale = cache.shape.score_scale
+    return partial(attend, *arrays, cache.window, attending.sinks, gates, scale)
+
+
+@_rule(ops.Norm, ops.HeadProducts, ops.Rotate, ops.Rotate, ops.Attend)
+def _attend_to_latents(
+    memory: LayerMemory,
+    norm: ops.Norm,
+    absorb: ops.HeadProducts,
+    turn: ops.Rotate,
+    turn_key: ops.Rotate,
+    attending: ops.Attend,
+) -> Kernels:
+    """Normalize the latent and rotate queries and the key as they are stored."""
+    tokens = memory.tokens
+    sums = tokens.sums_of(absorb.x), tokens.sums_of(norm.x)
+    norm_of_latent = Norm(norm.norm.weight, norm.norm.eps)
+    tables = norm_of_latent, turn.rope.tables
+    stored = memory.kv.tensors
+    kept, whole = tokens.out(absorb.x), tokens.out(attending.queries)
+    return [
+        partial(latent_heads, *sums, *tables, tokens.past, stored, kept, whole),
+        *_head_products(memory, absorb),
+        _attend_to_stored(memory, attending),
+    ]
+
+
+@_rule(ops.HeadProducts)
+def _head_products(memory: LayerMemory, operation: ops.HeadProducts) -> Kernels:
+    x = memory.tokens.row(operation.x)
+    matrices = [_matrix(matrix) for matrix in operation.matrices]
+    codes = [matrix.codes for matrix in matrices]
+    scales = [
+        code if m.absmax is None else m.absmax for m, code in zip(matrices, codes, strict=True)
+    ]
+    addresses = [[tensor.data_ptr() for tensor in each] for each in (codes, scales)]
+    table = torch.tensor(addresses, device=x.device)
+    first = matrices[0]
+    out = memory.tokens.out(operation.out)
+    return [partial(head_products, x, table, first.form, first.levels, out)]
 
 
 def _matrix(linear: Linear) -> Matrix:
@@ -319,163 +378,93 @@ def _matrix(linear: Linear) -> Matrix:
     return linear.matrix
 
 
-def _product(
-    operation: ops.Product, x: torch.Tensor, tokens: TokenTensors
-) -> tuple[Callable[[], object], torch.Tensor]:
-    """Return the kernel of a product with a row [C], and its partial sums, fp32 [S, R]."""
-    matrix = _matrix(operation.matrix)
-    shape = split(matrix.form).count, 1, matrix.form.rows
-    sums = tokens.tensor(operation.out.name, *shape, dtype=_FP32)
-    return partial(product, x[None], matrix, sums), sums[:, 0]
-
-
-def _attention(
-    operations: Sequence[Operation], place: LayerPlace, config: ModelConfig, tokens: TokenTensors
-) -> tuple[Kernels, torch.Tensor]:
-    """Return the kernels from the normed row to partial sums of the output, fp32 [S, D]."""
-    _only(operations, ops.Product, ops.Norm, ops.Rotate, ops.Attend, Clamping, Gating)
-    into, out = _all(operations, ops.Product)
-    ((turn,), (attending,)) = _all(operations, ops.Rotate), _all(operations, ops.Attend)
-    norms = [norm.norm.weight for norm in _all(operations, ops.Norm) if norm.out == norm.x]
-    clip = next((clamping.limit for clamping in _kernels(operations, Clamping)), None)
-    assert isinstance(place.cache, DeviceKVCache)
-    stored = place.cache.tensors
-    window = place.cache.window
-    past = tokens.past
-    count, width = attending.queries.shape
-    queries, attended = (tokens.tensor(name, 1, count, width) for name in ("queries", "attended"))
-    has_gates = bool(_kernels(operations, Gating))
-    gates = tokens.tensor("gates", count, width) if has_gates else None
-    parts = Parts.for_tokens(1, count, stored, window, _scratch(config, tokens))
-    of_values = {
-        "v_norm": any(norm.out != norm.x for norm in _all(operations, ops.Norm)),
-        "values_are_keys": into.out.shape[0] == count + attending.keys.shape[0],
-    }
-    project, qkv = _product(into, tokens.normed, tokens)
-    project_out, outputs = _product(out, attended.view(-1), tokens)
-    tables = turn.rope.tables
-    eps = config.rms_norm_eps
-    kernels: Kernels = [
-        project,
-        partial(heads, qkv, queries[0], stored, past, tables, norms, eps, clip, gates, **of_values),
-        partial(attend, queries, stored, past, attended, parts, window, attending.sinks, gates),
-        project_out,
-    ]
-    return kernels, outputs
-
-
-def _scratch(config: ModelConfig, tokens: TokenTensors) -> torch.Tensor:
-    """Return the memory of the splits of attention, which all layers and sequences share."""
-    size = scratch_bytes(config) // _FP32.itemsize
-    return tokens.tensor("splits of attention", size, dtype=_FP32)
-
-
+@_rule(ops.DenseProduct, ops.Convolve, ops.UpdateState, GatedNorm)
 def _delta_net(
-    operations: Sequence[Operation], place: LayerPlace, tokens: TokenTensors
-) -> tuple[Kernels, torch.Tensor]:
-    """Return the kernels from the normed row to partial sums of the output, fp32 [S, D]."""
-    fused = ops.DenseProduct, ops.Convolve, ops.UpdateState, GatedNorm
-    _only(operations, ops.Product, *fused)
-    into, out = _all(operations, ops.Product)
-    (small,), (convolve,) = _all(operations, ops.DenseProduct), _all(operations, ops.Convolve)
-    (update,), (norm,) = _all(operations, ops.UpdateState), _kernels(operations, GatedNorm)
+    memory: LayerMemory,
+    small: ops.DenseProduct,
+    convolve: ops.Convolve,
+    update: ops.UpdateState,
+    gating: Any,
+) -> Kernels | None:
+    """Compute all of a DeltaNet between its products. Mamba2 has other states."""
+    tokens = memory.tokens
     rule = update.rule
     if rule.skips is not None:
-        raise UnsupportedOperationError("UpdateState of Mamba2")
-    heads_shape = rule.shape.value_heads, rule.shape.value_dim
-    read, gated = (tokens.tensor(name, *heads_shape) for name in ("read", "gated values"))
-    counters = tokens.tensor("heads that have finished", heads_shape[0], dtype=torch.int32)
-    weights = DeltaNetWeights(
-        small.weight, convolve.convolution.weight, rule.rates, rule.biases, norm.weight, norm.eps
-    )
-    project, projected = _product(into, tokens.normed, tokens)
-    project_out, outputs = _product(out, gated.view(-1), tokens)
-    states = place.addresses, rule.shape.state_shape
-    compute = partial(delta_net, tokens.normed, projected, weights, *states, read, gated, counters)
-    return [project, compute, project_out], outputs
+        return None
+    norm = gating.kernel.weight, gating.kernel.eps
+    taps = convolve.convolution.weight
+    weights = DeltaNetWeights(small.weight, taps, rule.rates, rule.biases, *norm)
+    count = rule.shape.value_heads
+    read = tokens.out(update.out)
+    counters = tokens.tensor("heads that have finished", count, dtype=torch.int32)
+    inputs = tokens.row(small.x), tokens.sums_of(convolve.x), weights, memory.addresses
+    out = tokens.out(gating.out)
+    return [partial(delta_net, *inputs, rule.shape.state_shape, read, out, counters)]
 
 
-def _short_convolution(
-    operations: Sequence[Operation], place: LayerPlace, tokens: TokenTensors
-) -> tuple[Kernels, torch.Tensor]:
-    """Return the kernels from the normed row to partial sums of the output, fp32 [S, D]."""
-    _only(operations, ops.Product, ops.Convolve)
-    into, out = _all(operations, ops.Product)
-    (convolve,) = _all(operations, ops.Convolve)
-    project, projected = _product(into, tokens.normed, tokens)
-    convolved = tokens.tensor("convolved", convolve.convolution.channels)
-    project_out, outputs = _product(out, convolved, tokens)
-    weight = convolve.convolution.weight
-    compute = partial(gated_convolution, projected, weight, place.addresses, convolved)
-    return [project, compute, project_out], outputs
+@_rule(ops.Convolve)
+def _convolve(memory: LayerMemory, operation: ops.Convolve) -> Kernels | None:
+    tokens = memory.tokens
+    convolution = operation.convolution
+    if not convolution.gated:
+        return None
+    inputs = tokens.sums_of(operation.x), convolution.weight, memory.addresses
+    return [partial(gated_convolution, *inputs, tokens.out(operation.out))]
 
 
-def _latent_attention(
-    operations: Sequence[Operation], place: LayerPlace, config: ModelConfig, tokens: TokenTensors
-) -> tuple[Kernels, torch.Tensor]:
-    """Return the kernels from the normed row to partial sums of the output, fp32 [S, D]."""
-    _only(operations, ops.Product, ops.Norm, ops.HeadProducts, ops.Rotate, ops.Attend)
-    into, *between, out = _all(operations, ops.Product)
-    kv_norm, *q_norms = [
-        Norm(norm.norm.weight, norm.norm.eps) for norm in _all(operations, ops.Norm)
-    ]
-    of_keys, of_values = _all(operations, ops.HeadProducts)
-    (attending,), turn = _all(operations, ops.Attend), _all(operations, ops.Rotate)[0]
-    assert isinstance(place.cache, DeviceKVCache)
-    stored = place.cache.tensors
-    past = tokens.past
-    count, latent = attending.out.shape
-    whole = tokens.tensor("queries", 1, *attending.queries.shape)
-    kept = tokens.tensor("kept queries", *of_keys.x.shape)
-    attended = tokens.tensor("attended", 1, count, latent)
-    values = tokens.tensor("values of heads", *of_values.out.shape)
-    project, latents = _product(into, tokens.normed, tokens)
-    kernels: Kernels = [project]
-    queries = latents
-    for norm, product_of_queries in zip(q_norms, between, strict=True):
-        row = tokens.tensor("latent of queries", config.q_lora_rank or 0)
-        kernels.append(partial(normalized, latents, norm, row))
-        project, queries = _product(product_of_queries, row, tokens)
-        kernels.append(project)
-    parts = Parts.for_tokens(1, count, stored, None, _scratch(config, tokens))
-    scale = place.cache.shape.score_scale
-    project_out, outputs = _product(out, values.view(-1), tokens)
-    tables = kv_norm, turn.rope.tables
-    kernels += [
-        partial(latent_heads, queries, latents, *tables, past, stored, kept, whole[0]),
-        _head_products(of_keys, kept, whole[0]),
-        partial(attend, whole, stored, past, attended, parts, scale=scale),
-        _head_products(of_values, attended[0], values),
-        project_out,
-    ]
-    return kernels, outputs
+@_rule(ops.Product, Swiglu, ops.Product, [Weighting])
+def _dense_part(
+    memory: LayerMemory,
+    gate_up: ops.Product,
+    swiglu: ops.Apply,
+    down: ops.Product,
+    weightings: list[ops.Apply],
+) -> Kernels:
+    """Compute a dense part as an expert that is always chosen."""
+    assert memory.dense is not None
+    tokens = memory.tokens
+    # Both matrices lie in one block, which begins with the first tensor of the first one.
+    matrix = _matrix(gate_up.matrix)
+    first = matrix.codes if matrix.absmax is None else matrix.absmax
+    table = torch.tensor([first.data_ptr()], device=first.device)
+    selected = tokens.tensor("dense part", 1, dtype=torch.int32)
+    weight = torch.ones(1, device=first.device)
+    if weightings:
+        weight = tokens.row(weightings[0].operands[1])
+    sums = tokens.outputs[memory.dense_start :][: memory.dense.sums(1)]
+    tokens.sums[[down, *weightings][-1].out.name] = sums
+    x = tokens.row(gate_up.x)
+    return _selected_experts(memory.dense, tokens, x, selected, weight, table, sums)
 
 
-def _head_products(
-    operation: ops.HeadProducts, x: torch.Tensor, out: torch.Tensor
-) -> Callable[[], object]:
-    """Return the kernel of the products of heads x [H, C] with their matrices."""
-    matrices = [_matrix(matrix) for matrix in operation.matrices]
-    codes = [matrix.codes for matrix in matrices]
-    scales = [
-        code if m.absmax is None else m.absmax for m, code in zip(matrices, codes, strict=True)
-    ]
-    addresses = [[tensor.data_ptr() for tensor in each] for each in (codes, scales)]
-    table = torch.tensor(addresses, device=x.device)
-    return partial(head_products, x, table, matrices[0].form, matrices[0].levels, out)
+@_rule(ops.Experts)
+def _experts(memory: LayerMemory, operation: ops.Experts) -> Kernels:
+    assert memory.experts is not None
+    assert memory.table is not None
+    tokens = memory.tokens
+    end = memory.dense_start
+    tokens.sums[operation.out.name] = tokens.outputs[0 if memory.with_host else 1 : end]
+    _, selected, weights = operation.inputs
+    rows = tokens.row(operation.x), tokens.row(_in_32_bits(selected)), tokens.row(weights)
+    return _selected_experts(memory.experts, tokens, *rows, memory.table, tokens.outputs[1:end])
+
+
+def _in_32_bits(selected: Rows) -> Rows:
+    return replace(selected, dtype=torch.int32)
 
 
 def _selected_experts(
     expert: GpuExpertForm,
-    table: torch.Tensor,
+    tokens: TokenTensors,
+    x: torch.Tensor,
     selected: torch.Tensor,
     weights: torch.Tensor,
+    table: torch.Tensor,
     out: torch.Tensor,
-    tokens: TokenTensors,
 ) -> Kernels:
     """Return the kernels of selected experts, or of a dense part, which write to `out` [P, D].
 
-    table: the addresses of all experts, int64. selected: int32 [K]. weights: of each, fp32 [K].
+    selected: int32 [K]. weights: of each, fp32 [K]. table: the addresses of all experts, int64.
     """
     form = expert.form
     levels = expert.levels
@@ -483,6 +472,50 @@ def _selected_experts(
         raise UnsupportedOperationError("Experts with matrices that no kernel takes")
     gated = tokens.tensor("gated", len(selected), form.down.form.columns)
     return [
-        partial(experts_up, tokens.normed, selected, table, form, levels, gated),
+        partial(experts_up, x, selected, table, form, levels, gated),
         partial(experts_down, gated, selected, weights, table, form, levels, out),
     ]
+
+
+@_rule(ops.Route)
+def _route(memory: LayerMemory, operation: ops.Route) -> Kernels:
+    tokens = memory.tokens
+    router = operation.router
+    if router.groups > 1:
+        raise UnsupportedOperationError("Route by groups of experts")
+    logits = tokens.tensor("logits of experts", len(router.gate), dtype=_FP32)
+    chosen = tokens.out(_in_32_bits(operation.selected)), tokens.out(operation.out)
+    return [partial(route, tokens.row(operation.x), router, logits, *chosen, tokens.finished)]
+
+
+@_rule(ops.Product)
+def _product(memory: LayerMemory, operation: ops.Product) -> Kernels:
+    tokens = memory.tokens
+    x = tokens.row(operation.x)
+    matrix = _matrix(operation.matrix)
+    shape = split(matrix.form).count, 1, matrix.form.rows
+    sums = tokens.tensor(f"sums of {operation.out.name}", *shape, dtype=_FP32)
+    tokens.sums[operation.out.name] = sums[:, 0]
+    return [partial(product, x.view(1, -1), matrix, sums)]
+
+
+@_rule(ops.Norm)
+def _norm(memory: LayerMemory, operation: ops.Norm) -> Kernels | None:
+    tokens = memory.tokens
+    x = operation.x
+    weight = operation.norm.weight
+    eps = operation.norm.eps
+    if x.shape != weight.shape or x.first:
+        return None
+    if x.name not in tokens.sums:
+        operands = tokens.row(x), tokens.outputs[:0], weight, tokens.out(operation.out)
+        return [partial(add_norm, *operands, eps, tokens.finished)]
+    sums = tokens.sums_of(x)
+    if operation.out != x:
+        return [partial(normalized, sums, Norm(weight, eps), tokens.out(operation.out))]
+    # What is normalized in place is added later, with one that lies behind it.
+    outputs = tokens.tensor("normalized outputs", 2, *tokens.x.shape, dtype=_FP32)
+    out = outputs[int(x.name == "added")]
+    tokens.sums[x.name] = out[None]
+    unused = tokens.tensor("sum of rows", *tokens.x.shape)
+    return [partial(add_norm, unused, sums, weight, out, eps, tokens.finished, adds=False)]

@@ -48,10 +48,7 @@ def latent_attention(layer: LayerTensors, x: Rows, out: Rows) -> list[Operation]
     queries = row[:first]
     latents = row[first : first + latent]
     keys = row[first + latent :]
-    steps: list[Operation] = [
-        layer.mix(row, x, "a_proj"),
-        Norm(latents, latents, norms["kv_a_norm"]),
-    ]
+    steps: list[Operation] = [layer.mix(row, x, "a_proj")]
     if config.q_lora_rank:
         normed = Rows.new("query latents", first)
         steps.append(Norm(normed, queries, norms["q_a_norm"]))
@@ -68,6 +65,7 @@ def latent_attention(layer: LayerTensors, x: Rows, out: Rows) -> list[Operation]
     values = Rows.new("values", heads, config.v_head_dim)
     return [
         *steps,
+        Norm(latents, latents, norms["kv_a_norm"]),
         by_head(absorbed.columns(slice(0, latent)), queries[:kept].as_heads(heads), "k_b_proj"),
         Rotate(absorbed.columns(slice(latent, None)), queries[kept:].as_heads(heads), layer.rope),
         Rotate(rotated, keys.as_heads(1), layer.rope),

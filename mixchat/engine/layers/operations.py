@@ -101,6 +101,18 @@ class Operation:
         values = (getattr(self, field.name) for field in fields(self) if field.name != "out")
         return [value for value in values if isinstance(value, Rows)]
 
+    @property
+    def outputs(self) -> list[Rows]:
+        return [self.out]
+
+    def precedes(self, later: Operation) -> bool:
+        """Return whether a later operation has to wait for this one, by the names of buffers."""
+        read, written, read_later, written_later = (
+            {part.name for part in parts}
+            for parts in (self.inputs, self.outputs, later.inputs, later.outputs)
+        )
+        return bool(written & (read_later | written_later) or read & written_later)
+
 
 @dataclass(frozen=True, eq=False)
 class Norm(Operation):
@@ -212,6 +224,10 @@ class Route(Operation):
     @property
     def inputs(self) -> list[Rows]:
         return [self.x]
+
+    @property
+    def outputs(self) -> list[Rows]:
+        return [self.out, self.selected]
 
 
 @dataclass(frozen=True, eq=False)
