@@ -276,11 +276,6 @@ def head_products(x: Tensor, addresses: Tensor, levels: Tensor, out: Tensor, **s
         result[: shape["ROWS"]] = functional.linear(row.float(), weight)
 
 
-def normalized(partials: Tensor, weight: Tensor, out: Tensor, eps: float, **shape: Any) -> None:
-    row = partials.view(shape["S"], -1).sum(0).to(out.dtype)[: shape["C"]]
-    out.copy_(rows.rms_norm(row[None], weight, eps)[0])
-
-
 def latent_heads(
     queries: Tensor,
     latents: Tensor,
@@ -323,7 +318,6 @@ DOUBLES: dict[str, Callable[..., None]] = {
     "_delta_net": delta_net,
     "_delta_rule": delta_rule,
     "_head_products": head_products,
-    "_normalized": normalized,
     "_latent_heads": latent_heads,
     "_gated_convolution": gated_convolution,
 }

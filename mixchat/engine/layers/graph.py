@@ -31,7 +31,7 @@ from mixchat.kernels.gpu.convolution import gated_convolution
 from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net
 from mixchat.kernels.gpu.experts import experts_down, experts_up
 from mixchat.kernels.gpu.heads import heads
-from mixchat.kernels.gpu.latents import Norm, latent_heads, normalized
+from mixchat.kernels.gpu.latents import latent_heads
 from mixchat.kernels.gpu.norm import add_norm
 from mixchat.kernels.gpu.product import Matrix, head_products, product, split
 from mixchat.kernels.gpu.route import route
@@ -346,12 +346,12 @@ def _attend_to_latents(
     """Normalize the latent and rotate queries and the key as they are stored."""
     tokens = memory.tokens
     sums = tokens.sums_of(absorb.x), tokens.sums_of(norm.x)
-    norm_of_latent = Norm(norm.norm.weight, norm.norm.eps)
-    tables = norm_of_latent, turn.rope.tables
+    weight = norm.norm.weight
+    tables = turn.rope.tables
     stored = memory.kv.tensors
-    kept, whole = tokens.out(absorb.x), tokens.out(attending.queries)
+    rows = tokens.out(absorb.x), tokens.out(attending.queries)
     return [
-        partial(latent_heads, *sums, *tables, tokens.past, stored, kept, whole),
+        partial(latent_heads, *sums, weight, norm.norm.eps, tables, tokens.past, stored, *rows),
         *_head_products(memory, absorb),
         _attend_to_stored(memory, attending),
     ]
@@ -501,21 +501,22 @@ def _product(memory: LayerMemory, operation: ops.Product) -> Kernels:
 
 @_rule(ops.Norm)
 def _norm(memory: LayerMemory, operation: ops.Norm) -> Kernels | None:
+    """Normalize a row, or a sum of partial sums. A sum's norm in place is a part of another sum."""
     tokens = memory.tokens
     x = operation.x
     weight = operation.norm.weight
-    eps = operation.norm.eps
-    if x.shape != weight.shape or x.first:
+    is_in_place = operation.out == x
+    if x.shape != weight.shape or (is_in_place and not x.is_whole):
         return None
     if x.name not in tokens.sums:
-        operands = tokens.row(x), tokens.outputs[:0], weight, tokens.out(operation.out)
-        return [partial(add_norm, *operands, eps, tokens.finished)]
-    sums = tokens.sums_of(x)
-    if operation.out != x:
-        return [partial(normalized, sums, Norm(weight, eps), tokens.out(operation.out))]
-    # What is normalized in place is added later, with one that lies behind it.
-    outputs = tokens.tensor("normalized outputs", 2, *tokens.x.shape, dtype=_FP32)
-    out = outputs[int(x.name == "added")]
-    tokens.sums[x.name] = out[None]
-    unused = tokens.tensor("sum of rows", *tokens.x.shape)
-    return [partial(add_norm, unused, sums, weight, out, eps, tokens.finished, adds=False)]
+        row, sums = tokens.row(x), tokens.outputs[:0]
+    else:
+        row, sums = tokens.tensor("sum", *x.shape), tokens.sums_of(x)[:, x.first :][:, : x.shape[0]]
+    if is_in_place and len(sums):
+        # Outputs that are added to each other lie one behind the other.
+        out = tokens.tensor("normalized outputs", 2, *x.shape, dtype=_FP32)[int(x.name == "added")]
+        tokens.sums[x.name] = out[None]
+    else:
+        out = tokens.out(operation.out)
+    operands = row, sums, weight, out, operation.norm.eps, tokens.finished
+    return [partial(add_norm, *operands, adds=not len(sums))]

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from mixchat.kernels.gpu.convolution import convolved, floats_at
 from mixchat.kernels.gpu.launch import launch
-from mixchat.kernels.gpu.norm import summed
+from mixchat.kernels.gpu.norm import normalized, summed
 
 _THREADS = 128  # of a program, which computes 16 KiB of the state in most models
 
@@ -270,13 +270,10 @@ def _delta_net(
         # Other programs have stored these, and the first-level cache is each one's own.
         places_of_head = head * WIDTH + every
         own = every < WIDTH
-        values = tl.load(read + places_of_head, own, 0.0, cache_modifier=".cg").to(tl.float32)
-        values *= tl.rsqrt(tl.sum(values * values) / WIDTH + eps)
-        weights = tl.load(norm + every, own, 0.0)
-        normed = values.to(weights.dtype).to(tl.float32) * weights.to(tl.float32)
+        values = tl.load(read + places_of_head, own, 0.0, cache_modifier=".cg")
+        values = normalized(values, tl.load(norm + every, own, 0.0), eps, WIDTH).to(tl.float32)
         gate = summed(projected, C + places_of_head, own, S, R, AT_ONCE).to(dtype).to(tl.float32)
-        normed = normed.to(dtype).to(tl.float32) * (gate * tl.sigmoid(gate))
-        tl.store(out + places_of_head, normed, own)
+        tl.store(out + places_of_head, values * (gate * tl.sigmoid(gate)), own)
 
 
 @triton.jit

@@ -6,43 +6,22 @@ and that do, S = partial sums.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from mixchat.kernels.gpu.kv_store import KVTensors, store_rows
 from mixchat.kernels.gpu.launch import launch
-from mixchat.kernels.gpu.norm import summed
+from mixchat.kernels.gpu.norm import normalized, summed
 
 _MAX_ROWS = 8  # partial sums that are loaded at once
-
-
-class Norm(NamedTuple):
-    """The weight of a norm, and what keeps it from dividing by 0."""
-
-    weight: torch.Tensor
-    eps: float
-
-
-def normalized(partials: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
-    """Store the norm of the first C columns of partial sums [S, at least C], fp32, in `out` [C]."""
-    columns = norm.weight.shape[0]
-    launch(
-        _normalized,
-        (1,),
-        *(partials, norm.weight, out, norm.eps),
-        C=columns,
-        BLOCK=triton.next_power_of_2(columns),
-        **_sums("", partials),
-    )
 
 
 def latent_heads(
     queries: torch.Tensor,
     latents: torch.Tensor,
-    norm: Norm,
+    weight: torch.Tensor,
+    eps: float,
     rope: tuple[torch.Tensor, torch.Tensor],
     past: torch.Tensor,
     tensors: KVTensors,
@@ -53,15 +32,15 @@ def latent_heads(
 
     Also store its normalized latent and the rotated columns of its key after `past` tokens, int32
     on the GPU. queries: partial sums, fp32, of all heads' n columns, and then of their r. latents:
-    partial sums, fp32, that end with those of the latent and the key. The two may be the same. All
-    is rounded where CPUs round.
+    partial sums, fp32, that end with those of the latent and the key. The two may be the same.
+    weight, eps: of the latent's norm. All is rounded where CPUs round.
     """
     (heads, width), latent = kept.shape, tensors.numbers.shape[-1]
     turning = whole.shape[1] - latent
     launch(
         _latent_heads,
         (heads + 1,),
-        *(queries, latents, norm.weight, *rope, past, *tensors, kept, whole, norm.eps),
+        *(queries, latents, weight, *rope, past, *tensors, kept, whole, eps),
         tensors.room,
         H=heads,
         N=width,
@@ -80,43 +59,6 @@ def _sums(name: str, partials: torch.Tensor) -> dict[str, int]:
     count, columns = partials.shape
     at_once = min(triton.next_power_of_2(count), _MAX_ROWS)
     return {f"{name}S": count, f"{name}R": columns, f"{name}AT_ONCE": at_once}
-
-
-@triton.jit
-def _normalized(
-    partials,
-    weight,
-    out,
-    eps,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    S: tl.constexpr,
-    R: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    columns = tl.arange(0, BLOCK)
-    x = _norm_of(partials, 0, weight, out.dtype.element_ty, eps, C, BLOCK, S, R, AT_ONCE)
-    tl.store(out + columns, x, columns < C)
-
-
-@triton.jit
-def _norm_of(
-    partials,
-    first,
-    weight,
-    dtype: tl.constexpr,
-    eps,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    S: tl.constexpr,
-    R: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    columns = tl.arange(0, BLOCK)
-    x = summed(partials, first + columns, columns < C, S, R, AT_ONCE).to(dtype).to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x) / C + eps)
-    weights = tl.load(weight + columns, columns < C, 0.0)
-    return (x.to(weights.dtype).to(tl.float32) * weights.to(tl.float32)).to(dtype)
 
 
 @triton.jit
@@ -148,7 +90,7 @@ def _turned(
 def _latent_heads(
     queries,
     latents,
-    norm,
+    weight,
     cos,
     sin,
     past,
@@ -190,14 +132,16 @@ def _latent_heads(
         tl.store(whole + head * (LATENT + TURNING) + LATENT + turns, query, turns < TURNING)
     else:
         FIRST: tl.constexpr = R - LATENT - TURNING
-        latent = _norm_of(latents, FIRST, norm, dtype, eps, LATENT, BLOCK, S, R, AT_ONCE)
+        every = tl.arange(0, BLOCK)
+        of_latent = every < LATENT
+        latent = summed(latents, FIRST + every, of_latent, S, R, AT_ONCE).to(dtype)
+        latent = normalized(latent, tl.load(weight + every, of_latent, 0.0), eps, LATENT)
         key = _turned(
             latents, FIRST + LATENT, cos, sin, position, dtype, TURNING, TURNS, S, R, AT_ONCE
         )
         places = position + tl.zeros((1,), tl.int64)
-        every = tl.arange(0, BLOCK)
         store_rows(key, rotating, scales, places, turns, turns < TURNING, TURNING)
         if scales is None:
-            store_rows(latent, numbers, scales, places, every, every < LATENT, LATENT)
+            store_rows(latent, numbers, scales, places, every, of_latent, LATENT)
         else:
-            store_rows(latent, numbers, scales + room, places, every, every < LATENT, LATENT)
+            store_rows(latent, numbers, scales + room, places, every, of_latent, LATENT)

@@ -30,7 +30,8 @@ def add_norm(
 ) -> None:
     """Add the sum of partials [P, D], fp32, to x [D]. Store rms_norm(x) * weight in normed [D].
 
-    D is a multiple of 16, and P may be 0. The sum is rounded to the type of x before it is added,
+    D is a multiple of 16, and P may be 0. Partials may be parts of longer rows, or one of them may
+    be `normed`. The sum is rounded to the type of x before it is added,
     and the norm before it is multiplied, as on CPUs, unless the weight is in fp32. But partial sums
     of two parts are rounded once and not each: x then differs by one rounding. `finished`, int32,
     is a counter that is 0 between two calls. If it does not add, the sum replaces x. `factor`
@@ -46,6 +47,7 @@ def add_norm(
         *(x, partials, weight, normed, finished, eps),
         D=columns,
         P=count,
+        R=partials.stride(0),
         BLOCK=block,
         PART=part,
         ROWS=1 if alone else min(triton.next_power_of_2(count), _MAX_ROWS),
@@ -65,6 +67,7 @@ def _add_norm(
     eps,
     D: tl.constexpr,
     P: tl.constexpr,
+    R: tl.constexpr,
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
@@ -76,7 +79,7 @@ def _add_norm(
     inside = columns < D
     numbers = tl.load(x + columns, inside, 0.0)
     if P > 0:
-        sums = summed(partials, columns, inside, P, D, ROWS)
+        sums = summed(partials, columns, inside, P, R, ROWS)
         added = sums.to(numbers.dtype)
         if ADDS:
             numbers = (numbers.to(tl.float32) + added.to(tl.float32)).to(numbers.dtype)
@@ -86,7 +89,8 @@ def _add_norm(
             numbers = (numbers.to(tl.float32) * FACTOR).to(numbers.dtype)
         tl.store(x + columns, numbers, inside)
     if PART == BLOCK:
-        _normalize(numbers, weight, normed, columns, inside, eps, D)
+        weights = tl.load(weight + columns, inside, 0.0)
+        tl.store(normed + columns, normalized(numbers, weights, eps, D), inside)
     else:
         # All threads have stored their numbers before one of them counts the program.
         tl.debug_barrier()
@@ -94,29 +98,29 @@ def _add_norm(
             tl.store(finished, 0)
             every = tl.arange(0, BLOCK)
             # Other programs have stored these, and the first-level cache is each one's own.
-            sums_of_all = tl.load(x + every, every < D, 0.0, cache_modifier=".cg")
-            _normalize(sums_of_all, weight, normed, every, every < D, eps, D)
+            numbers = tl.load(x + every, every < D, 0.0, cache_modifier=".cg")
+            weights = tl.load(weight + every, every < D, 0.0)
+            tl.store(normed + every, normalized(numbers, weights, eps, D), every < D)
 
 
 @triton.jit
-def _normalize(numbers, weight, normed, columns, inside, eps, D: tl.constexpr):
-    wide = numbers.to(tl.float32)
+def normalized(x, weights, eps, D: tl.constexpr):
+    """Return x / rms(x), rounded to the weights' type, times the weights, in the type of x."""
+    wide = x.to(tl.float32)
     factor = tl.rsqrt(tl.sum(wide * wide) / D + eps)
-    weights = tl.load(weight + columns, inside, 0.0)
     scaled = (wide * factor).to(weights.dtype).to(tl.float32)
-    weights = weights.to(tl.float32)
-    tl.store(normed + columns, (scaled * weights).to(numbers.dtype), inside)
+    return (scaled * weights.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
-def summed(partials, columns, inside, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
-    """Return the sums of some columns of partials [P, D], ROWS partials at a time."""
+def summed(partials, columns, inside, P: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr):
+    """Return the sums of some columns of partials [P, R], ROWS partials at a time."""
     sums = tl.zeros(columns.shape, tl.float32)
     for start in tl.static_range(0, P, ROWS):
         if ROWS == 1:
-            sums += tl.load(partials + start * D + columns, inside, 0.0)
+            sums += tl.load(partials + start * R + columns, inside, 0.0)
         else:
             rows = start + tl.arange(0, ROWS)[:, None]
             mask = (rows < P) & inside[None, :]
-            sums += tl.sum(tl.load(partials + rows * D + columns[None, :], mask, 0.0), 0)
+            sums += tl.sum(tl.load(partials + rows * R + columns[None, :], mask, 0.0), 0)
     return sums

@@ -41,7 +41,7 @@ from mixchat.kernels.gpu.dequantize import dequantize
 from mixchat.kernels.gpu.experts import ExpertForm, ExpertMatrix, Levels, experts_down, experts_up
 from mixchat.kernels.gpu.heads import heads
 from mixchat.kernels.gpu.kv_store import KVTensors, store
-from mixchat.kernels.gpu.latents import Norm, latent_heads, normalized
+from mixchat.kernels.gpu.latents import latent_heads
 from mixchat.kernels.gpu.norm import add_norm
 from mixchat.kernels.gpu.product import Form, Matrix, head_products, product
 from mixchat.kernels.gpu.route import route
@@ -205,11 +205,12 @@ def call_head_products(quant_type: str, heads: int, rows: int, columns: int) -> 
 
 def call_latent_heads(heads: int, width: int) -> None:
     """Of a latent of 768 columns for queries, 512 for keys, and 64 that rotate."""
-    latents, norm = empty(4, 768 + 512 + 64, dtype=FP32), Norm(empty(512), 1e-6)
-    normalized(latents, Norm(empty(768), 1e-6), empty(768))
+    latents, counter = empty(4, 768 + 512 + 64, dtype=FP32), empty(1, dtype=INT32)
+    query = latents[:, :768], empty(768), empty(768)
+    add_norm(empty(768), *query, 1e-6, counter, adds=False)
     queries, rope = empty(1, heads * (width + 64), dtype=FP32), (empty(4096, 64), empty(4096, 64))
     tensors = KVTensors(empty(1, 1, 2**15, 512), None, empty(1, 2**15, 64))
-    told = norm, rope, empty(1, dtype=INT32)
+    told = empty(512), 1e-6, rope, empty(1, dtype=INT32)
     latent_heads(queries, latents, *told, tensors, empty(heads, width), empty(heads, 576))
 
 

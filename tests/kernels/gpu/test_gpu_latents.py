@@ -8,9 +8,8 @@ from gpu_tools import addresses_of, length_of
 from mixchat.base.rope_parameters import RopeParameters
 from mixchat.engine.layers.operations import RMSNorm
 from mixchat.engine.layers.rope import RotaryEmbedding
-from mixchat.kernels.cpu import rows
 from mixchat.kernels.gpu.kv_store import KVTensors
-from mixchat.kernels.gpu.latents import Norm, latent_heads, normalized
+from mixchat.kernels.gpu.latents import latent_heads
 from mixchat.kernels.gpu.product import head_products
 from mixchat.weights.matrix.quant_type import QuantType
 
@@ -40,7 +39,7 @@ def test_a_token_s_queries_latent_and_key(
     tensors = KVTensors(numbers[None], scales, rotating)
     kept, whole = torch.zeros(heads, width).to(dtype), torch.zeros(heads, latent + turning)
     whole = whole.to(dtype)
-    told = Norm(norm.weight, EPS), rotation.tables, length_of(past)
+    told = norm.weight, EPS, rotation.tables, length_of(past)
     latent_heads(queries, latents, *told, tensors, kept, whole)
 
     row, token = queries.sum(0).to(dtype), latents.sum(0).to(dtype)
@@ -57,15 +56,6 @@ def test_a_token_s_queries_latent_and_key(
         factor = 1.0 if scales is None else scales[number, 0, past]
         torch.testing.assert_close(place[0, past].float() * factor, expected, **within)
         assert (place != 0).any(-1).sum() == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_first_columns_are_normalized(dtype):
-    partials, weight = torch.randn(3, 200), torch.randn(72).to(dtype)
-    out = torch.empty(72).to(dtype)
-    normalized(partials, Norm(weight, EPS), out)
-    expected = rows.rms_norm(partials.sum(0).to(dtype)[None, :72], weight, EPS)[0]
-    torch.testing.assert_close(out, expected, rtol=WITHIN[dtype], atol=WITHIN[dtype])
 
 
 @pytest.mark.parametrize("quant_type", ["none", "int8", "int6", "nf4"])

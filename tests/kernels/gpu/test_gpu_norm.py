@@ -59,3 +59,16 @@ def test_the_norm_is_rounded_before_it_is_multiplied_unless_weights_are_in_fp32(
     add_norm(x.view(-1), torch.empty(0, 2048), weight, normed, 1e-5, finished)
     expected = rows.rms_norm(x, weight, 1e-5).view(-1)
     assert (normed != expected).sum() < 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("columns", [72, 16384])
+def test_some_columns_of_sums_are_normalized_and_may_be_where_the_norm_goes(dtype, columns):
+    partials, weight = torch.randn(3, 128 + columns), torch.randn(columns).to(dtype)
+    finished, some = torch.zeros(1, dtype=torch.int32), partials[:, 96 : 96 + columns]
+    expected = rows.rms_norm(some.sum(0).to(dtype)[None], weight, 1e-6)[0]
+    before = partials.clone()
+    add_norm(torch.empty(columns).to(dtype), some, weight, some[2], 1e-6, finished, adds=False)
+    assert difference_in_roundings(some[2], expected) <= 4
+    some[2] = before[2, 96 : 96 + columns]
+    assert torch.equal(partials, before)
