@@ -60,24 +60,23 @@ def arrange_step(
     pair's place there. Slots that are left get no rows. All tensors are int64 and contiguous.
     `set(pairs=count)` lets only the first pairs count.
     """
-    starts = torch.empty(len(table), dtype=torch.int64)
-    numbers = _SIGNATURE.numbers(
-        experts=experts.data_ptr(),
-        rows=rows.data_ptr(),
+    return _SIGNATURE.step(
+        _compiled().function("arrange"),
+        threads=1,
+        experts=experts,
+        rows=rows,
         pairs=len(rows),
-        table=table.data_ptr(),
+        table=table,
         count=len(table),
         columns=table.shape[1],
-        starts=starts.data_ptr(),
-        targets=slots.targets.data_ptr(),
+        starts=torch.empty(len(table), dtype=torch.int64),
+        targets=slots.targets,
         slots=len(slots.targets),
-        factors=slots.factors.data_ptr(),
+        factors=slots.factors,
         of_rows=len(slots.factors),
-        x_rows=order[0].data_ptr(),
-        places=order[1].data_ptr(),
+        x_rows=order[0],
+        places=order[1],
     )
-    keeps = experts, rows, table, starts, slots.targets, slots.factors, order
-    return Step(_compiled().function("arrange"), _SIGNATURE, numbers, keeps, threads=1)
 
 
 @compiled_here

@@ -20,7 +20,7 @@ from mixchat.kernels.cpu.compile import compiled_here
 from mixchat.kernels.cpu.emit import Function, f32, vector
 from mixchat.kernels.cpu.latent_kernel import LatentKernel
 from mixchat.kernels.cpu.pages import CacheShape
-from mixchat.kernels.cpu.program import Step, copy_of
+from mixchat.kernels.cpu.program import Step
 
 _NO_WINDOW = 2**30  # tokens
 _ROWS_TOGETHER = 4  # whose products are computed at once
@@ -60,20 +60,16 @@ def attend_steps(
     """
     rows = queries.shape[0] * shape.heads
     parts = torch.empty(rows * count_splits(most_keys), shape.value_width + 2)
-    numbers = SIGNATURE.numbers(
-        queries=queries.data_ptr(),
-        parts=parts.data_ptr(),
-        out=out.data_ptr(),
+    compiled = _compiled(shape, queries.dtype == torch.bfloat16)
+    attend = SIGNATURE.step(
+        compiled.function("attend"),
+        queries=queries,
+        parts=parts,
+        out=out,
         tokens=queries.shape[0],
         per_item=_kernel(shape).rows_of(shape),
     )
-    compiled = _compiled(shape, queries.dtype == torch.bfloat16)
-    attend, merge = (compiled.function(name) for name in ("attend", "merge"))
-    keeps = queries, parts, out
-    return (
-        Step(attend, SIGNATURE, numbers, keeps),
-        Step(merge, SIGNATURE, copy_of(numbers), keeps),
-    )
+    return attend, attend.copy(compiled.function("merge"))
 
 
 def set_window(

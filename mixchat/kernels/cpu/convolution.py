@@ -82,23 +82,22 @@ class Convolution:
     def step(self, x: torch.Tensor, out: torch.Tensor) -> Step:
         """Return `__call__` as a step. `before` and `after` are not set yet."""
         taps, channels = self.weight.shape
-        numbers = _SIGNATURE.numbers(
-            x=x.data_ptr(),
-            weight=self.weight.data_ptr(),
-            bias=0 if self.bias is None else self.bias.data_ptr(),
-            out=out.data_ptr(),
+        lanes = LANES[instruction_set() or "avx2"]
+        vectors = _VECTORS if channels % (_VECTORS * lanes) == 0 else 1
+        has_bias = self.bias is not None
+        compiled = _compiled(x.dtype == torch.bfloat16, taps, self.gated, vectors, has_bias)
+        return _SIGNATURE.step(
+            compiled.function("convolve"),
+            threads=1 if out.numel() <= _FEW else None,
+            x=x,
+            weight=self.weight,
+            bias=self.bias,
+            out=out,
             tokens=x.shape[0],
             columns=channels,
             stride=x.stride(0),
             out_stride=out.stride(0),
         )
-        lanes = LANES[instruction_set() or "avx2"]
-        vectors = _VECTORS if channels % (_VECTORS * lanes) == 0 else 1
-        has_bias = self.bias is not None
-        compiled = _compiled(x.dtype == torch.bfloat16, taps, self.gated, vectors, has_bias)
-        threads = 1 if out.numel() <= _FEW else None
-        keeps = x, self.weight, self.bias, out
-        return Step(compiled.function("convolve"), _SIGNATURE, numbers, keeps, threads)
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ from mixchat.kernels.cpu.arithmetic import (
 )
 from mixchat.kernels.cpu.compile import compiled_here
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, vector
-from mixchat.kernels.cpu.program import Signature, Step, copy_of, fp32_bits
+from mixchat.kernels.cpu.program import Signature, Step
 
 _BLOCK = 32  # columns of a state that follow one another. Of 128 rows they take 16 KiB.
 _TOGETHER = 4  # rows of a state in one turn of the innermost loop
@@ -194,15 +194,16 @@ class DeltaRule:
         """Return `__call__` as steps. `before` and `after` of the second one are not set yet."""
         shape = self.shape
         tokens = qkv.shape[0]
-        gates = torch.empty(tokens, shape.value_heads, 2)
-        numbers = _SIGNATURE.numbers(
-            qkv=qkv.data_ptr(),
-            gates=gates.data_ptr(),
-            out=out.data_ptr(),
-            rates=self.rates.data_ptr(),
-            skips=0 if self.skips is None else self.skips.data_ptr(),
-            logits=ba.data_ptr(),
-            biases=self.biases.data_ptr(),
+        compiled = _compiled(ba.dtype == torch.bfloat16, shape.block, self.skips is not None)
+        recur = _SIGNATURE.step(
+            compiled.function("recur"),
+            qkv=qkv,
+            gates=torch.empty(tokens, shape.value_heads, 2),
+            out=out,
+            rates=self.rates,
+            skips=self.skips,
+            logits=ba,
+            biases=self.biases,
             stride=qkv.stride(0),
             logits_stride=ba.stride(0),
             tokens=tokens,
@@ -210,16 +211,12 @@ class DeltaRule:
             value_heads=shape.value_heads,
             key_dim=shape.key_dim,
             value_dim=shape.value_dim,
-            scale=fp32_bits(shape.key_dim**-0.5),
+            scale=shape.key_dim**-0.5,
             ahead=torch.get_num_threads() * shape.block_bytes,
         )
-        compiled = _compiled(ba.dtype == torch.bfloat16, shape.block, self.skips is not None)
-        keeps = qkv, ba, out, gates, self.rates, self.biases, self.skips
-        threads = 1 if qkv.numel() <= _FEW else None
-        return (
-            Step(compiled.function("prepare"), _SIGNATURE, numbers, keeps, threads),
-            Step(compiled.function("recur"), _SIGNATURE, copy_of(numbers), keeps),
-        )
+        prepare = recur.copy(compiled.function("prepare"))
+        prepare.threads = 1 if qkv.numel() <= _FEW else None
+        return prepare, recur
 
 
 @compiled_here

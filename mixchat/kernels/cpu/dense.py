@@ -74,17 +74,16 @@ def exact_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def matmul_step(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Step:
     """Return `exact_matmul` as a step, from x [N, C] to `out` [N, R]. All are contiguous."""
     height, columns = weight.shape
-    numbers = _SIGNATURE.numbers(
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        out=out.data_ptr(),
+    return _SIGNATURE.step(
+        _compiled(x.dtype == torch.bfloat16).function("multiply"),
+        x=x,
+        weight=weight,
+        out=out,
         rows=height,
         columns=columns,
         tokens=x.shape[0],
         chunk=max(8, _X_BYTES // (x.element_size() * columns)),
     )
-    multiply = _compiled(x.dtype == torch.bfloat16).function("multiply")
-    return Step(multiply, _SIGNATURE, numbers, (x, weight, out))
 
 
 @compiled_here

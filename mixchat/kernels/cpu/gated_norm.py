@@ -13,7 +13,7 @@ from mixchat.kernels.cpu.arithmetic import as_fp32, reduced, rounded, sigmoid, s
 from mixchat.kernels.cpu.compile import compiled_here
 from mixchat.kernels.cpu.convolution import silu
 from mixchat.kernels.cpu.emit import Function, Value, f32, vector
-from mixchat.kernels.cpu.program import Signature, Step, fp32_bits
+from mixchat.kernels.cpu.program import Signature, Step
 
 _FEW = 2**16  # numbers that one thread finishes before a second one has started
 _SIGNATURE = Signature("x", "gate", "weight", "out", "stride", "tokens", "heads", "width", "eps")
@@ -50,22 +50,20 @@ class GatedNorm:
 
     def step(self, x: torch.Tensor, gate: torch.Tensor, out: torch.Tensor) -> Step:
         """Return `__call__` as a step. x and out are contiguous. `gate` has rows of a matrix."""
-        width = self.width
-        numbers = _SIGNATURE.numbers(
-            x=x.data_ptr(),
-            gate=gate.data_ptr(),
-            weight=self.weight.data_ptr(),
-            out=out.data_ptr(),
+        compiled = _compiled(x.dtype == torch.bfloat16, self._gates_first)
+        return _SIGNATURE.step(
+            compiled.function("gated_norm"),
+            threads=1 if x.numel() <= _FEW else None,
+            x=x,
+            gate=gate,
+            weight=self.weight,
+            out=out,
             stride=gate.stride(0),
             tokens=x.shape[0],
-            heads=x.shape[1] // width,
-            width=width,
-            eps=fp32_bits(self.eps),
+            heads=x.shape[1] // self.width,
+            width=self.width,
+            eps=float(self.eps),
         )
-        compiled = _compiled(x.dtype == torch.bfloat16, self._gates_first)
-        threads = 1 if x.numel() <= _FEW else None
-        keeps = x, gate, self.weight, out
-        return Step(compiled.function("gated_norm"), _SIGNATURE, numbers, keeps, threads)
 
 
 @compiled_here

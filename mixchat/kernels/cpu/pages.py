@@ -126,10 +126,9 @@ def store(
 def store_step(shape: CacheShape, keys: torch.Tensor, values: torch.Tensor) -> Step:
     """Return `store` as a step. The address `pages` and `past` are still to be set."""
     tokens = keys.shape[0]
-    numbers = _SIGNATURE.numbers(keys=keys.data_ptr(), values=values.data_ptr(), tokens=tokens)
     function = _compiled(shape, keys.dtype == torch.bfloat16).function("store")
     threads = 1 if tokens == 1 else None
-    return Step(function, _SIGNATURE, numbers, (keys, values), threads)
+    return _SIGNATURE.step(function, threads, keys=keys, values=values, tokens=tokens)
 
 
 def group_part(args: Arguments, shape: CacheShape, token: Value, group: Value) -> Pointer:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,17 +20,7 @@ from mixchat.kernels.cpu.emit import Function, Pointer, Value, i32, i64, void
 from mixchat.kernels.cpu.threads import NativeFunction
 
 Numbers = ctypes.Array[ctypes.c_int64]  # the arguments of a kernel
-
-
-def copy_of(numbers: Numbers) -> Numbers:
-    """Return the same arguments in another array."""
-    return type(numbers).from_buffer_copy(numbers)
-
-
-def fp32_bits(number: float) -> int:
-    """Return the bits of a number in fp32, as a kernel's argument."""
-    bits: int = struct.unpack("i", struct.pack("f", number))[0]
-    return bits
+Argument: TypeAlias = int | float | torch.Tensor | None
 
 
 class Signature:
@@ -43,11 +33,18 @@ class Signature:
         self._indices = {name: index for index, name in enumerate(("next", *names))}
         self._array: type[Numbers] = ctypes.c_int64 * len(self._indices)
 
-    def numbers(self, **arguments: int) -> Numbers:
-        """Return an array with these arguments. The others are 0."""
-        array = self._array()
-        self.set(array, **arguments)
-        return array
+    def step(
+        self, function: NativeFunction, threads: int | None = None, **arguments: Argument
+    ) -> Step:
+        """Return a step with these arguments. It keeps tensors, and the other arguments are 0.
+
+        A number with a point is one of fp32. threads: that `Step.run` uses, None for all.
+        """
+        numbers = self._array()
+        for name, argument in arguments.items():
+            numbers[self._indices[name]] = _as_integer(argument)
+        keeps = [each for each in arguments.values() if isinstance(each, torch.Tensor)]
+        return Step(function, self, numbers, keeps, threads)
 
     def set(self, numbers: Numbers, **arguments: int) -> None:
         for name, number in arguments.items():
@@ -61,6 +58,15 @@ class Signature:
 
     def read_by(self, function: Function) -> Arguments:
         return Arguments(function, self._indices)
+
+
+def _as_integer(argument: Argument) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, float):
+        bits: int = struct.unpack("i", struct.pack("f", argument))[0]
+        return bits
+    return argument or 0
 
 
 class Arguments:
@@ -92,16 +98,17 @@ class Step:
     function: NativeFunction
     signature: Signature
     numbers: Numbers
-    keeps: tuple[torch.Tensor | None, ...]  # that the arguments point to
+    keeps: Sequence[torch.Tensor]  # that the arguments point to
     threads: int | None = None  # that `run` uses, None for all
 
     def run(self) -> None:
         self.function.run(self.numbers, self.threads or torch.get_num_threads())
         self.numbers[0] = 0
 
-    def copy(self) -> Step:
-        """Return the step with its own array of arguments, for the same tensors."""
-        return Step(self.function, self.signature, copy_of(self.numbers), self.keeps, self.threads)
+    def copy(self, function: NativeFunction | None = None) -> Step:
+        """Return the step, or that of another kernel, with its own array of the same arguments."""
+        numbers = type(self.numbers).from_buffer_copy(self.numbers)
+        return replace(self, function=function or self.function, numbers=numbers)
 
     def set(self, **arguments: int) -> None:
         self.signature.set(self.numbers, **arguments)
@@ -152,22 +159,24 @@ class Program:
         self._steps = [step for stage in stages for step in stage.steps]
         addresses = [(s.function.address, ctypes.addressof(s.numbers)) for s in self._steps]
         ends = _ends(stages)
-        self._tables = torch.tensor(addresses), torch.tensor(ends)
-        self._numbers = _SIGNATURE.numbers(
-            steps=self._tables[0].data_ptr(),
-            stages=self._tables[1].data_ptr(),
-            count=len(ends),
-            team_size=threads.team_size_function() or 0,
-            give_way=threads.give_way_function(),
-        )
+        self._walk: Step | None = None
+        if threads.team_size_function() is not None:
+            self._walk = _SIGNATURE.step(
+                _compiled().function("walk"),
+                steps=torch.tensor(addresses),
+                stages=torch.tensor(ends),
+                count=len(ends),
+                team_size=threads.team_size_function(),
+                give_way=threads.give_way_function(),
+            )
 
     def run(self) -> None:
-        if threads.team_size_function() is None:
+        if self._walk is None:
             for step in self._steps:
                 step.run()
             return
-        _SIGNATURE.set(self._numbers, done=0)
-        _compiled().function("walk").run(self._numbers, torch.get_num_threads())
+        self._walk.set(done=0)
+        self._walk.run()
 
 
 def _ends(stages: Sequence[Stage]) -> list[list[int]]:

@@ -26,7 +26,7 @@ import torch
 from mixchat.kernels.cpu.arithmetic import as_fp32
 from mixchat.kernels.cpu.compile import compiled_here, instruction_set
 from mixchat.kernels.cpu.emit import Function, Value, f32, i32, i64, vector
-from mixchat.kernels.cpu.program import Arguments, Step, copy_of
+from mixchat.kernels.cpu.program import Arguments, Step
 from mixchat.kernels.cpu.tile import (
     BLOCKS_AHEAD,
     CODES_AHEAD_BYTES,
@@ -158,8 +158,8 @@ class _RowProducts:
         codes, absmax, bias = matrix.addresses
         (x, scales, sums), (of_x, of_scales) = self._starts, self._sizes
         whole = self._multiply
-        numbers = copy_of(whole.numbers)
-        step = Step(whole.function, whole.signature, numbers, (*whole.keeps, out))
+        step = whole.copy()
+        step.keeps = *whole.keeps, out
         step.set(
             x_integers=x + row * of_x,
             x_scales=scales + row * of_scales,
@@ -213,13 +213,15 @@ def _steps(
     blocks = tokens * columns // block
     scratch = torch.empty(blocks * (8 + block * size) + decoded, dtype=torch.uint8)
     start = scratch.data_ptr()
-    numbers = SIGNATURE.numbers(
-        x=flat.data_ptr(),
-        x_rows=0 if x_rows is None else x_rows.data_ptr(),
-        x_integers=start,
+    compiled = _compiled(unit, bf16, matrix.bias is not None)
+    multiply = SIGNATURE.step(
+        compiled.function("multiply"),
+        x=flat,
+        x_rows=x_rows,
+        x_integers=scratch,
         x_scales=start + blocks * block * size,
         x_sums=start + blocks * (block * size + 4),
-        levels=0 if levels is None else levels.data_ptr(),
+        levels=levels,
         rows=rows,
         columns=columns,
         tokens=tokens,
@@ -228,13 +230,9 @@ def _steps(
         decoded=start + blocks * (8 + block * size),
         slots=torch.get_num_threads(),
     )
-    compiled = _compiled(unit, bf16, matrix.bias is not None)
-    round_x = compiled.function("round_x" if x_rows is None else "round_chosen")
-    keeps = flat, x_rows, levels, scratch
-    return (
-        Step(round_x, SIGNATURE, copy_of(numbers), keeps, threads=1 if tokens == 1 else None),
-        Step(compiled.function("multiply"), SIGNATURE, numbers, keeps),
-    )
+    round_x = multiply.copy(compiled.function("round_x" if x_rows is None else "round_chosen"))
+    round_x.threads = 1 if tokens == 1 else None
+    return round_x, multiply
 
 
 @compiled_here

@@ -17,7 +17,7 @@ from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.arithmetic import as_fp32, exponential, sigmoid
 from mixchat.kernels.cpu.compile import compiled_here
 from mixchat.kernels.cpu.emit import Function, Value, f32, i64, vector
-from mixchat.kernels.cpu.program import Signature, Step, copy_of, fp32_bits
+from mixchat.kernels.cpu.program import Signature, Step
 
 LEAST_SUM = 1e-20  # is added to a sum of scores, which may be 0
 _FEW = 4  # tokens that one thread finishes before a second one has started
@@ -150,34 +150,28 @@ class Router:
         tokens = experts.shape[0]
         count = self.gate.shape[0]
         logits, ranks = torch.empty(2, tokens, count)
-        correction = torch.zeros(count) if self.correction is None else self.correction
-        scales = torch.ones(count) if self.scales is None else self.scales
-        numbers = _SIGNATURE.numbers(
-            x=x.data_ptr(),
-            gate=self.gate.data_ptr(),
-            bias=0 if self.bias is None else self.bias.data_ptr(),
-            logits=logits.data_ptr(),
-            ranks=ranks.data_ptr(),
-            experts=experts.data_ptr(),
-            weights=weights.data_ptr(),
+        bf16 = x.dtype == torch.bfloat16, self.gate.dtype == torch.bfloat16
+        compiled = _compiled(*bf16, self.bias is not None, self._scores, self._limits)
+        score = _SIGNATURE.step(
+            compiled.function("score"),
+            threads=1 if tokens <= _FEW else None,
+            x=x,
+            gate=self.gate,
+            bias=self.bias,
+            logits=logits,
+            ranks=ranks,
+            experts=experts,
+            weights=weights,
             tokens=tokens,
             columns=x.shape[1],
             count=count,
             choices=self.choices,
             unchosen=0 if self.normalized else count,
-            correction=correction.data_ptr(),
-            scaling=fp32_bits(self.scaling),
-            scales=scales.data_ptr(),
+            correction=torch.zeros(count) if self.correction is None else self.correction,
+            scaling=float(self.scaling),
+            scales=torch.ones(count) if self.scales is None else self.scales,
         )
-        bf16 = x.dtype == torch.bfloat16, self.gate.dtype == torch.bfloat16
-        compiled = _compiled(*bf16, self.bias is not None, self._scores, self._limits)
-        keeps = (x, self.gate, self.bias, correction, scales, experts, weights, logits, ranks)
-        score, choose = (compiled.function(name) for name in ("score", "choose"))
-        threads = 1 if tokens <= _FEW else None
-        return (
-            Step(score, _SIGNATURE, numbers, keeps, threads),
-            Step(choose, _SIGNATURE, copy_of(numbers), keeps, threads),
-        )
+        return score, score.copy(compiled.function("choose"))
 
 
 @compiled_here

@@ -21,7 +21,7 @@ from mixchat.base.model_config import HiddenAct
 from mixchat.kernels.cpu.arithmetic import as_fp32, rounded, sigmoid, store_fp32
 from mixchat.kernels.cpu.compile import LANES, compiled_here, instruction_set
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i64, vector
-from mixchat.kernels.cpu.program import Signature, Step, fp32_bits
+from mixchat.kernels.cpu.program import Argument, Signature, Step
 
 _TWICE_ROOT = 1.5957691216057308  # 2 * sqrt(2 / pi)
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -81,11 +81,17 @@ def rms_norm_step(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.
 
     The numbers of a token follow one another in x and in `out`, which may be x.
     """
-    arguments = {"weight": weight.data_ptr(), "columns": x.shape[-1], "eps": fp32_bits(eps)}
-    arguments["out_stride"] = out.stride(0)
-    heads = x.shape[1] if x.dim() == 3 else 1
-    name = "rms_norm" if weight.dtype == x.dtype else "unrounded_rms_norm"
-    return _step(name, x, out, weight, **arguments, count=heads, stride=x.stride(0))
+    return _step(
+        "rms_norm" if weight.dtype == x.dtype else "unrounded_rms_norm",
+        x,
+        out,
+        weight=weight,
+        columns=x.shape[-1],
+        count=x.shape[1] if x.dim() == 3 else 1,
+        stride=x.stride(0),
+        out_stride=out.stride(0),
+        eps=float(eps),
+    )
 
 
 def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
@@ -96,7 +102,7 @@ def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
     parts = max(gcd(x.shape[-1], _PART * _MAX_PARTS) // _PART, 1)
     rows = x.contiguous().view(x.shape[0] * parts, -1)
     out = torch.empty_like(rows)
-    _step("softcap", rows, out, columns=rows.shape[-1], limit=fp32_bits(cap)).run()
+    _step("softcap", rows, out, columns=rows.shape[-1], limit=float(cap)).run()
     return out.view(x.shape)
 
 
@@ -125,9 +131,16 @@ def rotate_step(x: torch.Tensor, out: torch.Tensor, rotated: int) -> Step:
 
     The heads of `out` may be parts of longer rows.
     """
-    arguments = {"columns": x.shape[2], "count": x.shape[1], "stride": x.stride(0)}
-    arguments["out_stride"] = out.stride(1)
-    return _step("rotate", x, out, **arguments, rotated=rotated)
+    return _step(
+        "rotate",
+        x,
+        out,
+        columns=x.shape[2],
+        count=x.shape[1],
+        stride=x.stride(0),
+        out_stride=out.stride(1),
+        rotated=rotated,
+    )
 
 
 class RowKernel(Protocol):
@@ -176,8 +189,8 @@ class Swiglu:
         if self.limit is None:
             name = "swiglu" if self.act == "silu" else "geglu"
             return _step(name, gate_up, out, columns=out.shape[-1])
-        arguments = {"limit": fp32_bits(self.limit), "alpha": fp32_bits(self.alpha)}
-        return _step("limited_swiglu", gate_up, out, columns=out.shape[-1], **arguments)
+        numbers = {"limit": float(self.limit), "alpha": float(self.alpha)}
+        return _step("limited_swiglu", gate_up, out, columns=out.shape[-1], **numbers)
 
 
 @dataclass(frozen=True)
@@ -195,8 +208,7 @@ class Gating:
 
     def step(self, x: torch.Tensor, gate: torch.Tensor, out: torch.Tensor) -> Step:
         """Return `__call__` as a step. The numbers of a token's gate follow one another."""
-        arguments = {"columns": x.shape[-1], "stride": gate.stride(0)}
-        return _step("gate", x, out, gate, weight=gate.data_ptr(), **arguments)
+        return _step("gate", x, out, weight=gate, columns=x.shape[-1], stride=gate.stride(0))
 
 
 @dataclass(frozen=True)
@@ -218,7 +230,7 @@ class Addition:
         return x + addend
 
     def step(self, x: torch.Tensor, addend: torch.Tensor, out: torch.Tensor) -> Step:
-        return _step("add", x, out, addend, weight=addend.data_ptr(), columns=x.shape[-1])
+        return _step("add", x, out, weight=addend, columns=x.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -231,7 +243,7 @@ class Scaling:
         return x * self.factor
 
     def step(self, x: torch.Tensor, out: torch.Tensor) -> Step:
-        return _step("scale", x, out, columns=x.shape[-1], alpha=fp32_bits(self.factor))
+        return _step("scale", x, out, columns=x.shape[-1], alpha=float(self.factor))
 
 
 @dataclass(frozen=True)
@@ -244,7 +256,7 @@ class Clamping:
         return x.clamp(-self.limit, self.limit)
 
     def step(self, x: torch.Tensor, out: torch.Tensor) -> Step:
-        return _step("clamp", x, out, columns=x.shape[-1], limit=fp32_bits(self.limit))
+        return _step("clamp", x, out, columns=x.shape[-1], limit=float(self.limit))
 
 
 def weighted_sum(
@@ -270,24 +282,20 @@ def weighted_sum_step(
     """Return `weighted_sum` as a step, for contiguous tensors."""
     if places is None:
         places = torch.arange(weights.numel())
-    arguments = {"weight": weights.data_ptr(), "columns": x.shape[-1], "count": weights.shape[1]}
-    return _step("weighted_sum", x, out, weights, places, **arguments, places=places.data_ptr())
+    numbers = {"columns": x.shape[-1], "count": weights.shape[1]}
+    return _step("weighted_sum", x, out, weight=weights, places=places, **numbers)
 
 
 def copy_step(x: torch.Tensor, out: torch.Tensor) -> Step:
     """Return a step that copies rows x [T, D] to `out`. Both may be parts of longer rows."""
-    arguments = {"columns": x.shape[1], "stride": x.stride(0), "out_stride": out.stride(0)}
-    return _step("copy", x, out, **arguments)
+    columns = x.shape[1]
+    return _step("copy", x, out, columns=columns, stride=x.stride(0), out_stride=out.stride(0))
 
 
-def _step(
-    name: str, x: torch.Tensor, out: torch.Tensor, *operands: torch.Tensor, **arguments: int
-) -> Step:
+def _step(name: str, x: torch.Tensor, out: torch.Tensor, **arguments: Argument) -> Step:
     function = _compiled(out.dtype == torch.bfloat16).function(name)
-    addresses = {"x": x.data_ptr(), "out": out.data_ptr()}
-    numbers = _SIGNATURE.numbers(**addresses, tokens=out.shape[0], **arguments)
     threads = 1 if out.numel() <= _FEW else None
-    return Step(function, _SIGNATURE, numbers, (x, out, *operands), threads)
+    return _SIGNATURE.step(function, threads, x=x, out=out, tokens=out.shape[0], **arguments)
 
 
 @compiled_here

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from mixchat.kernels.cpu.compile import LANES, compiled_here, instruction_set
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i16, i32, i64, vector
-from mixchat.kernels.cpu.program import Signature, Step
+from mixchat.kernels.cpu.program import Signature
 from mixchat.kernels.cpu.trellis_units import FACTOR, RING, SUBSET_BITS, WINDOW
 
 _SIGNATURE = Signature("x", "weights", "levels", "codes", "chosen", "count")
@@ -56,12 +56,15 @@ def encode_trellis(
     padded = by_row[0].shape[1]
     codes = torch.empty(padded, 1 + planes, dtype=torch.int64)
     chosen = torch.empty(padded, RING)
-    levels = levels.contiguous()
-    tensors = (*by_row, levels, codes, chosen)
-    names = ("x", "weights", "levels", "codes", "chosen")
-    addresses = {name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)}
-    numbers = _SIGNATURE.numbers(**addresses, count=padded)
-    Step(_compiled(planes).function("encode"), _SIGNATURE, numbers, tensors).run()
+    _SIGNATURE.step(
+        _compiled(planes).function("encode"),
+        x=by_row[0],
+        weights=by_row[1],
+        levels=levels.contiguous(),
+        codes=codes,
+        chosen=chosen,
+        count=padded,
+    ).run()
     return codes[:count], chosen[:count]
 
 
