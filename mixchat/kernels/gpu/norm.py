@@ -98,9 +98,9 @@ def _add_norm(
             tl.store(finished, 0)
             every = tl.arange(0, BLOCK)
             # Other programs have stored these, and the first-level cache is each one's own.
-            numbers = tl.load(x + every, every < D, 0.0, cache_modifier=".cg")
+            all_numbers = tl.load(x + every, every < D, 0.0, cache_modifier=".cg")
             weights = tl.load(weight + every, every < D, 0.0)
-            tl.store(normed + every, normalized(numbers, weights, eps, D), every < D)
+            tl.store(normed + every, normalized(all_numbers, weights, eps, D), every < D)
 
 
 @triton.jit
