@@ -11,7 +11,7 @@ K = chosen experts, D = columns of x, I = columns between the matrices, E = expe
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,7 +20,7 @@ import triton.language as tl
 from mixchat.base.model_config import HiddenAct
 from mixchat.kernels.gpu import codes as coded
 from mixchat.kernels.gpu.launch import launch
-from mixchat.kernels.gpu.product import Form, Split, band_product, options, split
+from mixchat.kernels.gpu.product import Form, Split, band_product, constants, split
 
 _HALVES = 2  # of the first matrix: gate and up
 _THREADS_UP = 128  # for each of them
@@ -39,6 +39,11 @@ class ExpertMatrix(NamedTuple):
         """Return whether the kernels take this matrix."""
         places = (self.codes_at, self.absmax_at, self.bias_at or 0)
         return self.form.is_supported and all(place % 16 == 0 for place in places)
+
+    def constants(self, threads: int, *, halves: int = 1) -> dict[str, Any]:
+        """Return `constants` of the matrix, and its places."""
+        places = {"CODES_AT": self.codes_at, "ABSMAX_AT": self.absmax_at, "BIAS_AT": self.bias_at}
+        return places | constants(self.form, threads, halves=halves)
 
 
 class ExpertForm(NamedTuple):
@@ -84,7 +89,6 @@ def experts_up(
 
     selected: int32 [K]. addresses: int64 [E], of the blocks of experts, on a boundary of 16 bytes.
     """
-    part = form.gate_up
     matrix = form.gate_up.form
     inner = matrix.rows // 2
     if out is None:
@@ -92,24 +96,12 @@ def experts_up(
     launch(
         _experts_up,
         (-(-inner // matrix.tile.band), len(selected)),
-        x,
-        selected,
-        addresses,
-        x if levels.gate_up is None else levels.gate_up,
-        out,
-        CODES_AT=part.codes_at,
-        ABSMAX_AT=part.absmax_at,
-        BIAS_AT=part.bias_at,
+        *(x, selected, addresses, x if levels.gate_up is None else levels.gate_up, out),
         INNER=inner,
-        R=matrix.stored_rows,
-        C=matrix.columns,
         LIMIT=form.limit,
         ALPHA=form.alpha,
         GELU=form.act == "gelu_pytorch_tanh",
-        T=_THREADS_UP,
-        LANES=coded.lanes(),
-        TYPE=matrix.kernel_type,
-        **options(matrix, _HALVES * _THREADS_UP),
+        **form.gate_up.constants(_THREADS_UP, halves=_HALVES),
     )
     return out
 
@@ -128,7 +120,6 @@ def experts_down(
     They are partial sums fp32 [K * S, D] with the S of `ExpertForm.split`. gated: [K, I]. The
     other arguments are as in `experts_up`.
     """
-    part = form.down
     matrix = form.down.form
     parts = form.split(len(selected))
     if out is None:
@@ -136,23 +127,11 @@ def experts_down(
     launch(
         _experts_down,
         (-(-matrix.stored_rows // matrix.tile.band), parts.count, len(selected)),
-        gated,
-        selected,
-        weights,
-        addresses,
-        gated if levels.down is None else levels.down,
-        out,
-        CODES_AT=part.codes_at,
-        ABSMAX_AT=part.absmax_at,
-        BIAS_AT=part.bias_at,
+        *(gated, selected, weights, addresses),
+        *(gated if levels.down is None else levels.down, out),
         ROWS=matrix.rows,
-        R=matrix.stored_rows,
-        C=matrix.columns,
         PER=parts.blocks,
-        T=parts.threads,
-        LANES=coded.lanes(),
-        TYPE=matrix.kernel_type,
-        **options(matrix, parts.threads),
+        **form.down.constants(parts.threads),
     )
     return out
 

@@ -9,7 +9,7 @@ n = rows of x, R = rows of the matrix, S = splits of its columns, C = columns, T
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -97,15 +97,17 @@ def split(form: Form, products: int = 1) -> Split:
     return Split(threads, per, -(-blocks // per))
 
 
-def options(form: Form, threads: int, rows: int = 1) -> dict[str, int]:
-    """Return Triton's options for a program that multiplies so many rows of x.
+def constants(form: Form, threads: int, *, halves: int = 1, rows: int = 1) -> dict[str, Any]:
+    """Return the constants of each kernel that reads a matrix, and Triton's options.
 
-    Codes of 4 to 8 bits then leave registers for half of the threads of any card of NVIDIA, and no
-    number is in local memory, as `tests/kernels/gpu/assembly.py` shows.
+    threads: of a band of rows, and of each half of a program. rows: of x, in a program. Codes of 4
+    to 8 bits then leave registers for half of the threads of any card of NVIDIA, and no number is
+    in local memory, as `tests/kernels/gpu/assembly.py` shows.
     """
-    warps = {"num_warps": threads // coded.lanes()}
+    result = {"R": form.stored_rows, "C": form.columns, "T": threads, "TYPE": form.kernel_type}
+    result |= {"LANES": coded.lanes(), "num_warps": halves * threads // coded.lanes()}
     is_limited = 4 <= form.tile.bits <= 8 and rows == 1 and not gpu.is_amd()
-    return warps | {"maxnreg": _REGISTERS} if is_limited else warps
+    return result | {"maxnreg": _REGISTERS} if is_limited else result
 
 
 def product(x: torch.Tensor, matrix: Matrix, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -122,22 +124,12 @@ def product(x: torch.Tensor, matrix: Matrix, out: torch.Tensor | None = None) ->
     launch(
         _product,
         (bands, parts.count, -(-len(x) // at_once)),
-        x,
-        matrix.codes,
-        x if matrix.absmax is None else matrix.absmax,
-        x if matrix.levels is None else matrix.levels,
-        matrix.bias,
-        out,
-        len(x),
+        *(x, matrix.codes, x if matrix.absmax is None else matrix.absmax),
+        *(x if matrix.levels is None else matrix.levels, matrix.bias, out, len(x)),
         ROWS=form.rows,
-        R=form.stored_rows,
-        C=form.columns,
         N=at_once,
         PER=parts.blocks,
-        T=parts.threads,
-        LANES=coded.lanes(),
-        TYPE=form.kernel_type,
-        **options(form, parts.threads, at_once),
+        **constants(form, parts.threads, rows=at_once),
     )
     return out
 
@@ -162,13 +154,8 @@ def head_products(
         *(x, addresses, x if levels is None else levels, out),
         N=len(x),
         ROWS=form.rows,
-        R=form.stored_rows,
-        C=form.columns,
         STRIDE=out.stride(0),
-        T=threads,
-        LANES=coded.lanes(),
-        TYPE=form.kernel_type,
-        **options(form, threads),
+        **constants(form, threads),
     )
 
 
