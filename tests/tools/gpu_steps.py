@@ -214,7 +214,6 @@ def copies(trial: Trial) -> None:
 
 def memory(trial: Trial) -> None:
     """Answer with less and less free VRAM, and start with too little."""
-    import torch
 
     from mixchat.base import gpu
     from mixchat.base.options import LoadOptions, SamplingOptions
@@ -253,10 +252,9 @@ def memory(trial: Trial) -> None:
     for count in (8, 2) if trial.paper else (64, 32, 16, 8):
         gpu.release_unused(trial.device)
         leave = count * unit
-        size = max(gpu.free_memory(trial.device) - leave, 0)
-        blocker = torch.empty(size, dtype=torch.uint8, device=trial.device)
+        blockers = _taken_but(leave, unit, trial.device)
         ids = answer()
-        del blocker
+        del blockers
         result = "the same tokens" if ids == expected else "other tokens"
         told(f"with {leave / 2**20:.2f} MiB free, {result}")
         repeated += sum(passes) - computed
@@ -273,6 +271,27 @@ def memory(trial: Trial) -> None:
     errors = [line for line in lines if line.startswith("error:")]
     if not done.returncode or len(errors) != 1 or "Traceback" in done.stderr:
         raise SystemExit("too little memory is not told in one line")
+
+
+def _taken_but(leave: int, least: int, device: Any) -> list[Any]:
+    """Take a GPU's memory but for so many bytes, in pieces down to `least` bytes.
+
+    The driver's free bytes are no tensor's: torch rounds segments, and keeps parts of some.
+    """
+    import torch
+
+    from mixchat.base import gpu
+
+    left = torch.empty(leave, dtype=torch.uint8, device=device)
+    size = 1 << gpu.free_memory(device).bit_length()
+    pieces = []
+    while size >= least:
+        try:
+            pieces.append(torch.empty(size, dtype=torch.uint8, device=device))
+        except torch.OutOfMemoryError:
+            size //= 2
+    del left
+    return pieces
 
 
 # Speeds
