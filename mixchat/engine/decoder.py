@@ -16,7 +16,7 @@ from mixchat.engine.caches.sequence_cache import SequenceCache, TokenContext
 from mixchat.engine.layers.block import Block
 from mixchat.engine.layers.operations import Norm, Rows, UnsupportedOperationError
 from mixchat.engine.layers.program import ExpertWorks, TokenBuffers, Work, layer_works, span, staged
-from mixchat.engine.model import AfterLayer, Output
+from mixchat.engine.model import AfterLayer, OutputLayers
 from mixchat.experts.holder import LayerExperts
 from mixchat.kernels.cpu.program import Program, Stage, Step
 from mixchat.weights.format.blueprint import Blueprint
@@ -38,7 +38,7 @@ class Decoder:
         cache: SequenceCache,
         hidden_size: int,
         dtype: torch.dtype,
-        output: Output | None = None,
+        output: OutputLayers | None = None,
     ) -> None:
         self._blocks = blocks
         self._cache = cache
@@ -66,7 +66,7 @@ class _BatchDecoder:
     """Computes the next tokens of as many caches as there are buffers for."""
 
     def __init__(
-        self, blocks: Sequence[Block], buffers: TokenBuffers, output: Output | None
+        self, blocks: Sequence[Block], buffers: TokenBuffers, output: OutputLayers | None
     ) -> None:
         self._buffers = buffers
         self._runner = blocks[-1].experts.runner
@@ -149,7 +149,7 @@ def new_decoder(
     blocks: Sequence[Block],
     cache: SequenceCache,
     used: Blueprint,
-    output: Output | None = None,
+    output: OutputLayers | None = None,
 ) -> Decoder | None:
     """Return the decoder of a model that computes `used`, or None if kernels cannot do it."""
     experts = (matrix for form in used.expert_forms for matrix in (form.gate_up, form.down))
@@ -199,7 +199,7 @@ class _Layer:
 class _Head:
     """The norm and the head, as stages if the head is packed."""
 
-    def __init__(self, output: Output, buffers: TokenBuffers) -> None:
+    def __init__(self, output: OutputLayers, buffers: TokenBuffers) -> None:
         self._output = output
         self._x = buffers.x
         self.stages: list[Stage] = []

@@ -28,7 +28,7 @@ from mixchat.engine.caches.state_cache import StateCache
 from mixchat.engine.layers.block import Block
 from mixchat.engine.layers.graph import GraphWriter, Kernels, LayerMemory, TokenTensors
 from mixchat.engine.layers.operations import Norm, UnsupportedOperationError
-from mixchat.engine.model import AfterLayer, Output, Transformer
+from mixchat.engine.model import AfterLayer, OutputLayers, Transformer
 from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.kernels.gpu.product import product, split
 from mixchat.weights.format.blueprint import Blueprint
@@ -49,7 +49,7 @@ class GpuDecoder:
         used: Blueprint,
         blocks: Sequence[Block],
         caches: Sequence[SequenceCache],
-        output: Output,
+        output: OutputLayers,
         experts: GpuExperts,
     ) -> None:
         self._experts = experts
@@ -111,7 +111,7 @@ class _Section:
         self,
         used: Blueprint,
         blocks: dict[int, Block],
-        output: Output | None,
+        output: OutputLayers | None,
         caches: Sequence[SequenceCache],
         experts: GpuExperts,
     ) -> None:
@@ -127,13 +127,13 @@ class _Section:
             self._forms = {number: self._forms_of(number) for number in blocks}
             config = used.config
             outputs = max(map(self._count_outputs, blocks))
-            # The places of each layer's addresses, two for each tensor of its state.
+            # The indices of each layer's addresses, two for each tensor of its state.
             counts = [2 * len(state_shapes(config, number)) for number in blocks]
             ends = [*accumulate(counts, initial=1)]
             self._addresses = dict(zip(blocks, starmap(slice, pairwise(ends)), strict=True))
             shape = used.quantization.dtype, outputs, len(self._sparse), ends[-1]
             self._tokens = TokenTensors.new(config, *shape, self.device)
-            self._sources = self._told_tensors()
+            self._sources = self._shared_with_host()
             self._host = _locked_copies(self._sources, self.device)
             self._graphs = {id(cache): self._capture(cache) for cache in caches}
 
@@ -147,17 +147,17 @@ class _Section:
         tokens = self._tokens
         graphs = self._graphs[id(cache)]
         tokens.x.copy_(x[0], non_blocking=True)
-        self._set_place(cache)
+        self._set_sequence(cache)
         if self._experts.holds_all(self.device):
             graphs.whole.replay()
         else:
-            for place, (up_to_router, own) in enumerate(graphs.layers):
+            for index, (up_to_router, own) in enumerate(graphs.layers):
                 up_to_router.replay()
                 self._reached.record()
                 own.replay()
                 self._reached.synchronize()
-                self._add_missing(place)
-                after_layer(self._sparse[place])
+                self._add_missing(index)
+                after_layer(self._sparse[index])
             graphs.last.replay()
         self._reached.record()
         self._reached.synchronize()
@@ -166,26 +166,29 @@ class _Section:
             return tokens.x[None]
         return self._output.capped(self._host["logits"].sum(0))
 
-    def _set_place(self, cache: SequenceCache) -> None:
+    def _set_sequence(self, cache: SequenceCache) -> None:
         """Let all kernels compute the next token of this cache."""
-        place = [cache.length]
+        numbers = [cache.length]
         for number in self._blocks:
             layer = cache.layers[number]
             if isinstance(layer, StateCache):
                 for _, before, after in layer.segments(1):
                     for name in before:
-                        place += before[name].data_ptr(), after[name].data_ptr()
+                        numbers += before[name].data_ptr(), after[name].data_ptr()
         # The GPU has read what was there, since the host has waited for each token.
-        self._host["place"].copy_(torch.tensor(place))
-        self._tokens.place.copy_(self._host["place"], non_blocking=True)
+        self._host["sequence"].copy_(torch.tensor(numbers))
+        self._tokens.sequence.copy_(self._host["sequence"], non_blocking=True)
 
-    def _add_missing(self, place: int) -> None:
-        """Let the CPU compute a layer's experts that the GPU does not hold, and add their part."""
+    def _add_missing(self, index: int) -> None:
+        """Let the CPU compute a layer's experts that the GPU does not hold, and add their part.
+
+        index: of the layer among those with experts.
+        """
         host = self._host
-        layer = self._blocks[self._sparse[place]].experts.layer
-        chosen = host["selected"][place].tolist()
+        layer = self._blocks[self._sparse[index]].experts.layer
+        chosen = host["selected"][index].tolist()
         if missing := self._experts.missing(layer, chosen):
-            experts = [chosen[index] for index in missing]
+            experts = [chosen[choice] for choice in missing]
             weights = host["weights"][missing]
             row = self._experts.row_on_host(layer, host["normed"], experts, weights)
             host["row"].copy_(row)
@@ -207,27 +210,27 @@ class _Section:
         choices = {"experts": self._used.config.num_experts_per_tok, "mlp": 1}
         return sum(form.sums(choices[part]) for part, form in self._forms[number].items())
 
-    def _told_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that the host reads, and the row and the place that it writes."""
+    def _shared_with_host(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that the host reads, and the row and the numbers that it writes."""
         tokens = self._tokens
-        told = {
+        shared = {
             "selected": tokens.selected,
             "weights": tokens.weights,
             "normed": tokens.normed,
             "row": tokens.outputs[0],
-            "place": tokens.place,
+            "sequence": tokens.sequence,
         }
         if self._output is not None:
             if not isinstance(self._output.head, GpuLinear):
                 raise UnsupportedOperationError("a head that no kernel takes")
             head = self._output.head.matrix.form
             shape = split(head).count, 1, head.rows
-            told["logits"] = tokens.tensor("logits", *shape, dtype=torch.float32)
-        return told
+            shared["logits"] = tokens.tensor("logits", *shape, dtype=torch.float32)
+        return shared
 
     def _capture(self, cache: SequenceCache) -> _Graphs:
         """Capture the graphs for a cache, which is empty."""
-        self._set_place(cache)
+        self._set_sequence(cache)
         self._reached.record()
         self._reached.synchronize()
         *layers, (last, _) = self._kernels(cache, with_host=False)
@@ -240,7 +243,7 @@ class _Section:
             if block.is_dense:
                 pending += own
                 continue
-            pending += [self._telling(name) for name in ("selected", "weights", "normed")]
+            pending += [self._copy_to_host(name) for name in ("selected", "weights", "normed")]
             # The host's part of the layer before is none of this layer's.
             graphs.append(
                 (self._graph(pending), self._graph([self._tokens.outputs[0].zero_, *own]))
@@ -262,7 +265,7 @@ class _Section:
             memory = LayerMemory(
                 tokens,
                 cache.layers[number],
-                tokens.place[self._addresses[number]],
+                tokens.sequence[self._addresses[number]],
                 self._forms[number].get("experts"),
                 self._forms[number].get("mlp"),
                 tokens.selected[0 if block.is_dense else self._sparse.index(number)],
@@ -280,14 +283,14 @@ class _Section:
         assert isinstance(norm, Norm)
         if output is not None:
             norm = replace(norm, norm=output.norm)
-        kernels = [*writer.last(norm, memory), self._telling("selected")]
+        kernels = [*writer.last(norm, memory), self._copy_to_host("selected")]
         if output is not None:
             head = as_gpu(output.head).matrix
             kernels.append(partial(product, tokens.normed[None], head, self._sources["logits"]))
-            kernels.append(self._telling("logits"))
+            kernels.append(self._copy_to_host("logits"))
         return kernels
 
-    def _telling(self, name: str) -> Callable[[], object]:
+    def _copy_to_host(self, name: str) -> Callable[[], object]:
         """Return the copy of a tensor to the host."""
         return partial(self._host[name].copy_, self._sources[name], non_blocking=True)
 

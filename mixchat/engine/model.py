@@ -26,7 +26,7 @@ AfterLayer = Callable[[int], object]
 Embedding = Callable[[torch.Tensor], torch.Tensor]  # from ids [T], on the CPU, to rows [T, D]
 
 
-class Output(NamedTuple):
+class OutputLayers(NamedTuple):
     """The norm and the head after the layers, and the cap of the logits."""
 
     norm: RMSNorm
@@ -68,7 +68,7 @@ class Transformer:
         self.config = config
         self._embedding = embedding
         self.blocks = blocks
-        self.output = Output(norm, head, config.final_logit_softcapping)
+        self.output = OutputLayers(norm, head, config.final_logit_softcapping)
         self._decoder: SingleTokenDecoder | None = None
         self._record: Record | None = None
 
@@ -82,7 +82,7 @@ class Transformer:
         """Return whether decoding gives other bits, and faster, than a pass with prompts."""
         return self._decoder is not None and gpu.is_gpu(self.device)
 
-    def decode_by(self, decoder: SingleTokenDecoder | None) -> None:
+    def set_decoder(self, decoder: SingleTokenDecoder | None) -> None:
         self._decoder = decoder
 
     def record_inputs(self, record: Record) -> None:

@@ -110,9 +110,9 @@ def build_engine(
             # Triton is imported only if a GPU computes.
             from mixchat.engine.gpu_decoder import new_gpu_decoder
 
-            model.decode_by(new_gpu_decoder(blueprint, model, caches, runner))
+            model.set_decoder(new_gpu_decoder(blueprint, model, caches, runner))
         else:
-            model.decode_by(new_decoder(model.blocks, caches[0], blueprint, model.output))
+            model.set_decoder(new_decoder(model.blocks, caches[0], blueprint, model.output))
         # Experts are loaded while a person types. Otherwise the first prompt waits for the disk.
         experts.fill([ExpertKey(layer, expert) for layer in layers for expert in each])
         directory = installed.directory

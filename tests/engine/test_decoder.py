@@ -59,7 +59,7 @@ def load(directory: Path, slots: int | None = None, **options: Any) -> Engine:
 
 
 def without_programs(engine: Engine) -> Engine:
-    engine.passes.model.decode_by(None)
+    engine.passes.model.set_decoder(None)
     return engine
 
 

@@ -39,23 +39,23 @@ _MIXERS: dict[MixerType, Callable[[LayerTensors, Rows, Rows], list[Operation]]] 
 class Block:
     """A layer as a list of operations, from "x" [T, D] to "x".
 
-    experts: the place in the list of the operation `Experts`, None in a layer without. Dense layers
+    experts_index: of the operation `Experts` in the list, None in a layer without. Dense layers
     come before those with experts.
     """
 
     operations: Sequence[Operation]
     device: torch.device
-    experts_place: int | None
+    experts_index: int | None
 
     @property
     def is_dense(self) -> bool:
-        return self.experts_place is None
+        return self.experts_index is None
 
     @property
     def experts(self) -> Experts:
         """Return the operation of a layer that has experts."""
-        assert self.experts_place is not None
-        operation = self.operations[self.experts_place]
+        assert self.experts_index is not None
+        operation = self.operations[self.experts_index]
         assert isinstance(operation, Experts)
         return operation
 
@@ -123,8 +123,8 @@ def describe(
             # Both outputs are added first, as in transformers: sums in bf16 depend on the order.
             operations.append(_add(added, dense))
         operations.append(_add(x, added if experts else dense))
-    places = (place for place, each in enumerate(operations) if isinstance(each, Experts))
-    return Block(operations, before_mixer.weight.device, next(places, None))
+    indices = (n for n, each in enumerate(operations) if isinstance(each, Experts))
+    return Block(operations, before_mixer.weight.device, next(indices, None))
 
 
 def _add(x: Rows, addend: Rows) -> Apply:

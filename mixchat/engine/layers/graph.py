@@ -47,7 +47,7 @@ _FP32 = torch.float32
 class TokenTensors:
     """The tensors that the layers of a GPU share.
 
-    x, normed: the token's row [D]. place: int64, the tokens before it, and then the addresses of
+    x, normed: the token's row [D]. sequence: int64, the tokens before it, and then the addresses of
     states before and after it. outputs: of a layer's experts and dense part, fp32 [1 + P, D], which
     the next norm adds to x. The first row is the host's part. selected: int32 [L, K]. weights: fp32
     [K]. finished: counts programs, int32 [1], and is 0 between kernels. scratch: fp32, for the
@@ -56,7 +56,7 @@ class TokenTensors:
 
     x: torch.Tensor
     normed: torch.Tensor
-    place: torch.Tensor
+    sequence: torch.Tensor
     outputs: torch.Tensor
     selected: torch.Tensor
     weights: torch.Tensor
@@ -73,12 +73,12 @@ class TokenTensors:
         dtype: torch.dtype,
         outputs: int,
         layers: int,
-        places: int,
+        numbers: int,
         device: torch.device,
     ) -> TokenTensors:
         """Return tensors of zeros.
 
-        outputs: P of the layer with most outputs. layers: L. places: numbers in `place`.
+        outputs: P of the layer with most outputs. layers: L. numbers: in `sequence`.
         """
         zeros = partial(torch.zeros, device=device)
         size = config.hidden_size
@@ -86,7 +86,7 @@ class TokenTensors:
         tensors = cls(
             x=zeros(size, dtype=dtype),
             normed=zeros(size, dtype=dtype),
-            place=zeros(places, dtype=torch.int64),
+            sequence=zeros(numbers, dtype=torch.int64),
             outputs=zeros(1 + outputs, size, dtype=_FP32),
             selected=zeros(layers, choices, dtype=torch.int32),
             weights=zeros(choices, dtype=_FP32),
@@ -100,7 +100,7 @@ class TokenTensors:
     @property
     def past(self) -> torch.Tensor:
         """Return the tokens before the token, int32 [1]."""
-        return self.place[:1].view(torch.int32)[:1]
+        return self.sequence[:1].view(torch.int32)[:1]
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return a tensor that a layer's kernels hand on, in the type of x by default."""
@@ -198,11 +198,11 @@ def _with_early_experts(operations: Sequence[Operation]) -> list[Operation]:
     """Put experts before a dense part that they do not need. The host waits for their router."""
     result: list[Operation] = []
     for operation in operations:
-        place = len(result)
+        index = len(result)
         if isinstance(operation, (ops.Route, ops.Experts)):
-            while place and not result[place - 1].precedes(operation):
-                place -= 1
-        result.insert(place, operation)
+            while index and not result[index - 1].precedes(operation):
+                index -= 1
+        result.insert(index, operation)
     return result
 
 
@@ -248,9 +248,10 @@ def _taken(
     taken: list[Any] = []
     for each in types:
         if isinstance(each, list):
-            several = [*takewhile(lambda operation: _type(operation) in each, operations)]  # noqa: B023
-            taken.append(several)
-            operations = operations[len(several) :]
+            others = (n for n, operation in enumerate(operations) if _type(operation) not in each)
+            end = next(others, len(operations))
+            taken.append(operations[:end])
+            operations = operations[end:]
         elif operations and _type(operations[0]) is each:
             taken.append(operations[0])
             operations = operations[1:]
