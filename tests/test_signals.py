@@ -155,6 +155,7 @@ except KeyboardInterrupt:
         *((STUCK, number, "") for number in interrupts.ENDING),
         *((SWALLOWING, number, "") for number in (signal.SIGTERM, signal.SIGINT)),
     ],
+    ids=["saving", "cleaning up", *["stuck"] * len(interrupts.ENDING), *["swallowing"] * 2],
 )
 def test_a_signal_ends_a_process_whatever_it_does_after_what_has_to_be_finished(
     code, number, printed

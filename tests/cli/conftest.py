@@ -2,14 +2,18 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import fake_mixchat
 import pytest
 from command_line import FAKE, Done
+from fake_hub import FakeHub
 from plan_tools import GB, SPEEDS
+from tiny_tokenizer import write_tokenizer
 
 from mixchat.base.progress import progress_bar
 
@@ -24,6 +28,20 @@ def environment(tmp_path):
     dropped = ("MIXCHAT_", "PYTHONUNBUFFERED")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     return kept | {key: str(tmp_path / place) for key, place in PLACES.items()}
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    """A whole checkpoint, with a tokenizer and a template, that a test may change."""
+    return write_tokenizer(Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")))
+
+
+@pytest.fixture
+def fake(cache, checkpoint, monkeypatch):
+    """A hub with that checkpoint."""
+    with FakeHub({path.name: path.read_bytes() for path in checkpoint.iterdir()}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        yield hub
 
 
 @pytest.fixture

@@ -110,20 +110,6 @@ def test_json_has_thinking_apart_from_the_answer(mixchat):
     assert found["usage"]["generated_tokens"] == len("<think>Hm.</think>Yes") + 1
 
 
-def test_an_answer_cut_off_while_the_model_thinks_says_so(mixchat):
-    done = mixchat("run", "-n", "9", "Hi", **THOUGHT)
-    assert (done.returncode, done.stdout) == (0, b"\n")
-    assert done.stderr == (
-        b"note: cut off after 9 tokens while the model was thinking; -n N allows more\n"
-    )
-
-
-def test_thinking_without_an_answer_is_said(mixchat):
-    done = mixchat("run", "Hi", **script("<think>Hm."), THINKING="tags")
-    assert (done.returncode, done.stdout) == (0, b"\n")
-    assert done.stderr == b"note: the model thought, but ended without an answer\n"
-
-
 @pytest.mark.parametrize(
     ("flags", "shown", "left"),
     [

@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+from care_tools import flip
 from tiny_tokenizer import write_tokenizer
 
 from mixchat.base.safetensors import SafetensorsFile, tensor_bytes, tensor_sha256
@@ -58,12 +60,6 @@ def text(tmp_path):
 
 def contents(directory, names=EXPERTS):
     return [(directory / name).read_bytes() for name in names]
-
-
-def flip(path, place, bits=1):
-    data = bytearray(path.read_bytes())
-    data[place] ^= bits
-    path.write_bytes(data)
 
 
 def lines_of(done):
@@ -210,15 +206,6 @@ def tensors_of(directory):
         return {spec.name: bytes(tensor_bytes(file.read(spec.name))) for spec in file.header.specs}
 
 
-def test_download_can_calibrate_and_the_same_command_finds_it_done(run, checkpoint, text):
-    command = ("download", str(checkpoint), "--name", "new")
-    run(*command, "--calibrate-text", text)
-    assert "scales             calibrated\n" in run("show", "new").out
-    again = run(*command, "--calibrate-text", text)
-    assert not any("calibrating" in line for line in lines_of(again))
-    run(*command)
-
-
 def test_a_download_cut_off_while_it_calibrates_is_resumed_by_the_same_command(
     run, cut_off, checkpoint, installed, text
 ):
@@ -229,6 +216,8 @@ def test_a_download_cut_off_while_it_calibrates_is_resumed_by_the_same_command(
     assert read_manifest(installed).quantization["scales"] == "search"
     run(*command)
     assert read_manifest(installed).quantization["scales"] == "calibrated"
+    for again in (command, command[:-2]):
+        assert not any("calibrating" in line for line in lines_of(run(*again)))
 
 
 @pytest.mark.parametrize(
@@ -272,50 +261,49 @@ def test_without_weights_to_round_there_is_nothing_to_calibrate(run, checkpoint,
     assert "no experts in 3 or 4 bits" in lines_of(done)[0]
 
 
-def change_tensor(checkpoint, name):
-    """Flip the sign of one weight of a tensor."""
-    path = checkpoint / "model.safetensors"
-    with SafetensorsFile(path) as file:
-        start = file.header.start(name)
-    flip(path, start + 3, 0x80)
-
-
-W2 = "model.layers.{}.block_sparse_moe.experts.{}.w2.weight"
-
-
 def test_the_manifest_has_the_hash_of_each_tensor_that_was_read(installed, checkpoint):
     with SafetensorsFile(checkpoint / "model.safetensors") as file:
         expected = {spec.name: tensor_sha256(file.read(spec.name)) for spec in file.header.specs}
     assert read_manifest(installed).checkpoint == expected
 
 
-def test_a_checkpoint_with_another_config_is_refused(run, installed, checkpoint, text):
-    """One with another rope_theta was accepted."""
-    before = contents(installed)
+def change_config(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] *= 2
     (checkpoint / "config.json").write_text(json.dumps(config))
-    done = run("calibrate", "mine", "--calibrate-text", text, code=6)
-    assert "config.json is not what the model was made of" in lines_of(done)[0]
-    assert contents(installed) == before
-    assert not (workspace(installed) / INPUTS_DIR).exists()
 
 
-@pytest.mark.parametrize(("layer", "expert"), [(0, 0), (1, 3)])
-def test_a_checkpoint_with_another_tensor_is_refused(
-    run, installed, checkpoint, text, layer, expert
+def change_tensor(checkpoint, layer, expert):
+    """Change one weight of an expert."""
+    path = checkpoint / "model.safetensors"
+    with SafetensorsFile(path) as file:
+        name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"
+        start = file.header.start(name)
+    flip(path, start + 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", change_config),
+        ("model.safetensors", partial(change_tensor, layer=0, expert=0)),
+        ("model.safetensors", partial(change_tensor, layer=1, expert=3)),
+    ],
+    ids=["config", "first expert", "last expert"],
+)
+def test_a_checkpoint_that_changed_is_refused_until_it_is_as_before(
+    run, installed, checkpoint, text, name, change
 ):
     """It was accepted, and after a kill one model had layers of two checkpoints."""
-    before = contents(installed)
-    whole = (checkpoint / "model.safetensors").read_bytes()
-    change_tensor(checkpoint, W2.format(layer, expert))
+    before, whole = contents(installed), (checkpoint / name).read_bytes()
+    change(checkpoint)
     done = run("calibrate", "mine", "--calibrate-text", text, code=6)
     error = next(line for line in lines_of(done) if line.startswith("error: "))
-    assert "model.safetensors is not what" in error
+    assert f"{name} is not what" in error
     assert contents(installed) == before
     run("verify", "mine")
     run("calibrate", "mine", code=6)
-    (checkpoint / "model.safetensors").write_bytes(whole)
+    (checkpoint / name).write_bytes(whole)
     run("calibrate", "mine", "--calibrate-text", text)
 
 

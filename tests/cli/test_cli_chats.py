@@ -5,11 +5,11 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from chat_files import chat_of
 from command_line import FAKE, loaded_by
 from terminal import Terminal
 
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.chat.saved.saved_chat import SavedChat
 from mixchat.text.messages import Message
 
 BEGAN = datetime(2026, 11, 25, 16, 30, tzinfo=timezone.utc)
@@ -26,7 +26,7 @@ def keep(store):
     def write(id, question, answer="Yes.", *, hours=0, model="instruct", name=None):
         used = BEGAN + timedelta(hours=hours)
         talk = (Message("user", question), Message("assistant", answer))
-        store.save(SavedChat(id, name, model, "c0ffee", BEGAN, used, None, {}, talk))
+        store.save(chat_of(id, talk, name=name, model=model, created=BEGAN, updated=used))
 
     return write
 

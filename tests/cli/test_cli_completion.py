@@ -4,16 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
+from chat_files import chat_of
 from command_line import PRINT_MODULES
 
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.chat.saved.saved_chat import SavedChat
 from mixchat.install.known_models import KNOWN
-from mixchat.text.messages import Message
 
 HEAVY = {"torch", "rich", "huggingface_hub", "numpy"}
 BASH = """
@@ -76,20 +74,7 @@ def chats(tmp_path):
     """Two chats with names, one of which a shell would act on, and one without."""
     store = ChatStore(tmp_path / "home" / "chats")
     for tail, name in (("aaa", "Holidays"), ("bbb", "$(touch x) `y`; z"), ("ccc", None)):
-        began = datetime(2026, 11, 25, tzinfo=timezone.utc)
-        store.save(
-            SavedChat(
-                f"20261125-0000-{tail}",
-                name,
-                "demo",
-                "x",
-                began,
-                began,
-                None,
-                {},
-                (Message("user", "Hi"),),
-            )
-        )
+        store.save(chat_of(f"20261125-0000-{tail}", name=name))
 
 
 def test_bash_completes_chats_by_name_and_by_id(bash, chats):

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from fake_hub import REPO, FakeHub
+from care_tools import flip
+from fake_hub import REPO
 from tiny_tokenizer import write_tokenizer
+from weight_tools import files_of
 
 from mixchat.base.safetensors import SafetensorsFile
 
@@ -36,13 +38,6 @@ def checkpoint(request, make_checkpoint):
 
 
 @pytest.fixture
-def fake(cache, checkpoint, monkeypatch):
-    with FakeHub({path.name: path.read_bytes() for path in checkpoint.iterdir()}) as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        yield hub
-
-
-@pytest.fixture
 def installed(run, fake, environment):
     run("download", REPO, "--name", "mine")
     return Path(environment["MIXCHAT_HOME"]) / "models" / "mine"
@@ -59,16 +54,9 @@ def ask(run, installed):
     return ask
 
 
-def flip(path, tensor):
+def flip_tensor(path, tensor):
     with SafetensorsFile(path) as file:
-        start = file.header.start(tensor)
-    data = bytearray(path.read_bytes())
-    data[start] ^= 4
-    path.write_bytes(data)
-
-
-def contents(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+        flip(path, file.header.start(tensor))
 
 
 def test_it_is_downloaded_shown_measured_and_removed(run, checkpoint, installed, ask, known_limits):
@@ -86,25 +74,25 @@ def test_it_is_downloaded_shown_measured_and_removed(run, checkpoint, installed,
 
 
 def test_flipped_bits_are_found_and_mended(run, installed):
-    whole = contents(installed)
-    flip(installed / "experts-001.safetensors", "2.w2.codes")
-    flip(installed / "shared.safetensors", "model.layers.0.self_attn.qkv_proj.codes")
+    whole = files_of(installed)
+    flip_tensor(installed / "experts-001.safetensors", "2.w2.codes")
+    flip_tensor(installed / "shared.safetensors", "model.layers.0.self_attn.qkv_proj.codes")
     found = run("verify", "mine", code=6).out
     assert found.count("damaged: ") == 2
     assert "experts-001.safetensors: 2.w2.codes" in found
     run("repair", "mine")
     run("verify", "mine")
-    assert contents(installed) == whole
+    assert files_of(installed) == whole
 
 
 def test_experts_are_calibrated_unless_they_came_in_4_bits(run, checkpoint, installed, ask):
-    whole = contents(installed)
+    whole = files_of(installed)
     if "quantization_config" in json.loads((checkpoint / "config.json").read_text()):
         assert "mxfp4" in run("calibrate", "mine", code=2).said
-        assert contents(installed) == whole
+        assert files_of(installed) == whole
         return
     assert "mine is calibrated" in run("calibrate", "mine").said
-    changed = {name for name, content in contents(installed).items() if content != whole[name]}
+    changed = {name for name, content in files_of(installed).items() if content != whole[name]}
     assert changed == {"experts-000.safetensors", "experts-001.safetensors", *MANIFESTS}
     run("verify", "mine")
     assert ask()["ids"]

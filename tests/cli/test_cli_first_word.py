@@ -54,13 +54,7 @@ def test_a_directory_that_is_a_model_counts(mixchat, tiny_model):
     assert f"did you mean -m {tiny_model}?" in done.stderr.decode()
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("instruct", 93),
-        ("gpt-oss", 14),
-    ],
-)
+@pytest.mark.parametrize(("name", "size"), [("instruct", 93), ("gpt-oss", 14)])
 def test_a_fresh_machine_is_told_what_mixtral_takes_and_what_else_there_is(mixchat, name, size):
     """Before 93 GB are fetched, somebody should hear of that, of `plan`, and of the demo."""
     done = mixchat("run", "-m", name, "hi", fake=False)

@@ -7,7 +7,8 @@ import gguf_files
 import pytest
 from fake_hub import REPO, FakeHub
 from plan_tools import SPEEDS
-from test_cli_families import contents, flip
+from test_cli_families import flip_tensor
+from weight_tools import files_of
 
 from mixchat.planning import measuring
 
@@ -28,13 +29,7 @@ def hub(cache, file, monkeypatch):
         yield hub
 
 
-def test_a_kind_on_the_hub_is_planned_installed_and_asked(
-    run,
-    hub,
-    file,
-    environment,
-    monkeypatch,
-):
+def test_a_kind_on_the_hub_is_planned_installed_and_asked(run, hub, file, environment, monkeypatch):
     monkeypatch.setattr(measuring, "take_speeds", lambda *given: SPEEDS)
     said = run("download", REPO, code=2).said
     assert "has several models in GGUF" in said
@@ -44,24 +39,19 @@ def test_a_kind_on_the_hub_is_planned_installed_and_asked(
     assert json.loads(run("plan", NAME, "--json", "--device", "cpu").out)["kept_bytes"]
     run("download", NAME, "--name", "mine")
     installed = Path(environment["MIXCHAT_HOME"]) / "models" / "mine"
-    whole = contents(installed)
+    whole = files_of(installed)
     question = ("run", "Hi", "-m", "mine", "--temp", "0", "--json", "--device", "cpu", "-n", "8")
     assert json.loads(run(*question).out)["ids"]
-    flip(installed / "experts-001.safetensors", "2.w2.codes")
+    flip_tensor(installed / "experts-001.safetensors", "2.w2.codes")
     (installed / "tokenizer.json").write_text("damaged")
     run("repair", "mine")
-    assert contents(installed) == whole
+    assert files_of(installed) == whole
     assert "mine is calibrated" in run("calibrate", "mine").said
     run("verify", "mine")
 
 
 @pytest.mark.parametrize("place", ["file", "directory"])
-def test_a_file_and_its_directory_give_the_same_model(
-    run,
-    file,
-    environment,
-    place,
-):
+def test_a_file_and_its_directory_give_the_same_model(run, file, environment, place):
     source = file if place == "file" else file.parent
     run("download", source, "--name", "mine")
     shown = json.loads(run("show", "mine", "--json").out)

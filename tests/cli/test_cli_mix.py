@@ -81,15 +81,3 @@ def test_two_bits_give_all_layers_one_type_and_are_always_calibrated(run, checkp
     assert quantization["scales"] == "calibrated"
     assert not blueprint_of(models / "mine").layers
     run("run", "-m", "mine", "-n", "3", "hello")
-
-
-@pytest.mark.parametrize(
-    ("bits", "said"),
-    [("1.5", "the experts take at least"), ("100MB", "the experts take at least")],
-)
-def test_bits_that_no_type_has_are_refused_before_anything_is_made(
-    run, checkpoint, models, bits, said
-):
-    refused = run("download", str(checkpoint), "--name", "mine", "--expert-bits", bits, code=2)
-    assert said in lines_of(refused)[0]
-    assert not (models / "mine" / "mixchat.json").exists()

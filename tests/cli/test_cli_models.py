@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from mixchat.base.errors import ModelNotFoundError
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.face.load import find_or_build
 from mixchat.install.models import DEMO_ABOUT
@@ -158,11 +157,3 @@ def test_run_builds_the_demo_model_by_itself_with_quiet_without_a_word(
     assert find_or_build("demo", TerminalReporter(quiet)) == tmp_path / "models" / "demo"
     assert calls[0].ref.demo
     assert ("quantizing" in capsys.readouterr().err) is not quiet
-
-
-def test_run_fetches_no_other_model_by_itself(calls, monkeypatch, tmp_path):
-    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
-    with pytest.raises(ModelNotFoundError) as caught:
-        find_or_build("instruct", TerminalReporter())
-    assert "mixchat download instruct" in (caught.value.hint or "")
-    assert calls == []

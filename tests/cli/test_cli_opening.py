@@ -2,16 +2,15 @@
 
 import json
 import shutil
-from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from chat_doubles import ScriptedEngine
+from chat_files import chat_of
 
 from mixchat.base.quantities import MemoryBudget
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.chat.saved.saved_chat import SavedChat
 from mixchat.engine import prompt_cache
 from mixchat.text.messages import Message
 
@@ -78,10 +77,8 @@ def test_a_saved_conversation_asks_for_a_context_that_holds_it(
     """A context by free memory could be smaller than the one in which a chat was saved."""
     with monkeypatch.context() as patch:
         patch.setenv("MIXCHAT_HOME", environment["MIXCHAT_HOME"])
-        when = datetime.now(timezone.utc)
         talk = (Message("user", "Hi"), Message("assistant", "Hello")) * 50
-        usual = (str(tiny_model), "c0ffee", when, when, None, {}, talk)
-        ChatStore().save(SavedChat("20261125-0000-aaa", "long", *usual))
+        ChatStore().save(chat_of(messages=talk, name="long", model=str(tiny_model)))
     run = ("run", "-m", str(tiny_model), "Go on", "--device", "cpu")
     mixchat(*run, "--resume", "long", fake=False)
     assert seen["load"].least_context == 100 * 100 + 2048

@@ -165,8 +165,6 @@ def test_as_json_it_has_all_of_it(planned, measured):
         (["--device-memory", "1GB"], 2, b"--device-memory is for a GPU"),
         (["--ctx-size", "99999"], 2, b"this model takes 2 to 32768 tokens"),
         (["--device", "abacus"], 2, b"'abacus' is not a device"),
-        (["--device", "cuda:1,cuda:1"], 2, b"names 'cuda:1' twice"),
-        (["--device", "cpu,cuda:0"], 2, b"'cpu' has to stand alone"),
         (["no such model"], 4, b"there is no model"),
     ],
 )
@@ -189,10 +187,6 @@ def test_with_answers_at_once_it_says_whose_speed_is_which(planned, measured):
     assert together == pytest.approx(4 * each, rel=0.1)  # they have two digits
     found = json.loads(planned("instruct", "--parallel", "4", "--json").stdout)
     assert found["together"] == pytest.approx(4 * found["tokens_per_second"])
-    # Takes as much memory.
-    alone = json.loads(planned("instruct", "--ctx-size", "32768", "--json").stdout)
-    assert found["held"] == alone["held"]
-    assert found["tokens_per_second"] < alone["tokens_per_second"] < found["together"]
 
 
 def test_a_busy_machine_is_named_within_80_columns_for_an_installed_model_too(

@@ -47,32 +47,8 @@ def test_two_gpus_of_a_size_have_speeds_that_are_said_to_be_estimates(mixchat, m
     assert "an estimate by a cheap card, not measured" in verdict_text(done)
     found = json.loads(mixchat(*arguments, "--json", fake=False).stdout)
     assert [card["source"] for card in found["speeds"]["gpus"]] == ["a cheap card"] * 2
-    assert [card["memory"] for card in found["machine"]["gpus"]] == [12 * GB, 8 * GB]
-    assert found["machine"]["free"]["other_gpus"] == {"cuda:1": int(7.5 * GB)}
     assert found["device"] == "cuda:0"
     assert found["cost"]["waiting"] > found["cost"]["copying"] == 0
-    one = json.loads(
-        mixchat("plan", "instruct", "--ram", "32GB", "--gpu", "12GB", "--json", fake=False).stdout
-    )
-    assert found["hit_rate"] > one["hit_rate"]
-    assert found["tokens_per_second"] > one["tokens_per_second"]
-
-
-def test_a_gpu_is_planned_by_the_name_that_a_person_or_a_driver_gives_it(mixchat, measured):
-    """Every card had 300 GB/s, and no name was known."""
-
-    def plan_on(name):
-        done = mixchat("plan", "qwen3", "--ram", "32GB", "--gpu", name, "--json", fake=False)
-        return json.loads(done.stdout)
-
-    found = plan_on("nvidia geforce rtx 4060")
-    (there,), (card,) = found["machine"]["gpus"], found["speeds"]["gpus"]
-    assert (there["name"], there["memory"]) == ("RTX 4060", 8 * 2**30)
-    assert (card["memory"], card["source"]) == (0.8 * 272e9, "its data sheet")
-    faster, two = plan_on("RTX 3090"), plan_on("2x rtx3090")
-    assert faster["tokens_per_second"] > 2 * found["tokens_per_second"]
-    assert len(two["machine"]["gpus"]) == 2
-    assert two["tokens_per_second"] == pytest.approx(faster["tokens_per_second"], rel=0.05)
 
 
 def test_a_machine_whose_gpu_is_too_small_is_planned_for_its_cpu_within_80_columns(
@@ -135,20 +111,6 @@ def test_a_faster_model_is_named_if_the_usual_one_is_slower_than_a_person_reads(
     assert "faster" not in verdict(mixchat("plan", "instruct", *slow, "500GB", fake=False))
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("RTX 4061", b"The nearest: RTX 4060, "),
-        ("GTX 1080 Ti", b"compute capability 6.1, and 7.5 is needed"),
-        ("0x RTX 3090", b"a machine has 1 to 16 GPUs"),
-    ],
-)
-def test_a_card_that_is_unknown_or_too_old_is_an_error_of_one_line(planned, measured, name, said):
-    done = planned("--gpu", name)
-    assert done.returncode == 2
-    assert said in done.stderr
-
-
 def test_experts_of_other_bits_are_planned_before_they_are_downloaded(planned, measured):
     """`plan` named --expert-bits as advice, and did not take it."""
     four, three = (
@@ -185,6 +147,7 @@ def test_other_bits_of_an_installed_model_are_those_of_a_second_download(
         (["--ram", "50%"], b"--ram: '50%' is a part of nothing"),
         (["--disk-speed", "fast"], b"--disk-speed: cannot read 'fast' as"),
         (["--gpu", "24GB", "--device", "cpu"], b"--gpu tells about a GPU of another machine"),
+        (["--gpu", "RTX 4061"], b"The nearest: RTX 4060, "),
     ],
 )
 def test_what_cannot_be_told_is_refused_before_torch_loads(planned, measured, arguments, said):

@@ -122,31 +122,27 @@ def test_what_was_read_is_saved_when_the_answer_is_cut_off(ask, tmp_path, monkey
     assert reused(ask(*flags, "--verbose")) == 29
 
 
-def test_a_file_of_other_bits_is_noted_once_and_written_again(ask, tmp_path):
-    file = str(tmp_path / "f")
-    ask("Why?", "--prompt-cache", file)
-    expected = ask("Why?", "--kv-bits", "8")
-    done = ask("Why?", "--prompt-cache", file, "--kv-bits", "8")
+@pytest.mark.parametrize(
+    ("size", "flags", "reason"),
+    [(None, ("--kv-bits", "8"), " was written for another kind of cache, not "), (7, (), "")],
+    ids=["other bits", "first bytes"],
+)
+def test_a_file_that_cannot_be_used_is_noted_once_and_written_again(
+    ask, tmp_path, size, flags, reason
+):
+    file = tmp_path / "f"
+    ask("Why?", "--prompt-cache", str(file))
+    if size is not None:
+        os.truncate(file, size)
+    expected = ask("Why?", *flags)
+    done = ask("Why?", "--prompt-cache", str(file), *flags)
     assert (done.stdout, done.returncode) == (expected.stdout, 0)
     line = done.stderr.decode()
-    assert line.startswith(f"note: {file} was written for another kind of cache, not ")
+    assert line.startswith(f"note: {file}{reason}")
     assert line.endswith("; it will be written again\n")
     assert line.count("\n") == 1
-    again = ask("Why?", "--prompt-cache", file, "--kv-bits", "8", "--verbose")
+    again = ask("Why?", "--prompt-cache", str(file), *flags, "--verbose")
     assert reused(again) == 29
-
-
-@pytest.mark.parametrize("size", [7, 4200])
-def test_a_file_cut_short_is_noted_and_written_again(ask, tmp_path, size):
-    file = tmp_path / "f"
-    expected = ask("Why?", "--prompt-cache", str(file))
-    whole = file.read_bytes()
-    file.write_bytes(whole[:size])
-    done = ask("Why?", "--prompt-cache", str(file))
-    assert (done.stdout, done.returncode) == (expected.stdout, 0)
-    assert done.stderr.decode().endswith("; it will be written again\n")
-    assert done.stderr.count(b"\n") == 1
-    assert file.read_bytes() == whole
 
 
 def full_disk(monkeypatch):
@@ -178,47 +174,11 @@ def test_what_went_wrong_first_gives_the_exit_code(ask, tmp_path, monkeypatch):
     assert done.stderr.endswith(b"the prompt cache cannot be written (No space left on device)\n")
 
 
-def refused(mixchat, path):
-    """Before the model is looked for, which would give exit code 4."""
-    done = mixchat("run", "Hi", "-m", "nonsense", "--prompt-cache", str(path), fake=False)
-    assert (done.stdout, done.returncode) == (b"", 2)
-    return done.stderr.decode()
-
-
-def test_a_directory_that_is_not_there_is_found_at_once(mixchat, tmp_path):
-    assert "there is no directory" in refused(mixchat, tmp_path / "typo" / "f")
-
-
-@pytest.mark.parametrize("data", [b"my notes", b"\xf8", bytes(99)])
-def test_a_file_of_another_kind_is_left_as_it_is(mixchat, tmp_path, data):
+def test_what_is_no_prompt_cache_is_refused_before_the_model_is_looked_for(mixchat, tmp_path):
     """A name that was mistyped must not cost somebody a file."""
-    file = tmp_path / "notes.txt"
-    file.write_bytes(data)
-    if data != b"\xf8":  # which may be what is left of a prompt cache
-        assert "exists, and was not written by" in refused(mixchat, file)
-    assert file.read_bytes() == data
-
-
-def test_a_file_that_was_made_while_it_answered_is_left_as_it_is(ask, tmp_path, monkeypatch):
-    from mixchat.chat.session import ChatSession
-
-    file, ask_session = tmp_path / "f", ChatSession.ask
-
-    def meanwhile(session, text):
-        file.write_text("notes")
-        yield from ask_session(session, text)
-
-    expected = ask("Why?").stdout
-    monkeypatch.setattr(ChatSession, "ask", meanwhile)
-    done = ask("Why?", "--prompt-cache", str(file))
-    assert (done.stdout, done.returncode, file.read_text()) == (expected, 2, "notes")
-
-
-def test_what_is_no_file_is_left_as_it_is(mixchat, tmp_path):
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    circle = tmp_path / "circle"
-    circle.symlink_to(circle)
-    for path in (tmp_path, fifo, "/dev/null"):
-        assert "exists, and was not written by" in refused(mixchat, path)
-    assert "cannot be read" in refused(mixchat, circle)
+    (tmp_path / "notes").write_bytes(bytes(99))
+    flags = ("-m", "nonsense", "--prompt-cache", str(tmp_path / "notes"))
+    done = mixchat("run", "Hi", *flags, fake=False)
+    assert (done.stdout, done.returncode) == (b"", 2)
+    assert b"exists, and was not written by --prompt-cache" in done.stderr
+    assert (tmp_path / "notes").read_bytes() == bytes(99)

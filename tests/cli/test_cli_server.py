@@ -30,25 +30,7 @@ def ask(mixchat):
     )
 
 
-def test_an_answer_is_printed_as_it_is(ask):
-    with ScriptedServer(says("Par", "is.\x1b[2J")) as server:
-        done = ask(server, "The capital of France?", stdin=b"Be brief.")
-    assert (done.stdout, done.stderr, done.returncode) == (b"Paris.\x1b[2J\n", b"", 0)
-    (body,) = server.asked()
-    assert body["model"] == "tiny"
-    assert body["messages"][-1]["content"] == "Be brief.\n\nThe capital of France?"
-
-
-def test_files_system_prompt_and_extract_work_as_they_do_here(ask, tmp_path):
-    (tmp_path / "notes").write_text("Notes.")
-    with ScriptedServer(says("Look:\n```sh\nls\n```\n")) as server:
-        done = ask(server, "-x", "-f", str(tmp_path / "notes"), "-s", "Be brief", "List files")
-    assert done.stdout == b"ls\n"
-    messages = server.asked()[0]["messages"]
-    assert [m["content"] for m in messages] == ["Be brief", "Notes.\n\nList files"]
-
-
-def test_json_has_what_the_server_tells(ask):
+def test_json_has_what_the_server_tells_and_null_for_the_rest(ask):
     models = as_json({"data": [{"id": "big", "context_size": 4096}]})
     with ScriptedServer(says("Hi", counts=usage(5, 2, 1)), models=models) as server:
         raw = json.loads(ask(server, "--json", "Hi").stdout)
@@ -59,13 +41,9 @@ def test_json_has_what_the_server_tells(ask):
         "context_tokens": 4096,
     }
     assert (raw["model"], raw["answer"], raw["ids"], raw["seed"]) == ("big", "Hi", None, None)
-
-
-def test_json_has_null_for_what_the_server_does_not_tell(ask):
     with ScriptedServer(says("Hi")) as server:
-        raw = json.loads(ask(server, "--json", "Hi").stdout)
-    assert raw["usage"]["prompt_tokens"] is None
-    assert raw["usage"]["context_tokens"] is None
+        counts = json.loads(ask(server, "--json", "Hi").stdout)["usage"]
+    assert (counts["prompt_tokens"], counts["context_tokens"]) == (None, None)
 
 
 def test_verbose_says_what_it_knows(ask):
@@ -78,13 +56,22 @@ def test_verbose_says_what_it_knows(ask):
     assert "prompt   the server does not tell" in not_told
 
 
-def test_flags_of_sampling_are_sent_and_nothing_else(ask):
-    with ScriptedServer(says("Hi")) as server:
-        ask(server, "-m", "mine", "--temp", "0.7", "--min-p", "0", "-n", "5", "--stop", "x", "Hi")
-    body = server.asked()[0]
-    for name in ("messages", "stream", "stream_options"):
+def test_what_was_asked_is_sent_and_the_answer_is_printed_as_it_is(ask, tmp_path):
+    (tmp_path / "notes").write_text("Notes.")
+    flags = ("--temp", "0.7", "--min-p", "0", "-n", "5", "--stop", "x", "-s", "Be brief")
+    with ScriptedServer(says("Par", "is.\x1b[2J"), says("Look:\n```sh\nls\n```\n")) as server:
+        done = ask(server, "-f", tmp_path / "notes", *flags, "List files", stdin=b"First.")
+        assert ask(server, "-m", "mine", "-x", "Hi").stdout == b"ls\n"
+    assert (done.stdout, done.stderr, done.returncode) == (b"Paris.\x1b[2J\n", b"", 0)
+    body, second = server.asked()
+    assert [m["content"] for m in body.pop("messages")] == [
+        "Be brief",
+        "First.\n\nNotes.\n\nList files",
+    ]
+    for name in ("stream", "stream_options"):
         del body[name]
-    assert body == {"model": "mine", "temperature": 0.7, "min_p": 0, "max_tokens": 5, "stop": ["x"]}
+    assert body == {"model": "tiny", "temperature": 0.7, "min_p": 0, "max_tokens": 5, "stop": ["x"]}
+    assert second["model"] == "mine"
 
 
 @pytest.mark.parametrize(
@@ -147,20 +134,14 @@ def test_a_file_of_prompts_is_answered_as_it_is_here(ask):
     assert given == {"model": "tiny", "temperature": 0.5, "max_tokens": 7, "seed": 5, "top_k": 3}
 
 
-def test_a_line_that_the_server_refuses_has_an_error_and_the_others_are_answered(ask):
-    answers = [refusal("400 B", "bad colour"), says("Fine")]
-    with ScriptedServer(*answers) as server:
+def test_a_line_that_the_server_refuses_has_an_error_and_a_busy_server_is_asked_again(ask):
+    answers = [refusal("400 B", "bad colour"), refusal("429 B", "busy", Retry_After="0")]
+    with ScriptedServer(*answers, says("Fine")) as server:
         done = ask(server, "--jsonl", "-", "--parallel", "1", stdin=lines_of("a", "b"))
     first, second = map(json.loads, done.stdout.splitlines())
     assert (done.returncode, second["answer"]) == (3, "Fine")
     assert first == {"line": 1, "error": "the server says: bad colour"}
     assert b"error: 1 of 2 lines could not be answered" in done.stderr
-
-
-def test_a_busy_server_is_asked_again(ask):
-    with ScriptedServer(refusal("429 B", "busy", Retry_After="0"), says("Fine")) as server:
-        done = ask(server, "--jsonl", "-", "--parallel", "1", stdin=lines_of("a"))
-    assert (done.returncode, json.loads(done.stdout)["answer"]) == (0, "Fine")
 
 
 def test_a_server_that_breaks_off_ends_the_run_and_the_next_one_resumes(ask, tmp_path):
@@ -217,18 +198,13 @@ def test_a_grammar_is_sent_as_the_field_that_servers_have_for_it(ask, tmp_path):
     assert server.asked()[0]["grammar"] == grammar.read_text()
 
 
-def test_settings_of_loading_are_for_other_runs(ask):
-    with ScriptedServer(says("Hi")) as server:
-        done = ask(server, "Hi", MIXCHAT_CTX_SIZE="100", MIXCHAT_MODEL="instruct")
-    assert done.stdout == b"Hi\n"
-    assert server.asked()[0]["model"] == "tiny"
-
-
 def test_a_variable_gives_the_server_and_an_empty_flag_none(mixchat):
+    """Settings of loading are for other runs."""
     with ScriptedServer(says("Hi")) as server:
-        at = {"MIXCHAT_SERVER": server.address}
-        assert mixchat("run", "Hi", **at).stdout == b"Hi\n"
-        assert mixchat("run", "--server", "", "Hi", **at).stdout == b"Hello\n"
+        given = {"MIXCHAT_SERVER": server.address, "MIXCHAT_CTX_SIZE": "100"}
+        assert mixchat("run", "Hi", **given, MIXCHAT_MODEL="instruct").stdout == b"Hi\n"
+        assert mixchat("run", "--server", "", "Hi", **given).stdout == b"Hello\n"
+    assert server.asked()[0]["model"] == "tiny"
 
 
 def test_the_key_comes_from_its_variable_and_no_other(ask):
@@ -237,34 +213,6 @@ def test_the_key_comes_from_its_variable_and_no_other(ask):
         ask(server, "Hi", OPENAI_API_KEY="for another host")
     keys = [request.headers.get("authorization") for request in server.requests]
     assert keys == ["Bearer secret"] * 2 + [None] * 2
-
-
-@pytest.mark.parametrize(
-    ("answer", "code", "said"),
-    [
-        (refusal("401 U", "no key"), 5, "no key"),
-        (refusal("404 N", "no", "model_not_found"), 4, "no"),
-        (refusal("400 B", "long", "context_length_exceeded"), 3, "long"),
-        (refusal("429 B", "busy", Retry_After="3"), 5, "Try again in 3 s."),
-        (Answer(end="reset"), 5, "broke off"),
-        (Answer([b"data: x\n\n"]), 5, "not JSON"),
-    ],
-)
-def test_a_server_that_does_not_answer_is_an_error_of_its_kind(ask, answer, code, said):
-    with ScriptedServer(answer) as server:
-        done = ask(server, "Hi")
-    assert done.returncode == code
-    assert done.stdout == b""
-    error, *hint = done.stderr.decode().splitlines()
-    assert error.startswith("error: ")
-    assert len(hint) <= 1
-    assert said in done.stderr.decode()
-
-
-def test_an_address_that_cannot_be_read_is_wrong_use(mixchat):
-    done = mixchat("run", "--server", "http://a b", "Hi")
-    assert done.returncode == 2
-    assert b"cannot read 'http://a b'" in done.stderr
 
 
 def test_a_server_without_models_asks_for_a_name(ask):

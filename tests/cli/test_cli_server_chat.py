@@ -47,22 +47,6 @@ def test_a_chat_with_a_server_from_hello_to_goodbye(chat):
     assert [m["content"] for m in body["messages"]] == ["Hi", "Hello", "How are you?"]
 
 
-def test_ctrl_c_ends_the_request_and_the_chat_continues(chat):
-    with (
-        ScriptedServer(Answer([delta("One two")], end="hold"), says("Fine")) as server,
-        chat(server) as terminal,
-    ):
-        terminal.enter("Count")
-        terminal.wait_for("One two")
-        terminal.type(CTRL_C)
-        assert server.gone.wait(60)
-        terminal.wait_for("(stopped; /continue resumes it)")
-        terminal.enter("Well?")
-        terminal.wait_for("Fine")
-        terminal.leave()
-    assert server.asked()[1]["messages"][1]["content"] == "One two"
-
-
 @pytest.mark.parametrize("head", [True, False])
 def test_ctrl_c_ends_the_wait_for_a_server_that_is_silent(chat, head):
     silent = Answer(end="hold", head=head)

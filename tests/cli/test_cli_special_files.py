@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_tokenizer import write_tokenizer
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model.safetensors"
@@ -19,11 +18,6 @@ SMALL_FILES = (
 )
 
 pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture
-def checkpoint(tiny_checkpoint, tmp_path):
-    return write_tokenizer(Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")))
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ import sys
 import pytest
 from command_line import loaded_by
 
-from mixchat.base import interrupts
-
 HEAVY = {
     "bitsandbytes",
     "httpcore2",
@@ -28,15 +26,7 @@ HEAVY = {
 }
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--version"],
-        ["run", "--help"],
-        ["serve", "-h"],
-        [],
-    ],
-)
+@pytest.mark.parametrize("arguments", [["--version"], ["run", "--help"], ["serve", "-h"], []])
 def test_help_imports_nothing_heavy(arguments, environment):
     code, output, loaded = loaded_by(environment, *arguments)
     assert (code, bool(output)) == (0, True)
@@ -91,28 +81,3 @@ def test_ctrl_c_ends_it_quietly_before_anything_else_is_imported():
         "assert seen['signal'] and all(seen.values()), seen\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-@pytest.mark.parametrize("number", interrupts.ENDING)
-def test_a_closed_window_ends_it_as_ctrl_c_does(environment, number):
-    """A model in the making is removed on the way out; the default action would leave it there."""
-    code = (
-        "import os, time\n"
-        "from mixchat.cli import app\n"
-        "def work(arguments):\n"
-        "    try:\n"
-        "        print('working', flush=True)\n"
-        "        time.sleep(300)\n"
-        "    finally:\n"
-        "        print('cleaned', flush=True)\n"
-        "app._exit_code = work\n"
-        "app.run([])\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    with process:
-        assert process.stdout.readline() == "working\n"
-        process.send_signal(number)
-        assert process.stdout.read() == "cleaned\n"
-    assert process.returncode == 128 + number

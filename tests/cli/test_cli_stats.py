@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mixchat.base.errors import CheckpointError, MixchatError
+from mixchat.base.errors import CheckpointError
 from mixchat.engine.report import ExpertReport, load_report, save_report
 from mixchat.face.local_models import report_path
 
@@ -44,12 +44,6 @@ def test_a_model_has_one_report_whatever_it_is_called(home):
     (home / "models" / f".{key}.mixchat.unfinished").mkdir(parents=True)
     names = ["instruct", "mistralai/Mixtral-8x7B-Instruct-v0.1", key]
     assert {report_path(name) for name in names} == {home / "stats" / f"{key}.json"}
-
-
-@pytest.mark.parametrize("name", ["nonsense", "../x", "/", "a/../b"])
-def test_a_name_cannot_lead_out_of_the_directory(home, name):
-    with pytest.raises(MixchatError):
-        report_path(name)
 
 
 def test_stats_shows_the_last_run(mixchat, kept):

@@ -42,14 +42,6 @@ def test_no_more_is_read_than_the_context_could_hold(mixchat, more, what):
     assert done.stderr.decode().startswith(f"error: {what} is too long: more than")
 
 
-def test_of_a_file_no_more_is_read_either(mixchat, tmp_path):
-    with open(tmp_path / "f", "wb") as file:
-        file.truncate(10**12)  # a hole: it takes no disk
-    done = mixchat("run", "-f", str(tmp_path / "f"), "Why?")
-    assert done.returncode == 3
-    assert f"{tmp_path / 'f'} is too long: more than 4.19 MB" in done.stderr.decode()
-
-
 def test_a_small_model_reads_less(mixchat, tiny_model):
     done = mixchat("run", "-m", str(tiny_model), stdin=b"x" * (128 * BYTES_PER_TOKEN + 1))
     assert "the context holds 128 tokens" in done.stderr.decode()

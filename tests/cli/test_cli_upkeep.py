@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from care_tools import flip
 from command_line import FAKE
 from fake_hub import COMMIT, REPO, FakeHub
 from terminal import Terminal
@@ -46,12 +47,6 @@ def half(models):
     return place
 
 
-def flip(path, offset):
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
-
-
 def lines_of(done):
     return done.stderr.decode().splitlines()
 
@@ -76,17 +71,16 @@ class TestRm:
         assert (installed / "thesis.txt").read_text() == "years"
         assert mixchat("list").stdout == b""
 
-    def test_with_yes_it_does_not_ask(self, mixchat, installed, models):
+    def test_with_yes_it_does_not_ask_and_takes_what_was_counted_of_its_last_run(
+        self, mixchat, installed, models
+    ):
+        report = models.parent / "stats" / "mine.json"
+        report.parent.mkdir()
+        report.write_text("{}")
         done = mixchat("rm", "mine", "--yes")
         assert (done.stdout, done.returncode) == (b"", 0)
         assert lines_of(done)[0].startswith("removed mine: ")
         assert os.listdir(models) == []
-
-    def test_what_was_counted_of_its_last_run_goes_with_it(self, mixchat, installed, models):
-        report = models.parent / "stats" / "mine.json"
-        report.parent.mkdir()
-        report.write_text("{}")
-        assert mixchat("rm", "mine", "--yes").returncode == 0
         assert not report.exists()
 
     def test_where_nobody_can_be_asked_it_does_nothing(self, mixchat, installed):
@@ -109,10 +103,11 @@ class TestRm:
 
 
 class TestVerify:
-    def test_a_whole_model(self, mixchat, installed):
+    def test_a_whole_model_wherever_it_is(self, mixchat, installed, from_hub):
         done = mixchat("verify", "mine")
         assert (done.stdout, done.returncode) == (b"", 0)
         assert lines_of(done)[-1] == "mine is intact"
+        assert mixchat("verify", str(from_hub)).returncode == 0
 
     def test_what_is_damaged_is_named_on_stdout(self, mixchat, installed):
         flip(installed / "experts-001.safetensors", -5000)
@@ -134,14 +129,6 @@ class TestVerify:
         assert len(lines) == 21
         assert lines[-1].startswith("and ")
 
-    def test_a_model_elsewhere(self, mixchat, from_hub):
-        assert mixchat("verify", str(from_hub)).returncode == 0
-
-    def test_an_unfinished_model(self, mixchat, half):
-        done = mixchat("verify", "half")
-        assert done.returncode == 4
-        assert "mixchat download half" in done.stderr.decode()
-
 
 class TestRepair:
     @pytest.fixture
@@ -161,26 +148,14 @@ class TestRepair:
             assert (installed / path.name).read_bytes() == path.read_bytes()
         assert mixchat("verify", "mine").returncode == 0
 
-    def test_one_made_of_a_directory_takes_it_from_there(
-        self, mixchat, models, tiny_checkpoint, fake
+    @pytest.mark.parametrize("manifest", [None, b"junk"])
+    def test_what_needs_no_weights_asks_the_hub_nothing(
+        self, mixchat, installed, from_hub, fake, manifest
     ):
-        checkpoint = DirectoryCheckpoint(tiny_checkpoint, Source(str(tiny_checkpoint)))
-        blueprint = make_blueprint(checkpoint.index, QuantizeOptions())
-        CheckpointBuild(checkpoint, models / "local", blueprint).run()
-        whole = (models / "local" / "shared.safetensors").read_bytes()
-        flip(models / "local" / "shared.safetensors", -1)
-        assert mixchat("repair", "local").returncode == 0
-        assert (models / "local" / "shared.safetensors").read_bytes() == whole
-        assert not fake.requests
-
-    def test_a_whole_model_asks_the_hub_nothing(self, mixchat, installed, fake):
+        if manifest:
+            (installed / "mixchat.json").write_bytes(manifest)
         done = mixchat("repair", "mine")
-        assert lines_of(done)[-1] == "mine is intact"
-        assert not fake.requests
-
-    def test_a_manifest_alone_needs_no_hub(self, mixchat, installed, from_hub, fake):
-        (installed / "mixchat.json").write_bytes(b"junk")
-        assert mixchat("repair", "mine").returncode == 0
+        assert lines_of(done)[-1] == f"mine is intact{' again' if manifest else ''}"
         assert not fake.requests
         assert (installed / "mixchat.json").read_bytes() == (from_hub / "mixchat.json").read_bytes()
 
@@ -188,10 +163,12 @@ class TestRepair:
         with exclusive_lock(installed):
             assert mixchat("repair", "mine").returncode == 2
 
-    def test_an_unfinished_model_is_no_model_to_repair(self, mixchat, half):
-        done = mixchat("repair", "half")
-        assert done.returncode == 4
-        assert "mixchat download half" in done.stderr.decode()
+
+@pytest.mark.parametrize("command", ["verify", "repair"])
+def test_an_unfinished_model_is_to_be_downloaded(mixchat, half, command):
+    done = mixchat(command, "half")
+    assert done.returncode == 4
+    assert "mixchat download half" in done.stderr.decode()
 
 
 class TestGc:

@@ -9,17 +9,21 @@ def lines_of(done):
 
 
 @pytest.mark.parametrize(
-    ("words", "near"),
+    ("words", "said"),
     [
-        (("run", "--temprature", "4"), "--temperature"),
-        (("run", "--prompt", "Hi"), "--prompt-cache"),
-        (("dowload",), "'download'?"),
+        ("run --temprature 4", "--temperature"),
+        ("run --prompt Hi", "--prompt-cache"),
+        ("dowload", "'download'?"),
+        ("--nonsense", "--nonsense"),
+        ("download", "MODEL"),
+        ("run --temp hot", "'--temp' / '--temperature': Input should be a valid number"),
+        ("serve --port 70000", "'--port': Input should be less than or equal to 65535"),
     ],
 )
-def test_a_misspelled_word_gets_the_nearest_and_the_help(mixchat, words, near):
-    error, hint = lines_of(mixchat(*words))
-    assert near in error
-    assert "--help" in hint
+def test_what_is_wrong_or_missing_is_said_with_what_is_allowed(mixchat, words, said):
+    error, hint = lines_of(mixchat(*words.split()))
+    assert said in error
+    assert "--help' shows" in hint
 
 
 @pytest.mark.parametrize(
@@ -30,19 +34,6 @@ def test_a_model_under_another_name_is_recognized(mixchat, name, meant):
     done = mixchat("run", "-m", name, "Hi", fake=False)
     assert done.stderr.decode().endswith(f"hint: Did you mean {meant}?\n")
     assert done.returncode == 4
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("run", "--temp", "hot"), "'--temp' / '--temperature': Input should be a valid number"),
-        (("serve", "--port", "70000"), "'--port': Input should be less than or equal to 65535"),
-    ],
-)
-def test_a_wrong_value_is_said_with_what_is_allowed(mixchat, arguments, said):
-    error, hint = lines_of(mixchat(*arguments))
-    assert error.startswith(f"error: Invalid value for {said}")
-    assert "--help' shows" in hint
 
 
 @pytest.mark.parametrize("bits", ["5", "four"])
