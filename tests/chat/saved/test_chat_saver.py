@@ -3,15 +3,8 @@
 import threading
 from threading import Thread
 
-import pytest
-
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
-
-
-@pytest.fixture
-def store(tmp_path):
-    return ChatStore(tmp_path / "chats")
 
 
 def talk(session, *questions):
