@@ -19,7 +19,7 @@ from mixchat.kernels.cpu.object_cache import ObjectCache
 from mixchat.kernels.cpu.threads import NativeFunction
 
 # Increase it if kernels change. Then old measurements and machine code are not used.
-KERNELS = 10
+KERNELS = 11
 InstructionSet = Literal["avx512", "avx2", "neon"]
 _P = ParamSpec("_P")
 # On some x86 CPUs LLVM would split vectors of 512 bits.

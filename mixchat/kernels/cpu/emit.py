@@ -142,6 +142,14 @@ class Value:
         mask = ir.Constant(vector(i32, len(lanes)), list(lanes))
         return self._wrap(self._builder.shuffle_vector(self.raw, rhs, mask))
 
+    def hidden(self) -> Value:
+        """Return a vector of x86 that LLVM takes for any vector, although it may be a constant.
+
+        LLVM replaces instructions whose operand is a constant, not always by faster ones.
+        """
+        assembly = ir.InlineAsm(ir.FunctionType(self.type, [self.type]), "", "=v,0")
+        return self._wrap(self._builder.call(assembly, [self.raw]))
+
     def half(self, number: int) -> Value:
         """Return the first half of a vector, or the second one."""
         count = self.type.count // 2

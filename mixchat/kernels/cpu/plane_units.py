@@ -8,7 +8,7 @@ codes become words without any instruction that moves them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 from mixchat.kernels.cpu.emit import Pointer, Value, i8, i16, i32, vector
@@ -124,7 +124,9 @@ class WordsByBytes(InBytes):
         moved = self.function.call(name, self.bytes, control, high.bits_as(self.bytes))
         return levels | (moved & ((1 << extra) - 1 << LOW_BITS)).bits_as(self.words)
 
-    def add(self, sums: list[Value], levels: list[Value], x: Pointer, offset: Value) -> list[Value]:
+    def add(
+        self, sums: list[Value], levels: Iterable[Value], x: Pointer, offset: Value
+    ) -> list[Value]:
         low, high = (x.load(i32, offset + at).broadcast(self.lanes) for at in (0, 4))
         levels = [of_rows.bits_as(self.totals) for of_rows in levels]
         # Low bytes have no sign. Neither have levels, which are below 64.

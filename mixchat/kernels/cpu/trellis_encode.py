@@ -20,7 +20,7 @@ from torch.nn import functional
 from mixchat.kernels.cpu.compile import LANES, compiled_here, instruction_set
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i16, i32, i64, vector
 from mixchat.kernels.cpu.program import Signature
-from mixchat.kernels.cpu.trellis_units import FACTOR, RING, SUBSET_BITS, WINDOW
+from mixchat.kernels.cpu.trellis_units import FACTOR, RING, SUBSET_BITS, WINDOW, subset
 
 _SIGNATURE = Signature("x", "weights", "levels", "codes", "chosen", "count")
 _STATES = 1 << WINDOW
@@ -29,11 +29,6 @@ _MASK = 2  # bytes of a bit for each lane
 # Lanes that are traced back at once, because each step of a lane waits for the one before.
 _TRACED = 4
 _IMPOSSIBLE = 1e30
-
-
-def subset(window: int) -> int:
-    """Return the subset of a window."""
-    return (window * FACTOR & 0xFFFF) >> 16 - SUBSET_BITS
 
 
 def encode_trellis(

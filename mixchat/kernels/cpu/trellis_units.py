@@ -8,10 +8,14 @@ table of levels.
 Row r is 16 j + 8 p + i. A pass computes the rows of one p. A turn computes the rows of one i:
 
 - A word of 16 bits holds the bits of the ring for one j. A lane of 32 bits holds words of two
-  columns, and the next lane those of j + 1. So one shift makes windows in all words.
-- The windows of columns 0 and 2 of four are in one vector, and of columns 1 and 3 in another. Their
-  subsets together are bytes of four columns in a lane, as the instructions for bytes need them.
+  columns, and the next lane those of j + 1. Columns 0 and 2 of four are in one vector, and columns
+  1 and 3 in another. Bytes of both together are four columns in a lane, as the instructions for
+  bytes need them.
 - The planes are stored as such bytes, with the bits of the 8 turns in a byte (two planes: in two).
+- A subset is the sum, in 4 bits, of what two fields of the ring add. The first field has a window's
+  lower bits, with bits 0 to 2 among them, because the subset lacks the last 3 bits of the product.
+  The second field has the upper bits, which add multiples of 8 to the product. A field of 4 bits
+  serves 2 turns. A field of 6 bits serves 4 turns, for AVX-512 with VBMI.
 
 So lanes have different columns, which are added up after a block. Memory holds 16 columns of a band
 one after the other: 64 bytes with the ring of columns 0 and 2 of each four, 64 bytes of columns 1
@@ -23,12 +27,11 @@ bits without a sign, because AVX2 adds two products in 16 bits: 127 * 127 * 2 = 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
 
-from mixchat.kernels.cpu.compile import has_feature
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i8, i16, i32, vector
 from mixchat.kernels.cpu.units import BAND, ByteUnit, Unit, UnitSet, on, on_each
 
@@ -40,9 +43,15 @@ FACTOR = 61 << 16 - WINDOW
 COLUMNS = 16  # whose codes lie together
 TURNS = 8
 SUBSET_BITS = 4  # of an index
+_SUBSETS = 1 << SUBSET_BITS
 SCALE_EXPONENT = 102  # of the number that a scale of 8 bits is multiplied with
 _VECTOR = 64  # bytes, in memory
 _ROWS_OF_LANES = RING // 16  # lanes with the same columns
+
+
+def subset(window: int) -> int:
+    """Return the subset of a window. Bits above the window do not change it."""
+    return (window * FACTOR & 0xFFFF) >> 16 - SUBSET_BITS
 
 
 class _LevelBytes(ByteUnit):
@@ -100,6 +109,10 @@ class Trellis(_LevelBytes):
         self._half = half
         self._planes = self.bits - 1
         self._table = table.load(vector(i8, 2 ** (SUBSET_BITS + self._planes)))
+        self._field = 6 if self.permutes else 4  # bits
+        if self.permutes:
+            words = {mask: function.constant(self.words, mask) for mask in (0xFF, 0x303, 0xF0F)}
+            self._masks = {mask: word.hidden() for mask, word in words.items()}
 
     @classmethod
     def passes(cls, function: Function, table: Pointer) -> list[Unit]:
@@ -117,39 +130,90 @@ class Trellis(_LevelBytes):
     def columns_at_once(self) -> int:
         return 4 * self.lanes // _ROWS_OF_LANES
 
-    def levels(self, codes: Pointer, offset: Value) -> Iterator[list[Value]]:
+    def levels(self, codes: Pointer, offset: Value) -> Iterator[Iterable[Value]]:
         """Yield the levels of `columns_at_once` columns, for each turn."""
-        rows = _ROWS_OF_LANES
-        first_plane = (2 + self._half * self._planes) * _VECTOR
-        turns_of_byte = 8 // self._planes
         for start in range(0, _VECTOR, 4 * self.lanes):
-            rings = []
-            for parity in (0, 1):
-                ring = codes.load(self.words, offset + start + parity * _VECTOR)
-                # The second pass begins 8 rows on. Its last windows reach into the next j's words.
-                if self._half:
-                    next_j = [at - at % rows + (at + 1) % rows for at in range(self.lanes)]
-                    after = ring.bits_as(self.totals).shuffled(next_j).bits_as(self.words)
-                    ring = ring >> 8 | after << 8
-                rings.append(ring)
-            even, odd = rings
-            planes = [
-                codes.load(self.words, offset + start + first_plane + plane * _VECTOR)
-                for plane in range(self._planes)
-            ]
-            levels = []
-            for turn in range(TURNS):
-                high = (odd >> turn) * (FACTOR >> 4) & 0x0F00
-                subsets = (even >> turn) * FACTOR >> 12 | high
-                number, turn_of_byte = divmod(turn, turns_of_byte)
-                levels.append(self._level_of(subsets, planes[number], turn_of_byte * self._planes))
-            yield levels
+            yield self._levels_of_turns(codes, offset + start)
+
+    def _levels_of_turns(self, codes: Pointer, offset: Value) -> Iterator[Value]:
+        # Sums take each turn's levels before the next ones are written, or registers would not do.
+        even, odd = (codes.load(self.words, offset + parity * _VECTOR) for parity in (0, 1))
+        ring = self._merged(0xFF, even, odd << 8)
+        next_bits = self._merged(0xFF, even >> 8, odd)
+        if self._half:
+            # The second pass begins 8 rows on. Its last windows reach into the next j's words.
+            ring, next_bits = next_bits, self._of_next_j(ring)
+        first_plane = (2 + self._half * self._planes) * _VECTOR
+        planes = [
+            codes.load(self.words, offset + first_plane + plane * _VECTOR)
+            for plane in range(self._planes)
+        ]
+        turns_of_byte = 8 // self._planes
+        for turn, subsets in enumerate(self._subsets(ring, next_bits)):
+            number, turn_of_byte = divmod(turn, turns_of_byte)
+            yield self._level_of(subsets, planes[number], turn_of_byte * self._planes)
+
+    def _of_next_j(self, words: Value) -> Value:
+        rows = _ROWS_OF_LANES
+        lanes = [at - at % rows + (at + 1) % rows for at in range(self.lanes)]
+        return words.bits_as(self.totals).shuffled(lanes).bits_as(self.words)
+
+    def _subsets(self, ring: Value, next_bits: Value) -> Iterator[Value]:
+        """Yield the subsets of each turn, in bytes, plus multiples of 16, without the bit 128.
+
+        Bytes of `ring` have the 8 bits from turn 0 on, and bytes of `next_bits` the bits after.
+        """
+        turns = self._field - 2
+        for first in range(0, TURNS, turns):
+            lower, upper = (
+                self._field_at(ring, next_bits, bit) for bit in (first, first + self._field)
+            )
+            for turn in range(turns):
+                yield self._sum_of_fields(lower, upper, turn)
+
+    def _field_at(self, ring: Value, next_bits: Value, bit: int) -> Value:
+        """Return the field from a bit of the ring on."""
+        field = (ring if bit < 8 else next_bits) >> bit % 8
+        if bit % 8 + self._field > 8:
+            field = self._merged((0xFF >> bit) * 0x101, field, next_bits << 8 - bit)
+        # vpermb ignores the bits above its field.
+        return field if self.permutes else field & 0xF0F
+
+    def _merged(self, mask: int, low: Value, high: Value) -> Value:
+        """Return words with the bits of `low` within the mask, and those of `high` elsewhere."""
+        if not self.permutes:
+            return low & mask | high & (0xFFFF ^ mask)
+        # LLVM would make two instructions of it, or vpermt2b, which is slower on Intel.
+        operands = [bits.bits_as(self.totals) for bits in (self._masks[mask], low, high)]
+        truth = self.function.constant(i32, 0xCA)
+        name = "llvm.x86.avx512.pternlog.d.512"
+        return self.function.call(name, self.totals, *operands, truth).bits_as(self.words)
+
+    def _sum_of_fields(self, lower: Value, upper: Value, turn: int) -> Value:
+        """Return the subsets whose windows begin at bit `turn` of their lower fields."""
+        numbers = range(1 << self._field)
+        low = [subset(number >> turn) for number in numbers]
+        up = self._field - turn
+        if self.permutes or self.cpu.multiplies_bytes:
+            # These CPUs look up twice in a cycle.
+            high = [subset(number << up) for number in numbers]
+            return self._added_by(lower, low) + self._added_by(upper, high)
+        # In a window's 7 bits 61 * 8 is -3 * 8. Multiples of 16 keep the difference positive.
+        factor = 3 << up - 3
+        low = [number + 16 * factor for number in low]
+        return self._added_by(lower, low) - (upper * factor).bits_as(self.bytes)
+
+    def _added_by(self, field: Value, numbers: list[int]) -> Value:
+        """Return the bytes of a table of numbers, one for each value of a field."""
+        count = self.bytes.count // len(numbers)
+        table = self.function.constant(self.bytes, numbers * count)
+        look_up = self.permuted if self.permutes else self.looked_up
+        return look_up(table, field.bits_as(self.bytes))
 
     def _level_of(self, subsets: Value, planes: Value, first: int) -> Value:
         """Return the levels of bytes. The bits of their planes begin at bit `first`."""
-        codes = subsets.bits_as(self.bytes)
-        starts = range(0, self._table.type.count, 16)
-        levels = [self.looked_up(self._repeated(start, 16), codes) for start in starts]
+        starts = range(0, self._table.type.count, _SUBSETS)
+        levels = [self.looked_up(self._repeated(start, _SUBSETS), subsets) for start in starts]
         for plane in range(self._planes):
             is_set = (planes << 7 - first - plane).bits_as(self.bytes).compare("<", 0)
             pairs = zip(levels[::2], levels[1::2], strict=True)
@@ -224,20 +288,20 @@ class WholeTableTrellis(Trellis):
     """Looks up among all levels at once, as NEON and AVX-512 with VBMI can."""
 
     def _level_of(self, subsets: Value, planes: Value, first: int) -> Value:
-        is_wide = self.lanes == 16
-        if is_wide and not has_feature("avx512vbmi"):
+        if self.lanes == 16 and not self.permutes:
             return super()._level_of(subsets, planes, first)
-        up = SUBSET_BITS - first
-        moved = planes << up if up > 0 else planes >> -up
-        mask = 0x1010 * (2**self._planes - 1)
         count = self._table.type.count
-        codes = (subsets | moved & mask).bits_as(self.bytes)
-        if is_wide:
-            name = "llvm.x86.avx512.permvar.qi.512"
-            tables = [self._repeated(0, count)]
-        else:
-            name = f"llvm.aarch64.neon.tbl{count // 16}.v16i8"
-            tables = [self._repeated(start, 16) for start in range(0, count, 16)]
+        # The bits of an index above a plane's are the next turn's, so one shift serves two turns.
+        place = first % 2 if self.permutes and self._planes == 1 else 0
+        up = SUBSET_BITS - first + place
+        moved = planes << up if up > 0 else planes >> -up
+        if self.permutes:
+            codes = self._merged(0xF0F, subsets.bits_as(self.words), moved).bits_as(self.bytes)
+            of_code = [at % 16 + (at >> 4 + place) % (count // 16) * 16 for at in range(64)]
+            return self.permuted(self._table.shuffled(of_code), codes)
+        codes = subsets & 0x0F | moved.bits_as(self.bytes) & count - _SUBSETS
+        name = f"llvm.aarch64.neon.tbl{count // 16}.v16i8"
+        tables = [self._repeated(start, 16) for start in range(0, count, 16)]
         return self.function.call_by_parts(name, self.cpu.operand_bytes, *tables, codes)
 
 

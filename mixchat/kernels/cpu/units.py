@@ -63,6 +63,7 @@ class Unit(ABC):
         self.bytes, self.words, self.totals = (
             vector(element, 32 * self.lanes // element.width) for element in (i8, i16, i32)
         )
+        self.permutes = self.lanes == 16 and has_feature("avx512vbmi")  # whether it has `permuted`
 
     @classmethod
     def widths(cls) -> tuple[int, ...]:
@@ -75,10 +76,10 @@ class Unit(ABC):
         return range(1, min(3, cls.widths()[0]) + 1) if cls.lanes == 16 else (1,)
 
     @abstractmethod
-    def levels(self, codes: Pointer, offset: Value) -> Iterable[list[Value]]:
+    def levels(self, codes: Pointer, offset: Value) -> Iterable[Iterable[Value]]:
         """Load the codes of `columns` columns, `offset` bytes on, and return their levels.
 
-        Each list has a vector of levels for each vector of sums. A lane is one row.
+        Each element has a vector of levels for each vector of sums. A lane is one row.
         """
 
     @abstractmethod
@@ -114,7 +115,9 @@ class Unit(ABC):
         """Load x of `columns_at_once` columns, `offset` bytes on, for `add_products`."""
         return x.load(i32, offset)
 
-    def add(self, sums: list[Value], levels: list[Value], x: Pointer, offset: Value) -> list[Value]:
+    def add(
+        self, sums: list[Value], levels: Iterable[Value], x: Pointer, offset: Value
+    ) -> list[Value]:
         """Return a token's sums of a band plus the products of levels with x, `offset` bytes on."""
         numbers = self.load_x(x, offset)
         return [
@@ -147,6 +150,10 @@ class Unit(ABC):
         """Return the bytes of a table at these indices, below 16."""
         # pshufb looks up within each 128 bits, so the table repeats its 16 bytes in all of them.
         return self.function.call_by_parts(self.cpu.look_up, self.cpu.operand_bytes, table, indices)
+
+    def permuted(self, table: Value, indices: Value) -> Value:
+        """Return the bytes of a table of 64 at these indices, by 6 bits of each."""
+        return self.function.call("llvm.x86.avx512.permvar.qi.512", self.bytes, table, indices)
 
 
 class WordUnit(Unit):

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mixchat.kernels.cpu.trellis_encode import subset
-from mixchat.kernels.cpu.trellis_units import RING, SUBSET_BITS, WINDOW
+from mixchat.kernels.cpu.trellis_units import RING, SUBSET_BITS, WINDOW, subset
 
 _SUBSETS = 1 << SUBSET_BITS
 _ONE = 64  # the integer of the table that means 1

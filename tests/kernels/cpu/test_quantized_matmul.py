@@ -16,7 +16,7 @@ from matmul_tools import EVEN, IN_BYTES, Matrix, each_type, random, three_thread
 from neon_tools import compile_emulated
 
 from mixchat.kernels.cpu import compile as compiling
-from mixchat.kernels.cpu import object_cache, trellis_units, units
+from mixchat.kernels.cpu import object_cache, units
 from mixchat.kernels.cpu import quantized_matmul as kernel
 from mixchat.kernels.cpu.compile import (
     CPUS,
@@ -298,7 +298,7 @@ def test_a_trellis_gives_the_same_bits_on_every_cpu(
     results = [matrix(x), torch.cat([matrix(row) for row in x.split(1)])]
     choose(instructions, monkeypatch)
     compile_again(monkeypatch)
-    for module in (compiling, trellis_units):
+    for module in (compiling, units):
         monkeypatch.setattr(
             module, "has_feature", lambda name: name != missing and has_feature(name)
         )
