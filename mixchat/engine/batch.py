@@ -219,7 +219,7 @@ class Batch:
             for reader in reading:
                 common = shared_beginning(reader.ids, prompt)
                 if reader.prefix and common >= shared + _MIN_SHARED_TO_WAIT:
-                    reader.prefix.cache.add_place(common)
+                    reader.prefix.cache.add_checkpoint(common)
                     return False
             if shared >= _MIN_SHARED_TO_COPY:
                 targets = [sequence for sequence in self._free if sequence is not best]

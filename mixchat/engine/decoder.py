@@ -79,7 +79,7 @@ class _BatchDecoder:
         # The same numbers, [layers, N * K]. Torch takes three times as long to make a list.
         self._selected = selected.flatten(1).numpy()
         self._layers = [
-            _Layer(block, buffers, own) for block, own in zip(sparse, selected, strict=True)
+            _Layer(block, buffers, chosen) for block, chosen in zip(sparse, selected, strict=True)
         ]
         first = [
             stage

@@ -168,7 +168,7 @@ def test_a_place_can_be_added_while_a_prompt_is_computed():
     cache.begin((30,))
     add(cache, [1] * 10)
     cache.advance(10)
-    cache.add_place(21)
+    cache.add_checkpoint(21)
     add(cache, [1] * 20)
     cache.advance(20)
     assert 21 in cache.extent.checkpoints

@@ -134,7 +134,7 @@ class SequenceCache:
         self._forget_all_but(kept)
         self._make(possible.intersection(kept) | {n for n in regular if n > end})
 
-    def add_place(self, place: int) -> None:
+    def add_checkpoint(self, place: int) -> None:
         """Let passes make a checkpoint at this length, too."""
         if self.needs_checkpoints:
             self._turns.add(place)

@@ -103,45 +103,45 @@ def compute_layer(
 
 
 @singledispatch
-def compute(operation: Operation, own: RowsPass) -> None:
+def compute(operation: Operation, rows_pass: RowsPass) -> None:
     """Compute an operation of a pass."""
     raise UnsupportedOperationError(type(operation).__name__)
 
 
 @compute.register
-def _(operation: ops.Norm, own: RowsPass) -> None:
-    x = own.read(operation.x)
+def _(operation: ops.Norm, rows_pass: RowsPass) -> None:
+    x = rows_pass.read(operation.x)
     if operation.out == operation.x and not operation.x.is_whole:
         operation.norm(x, in_place=True)
         return
-    own.write(operation.out, operation.norm(x))
+    rows_pass.write(operation.out, operation.norm(x))
 
 
 @compute.register
-def _(operation: ops.Product, own: RowsPass) -> None:
-    x = own.read(operation.x).flatten(1)
-    if own.record is not None:
-        own.record(operation.name, x)
-    own.write(operation.out, operation.matrix(x, exact=own.exact))
+def _(operation: ops.Product, rows_pass: RowsPass) -> None:
+    x = rows_pass.read(operation.x).flatten(1)
+    if rows_pass.record is not None:
+        rows_pass.record(operation.name, x)
+    rows_pass.write(operation.out, operation.matrix(x, exact=rows_pass.exact))
 
 
 @compute.register
-def _(operation: ops.DenseProduct, own: RowsPass) -> None:
-    product = dense_matmul(own.read(operation.x), operation.weight, exact=own.exact)
-    own.write(operation.out, product)
+def _(operation: ops.DenseProduct, rows_pass: RowsPass) -> None:
+    product = dense_matmul(rows_pass.read(operation.x), operation.weight, exact=rows_pass.exact)
+    rows_pass.write(operation.out, product)
 
 
 @compute.register
-def _(operation: ops.HeadProducts, own: RowsPass) -> None:
-    x = own.read(operation.x).transpose(0, 1)  # [H, T, C]
-    if own.record is not None:
-        own.record(operation.name, x.flatten(0, 1))
-    products = _head_products(operation.matrices, x, exact=own.exact)  # [H, T, R]
-    own.write(operation.out, products.transpose(0, 1).contiguous())
+def _(operation: ops.HeadProducts, rows_pass: RowsPass) -> None:
+    x = rows_pass.read(operation.x).transpose(0, 1)  # [H, T, C]
+    if rows_pass.record is not None:
+        rows_pass.record(operation.name, x.flatten(0, 1))
+    products = _head_products(operation.matrices, x, exact=rows_pass.exact)  # [H, T, R]
+    rows_pass.write(operation.out, products.transpose(0, 1).contiguous())
 
 
 def _head_products(matrices: Sequence[Linear], x: torch.Tensor, *, exact: bool) -> torch.Tensor:
-    """Map x [H, T, C] to [H, T, R], each head by its own matrix."""
+    """Map x [H, T, C] to [H, T, R], each head by its rows_pass matrix."""
     packed = [matrix.matrix for matrix in matrices if isinstance(matrix, PackedLinear)]
     if not packed:
         pairs = zip(matrices, x, strict=True)
@@ -155,22 +155,22 @@ def _head_products(matrices: Sequence[Linear], x: torch.Tensor, *, exact: bool) 
 
 
 @compute.register
-def _(operation: ops.Rotate, own: RowsPass) -> None:
-    own.write(operation.out, operation.rope(own.read(operation.x), own.positions))
+def _(operation: ops.Rotate, rows_pass: RowsPass) -> None:
+    rows_pass.write(operation.out, operation.rope(rows_pass.read(operation.x), rows_pass.positions))
 
 
 @compute.register
-def _(operation: ops.ScaleByPosition, own: RowsPass) -> None:
+def _(operation: ops.ScaleByPosition, rows_pass: RowsPass) -> None:
     assert operation.rope.query_scales is not None
-    scales = operation.rope.query_scales[own.positions]
-    scaled = rows.weighted_sum(own.read(operation.x).unsqueeze(1), scales.unsqueeze(1))
-    own.write(operation.out, scaled)
+    scales = operation.rope.query_scales[rows_pass.positions]
+    scaled = rows.weighted_sum(rows_pass.read(operation.x).unsqueeze(1), scales.unsqueeze(1))
+    rows_pass.write(operation.out, scaled)
 
 
 @compute.register
-def _(operation: ops.Attend, own: RowsPass) -> None:
-    queries, keys, values = map(own.read, operation.inputs)
-    own.write(operation.out, _attend(operation, own.context, queries, keys, values))
+def _(operation: ops.Attend, rows_pass: RowsPass) -> None:
+    queries, keys, values = map(rows_pass.read, operation.inputs)
+    rows_pass.write(operation.out, _attend(operation, rows_pass.context, queries, keys, values))
 
 
 def _attend(
@@ -201,30 +201,30 @@ def _attend(
 
 
 @compute.register
-def _(operation: ops.Convolve, own: RowsPass) -> None:
-    x = own.read(operation.x)
+def _(operation: ops.Convolve, rows_pass: RowsPass) -> None:
+    x = rows_pass.read(operation.x)
     out = operation.out
     convolution = operation.convolution
     columns = out.size + (0 if convolution.gated else _PAD)
     dtype = out.dtype or x.dtype
     convolved = x.new_empty(len(x), columns, dtype=dtype)[:, : out.size]
-    for piece, segments in own.segments(operation.layer):
+    for piece, segments in rows_pass.segments(operation.layer):
         for segment, before, after in segments:
             states = before["conv"], after["conv"]
             convolution(x[piece][segment], *states, convolved[piece][segment])
-    own.write(out, convolved)
+    rows_pass.write(out, convolved)
 
 
 @compute.register
-def _(operation: ops.UpdateState, own: RowsPass) -> None:
-    qkv = own.read(operation.qkv)
-    ba = own.read(operation.ba)
+def _(operation: ops.UpdateState, rows_pass: RowsPass) -> None:
+    qkv = rows_pass.read(operation.qkv)
+    ba = rows_pass.read(operation.ba)
     read = []
-    for piece, segments in own.segments(operation.layer):
+    for piece, segments in rows_pass.segments(operation.layer):
         for segment, before, after in segments:
             inputs = qkv[piece][segment], ba[piece][segment]
             read.append(_update_state(operation, *inputs, before["state"], after["state"]))
-    own.write(operation.out, read[0] if len(read) == 1 else torch.cat(read))
+    rows_pass.write(operation.out, read[0] if len(read) == 1 else torch.cat(read))
 
 
 def _update_state(
@@ -245,19 +245,21 @@ def _update_state(
 
 
 @compute.register
-def _(operation: ops.Route, own: RowsPass) -> None:
-    selected, weights = operation.router(own.read(operation.x))
-    own.write(operation.selected, selected)
-    own.write(operation.out, weights)
+def _(operation: ops.Route, rows_pass: RowsPass) -> None:
+    selected, weights = operation.router(rows_pass.read(operation.x))
+    rows_pass.write(operation.selected, selected)
+    rows_pass.write(operation.out, weights)
 
 
 @compute.register
-def _(operation: ops.Experts, own: RowsPass) -> None:
-    inputs = map(own.read, operation.inputs)
-    own.write(operation.out, operation.runner.run(operation.layer, *inputs, exact=own.exact))
+def _(operation: ops.Experts, rows_pass: RowsPass) -> None:
+    inputs = map(rows_pass.read, operation.inputs)
+    rows_pass.write(
+        operation.out, operation.runner.run(operation.layer, *inputs, exact=rows_pass.exact)
+    )
 
 
 @compute.register
-def _(operation: ops.Apply, own: RowsPass) -> None:
-    operands = (own.read(part).flatten(1) for part in operation.operands)
-    own.write(operation.out, operation.kernel(*operands))
+def _(operation: ops.Apply, rows_pass: RowsPass) -> None:
+    operands = (rows_pass.read(part).flatten(1) for part in operation.operands)
+    rows_pass.write(operation.out, operation.kernel(*operands))

@@ -114,7 +114,7 @@ class TokenBuffers:
         self.dtype = dtype
         self.sequences = sequences
         self._buffers: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
-        self._results = count()
+        self._spans = count()
         self._rotations: dict[tuple[RotaryEmbedding, int], Step] = {}
         self._scalings: dict[tuple[RotaryEmbedding, int], Step] = {}
         self._positions: list[torch.Tensor] = []  # what the steps that rotate or scale point to
@@ -143,9 +143,9 @@ class TokenBuffers:
         tensor = self.tensor(part)
         return tensor if tensor.dim() == 2 else tensor.view(len(tensor), -1)
 
-    def result(self) -> Span:
+    def new_span(self) -> Span:
         """Return a new span that stands for a result inside an operation."""
-        return next(self._results), 0, 1
+        return next(self._spans), 0, 1
 
     def require(self, operation: Operation, *columns: int) -> None:
         """Raise `UnsupportedOperationError` unless kernels take rows of so many columns."""
@@ -187,7 +187,7 @@ class TokenBuffers:
         """Before each token, call these with the sequences' caches. They set addresses in steps."""
         self._bound.setdefault(layer, []).append(set_places)
 
-    def attend(self, operation: ops.Attend) -> list[KVSteps]:
+    def attention_steps(self, operation: ops.Attend) -> list[KVSteps]:
         """Return the steps of each sequence. They do not keep the sinks alive."""
         cache = self._cache.layers[operation.layer]
         if not isinstance(cache, PagedKVCache):
@@ -233,10 +233,10 @@ class TokenBuffers:
 
 def _place(cache: SequenceCache, layer: int) -> Any:
     """Return a layer's cache, or the states before and after its next token."""
-    own = cache.layers[layer]
-    if not isinstance(own, StateCache):
-        return own
-    ((_, before, after),) = own.segments(1)
+    layer_cache = cache.layers[layer]
+    if not isinstance(layer_cache, StateCache):
+        return layer_cache
+    ((_, before, after),) = layer_cache.segments(1)
     return before, after
 
 
@@ -249,9 +249,9 @@ def _set_state(step: Step, name: str, states: Any) -> None:
     step.set(before=before[name].data_ptr(), after=after[name].data_ptr())
 
 
-def layer_works(operations: Sequence[Operation], own: TokenBuffers) -> list[Work]:
+def layer_works(operations: Sequence[Operation], buffers: TokenBuffers) -> list[Work]:
     """Return the works of operations. Raises `UnsupportedOperationError`."""
-    return [work for operation in operations for work in works(operation, own)]
+    return [work for operation in operations for work in works(operation, buffers)]
 
 
 def _work(operation: Operation, *steps: Step, is_wide: bool = False) -> Work:
@@ -261,27 +261,27 @@ def _work(operation: Operation, *steps: Step, is_wide: bool = False) -> Work:
 
 
 @singledispatch
-def works(operation: Operation, own: TokenBuffers) -> list[Work]:
+def works(operation: Operation, buffers: TokenBuffers) -> list[Work]:
     """Return an operation as works in a valid order. Raises `UnsupportedOperationError`."""
     raise UnsupportedOperationError(type(operation).__name__)
 
 
 @works.register
-def _(operation: ops.Norm, own: TokenBuffers) -> list[Work]:
+def _(operation: ops.Norm, buffers: TokenBuffers) -> list[Work]:
     weight = operation.norm.weight
-    own.require(operation, len(weight))
-    x, out = (own.tensor(part) for part in (operation.x, operation.out))
+    buffers.require(operation, len(weight))
+    x, out = (buffers.tensor(part) for part in (operation.x, operation.out))
     if x.shape[-1] != len(weight) or x.dim() == 2:
         x, out = (each.view(len(each), -1, len(weight)) for each in (x, out))
     return [_work(operation, rows.rms_norm_step(x, weight, operation.norm.eps, out))]
 
 
 @works.register
-def _(operation: ops.Product, own: TokenBuffers) -> list[Work]:
-    matrix = own.packed(operation, operation.matrix)
-    x = own.flat(operation.x)
-    out = own.flat(operation.out)
-    rounded = own.result()
+def _(operation: ops.Product, buffers: TokenBuffers) -> list[Work]:
+    matrix = buffers.packed(operation, operation.matrix)
+    x = buffers.flat(operation.x)
+    out = buffers.flat(operation.out)
+    rounded = buffers.new_span()
     round_x, multiply = matrix.steps(x, out)
     return [
         Work([round_x], [span(operation.x)], [rounded]),
@@ -290,32 +290,32 @@ def _(operation: ops.Product, own: TokenBuffers) -> list[Work]:
 
 
 @works.register
-def _(operation: ops.DenseProduct, own: TokenBuffers) -> list[Work]:
-    own.require(operation, operation.x.size)
-    x = own.flat(operation.x)
-    out = own.flat(operation.out)
+def _(operation: ops.DenseProduct, buffers: TokenBuffers) -> list[Work]:
+    buffers.require(operation, operation.x.size)
+    x = buffers.flat(operation.x)
+    out = buffers.flat(operation.out)
     return [_work(operation, matmul_step(x, operation.weight, out), is_wide=True)]
 
 
 @works.register
-def _(operation: ops.HeadProducts, own: TokenBuffers) -> list[Work]:
-    matrices = [own.packed(operation, matrix).matrix for matrix in operation.matrices]
-    own.require(operation, *(part.shape[-1] for part in (operation.x, operation.out)))
+def _(operation: ops.HeadProducts, buffers: TokenBuffers) -> list[Work]:
+    matrices = [buffers.packed(operation, matrix).matrix for matrix in operation.matrices]
+    buffers.require(operation, *(part.shape[-1] for part in (operation.x, operation.out)))
     heads = operation.x.shape[0]
-    tokens = own.sequences
-    by_head = torch.empty(heads, tokens, operation.out.shape[1], dtype=own.dtype)
-    copied = own.result()
-    rounded = own.result()
-    multiplied = own.result()
+    tokens = buffers.sequences
+    by_head = torch.empty(heads, tokens, operation.out.shape[1], dtype=buffers.dtype)
+    copied = buffers.new_span()
+    rounded = buffers.new_span()
+    multiplied = buffers.new_span()
     copies: list[Work] = []
     # The matrix of a head has the rows of all tokens as its input.
-    x = own.tensor(operation.x)
+    x = buffers.tensor(operation.x)
     x_rows = None
     read = span(operation.x)
     if operation.x.is_whole:
         x_rows = torch.arange(tokens * heads).view(tokens, heads).t().flatten()
     else:
-        gathered = torch.empty(heads, tokens, x.shape[2], dtype=own.dtype)
+        gathered = torch.empty(heads, tokens, x.shape[2], dtype=buffers.dtype)
         copies.append(Work(_copies(x, gathered.transpose(0, 1)), [read], [copied]))
         x = gathered
         read = copied
@@ -324,7 +324,7 @@ def _(operation: ops.HeadProducts, own: TokenBuffers) -> list[Work]:
     result = [*copies, Work(rounds, [read], [rounded])]
     for steps in products:  # each reads what the one before has decoded
         result.append(Work(steps, [rounded], [multiplied], is_wide=True))
-    out = own.tensor(operation.out)
+    out = buffers.tensor(operation.out)
     return [
         *result,
         Work(_copies(by_head.transpose(0, 1), out), [multiplied], [span(operation.out)]),
@@ -337,35 +337,35 @@ def _copies(x: torch.Tensor, out: torch.Tensor) -> list[Step]:
 
 
 @works.register
-def _(operation: ops.Apply, own: TokenBuffers) -> list[Work]:
-    *operands, out = (own.flat(part) for part in (*operation.operands, operation.out))
-    own.require(operation, getattr(operation.kernel, "width", out.shape[1]))
+def _(operation: ops.Apply, buffers: TokenBuffers) -> list[Work]:
+    *operands, out = (buffers.flat(part) for part in (*operation.operands, operation.out))
+    buffers.require(operation, getattr(operation.kernel, "width", out.shape[1]))
     step = operation.kernel.step(*operands, out)
     return [_work(operation, step, is_wide=operation.is_wide)]
 
 
 @works.register
-def _(operation: ops.Rotate, own: TokenBuffers) -> list[Work]:
-    x = own.tensor(operation.x)
-    out = own.tensor(operation.out)
+def _(operation: ops.Rotate, buffers: TokenBuffers) -> list[Work]:
+    x = buffers.tensor(operation.x)
+    out = buffers.tensor(operation.out)
     turned = operation.rope.width
-    own.require(operation, turned // 2, x.shape[2] - turned)
-    return [_work(operation, own.rotate(operation.rope, x, out))]
+    buffers.require(operation, turned // 2, x.shape[2] - turned)
+    return [_work(operation, buffers.rotate(operation.rope, x, out))]
 
 
 @works.register
-def _(operation: ops.ScaleByPosition, own: TokenBuffers) -> list[Work]:
-    x = own.tensor(operation.x)
-    out = own.tensor(operation.out)
-    own.require(operation, x.shape[1])
-    return [_work(operation, own.scale(operation.rope, x, out))]
+def _(operation: ops.ScaleByPosition, buffers: TokenBuffers) -> list[Work]:
+    x = buffers.tensor(operation.x)
+    out = buffers.tensor(operation.out)
+    buffers.require(operation, x.shape[1])
+    return [_work(operation, buffers.scale(operation.rope, x, out))]
 
 
 @works.register
-def _(operation: ops.Attend, own: TokenBuffers) -> list[Work]:
-    steps = own.attend(operation)
-    stored = own.result()
-    attended = own.result()
+def _(operation: ops.Attend, buffers: TokenBuffers) -> list[Work]:
+    steps = buffers.attention_steps(operation)
+    stored = buffers.new_span()
+    attended = buffers.new_span()
     queries, keys, values = map(span, operation.inputs)
     return [
         Work([each.store for each in steps], [keys, values], [stored]),
@@ -375,26 +375,26 @@ def _(operation: ops.Attend, own: TokenBuffers) -> list[Work]:
 
 
 @works.register
-def _(operation: ops.Convolve, own: TokenBuffers) -> list[Work]:
+def _(operation: ops.Convolve, buffers: TokenBuffers) -> list[Work]:
     convolution = operation.convolution
-    own.require(operation, convolution.channels)
-    tensors = (torch.split(own.tensor(part), 1) for part in (operation.x, operation.out))
+    buffers.require(operation, convolution.channels)
+    tensors = (torch.split(buffers.tensor(part), 1) for part in (operation.x, operation.out))
     steps = [convolution.step(x, out) for x, out in zip(*tensors, strict=True)]
-    own.bind_state(operation.layer, "conv", steps)
+    buffers.bind_state(operation.layer, "conv", steps)
     return [_work(operation, *steps, is_wide=not convolution.gated)]
 
 
 @works.register
-def _(operation: ops.UpdateState, own: TokenBuffers) -> list[Work]:
+def _(operation: ops.UpdateState, buffers: TokenBuffers) -> list[Work]:
     rule = operation.rule
-    prepared = own.result()
-    if not rule.shape.can_compute(own.dtype, "cpu"):
-        raise UnsupportedOperationError(f"UpdateState of {rule.shape} in {own.dtype}")
+    prepared = buffers.new_span()
+    if not rule.shape.can_compute(buffers.dtype, "cpu"):
+        raise UnsupportedOperationError(f"UpdateState of {rule.shape} in {buffers.dtype}")
     parts = operation.qkv, operation.ba, operation.out
-    tensors = (torch.split(own.tensor(part), 1) for part in parts)
+    tensors = (torch.split(buffers.tensor(part), 1) for part in parts)
     pairs = [rule.steps(*sequence) for sequence in zip(*tensors, strict=True)]
     prepares, recurs = zip(*pairs, strict=True)
-    own.bind_state(operation.layer, "state", recurs)
+    buffers.bind_state(operation.layer, "state", recurs)
     qkv = span(operation.qkv)
     ba = span(operation.ba)
     return [
@@ -404,11 +404,11 @@ def _(operation: ops.UpdateState, own: TokenBuffers) -> list[Work]:
 
 
 @works.register
-def _(operation: ops.Route, own: TokenBuffers) -> list[Work]:
-    own.require(operation, operation.x.size)
+def _(operation: ops.Route, buffers: TokenBuffers) -> list[Work]:
+    buffers.require(operation, operation.x.size)
     parts = operation.x, operation.selected, operation.out
-    score, choose = operation.router.steps(*map(own.tensor, parts))
-    scored = own.result()
+    score, choose = operation.router.steps(*map(buffers.tensor, parts))
+    scored = buffers.new_span()
     chosen = [span(operation.selected), span(operation.out)]
     return [
         Work([score], [span(operation.x)], [scored], is_wide=True),
@@ -419,17 +419,19 @@ def _(operation: ops.Route, own: TokenBuffers) -> list[Work]:
 class ExpertWorks:
     """The works of `Experts` whose experts are all in memory, at addresses that may change."""
 
-    def __init__(self, operation: ops.Experts, own: TokenBuffers, experts: LayerExperts) -> None:
-        x, selected, weights = map(own.tensor, operation.inputs)
-        slots = own.slots(experts[0], x, selected.numel())
+    def __init__(
+        self, operation: ops.Experts, buffers: TokenBuffers, experts: LayerExperts
+    ) -> None:
+        x, selected, weights = map(buffers.tensor, operation.inputs)
+        slots = buffers.slots(experts[0], x, selected.numel())
         chosen_by = torch.arange(selected.numel()) // selected.shape[1]
         self._table = experts.addresses.data_ptr()
         self._arrange = slots.arrange(selected.view(-1), chosen_by, experts.addresses)
         added = rows.weighted_sum_step(
-            slots.outputs, weights, own.tensor(operation.out), slots.places
+            slots.outputs, weights, buffers.tensor(operation.out), slots.places
         )
-        arranged = own.result()
-        computed = own.result()
+        arranged = buffers.new_span()
+        computed = buffers.new_span()
         of_x, of_selected, of_weights = map(span, operation.inputs)
         self.works = [Work([self._arrange], [of_selected], [arranged], is_serial=True)]
         for stage in slots.stages:
