@@ -212,8 +212,8 @@ _RULES: list[tuple[Sequence[type | list[type]], Callable[..., Kernels | None]]] 
 def _rule(*types: type | list[type]) -> Callable[[Any], Any]:
     """Let a function write the kernels of operations of these types that follow one another.
 
-    `Apply` has the type of its kernel. A list stands for any number of operations of a type. The
-    function gets the operations, and returns None if they are others than its kernels compute.
+    `Apply` has the type of its kernel. A type in a list may be missing. The function gets the
+    operations, or None for each that is missing. It returns None if its kernels compute others.
     """
 
     def register(function: Callable[..., Kernels | None]) -> Callable[..., Kernels | None]:
@@ -247,14 +247,12 @@ def _taken(
     """Return the first operations by types, up to a type that they do not have, and the others."""
     taken: list[Any] = []
     for each in types:
-        if isinstance(each, list):
-            others = (n for n, operation in enumerate(operations) if _type(operation) not in each)
-            end = next(others, len(operations))
-            taken.append(operations[:end])
-            operations = operations[end:]
-        elif operations and _type(operations[0]) is each:
+        wanted = each[0] if isinstance(each, list) else each
+        if operations and _type(operations[0]) is wanted:
             taken.append(operations[0])
             operations = operations[1:]
+        elif isinstance(each, list):
+            taken.append(None)
         else:
             break
     return taken, operations
@@ -267,15 +265,15 @@ def _type(operation: Operation) -> type:
 
 @_rule(Addition, [Scaling], ops.Norm)
 def _add_norm(
-    memory: LayerMemory, addition: ops.Apply, scalings: list[Any], norm: ops.Norm
+    memory: LayerMemory, addition: ops.Apply, scaling: Any | None, norm: ops.Norm
 ) -> Kernels | None:
     """Add an output to x, scale x, and normalize it into another row."""
-    if not addition.out == norm.x != norm.out or len(scalings) > 1:
+    if not addition.out == norm.x != norm.out:
         return None
     tokens = memory.tokens
     added = tokens.sums_of(addition.operands[1])
     operands = tokens.row(norm.x), added, norm.norm.weight, tokens.out(norm.out), norm.norm.eps
-    factor = scalings[0].kernel.factor if scalings else None
+    factor = None if scaling is None else scaling.kernel.factor
     return [partial(add_norm, *operands, tokens.finished, factor=factor)]
 
 
@@ -290,18 +288,21 @@ def _add(memory: LayerMemory, addition: ops.Apply) -> Kernels:
     return []
 
 
-@_rule([ops.Norm], [Clamping], ops.Rotate, ops.Attend, [Gating])
+@_rule([ops.Norm], [ops.Norm], [ops.Norm], [Clamping], ops.Rotate, ops.Attend, [Gating])
 def _attend(
     memory: LayerMemory,
-    norms: list[ops.Norm],
-    clips: list[Any],
+    first: ops.Norm | None,
+    second: ops.Norm | None,
+    third: ops.Norm | None,
+    clip: Any | None,
     turn: ops.Rotate,
     attending: ops.Attend,
-    gatings: list[ops.Apply],
+    gating: ops.Apply | None,
 ) -> Kernels | None:
     """Normalize, clip and rotate heads as they are stored, and gate what attention gives."""
-    heads_are_of_one = {norm.x.name for norm in norms} <= {turn.x.name}
-    if not heads_are_of_one or turn.out.name != attending.queries.name:
+    norms = [norm for norm in (first, second, third) if norm is not None]
+    is_of_one_row = all(norm.x.name == turn.x.name for norm in norms)
+    if not is_of_one_row or turn.out.name != attending.queries.name:
         return None
     tokens = memory.tokens
     queries = tokens.out(attending.queries)
@@ -310,15 +311,15 @@ def _attend(
     values = of_values[0].x if of_values else attending.values
     weights = [norm.norm.weight for norm in norms if norm.out == norm.x]
     eps = norms[0].norm.eps if norms else 0.0
-    clip = clips[0].kernel.limit if clips else None
+    limit = None if clip is None else clip.kernel.limit
     # Heads after the values are stored as they are.
     end = values.first + values.shape[0] * width
     others = replace(turn.x, first=end, shape=(count, width))
     gates = tokens.out(others) if end < others.size else None
     arrays = tokens.sums_of(turn.x), queries, memory.kv.tensors, tokens.past, turn.rope.tables
-    store = partial(heads, *arrays, weights, eps, clip, gates)
+    store = partial(heads, *arrays, weights, eps, limit, gates)
     store = partial(store, v_norm=bool(of_values), values_are_keys=values == turn.x[count:])
-    return [store, _attend_to_stored(memory, attending, *gatings)]
+    return [store, _attend_to_stored(memory, attending, gating)]
 
 
 def _attend_to_stored(
@@ -419,7 +420,7 @@ def _dense_part(
     gate_up: ops.Product,
     swiglu: ops.Apply,
     down: ops.Product,
-    weightings: list[ops.Apply],
+    weighting: ops.Apply | None,
 ) -> Kernels:
     """Compute a dense part as an expert that is always chosen."""
     assert memory.dense is not None
@@ -430,10 +431,10 @@ def _dense_part(
     table = torch.tensor([first.data_ptr()], device=first.device)
     selected = tokens.tensor("dense part", 1, dtype=torch.int32)
     weight = torch.ones(1, device=first.device)
-    if weightings:
-        weight = tokens.row(weightings[0].operands[1])
+    if weighting is not None:
+        weight = tokens.row(weighting.operands[1])
     sums = tokens.outputs[memory.dense_start :][: memory.dense.sums(1)]
-    tokens.sums[[down, *weightings][-1].out.name] = sums
+    tokens.sums[(weighting or down).out.name] = sums
     x = tokens.row(gate_up.x)
     return _selected_experts(memory.dense, tokens, x, selected, weight, table, sums)
 
