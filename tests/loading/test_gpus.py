@@ -389,6 +389,20 @@ def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unlocks_ram(pa
     assert settled(paper) == before
 
 
+def test_a_shared_expert_does_not_delay_the_router_s_choice(
+    paper, make_checkpoint, install, monkeypatch
+):
+    """The host waits for the choice, and a description has the shared expert before the router."""
+    graphs: list[Graph] = []
+    monkeypatch.setattr(paper, "CUDAGraph", lambda: graphs.append(Graph()) or graphs[-1])
+    checkpoint = make_checkpoint(model_type="qwen2_moe", std=0.05, stored_as="float32")
+    known = installed_case(install(checkpoint), ([5, 9],))
+    load(known, known.blueprint.expert_count)
+    # Two norms, two products, heads, attention, the router and three copies. Then zeros for the
+    # host's part, two kernels of experts, and three of the shared expert with its gate.
+    assert [len(graph.work) for graph in graphs[:2]] == [10, 6]
+
+
 def test_what_graphs_read_is_kept_by_something_else(paper, make_checkpoint, install, monkeypatch):
     """A graph of CUDA keeps nothing: a dense part's table was freed, and replays read it."""
     graphs: list[Graph] = []

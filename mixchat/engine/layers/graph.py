@@ -268,7 +268,8 @@ def _add_norm(
     memory: LayerMemory, addition: ops.Apply, scaling: Any | None, norm: ops.Norm
 ) -> Kernels | None:
     """Add an output to x, scale x, and normalize it into another row."""
-    if not addition.out == norm.x != norm.out:
+    changed = {each.out for each in (addition, scaling) if each is not None}
+    if changed != {norm.x} or norm.out == norm.x:
         return None
     tokens = memory.tokens
     added = tokens.sums_of(addition.operands[1])
