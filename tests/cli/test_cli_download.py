@@ -116,6 +116,16 @@ def test_a_checkpoint_with_a_bad_tokenizer_is_refused_before_it_is_quantized(
     assert b"quantizing" not in done.stderr
 
 
+def test_an_unknown_rope_type_is_refused_with_those_that_run(mixchat, checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "other", "factor": 4.0, "rope_theta": 1e6}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    error, hint = mixchat("download", str(checkpoint)).stderr.decode().splitlines()
+    assert error == "error: config.json: rope type 'other' is not supported"
+    types = "default, linear, dynamic, yarn, llama3, longrope, proportional"
+    assert hint == f"hint: The types that run are {types}."
+
+
 def test_what_it_takes_is_said_before_it_is_done(mixchat, environment, checkpoint):
     done = mixchat("download", str(checkpoint))
     lines = done.stderr.decode().splitlines()
