@@ -49,13 +49,6 @@ def test_a_flag_goes_before_a_variable_and_that_before_the_file(mixchat, config_
     assert mixchat("run", "Hi", MIXCHAT_MAX_TOKENS="").stdout == b"Hell\n"
 
 
-def test_a_named_file_stands_in_for_the_other(mixchat, config_file, tmp_path):
-    config_file("max-tokens = 4")
-    (tmp_path / "mine.toml").write_text("max-tokens = 1")
-    assert mixchat("run", "Hi", MIXCHAT_CONFIG=tmp_path / "mine.toml").stdout == b"H\n"
-    assert mixchat("run", "Hi", MIXCHAT_CONFIG="/dev/null").stdout == b"Hello\n"
-
-
 def test_every_kind_of_value_can_stand_in_the_file(mixchat, config_file, tmp_path):
     config_file('system = """Be\nbrief"""\nstop = ["l", "z z"]\nverbose = true\nseed = 7\ntemp = 0')
     done = mixchat("run", "Hi", PROMPTS=tmp_path / "prompts")

@@ -53,10 +53,12 @@ def test_a_context_that_the_model_cannot_do_is_said_before_anything_is_read(mixc
     assert done.returncode == 2
 
 
-def test_who_waits_for_standard_input_is_told_after_a_second(environment):
+def test_who_waits_for_standard_input_is_told_after_a_second(environment, tmp_path):
     """`sleep 8 | mixchat run hi` was silent, and nobody knew what it did."""
-    with Terminal(behind("sleep 4", "Hi"), environment) as terminal:
+    wait = f"until test -e {tmp_path / 'end'}; do sleep 0.1; done"
+    with Terminal(behind(wait, "Hi"), environment) as terminal:
         terminal.wait_for("note: reading standard input; </dev/null leaves it out")
+        (tmp_path / "end").touch()
         terminal.wait_for("Hello")
         assert terminal.wait_for_end() == 0
 

@@ -2,7 +2,7 @@
 
 import httpcore2
 import pytest
-from scripted_server import Answer, ScriptedServer, as_json, refusal, says
+from scripted_server import Answer, ScriptedServer, as_json, refusal
 
 from mixchat.base.errors import (
     MixchatError,
@@ -68,14 +68,6 @@ def test_a_server_without_a_list_of_models_has_none():
 def test_a_list_of_another_form_is_refused(answer):
     with ScriptedServer(models=answer) as server, pytest.raises(ServerError):
         client_of(server).models()
-
-
-def test_the_key_goes_into_a_header_if_there_is_one():
-    with ScriptedServer(says("Hi"), says("Hi")) as server:
-        client_of(server, "secret").chat({}).close()
-        client_of(server).chat({}).close()
-    keys = [request.headers.get("authorization") for request in server.requests]
-    assert keys == ["Bearer secret", None]
 
 
 @pytest.mark.parametrize("key", ["a\r\nX: b", "schlüssel"])
