@@ -167,23 +167,20 @@ class TestResolve:
             assert ref.repo == name
             validate_repo_id(name)
 
-    def test_a_directory(self):
-        Path("my-model").mkdir()
-        for name in ("my-model", "./my-model", str(Path("my-model").absolute())):
+    def test_a_directory_is_installed_under_its_own_name(self):
+        own = Path("my-model").absolute()
+        own.mkdir()
+        for name in ("my-model", "./my-model", str(own)):
             ref = models.resolve(name)
-            assert ref.path == Path("my-model").absolute()
-            assert ref.key == "my-model"
+            assert (ref.path, ref.key) == (own, "my-model")
+        for name in (".", "../here"):
+            ref = models.resolve(name)
+            assert (ref.path, ref.key) == (Path.cwd(), "here")
 
     def test_org_and_name_are_the_hub_s_even_if_there_is_such_a_directory(self):
         Path("org/name").mkdir(parents=True)
         assert models.resolve("org/name").repo == "org/name"
         assert models.resolve("./org/name").path == Path("org/name").absolute()
-
-    @pytest.mark.parametrize("name", [".", "../here"])
-    def test_a_directory_by_a_relative_path_is_installed_under_its_own_name(self, name):
-        Path("sub").mkdir()
-        assert models.resolve(name).path == Path.cwd()
-        assert models.resolve(name).key == "here"
 
     @pytest.mark.parametrize("name", ["./nofile.gguf", "nofile.gguf", "/nowhere/model", "../no"])
     def test_a_path_of_nothing_is_said_to_be_no_file(self, name):

@@ -64,13 +64,6 @@ def test_a_template_may_write_control_tokens(tokenizer):
         )
 
 
-def test_nothing_is_prepended(tokenizer):
-    assert tokenizer.encode("") == []
-    assert tokenizer.encode_template("") == []
-    for ids in (tokenizer.encode("a"), tokenizer.encode_template("a")):
-        assert tokenizer.bos_id is None or ids[0] != tokenizer.bos_id
-
-
 def test_inserted_text_is_text_and_inserted_ids_are_ids(tokenizer):
     name, end = "<|im_end|>" if tokenizer.control_tokens.get("<|im_end|>") else "</s>", [7, 7]
     ids = tokenizer.encode_template(f"a {name}x {name} y", {"x": name, "y": (7, 7)})

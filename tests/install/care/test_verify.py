@@ -117,14 +117,16 @@ class TestManifest:
         (installed / name).write_bytes(damage((installed / name).read_bytes()))
         assert verify(installed) == [Damage(name)]
 
-    def test_both_are_damaged(self, installed):
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda path: path.write_bytes(b"{}"), MANIFEST_FILE),
+            (Path.unlink, "not a finished model"),
+        ],
+        ids=["damaged", "missing"],
+    )
+    def test_without_both_nothing_can_be_said(self, installed, spoil, message):
         for name in (MANIFEST_FILE, MANIFEST_COPY):
-            (installed / name).write_bytes(b"{}")
-        with pytest.raises(CheckpointError, match=MANIFEST_FILE):
-            verify(installed)
-
-    def test_neither_is_there(self, installed):
-        for name in (MANIFEST_FILE, MANIFEST_COPY):
-            (installed / name).unlink()
-        with pytest.raises(CheckpointError, match="not a finished model"):
+            spoil(installed / name)
+        with pytest.raises(CheckpointError, match=message):
             verify(installed)
