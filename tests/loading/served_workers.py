@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,35 +113,18 @@ class ForkedWorker:
             pass
 
 
-def _call_before(served: Any, before: Callable[[int, int, Callable[[], None]], None]) -> None:
-    """Let `before` be called with each request: its layer, its rows, and its `check`."""
-    compute = served.compute
-
-    def computed(
-        layer: int,
-        experts: Sequence[tuple[int, int]],
-        x: torch.Tensor,
-        shared_row: bool,
-        check: Callable[[], None],
-    ) -> torch.Tensor:
-        before(layer, len(x), check)
-        result: torch.Tensor = compute(layer, experts, x, shared_row, check)
-        return result
-
-    served.compute = computed
-
-
 def _serve(directory: str, slots: int, fault: Fault | None, at: str) -> None:
-    served = open_served(Path(directory), slots)
-    left = [fault.count if fault else 0]
+    served: Any = open_served(Path(directory), slots)
+    left, compute = [fault.count if fault else 0], served.compute
 
-    def before(layer: int, rows: int, check: Callable[[], None]) -> None:
-        if fault and layer == fault.layer and (rows > 1) == fault.many:
+    def computed(layer: int, experts: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if fault and layer == fault.layer and (len(x) > 1) == fault.many:
             left[0] -= 1
             if left[0] < 0:
                 os.kill(os.getpid(), fault.signal)
+        return compute(layer, experts, x, *rest)
 
-    _call_before(served, before)
+    served.compute = computed
     listener = Listener(resolve(at, any_port=True), KEY, lambda line: None)
     print(json.dumps([os.getpid(), listener.address]), flush=True)
     Server(listener, served, lambda line: None).serve()

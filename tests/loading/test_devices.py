@@ -172,16 +172,7 @@ def test_without_triton_or_python_s_headers_the_package_to_install_is_named(monk
     assert toolchain.missing() is None
 
 
-def test_loading_tells_why_the_cpu_computes(paper, case, measured):
-    measured(slow_gpu())
-    notes: list[str] = []
-    engine = load_engine(case("nf4").directory, LoadOptions(context_size=CONTEXT), notes.append)
-    assert engine.device == CPU
-    assert "slower by the plan" in notes[0]
-    engine.close()
-
-
-def test_the_bench_tells_it_too(paper, case, measured):
+def test_loading_for_the_bench_tells_why_the_cpu_computes(paper, case, measured):
     measured(slow_gpu())
     notes: list[str] = []
     options = BenchOptions(prompts=(12,), tokens=1)

@@ -56,7 +56,7 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "_MATRIX_BYTES", 10**6)
 
 
-def test_planning_looks_at_a_gpu_and_measures_it(paper, case, tmp_path, small_products):
+def test_planning_and_the_bench_look_at_a_gpu_and_measure_it(paper, case, tmp_path, small_products):
     device, blueprint = torch.device("paper", 0), case("nf4").blueprint
     (there,) = Machine.now(tmp_path, [device]).gpus
     assert (there.name, there.memory) == ("GPU on paper", 4 * 10**9)
@@ -65,6 +65,8 @@ def test_planning_looks_at_a_gpu_and_measures_it(paper, case, tmp_path, small_pr
     (measured,) = take_speeds(blueprint, tmp_path, [device], little).gpus
     assert (measured.name, measured.source) == ("GPU on paper", "measured")
     assert min(measured.memory, measured.bus, measured.compute) > 0
+    limits = LimitsMeter(device, blueprint).measure()
+    assert min(limits.memory, limits.gemm) > 0
 
 
 def test_a_gpu_is_measured_beside_a_model_that_fills_it(paper, case, tmp_path):
@@ -84,8 +86,3 @@ def test_a_gpu_is_measured_beside_a_model_that_fills_it(paper, case, tmp_path):
     limits = LimitsMeter(device, blueprint)
     assert min(limits.measure().memory, measured.memory) > 0
     assert max(most) - most[0] < 50_000_000
-
-
-def test_the_bench_measures_a_gpus_limits(paper, case, small_products):
-    limits = LimitsMeter(torch.device("paper", 0), case("nf4").blueprint).measure()
-    assert min(limits.memory, limits.gemm) > 0

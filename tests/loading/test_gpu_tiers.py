@@ -161,18 +161,6 @@ def test_each_gpu_takes_the_memory_that_it_was_said_to_take(paper, installed):
     assert experts.bytes_held == 8 * size
 
 
-def test_experts_of_several_sizes_have_slots_of_their_sizes(paper, make_checkpoint, install):
-    forms = [("trellis3", "trellis3"), ("nf4", None)]
-    checkpoint = make_checkpoint(intermediate_size=128)
-    with InstalledModel(install(checkpoint, forms)) as model:
-        first, second = (model.blueprint.expert_of(layer).stride for layer in range(2))
-        assert first < second
-        experts = build(model, placed((5,), (2,)))
-        (vram,) = experts.gpus
-        assert vram.nbytes == 3 * first + 2 * second
-        assert Counter(key.layer for key in on_gpus(experts)) == {0: 3, 1: 2}
-
-
 @pytest.mark.parametrize(("fail_at", "slots"), [(1, 4), (6, 4)])
 def test_a_gpu_with_less_memory_than_it_says_holds_half(paper, installed, fail_at, slots):
     notes: list[str] = []
@@ -222,15 +210,6 @@ def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(paper, installe
         experts: Any = worker._experts
         assert Counter(map(experts.tier, keys)) == {"device": 1, "other-device": 1, "host": 2}
         assert all(is_right(installed, worker, layer) for layer in range(2))
-
-
-def test_a_worker_holds_in_ram_what_its_gpu_has_no_room_for(paper, installed):
-    worker = served(installed, 3, in_ram=3)
-    worker.begin(hello_of(worker, "float32"))
-    hold(worker, EVERYTHING)
-    experts: Any = worker._experts
-    assert Counter(map(experts.tier, EVERYTHING)) == {"device": 3, "host": 3, "disk": 2}
-    assert is_right(installed, worker, 0)
 
 
 def test_a_worker_s_gpu_that_runs_out_of_memory_holds_fewer_experts(paper, installed, monkeypatch):

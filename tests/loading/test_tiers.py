@@ -50,22 +50,31 @@ def text(engine: Engine, prompt: list[int] = PROMPT) -> list[int]:
     return list(engine.generate(prompt, sampling=GREEDY, stop_ids=set(), max_tokens=24))
 
 
-def load(model: Path, slots: int, expert: int) -> Engine:
-    """An engine with so many slots in RAM."""
-    return load_engine(model, LoadOptions(MemoryBudget(size=slots * expert), device="cpu"))
+SMALL_FIRST = [("trellis3", "trellis3"), ("nf4", None)]
+FORMS = {
+    "nf4": None,
+    "trellis3": [("trellis3", None)] * 2,
+    "small first": SMALL_FIRST,
+    "large first": SMALL_FIRST[::-1],
+}
 
 
-@pytest.mark.parametrize("slots", [2, 3, 6, 8])
-def test_where_experts_are_does_not_show_in_the_text(
-    tiny_model, expected_in_turn, expert_size, slots
-):
-    engine = load(tiny_model, slots, expert_size)
-    assert engine.experts.slots_by_tier == {"host": slots}
-    assert [text(engine), text(engine, SHORT)] == expected_in_turn
-    report = report_of(engine, "tiny")
-    held = [tier for layer in report.tiers for tier in layer]
-    assert held.count("host") <= slots
-    assert sum(map(sum, report.hits)) + sum(map(sum, report.misses)) > 24 * 4
+@pytest.mark.parametrize("forms", FORMS.values(), ids=FORMS)
+def test_where_experts_are_does_not_show_in_the_text(tiny_checkpoint, install, forms):
+    model = install(tiny_checkpoint, forms)
+    with InstalledModel(model) as installed:
+        size = installed.blueprint.expert.stride
+    engine = load_engine(model, LoadOptions(device="cpu"))
+    expected = [text(engine), text(engine, SHORT)]
+    budgets = [MemoryBudget(size=slots * size) for slots in (2, 3, 6, 8)]
+    budgets += [MemoryBudget(fraction=fraction) for fraction in (0.35, 0.5, 0.8)]
+    for budget in budgets:
+        engine = load_engine(model, LoadOptions(budget, device="cpu"))
+        assert [text(engine), text(engine, SHORT)] == expected
+        report = report_of(engine, "tiny")
+        held = [tier for layer in report.tiers for tier in layer]
+        assert held.count("host") <= engine.experts.slots_by_tier["host"]
+        assert sum(map(sum, report.hits)) + sum(map(sum, report.misses)) > 24 * 4
 
 
 def test_after_loading_all_experts_come_although_no_token_is_computed(
@@ -96,25 +105,6 @@ def test_a_damaged_expert_is_an_error_when_it_is_needed_and_not_before(
             with pytest.raises(CheckpointError, match="cut short"):
                 text(engine)
     assert text(engine) == expected
-
-
-SMALL_FIRST = [("trellis3", "trellis3"), ("nf4", None)]
-
-
-@pytest.mark.parametrize("forms", [[("trellis3", None)] * 2, SMALL_FIRST, SMALL_FIRST[::-1]])
-def test_nor_does_it_with_experts_in_3_bits_or_of_several_types(tiny_checkpoint, install, forms):
-    model = install(tiny_checkpoint, forms)
-    with InstalledModel(model) as installed:
-        size = installed.blueprint.expert.stride
-    engine = load_engine(model, LoadOptions(device="cpu"))
-    expected = [text(engine), text(engine, SHORT)]
-    for slots in (2, 3, 8):
-        engine = load(model, slots, size)
-        assert [text(engine), text(engine, SHORT)] == expected
-    for fraction in (0.35, 0.5, 0.8):
-        options = LoadOptions(MemoryBudget(fraction=fraction), device="cpu")
-        engine = load_engine(model, options)
-        assert [text(engine), text(engine, SHORT)] == expected
 
 
 def test_a_layer_is_not_computed_in_the_form_of_another(make_checkpoint, install, monkeypatch):

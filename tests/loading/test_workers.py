@@ -1,5 +1,6 @@
 """Answers with workers: the bits of one machine, whoever computes and whoever fails."""
 
+import functools
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -7,10 +8,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from paper_tools import EXPERTS, GREEDY, LAYERS, PROMPT
 from served_workers import KEY, Fault, Nursery
 
-from mixchat.base.errors import ResourceError
-from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Note
 from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import Engine
@@ -19,8 +20,6 @@ from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.linear import LinearSpec
 
-LAYERS, EXPERTS = 3, 12
-PROMPT = list(range(5, 25))
 CONTEXT = 128
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -40,7 +39,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dots1 after a dense layer": {"model_type": "dots1", "num_hidden_layers": LAYERS + 1},
 }
 FAST = "fp32, odd shapes"  # no kernel has to be compiled for it in a new process
-INSTALLED = ("quant_type",)
 
 # Slots of this machine, and of each worker.
 SPLITS = {
@@ -58,16 +56,12 @@ def model(
     make_checkpoint: Callable[..., Path], install: Callable[..., Path]
 ) -> Callable[[str], Path]:
     """Return the model of a kind, installed when it is first asked for."""
-    made: dict[str, Path] = {}
 
+    @functools.cache
     def model(kind: str) -> Path:
-        if kind not in made:
-            given = (KINDS | FAMILIES)[kind]
-            shape = {name: value for name, value in given.items() if name not in INSTALLED}
-            options = {name: value for name, value in given.items() if name in INSTALLED}
-            shape = {"num_hidden_layers": LAYERS, **shape}
-            made[kind] = install(make_checkpoint(**shape), **options)
-        return made[kind]
+        shape = {"num_hidden_layers": LAYERS, **(KINDS | FAMILIES)[kind]}
+        options = {name: shape.pop(name) for name in ("quant_type",) if name in shape}
+        return install(make_checkpoint(**shape), **options)
 
     return model
 
@@ -137,14 +131,12 @@ class Answer(NamedTuple):
 @pytest.fixture(scope="module")
 def alone(model: Callable[[str], Path]) -> Callable[..., Answer]:
     """Return what one machine computes with a kind, computed when it is first asked for."""
-    made: dict[tuple[str, bool], Answer] = {}
 
+    @functools.cache
     def alone(kind: str, exact: bool = False) -> Answer:
-        if (kind, exact) not in made:
-            options = LoadOptions(context_size=CONTEXT, device="cpu", exact_prompts=exact)
-            engine = load_engine(model(kind), options)
-            made[kind, exact] = Answer(logits(engine), text(engine))
-        return made[kind, exact]
+        options = LoadOptions(context_size=CONTEXT, device="cpu", exact_prompts=exact)
+        engine = load_engine(model(kind), options)
+        return Answer(logits(engine), text(engine))
 
     return alone
 
@@ -170,9 +162,8 @@ def links(engine: Engine) -> list[Link]:
     return [worker._link for worker in engine.experts.workers if worker._link]
 
 
-def text(engine: Engine, prompt: Sequence[int] = PROMPT, tokens: int = 12) -> list[int]:
-    greedy = SamplingOptions(temperature=0)
-    return list(engine.generate(prompt, sampling=greedy, stop_ids=set(), max_tokens=tokens))
+def text(engine: Engine) -> list[int]:
+    return list(engine.generate(PROMPT, sampling=GREEDY, stop_ids=set(), max_tokens=12))
 
 
 @pytest.mark.parametrize(
@@ -321,15 +312,3 @@ def test_a_closed_engine_leaves_its_workers_to_another_one(load, alone, fork, mo
     assert experts.slots_by_tier["worker"] == 0
     assert second.slots_by_tier["worker"] == 6
     assert text(second) == alone(FAST).text
-
-
-def test_a_second_chat_is_refused_while_the_first_one_lasts(load, fork, model):
-    worker = fork.start(model(FAST), 5)
-    first = load(FAST, 7, [worker.address])
-    with pytest.raises(ResourceError) as caught:
-        load(FAST, 7, [worker.address])
-    assert str(caught.value) == f"{worker.address}: the worker is busy with another chat"
-    assert caught.value.exit_code == 7
-    text(first)
-    del first
-    load(FAST, 7, [worker.address])
