@@ -83,6 +83,9 @@ class Value:
     def __or__(self, rhs: Value | int) -> Value:
         return self._binary(rhs, "or_")
 
+    def __xor__(self, rhs: Value | int) -> Value:
+        return self._binary(rhs, "xor")
+
     def __lshift__(self, rhs: Value | int) -> Value:
         return self._binary(rhs, "shl")
 

@@ -8,11 +8,20 @@ codes become words without any instruction that moves them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import ClassVar
 
-from mixchat.kernels.cpu.emit import Pointer, Value, i8, i16, i32, vector
-from mixchat.kernels.cpu.units import ByteUnit, Unit, UnitSet, WordUnit, on, on_each
+from mixchat.kernels.cpu.emit import Pointer, Value
+from mixchat.kernels.cpu.units import (
+    LARGEST_OF_DIGITS,
+    ByteUnit,
+    Digits,
+    Unit,
+    UnitSet,
+    WordUnit,
+    on,
+    on_each,
+)
 
 LOW_BITS = 4  # of a code, in the low lines
 CODES_OF_LOW = 4  # in a word of a low line
@@ -64,7 +73,7 @@ class _Planes(Unit):
 
 
 class _InWords(_Planes, WordUnit):
-    largest_x = 32767
+    largest_x = LARGEST_OF_DIGITS
     fields = 1
 
 
@@ -75,43 +84,12 @@ class InBytes(_Planes, ByteUnit):
     x_order = (0, 2, 1, 3)
 
 
-class WordsByBytes(InBytes):
-    """Multiplies words of x by their bytes, in 6 instructions instead of the 10 of `_InWords`.
-
-    Levels in bytes take half the instructions of levels in words. The sums of low and of high bytes
-    are added after a block. They are integers, so the result has the same bits as `_InWords`'.
-    """
-
-    x_type = i16
-    largest_x = 32767
-    needs = "avx512vnni", "avx512vbmi"
-
-    @classmethod
-    def widths(cls) -> tuple[int, ...]:
-        return (1,)
-
-    @property
-    def sums(self) -> int:
-        """Return the count of vectors of sums, of the low bytes, then of the high ones."""
-        return 2 * super().sums
-
-    @property
-    def columns_at_once(self) -> int:
-        return len(self.x_order)
-
-    @classmethod
-    def arranged(cls, x: Value) -> Value:
-        # The low bytes of four columns, then the high ones.
-        count = len(cls.x_order)
-        order = [
-            first + 2 * column + byte
-            for first in range(0, 2 * cls.lanes, 2 * count)
-            for byte in (0, 1)
-            for column in range(count)
-        ]
-        return super().arranged(x).bits_as(vector(i8, 2 * cls.lanes)).shuffled(order)
+class PlaneDigits(Digits, InBytes):
+    """Moves the high bits of a vector by one instruction, with VBMI."""
 
     def with_high_bits(self, levels: Value, high: Value, first: int) -> Value:
+        if not self.permutes:
+            return super().with_high_bits(levels, high, first)
         # Each byte takes 8 bits of its 64, from any bit on.
         extra = self.bits - LOW_BITS
         starts = [
@@ -124,33 +102,14 @@ class WordsByBytes(InBytes):
         moved = self.function.call(name, self.bytes, control, high.bits_as(self.bytes))
         return levels | (moved & ((1 << extra) - 1 << LOW_BITS)).bits_as(self.words)
 
-    def add(
-        self, sums: list[Value], levels: Iterable[Value], x: Pointer, offset: Value
-    ) -> list[Value]:
-        low, high = (x.load(i32, offset + at).broadcast(self.lanes) for at in (0, 4))
-        levels = [of_rows.bits_as(self.totals) for of_rows in levels]
-        # Low bytes have no sign. Neither have levels, which are below 64.
-        factors = [(low, of_rows) for of_rows in levels] + [(of_rows, high) for of_rows in levels]
-        return [self.added(total, *pair) for total, pair in zip(sums, factors, strict=True)]
-
-    def added(self, total: Value, unsigned: Value, signed: Value) -> Value:
-        """Return sums plus the products of four bytes in each lane."""
-        return self.function.call(self.cpu.add_bytes, self.totals, total, unsigned, signed)
-
-    def starts_of(self, total: Value) -> list[Value]:
-        count = self.sums // 2
-        zero = self.function.constant(self.totals, 0)
-        return [self.start(total)] * count + [zero] * count
-
-    def in_order(self, sums: list[Value]) -> list[Value]:
-        count = self.sums // 2
-        return [low + (high << 8) for low, high in zip(sums[:count], sums[count:], strict=True)]
-
 
 _MEMBERS = {"bits": 6, "columns": 8, "level_of_one": 32, "offset": 32}
 SIX_BITS = UnitSet(
     6,
     on_each(_InWords, **_MEMBERS),
     on_each(InBytes, **_MEMBERS),
-    {"avx512": on("avx512", WordsByBytes, **_MEMBERS)},
+    {
+        "avx512": on("avx512", PlaneDigits, needs=("avx512vnni", "avx512vbmi"), **_MEMBERS),
+        "avx2": on("avx2", PlaneDigits, needs=("avxvnni",), **_MEMBERS),
+    },
 )

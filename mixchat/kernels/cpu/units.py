@@ -6,7 +6,7 @@ of 32 bits. "Words" have 16 bits. The sum over a block of 64 columns never overf
 
     4 bits, words:        8191 * 4095 * 64 = 2,146,697,280 < 2^31   (x has 13 bits and a sign)
     4 bits, bytes:         127 *  255 * 64 =     2,072,640          (x has 7 bits and a sign)
-    6 bits, words:       32767 *   63 * 64 =   132,116,544          (x has 15 bits and a sign)
+    6 bits, words:       32639 *   63 * 64 =   131,600,448          (x has 15 bits and a sign)
     6 bits, bytes:         127 *   63 * 64 =       512,064          (x has 7 bits and a sign)
     8 bits, words:       32767 *  127 * 64 =   266,330,176          (x has 15 bits and a sign)
     trellis, bytes:        127 *  127 * 64 =     1,032,256          (x has 7 bits and a sign)
@@ -31,6 +31,7 @@ from mixchat.kernels.cpu.emit import Function, Pointer, Value, i8, i16, i32, vec
 MANY = 16  # tokens from which on x has 8 bits
 BAND = 32  # rows, in most types
 BLOCK = 64  # weights that share a scale in most types
+LARGEST_OF_DIGITS = 127 * 256 + 127  # x in two digits, signed bytes
 BYTES_AT = 32  # bytes of the table with the levels as words, before the levels as bytes
 
 
@@ -52,8 +53,7 @@ class Unit(ABC):
     largest_x: ClassVar[int] = 8191
     level_of_one: ClassVar[int] = 4095  # the level of a code that stands for 1
     offset: ClassVar[int] = 0  # added to each level
-    # The order of columns in x, within as many columns, if levels are not in their order.
-    x_order: ClassVar[tuple[int, ...]] = (0,)
+    x_order: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)  # of each four columns in x
     unrolled: ClassVar[int] = 1  # steps of the loop over columns that are written out
     needs: ClassVar[tuple[str, ...]] = ()  # more features of the CPU, by LLVM's names
 
@@ -187,6 +187,60 @@ class ByteUnit(Unit):
         x = x.bits_as(operand_type)
         cpu = self.cpu
         return self.function.call_by_parts(cpu.add_bytes, cpu.operand_bytes, sums, levels, x)
+
+
+class Digits(ByteUnit):
+    """Multiplies bytes with both digits of x, signed bytes, for one token: x = low + 256 high.
+
+    Levels in bytes take half the instructions of levels in words. The sums of both digits are added
+    after a block. They are integers, so the result has the bits of units for words.
+    """
+
+    x_type = i16
+    largest_x = LARGEST_OF_DIGITS
+
+    @classmethod
+    def widths(cls) -> tuple[int, ...]:
+        return (1,)
+
+    @property
+    def sums(self) -> int:
+        """Return the count of vectors of sums, of the low digits, then of the high ones."""
+        return 2 * super().sums
+
+    @property
+    def columns_at_once(self) -> int:
+        return len(self.x_order)
+
+    @classmethod
+    def arranged(cls, x: Value) -> Value:
+        # The low digits of four columns, then the high ones.
+        count = len(cls.x_order)
+        order = [
+            2 * (first + column) + digit
+            for first in range(0, cls.lanes, count)
+            for digit in (0, 1)
+            for column in cls.x_order
+        ]
+        # The low byte of x + 128 is the low digit plus 128.
+        pairs = (x + 128 ^ 128).narrowed(vector(i16, cls.lanes))
+        return pairs.bits_as(vector(i8, 2 * cls.lanes)).shuffled(order)
+
+    def add(
+        self, sums: list[Value], levels: Iterable[Value], x: Pointer, offset: Value
+    ) -> list[Value]:
+        of_rows, size = [*levels], len(sums) // 2
+        low = super().add(sums[:size], of_rows, x, offset)
+        return low + super().add(sums[size:], of_rows, x, offset + len(self.x_order))
+
+    def starts_of(self, total: Value) -> list[Value]:
+        zero = self.function.constant(self.totals, 0)
+        return [start for start in (self.start(total), zero) for _ in range(self.sums // 2)]
+
+    def in_order(self, sums: list[Value]) -> list[Value]:
+        size = len(sums) // 2
+        pairs = zip(sums[:size], sums[size:], strict=True)
+        return super().in_order([low + (high << 8) for low, high in pairs])
 
 
 class EightBits(WordUnit):

@@ -28,10 +28,10 @@ from mixchat.kernels.cpu.compile import (
 )
 from mixchat.kernels.cpu.emit import Value, i32, vector
 from mixchat.kernels.cpu.four_bit_units import FOUR_BITS
-from mixchat.kernels.cpu.plane_units import InBytes, WordsByBytes
+from mixchat.kernels.cpu.plane_units import InBytes, PlaneDigits
 from mixchat.kernels.cpu.quantized_matmul import QuantizedMatrix
 from mixchat.kernels.cpu.trellis_units import Trellis
-from mixchat.kernels.cpu.units import MANY, Unit, UnitSet
+from mixchat.kernels.cpu.units import MANY, Digits, Unit, UnitSet
 from mixchat.weights.matrix.int6 import INT6
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.mxfp4 import MXFP4
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel need
 X86: tuple[InstructionSet, ...] = ("avx512", "avx2")
 IS_ARM = instruction_set() == "neon"
 WAYS = [f"{own} {form}" for form in ("words", "bytes") for own in (["neon"] if IS_ARM else X86)]
-WAYS += [] if IS_ARM else ["avx512 alone"]
+WAYS += [] if IS_ARM else [f"{own} alone" for own in X86]
 x86_alone = pytest.mark.skipif(IS_ARM, reason="this is no x86 CPU")
 
 
@@ -75,10 +75,10 @@ class Emulation(Unit):
 
 
 class ByteEmulation(Unit):
-    """Products of bytes for AVX-512, in instructions of any CPU."""
+    """Products of bytes in instructions of any CPU."""
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
-        fours = x if x.type == sums.type else x.broadcast(16)
+        fours = x if x.type == sums.type else x.broadcast(self.lanes)
         for bit in range(0, 32, 8):
             signed = (fours << 24 - bit).arithmetic_shift(24)
             sums = sums + (levels.bits_as(sums.type) >> bit & 0xFF) * signed
@@ -98,21 +98,16 @@ class TrellisEmulation(ByteEmulation):
         return choices[0]
 
 
-class WordsByBytesEmulation(WordsByBytes):
+class PlaneDigitsEmulation(ByteEmulation):
     with_high_bits = InBytes.with_high_bits
-
-    def added(self, total: Value, unsigned: Value, signed: Value) -> Value:
-        for bit in range(0, 32, 8):
-            number = (signed << 24 - bit).arithmetic_shift(24)
-            total = total + (unsigned >> bit & 0xFF) * number
-        return total
 
 
 @functools.cache
 def emulated(unit: type[Unit]) -> type[Unit]:
     name = f"Emulated{unit.__name__}"
-    if issubclass(unit, WordsByBytes):
-        return type(name, (WordsByBytesEmulation, unit), {})
+    if issubclass(unit, Digits):
+        emulation = PlaneDigitsEmulation if issubclass(unit, PlaneDigits) else ByteEmulation
+        return type(name, (emulation, unit), {})
     if not issubclass(unit, Trellis):
         return type(name, (Emulation, unit), {})
     few = classmethod(lambda cls: (2, 1))  # which compile faster
@@ -202,24 +197,33 @@ def test_a_token_alone_has_the_result_that_it_has_among_others(
 
 
 @x86_alone
-def test_a_lone_token_has_the_bits_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    matrix, x = Matrix(160, 192, INT6), random(3, 192, seed=1)
+@pytest.mark.parametrize("instructions", X86)
+@pytest.mark.parametrize("kind", [INT6], ids=["int6"])
+def test_a_lone_token_has_the_bits_of_words(
+    kind: BlockCodes, instructions: InstructionSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_set = instructions != "avx512" or instruction_set() == "avx512"
+    matrix, x = Matrix(160, 192, kind), random(3, 192, seed=1)
     x[0, 5], x[1, 64:128] = 50, 0
-    words, unit = matrix(x), INT6.units.alone["avx512"]
-    if instruction_set() != "avx512" or not all(map(has_feature, unit.needs)):
+    words, unit = matrix(x), kind.units.alone[instructions]
+    if has_set:
+        choose(instructions, monkeypatch)
+    if not has_set or not all(map(has_feature, unit.needs)):
         unit = emulated(unit)
     monkeypatch.setattr(UnitSet, "unit_for", lambda *_: unit)
     assert torch.equal(torch.cat([matrix(row) for row in x.split(1)]), words)
 
 
 def test_only_a_lone_token_has_a_unit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone, words = INT6.units.alone["avx512"], INT6.units.words["avx512"]
+    alone, words = INT6.units.alone, INT6.units.words
     monkeypatch.setattr(units, "has_feature", lambda name: True)
-    assert INT6.units.unit_for("avx512", 1, True) is alone
-    assert INT6.units.unit_for("avx512", 1, False) is words
-    assert INT6.units.unit_for("avx2", 1, True) is INT6.units.words["avx2"]
-    monkeypatch.setattr(units, "has_feature", lambda name: name != "avx512vbmi")
-    assert INT6.units.unit_for("avx512", 1, True) is words
+    for instructions in X86:
+        assert INT6.units.unit_for(instructions, 1, True) is alone[instructions]
+        assert INT6.units.unit_for(instructions, 1, False) is words[instructions]
+    assert INT6.units.unit_for("neon", 1, True) is words["neon"]
+    monkeypatch.setattr(units, "has_feature", lambda name: name not in ("avx512vbmi", "avxvnni"))
+    for instructions in X86:
+        assert INT6.units.unit_for(instructions, 1, True) is words[instructions]
 
 
 @x86_alone
