@@ -6,10 +6,24 @@ rows 16 to 31 the high bits. Levels in bytes are unsigned on x86, so 128 is adde
 
 from __future__ import annotations
 
+from typing import Any
+
+from mixchat.kernels.cpu.compile import InstructionSet
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i8, i16, vector
-from mixchat.kernels.cpu.units import BYTES_AT, ByteUnit, Unit, UnitSet, WordUnit, on, on_each
+from mixchat.kernels.cpu.units import (
+    BYTES_AT,
+    LARGEST_OF_DIGITS,
+    ByteUnit,
+    Digits,
+    Unit,
+    UnitSet,
+    WordUnit,
+    on,
+    on_each,
+)
 
 LINE = 32  # bytes
+_BY_TURNS = [at + 16 * odd for at in range(16) for odd in (0, 1)]  # words of two lines
 
 
 class Avx512FourBits(WordUnit):
@@ -82,8 +96,12 @@ class FourBits(_InHalves, WordUnit):
         nibbles = line & 0xF, _shifted(line, 4) & 0xF
         return [[words for indices in nibbles for words in self._words_at(indices)]]
 
+    def bytes_at(self, indices: Value) -> tuple[Value, Value]:
+        """Return the low and the high bytes of levels."""
+        return self.looked_up(self._low, indices), self.looked_up(self._high, indices)
+
     def _words_at(self, indices: Value) -> list[Value]:
-        low, high = (self.looked_up(table, indices) for table in (self._low, self._high))
+        low, high = self.bytes_at(indices)
         return [mixed.bits_as(self.words) for mixed in _interleaved(low, high)]
 
 
@@ -93,7 +111,7 @@ class NeonFourBits(FourBits):
     apart = True
 
     def _words_at(self, indices: Value) -> list[Value]:
-        low, high = (self.looked_up(table, indices) for table in (self._low, self._high))
+        low, high = self.bytes_at(indices)
         mixed = []
         for first in (0, LINE // 2):
             rows = [*range(first, first + 16, 2), *range(first + 1, first + 16, 2)]
@@ -123,6 +141,9 @@ class FourBitsInBytes(_InHalves, ByteUnit):
         super().__init__(function, table)
         levels = table.plus(BYTES_AT).load(vector(i8, 16))
         self._levels = levels.shuffled([*range(16)] * (self.lanes // 4))
+        if self.permutes:
+            turns = [2 * at + byte for at in _BY_TURNS for byte in (0, 1)]
+            self._turns = function.constant(self.bytes, turns).hidden()
 
     @classmethod
     def widths(cls) -> tuple[int, ...]:
@@ -132,19 +153,25 @@ class FourBitsInBytes(_InHalves, ByteUnit):
     def levels(self, codes: Pointer, offset: Value) -> list[list[Value]]:
         """Return the levels of rows 0 to 15, then of 16 to 31, with a row's four together."""
         # Words are two columns of a row. The words of the next two columns come beside them.
-        if self.lanes == 16:
+        if self.permutes:
+            low = [self.permuted(codes.load(self.bytes, offset), self._turns)]
+        elif self.lanes == 16:
             # An instruction that takes two vectors would keep others from multiplying.
-            turns = [at + 16 * odd for at in range(16) for odd in (0, 1)]
-            words = [codes.load(vector(i16, LINE), offset).shuffled(turns)]
+            low = [codes.load(vector(i16, LINE), offset).shuffled(_BY_TURNS).bits_as(self.bytes)]
         else:
             first, second = (
                 codes.load(vector(i8, LINE), offset + start).bits_as(vector(i16, LINE // 2))
                 for start in (0, LINE)
             )
-            words = _interleaved(first, second)
-        low = [pairs.bits_as(self.bytes) for pairs in words]
-        high = [_shifted(pairs, 4) for pairs in low]
-        return [[self.looked_up(self._levels, nibbles & 0xF) for nibbles in (*low, *high)]]
+            low = [pairs.bits_as(self.bytes) for pairs in _interleaved(first, second)]
+        return [[*map(self._levels_of, low + [_shifted(pairs, 4) for pairs in low])]]
+
+    def _levels_of(self, codes: Value) -> Value:
+        # vpermb reads 6 bits of each index, from a table that is there four times, so nothing masks
+        # the codes.
+        if self.permutes:
+            return self.permuted(self._levels, codes)
+        return self.looked_up(self._levels, codes & 0xF)
 
 
 class SignedFourBits(FourBitsInBytes):
@@ -155,6 +182,21 @@ class SignedFourBits(FourBitsInBytes):
     def __init__(self, function: Function, table: Pointer) -> None:
         super().__init__(function, table)
         self._levels = self._levels - 128
+
+
+class FourBitDigits(Digits, FourBitsInBytes):
+    """4-bit codes whose levels are exact in 8 bits."""
+
+
+class _WordsOfBytes(Unit):
+    """Looks up the bytes of levels that are exact in 8 bits."""
+
+    offset = FourBitsInBytes.offset
+
+    def bytes_at(self, indices: Value) -> tuple[Value, Value]:
+        levels = self.table.plus(BYTES_AT).load(vector(i8, 16))
+        table = levels.shuffled([*range(16)] * (self.lanes // 4))
+        return self.looked_up(table, indices), self.function.constant(self.bytes, 0)
 
 
 class _Mxfp4(Unit):
@@ -172,17 +214,32 @@ class _Mxfp4(Unit):
         return (exponents << 23).bits_as(vector(f32, self.lanes))
 
 
-def _four_bits(words: int, of_bytes: int, *added: type) -> UnitSet:
-    """Return units of 4 bits, with the level of 1 in words and in bytes."""
-    return UnitSet(
-        4,
-        on_each(FourBits, *added, level_of_one=words)
-        | {"avx512": on("avx512", Avx512FourBits, *added, level_of_one=words)}
-        | {"neon": on("neon", NeonFourBits, *added, level_of_one=words)},
-        on_each(FourBitsInBytes, *added, level_of_one=of_bytes)
-        | {"neon": on("neon", SignedFourBits, *added, level_of_one=of_bytes)},
-    )
+def _in_bytes(level_of_one: int, *added: type) -> dict[InstructionSet, type[Unit]]:
+    units = on_each(FourBitsInBytes, *added, level_of_one=level_of_one)
+    return units | {"neon": on("neon", SignedFourBits, *added, level_of_one=level_of_one)}
 
 
-FOUR_BITS = _four_bits(4095, 127)
-MXFP4_UNITS = _four_bits(682, 20, _Mxfp4)
+FOUR_BITS = UnitSet(
+    4,
+    {
+        "avx512": on("avx512", Avx512FourBits),
+        "avx2": on("avx2", FourBits),
+        "neon": on("neon", NeonFourBits),
+    },
+    _in_bytes(127),
+)
+# Levels are exact in 8 bits. So x has more bits than with other levels, and has them in digits.
+_MEMBERS: dict[str, Any] = {"level_of_one": 20, "largest_x": LARGEST_OF_DIGITS}
+MXFP4_UNITS = UnitSet(
+    4,
+    {
+        "avx512": on("avx512", Avx512FourBits, _Mxfp4, **_MEMBERS),
+        "avx2": on("avx2", FourBits, _WordsOfBytes, _Mxfp4, **_MEMBERS),
+        "neon": on("neon", NeonFourBits, _WordsOfBytes, _Mxfp4, **_MEMBERS),
+    },
+    _in_bytes(20, _Mxfp4),
+    {
+        "avx512": on("avx512", FourBitDigits, _Mxfp4, needs=("avx512vnni",), **_MEMBERS),
+        "avx2": on("avx2", FourBitDigits, _Mxfp4, needs=("avxvnni",), **_MEMBERS),
+    },
+)

@@ -4,9 +4,9 @@ The codes of `weights/matrix/` interleave the rows of a band, 32 or in a trellis
 a time. `round_x` rounds x to integers, in the blocks of the weights with a scale
 for each. `multiply` adds the products of a block up exactly, and only then scales them as floats.
 
-For codes of 4 bits and a few tokens x has 13 bits and a sign. The error against a product in double
-precision is about 1.5e-4 of the result. For more bits x has 15 bits and a sign. The error is
-2e-5, while rounding the weights to 8 bits has cost 6e-3. For many tokens x has 7 bits and a sign
+For NF4 and a few tokens x has 13 bits and a sign. The error against a product in double precision
+is about 1.5e-4 of the result. For MXFP4 and more bits x has 15 bits and a sign. The error is 2e-5,
+while rounding the weights to 8 bits has cost 6e-3. For many tokens x has 7 bits and a sign
 for codes of 4 to 6 bits, if the CPU multiplies bytes. The error is 8e-3, while rounding the weights
 to 4 bits has cost 9e-2, and to 6 bits 2.4e-2. For a trellis x always has 7 bits and a sign, and
 rounding the weights has cost 0.14 or more.

@@ -5,6 +5,7 @@ numbers times `level_of_one`), and adds their products with x (integers up to `l
 of 32 bits. "Words" have 16 bits. The sum over a block of 64 columns never overflows:
 
     4 bits, words:        8191 * 4095 * 64 = 2,146,697,280 < 2^31   (x has 13 bits and a sign)
+    MXFP4, words:        32639 *  248 * 32 =   259,023,104          (x has 15 bits and a sign)
     4 bits, bytes:         127 *  255 * 64 =     2,072,640          (x has 7 bits and a sign)
     6 bits, words:       32639 *   63 * 64 =   131,600,448          (x has 15 bits and a sign)
     6 bits, bytes:         127 *   63 * 64 =       512,064          (x has 7 bits and a sign)
