@@ -178,15 +178,6 @@ class TestTwoProcesses:
         assert meter.notes == ["another mixchat is installing tiny; waiting for it"]
         assert meter.bars == []
 
-    def test_the_second_resumes_what_the_first_left(self, tiny_checkpoint, home):
-        with exclusive_lock(home / "models" / "tiny"):
-            waiting = threading.Thread(
-                target=get, args=(str(tiny_checkpoint),), kwargs={"key": "tiny"}, daemon=True
-            )
-            waiting.start()
-        waiting.join(60)
-        assert is_installed(home / "models" / "tiny")
-
 
 class TestAlreadyInstalled:
     @pytest.mark.parametrize(
