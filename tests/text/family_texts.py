@@ -146,7 +146,7 @@ FAMILIES = {
         settings={"add_bos_token": False, "add_eos_token": False},
     ),
     "gemma4": FamilyText(
-        {},
+        {"4": tool_texts.GEMMA},
         _split(_QWEN2),
         (
             *("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|think|>"),

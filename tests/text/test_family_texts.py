@@ -9,7 +9,7 @@ import pytest
 import text_builders as build
 from family_texts import FAMILIES
 from fed_answers import answer_read_by, feed
-from tool_texts import GEMMA, as_dicts
+from tool_texts import as_dicts
 
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.messages import Message
@@ -93,20 +93,17 @@ def loaded(directory: Path, family: str, name: str) -> tuple[Any, Any]:
         ),
         ("granite", "3.1", None, ["<|end_of_text|>"]),
         ("olmoe", "0125", None, ["<|endoftext|>"]),
+        (
+            "gemma4",
+            "4",
+            ThinkingFormat("channel", ("enable_thinking",)),
+            ["<eos>", "<turn|>", "<|tool_response>"],  # which would begin the answer to a call
+        ),
     ],
 )
 def test_a_template_tells_how_its_model_thinks_and_ends(family, name, thinking, ends, tmp_path):
     template, tokenizer = loaded(tmp_path, family, name)
     assert template.thinking == thinking
-    assert template.stop_ids == {tokenizer.control_tokens[token] for token in ends}
-
-
-def test_gemmas_answer_ends_with_its_turn_and_before_the_response_to_its_call(tmp_path):
-    directory = FAMILIES["gemma4"].write(tmp_path / "x", GEMMA)
-    tokenizer = load_tokenizer(directory)
-    template = load_template(directory, tokenizer)
-    assert template.thinking == ThinkingFormat("channel", ("enable_thinking",))
-    ends = ("<eos>", "<turn|>", "<|tool_response>")
     assert template.stop_ids == {tokenizer.control_tokens[token] for token in ends}
 
 
@@ -134,10 +131,8 @@ def test_an_answers_thinking_is_in_later_prompts_if_a_client_asks_for_it(tmp_pat
         assert ids[: len(start)] == start
 
 
-def answered(directory: Path, said: str, tools: Any = None) -> tuple[Any, Any]:
+def answered(template: Any, tokenizer: Any, said: str, tools: Any = None) -> tuple[Any, Any]:
     """Return an answer of Gemma 4 that is over, and its calls."""
-    tokenizer = load_tokenizer(directory)
-    template = load_template(directory, tokenizer)
     prompt = template.encode([Message("user", "Hi")], {"enable_thinking": True})
     parser = answer_parser(template.thinking, tools, tokenizer, prompt)
     answer = answer_read_by(parser, tokenizer, template.stop_ids)
@@ -149,13 +144,11 @@ def answered(directory: Path, said: str, tools: Any = None) -> tuple[Any, Any]:
 
 
 def test_gemmas_thinking_between_tokens_without_text_is_in_no_later_prompt(tmp_path):
-    directory = FAMILIES["gemma4"].write(tmp_path / "x", GEMMA)
-    answer, _ = answered(directory, "<|channel>thought\nHm.\n<channel|>Yes <b><turn|>")
+    template, tokenizer = loaded(tmp_path, "gemma4", "4")
+    answer, _ = answered(template, tokenizer, "<|channel>thought\nHm.\n<channel|>Yes <b><turn|>")
     message = answer.message()
     assert (answer.thinking, answer.text, answer.reason) == ("Hm.", "Yes <b>", "stop")
-    tokenizer = load_tokenizer(directory)
     assert tokenizer.decode(message.content_ids) == "Yes <b>"
-    template = load_template(directory, tokenizer)
     talk = [Message("user", "a"), message, Message("user", "b")]
     plain = [Message("user", "a"), Message("assistant", "Yes <b>"), Message("user", "b")]
     assert template.encode(talk) == template.encode(plain)
@@ -164,9 +157,9 @@ def test_gemmas_thinking_between_tokens_without_text_is_in_no_later_prompt(tmp_p
 @pytest.mark.parametrize("thinking", ["", "<|channel>thought\nHm.\n<channel|>"])
 def test_gemmas_call_ends_where_its_response_would_begin(tmp_path, thinking):
     """An opening without text, right after a thinking, was no call: no answer had begun."""
-    directory = FAMILIES["gemma4"].write(tmp_path / "x", GEMMA)
+    template, tokenizer = loaded(tmp_path, "gemma4", "4")
     said = f'{thinking}<|tool_call>call:f{{a:<|"|>x, {{"<|"|>,b:[1]}}<tool_call|><|tool_response>'
-    answer, (call,) = answered(directory, said, FORMATS["gemma"])
+    answer, (call,) = answered(template, tokenizer, said, FORMATS["gemma"])
     assert (answer.reason, answer.text) == ("tool_calls", "")
     assert (call.name, json.loads(call.arguments)) == ("f", {"a": 'x, {"', "b": [1]})
     assert answer.thinking == ("Hm." if thinking else "")
