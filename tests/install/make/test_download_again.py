@@ -1,7 +1,6 @@
 """A download that was cut off, and the next one: it resumes, or starts again."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ from safetensors.torch import load_file, save_file
 from weight_tools import NF4, Meter, files_of, get, shard_names
 
 from mixchat.base.errors import HubError, ModelNotFoundError
-from mixchat.install.make import build, download
+from mixchat.install.make import download
 from mixchat.install.make.download import DownloadRequest, plan_download
-from mixchat.install.make.parts import ModelPart
 from mixchat.install.make.quantize_options import QuantizeOptions
 from mixchat.install.models import resolve
 from mixchat.install.source import hub
@@ -108,13 +106,14 @@ def test_work_of_another_download_is_removed(fake, home):
     assert not place.exists()
 
 
-def test_a_directory_that_changed_meanwhile_starts_again(two_shards, tmp_path, monkeypatch):
+def test_a_directory_that_changed_meanwhile_starts_again(
+    two_shards, tmp_path, making, save_each_part
+):
     checkpoint = Path(shutil.copytree(two_shards, tmp_path / "tiny"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_SAVE_INTERVAL_S", -1.0)
-        patch.setattr(ModelPart, "make", interrupt_after(8, ModelPart.make))
-        with pytest.raises(KeyboardInterrupt):
-            get(str(checkpoint))
+    making.fail_at = 8
+    with pytest.raises(ConnectionError):
+        get(str(checkpoint))
+    making.again()
     path = checkpoint / SHARDS[0]
     save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
     meter = Meter()
@@ -135,32 +134,7 @@ def cut_off(fake: FakeHub, **how: Any) -> None:
 
 def fail_second(fake: FakeHub) -> None:
     """Whoever wants all of the second shard is refused; its header may be read."""
-    take = fake.take_fault
-
-    def refuse_whole(path: str, ranged: bool) -> Any:
-        asked = fake.requests[-1]
-        if (
-            fake.faults
-            and path == f"/{SHARDS[1]}"
-            and not (asked.range or "").startswith("bytes=0")
-        ):
-            return fake.faults[0]
-        return None if fake.faults else take(path, ranged)
-
-    fake.fail(SHARDS[1], status=403)
-    fake.take_fault = refuse_whole  # type: ignore[method-assign]
-
-
-def interrupt_after(count: int, make: Callable[..., Any]) -> Callable[..., Any]:
-    made = []
-
-    def interrupted(part: ModelPart, *arguments: Any) -> Any:
-        if len(made) == count:
-            raise KeyboardInterrupt
-        made.append(part)
-        return make(part, *arguments)
-
-    return interrupted
+    fake.fail(f"^/{SHARDS[1]}$", after=1, status=403)
 
 
 @pytest.mark.parametrize(
