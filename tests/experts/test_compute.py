@@ -8,12 +8,11 @@ import torch
 from expert_doubles import routing, runner
 from source_tools import disk
 
-from mixchat.base.errors import CheckpointError, ResourceError
+from mixchat.base.errors import ResourceError
 from mixchat.experts import compute
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.load_queue import ExpertLoad, LoadQueue
-from mixchat.experts.store import READS
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format.expert import compute_together
 from mixchat.weights.format.installed_model import InstalledModel
@@ -58,68 +57,6 @@ def test_the_size_of_the_cache_and_its_state_do_not_show_in_the_result(installed
     assert runners[0].stats.misses.total() > runners[3].stats.misses.total() == 8
 
 
-def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(installed):
-    """A wrong prediction frees its slot; the next expert took another one, and its memory."""
-    ram = runner(installed, 8).ram
-    for layer, expert in product((0, 1), range(4)):
-        ram.request([ExpertKey(layer, expert)])
-        ram.ready(ExpertKey(layer, expert))
-    ram.resize(4)
-    assert len(ram._memory.blocks) == 4
-    for _ in range(8):
-        missing = [ExpertKey(1, e) for e in range(4) if ExpertKey(1, e) not in ram._cache]
-        with torch.inference_mode():
-            ram.prefetch(missing, [])
-            for load in list(ram._loads.values()):
-                ram._give_up(load.key)
-                load.cancelled = True
-            wanted = [ExpertKey(0, e) for e in range(4) if ExpertKey(0, e) not in ram._cache]
-            for key in wanted[:1]:
-                ram.request([key])
-                ram.ready(key)
-        assert len(ram._memory.blocks) <= 4
-
-
-def test_predictions_take_few_of_the_slots(installed):
-    """They took a quarter, and Mixtral's tokens missed more experts than without predictions."""
-    ram = runner(installed, 4).ram
-    for expert in range(4):
-        ram.load(ExpertKey(0, expert), [])
-    ram.prefetch([ExpertKey(1, expert) for expert in range(3)], [])
-    assert [*ram._loads] == [ExpertKey(1, 0)]
-    assert sum(ram.holds(ExpertKey(0, expert)) for expert in range(4)) == 3
-
-
-def test_a_prompts_predictions_may_take_more_slots_and_all_reads(installed):
-    ram = runner(installed, 8).ram
-    ram.prefetch([ExpertKey(1, expert) for expert in range(4)], [], certain=True)
-    assert len(ram._loads) == 2
-    assert ram._queue.predicted_limit == READS
-    ram.prefetch([], [])
-    assert ram._queue.predicted_limit < READS
-
-
-def test_the_memory_of_a_prefetch_that_was_given_up_counts_as_held(installed, monkeypatch):
-    """The limit fell by one for each wrong prediction while memory was neither short nor ample."""
-    ram, told = runner(installed, 4).ram, []
-    for expert in range(4):
-        ram.request([ExpertKey(0, expert)])
-        ram.ready(ExpertKey(0, expert))
-    ram.prefetch([ExpertKey(1, 0)], [])
-    (load,) = ram._loads.values()
-    load.wait()
-    ram._give_up(load.key)
-
-    class Watch:
-        def limit(self, held):
-            told.append(held)
-            return 4
-
-    monkeypatch.setattr(ram, "_watch", Watch())
-    ram.follow_memory()
-    assert told == [4]
-
-
 def test_experts_in_the_cache_are_used_before_others_evict_them(installed):
     """Walking 0, 1, 2, 3 with two slots in plain LRU order would never hit."""
     small = runner(installed, 2)
@@ -129,17 +66,6 @@ def test_experts_in_the_cache_are_used_before_others_evict_them(installed):
     small.run(0, *inputs)
     assert small.stats.hits.total() == 2
     assert small.stats.bytes_moved == 6 * installed.blueprint.expert.nbytes
-
-
-def test_for_one_token_experts_in_their_slots_are_computed_together_with_the_same_bits(installed):
-    one, (hidden, selected, weights) = runner(installed, 8), routing(1, choices=3)
-    one.run(1, hidden, selected, weights)  # brings them in
-    rows = LayerRows(1, hidden, selected)
-    one._local.begin(rows, list(rows.counts))
-    assert one._local.compute_next(rows)
-    assert not one._local.compute_next(rows)
-    experts = [one.ram.ready(key) for key in rows.counts]
-    assert torch.equal(rows.outputs, torch.cat([expert(hidden) for expert in experts]))
 
 
 @needs_kernels
@@ -232,32 +158,6 @@ def test_outputs_are_in_the_order_of_a_tokens_choices():
     assert rows.combine(weights)[:, 3].tolist() == [50, 13, 76, 79]
 
 
-class Failing:
-    """Reads whose first half is wrong, and that fail, until told otherwise."""
-
-    def __init__(self, installed: InstalledModel) -> None:
-        self.read, self.fail = disk(installed), True
-
-    def __call__(self, key: ExpertKey, block: torch.Tensor, start: int) -> None:
-        if self.fail:
-            block[: len(block) // 2] = 255
-            raise CheckpointError("cut short")
-        self.read(key, block, start)
-
-
-def test_a_load_that_fails_leaves_no_half_expert_behind(installed):
-    source = Failing(installed)
-    failing = runner(installed, 3, source)
-    inputs = routing(3)
-    for _ in range(3):
-        with pytest.raises(CheckpointError, match="cut short"):
-            failing.run(0, *inputs)
-    source.fail = False
-    with contextlib.suppress(CheckpointError):  # of a load that was under way already
-        failing.run(0, *inputs)
-    assert torch.equal(failing.run(0, *inputs), runner(installed, 8).run(0, *inputs))
-
-
 def test_an_interrupt_while_an_expert_is_on_its_way_harms_nothing(installed, monkeypatch):
     expected = [runner(installed, 8).run(0, *routing(3, seed=seed)) for seed in range(6)]
     interrupted = runner(installed, 3)
@@ -294,21 +194,6 @@ def test_a_prompts_experts_are_computed_in_a_few_groups_as_they_arrive(installed
     monkeypatch.setattr(compute.HostCompute, "_compute_together", note)
     runner(installed, 8, read).run(0, *routing(64))
     assert groups[0] >= 2
-
-
-def test_the_next_experts_are_on_their_way_while_one_is_computed(installed):
-    started: list[int] = []
-
-    def note(key: ExpertKey, block: torch.Tensor, start: int) -> None:
-        started.append(key.expert)
-        disk(installed)(key, block, start)
-
-    ram = runner(installed, 4, note).ram
-    ram.request([ExpertKey(0, expert) for expert in (3, 0, 2)])
-    for expert in (2, 0, 3):
-        ram.ready(ExpertKey(0, expert))
-    assert sorted(started) == [0, 2, 3]
-    assert ram.stats.misses.total() == 3
 
 
 @pytest.mark.parametrize(

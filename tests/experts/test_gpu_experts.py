@@ -7,6 +7,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import paper_gpu
@@ -21,7 +22,6 @@ from mixchat.base.errors import CheckpointError, ResourceError
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.gpu_experts import GpuExperts
-from mixchat.experts.load_queue import ExpertLoad
 from mixchat.experts.memory import within_memory
 from mixchat.experts.vram import VramTier
 from mixchat.weights.format.installed_model import InstalledModel
@@ -81,7 +81,7 @@ def on_gpus(
     installed: InstalledModel,
     slots: Sequence[int],
     in_ram: int = 8,
-    split: str = "by both",
+    split: tuple[float, float] = SPLITS["by both"],
     **options: Any,
 ) -> GpuExperts:
     """Return experts with so many slots on one GPU, or on two with a layer each."""
@@ -94,7 +94,7 @@ def on_gpus(
         ]
     for vram in gpus:
         vram.policy.exclude(key for key in host.on_workers if key.layer in vram.layers)
-    copy, row = SPLITS[split]
+    copy, row = split
     return GpuExperts(
         host,
         gpus,
@@ -132,7 +132,7 @@ def is_right(installed: InstalledModel, experts: GpuExperts, tokens: int = 17) -
     return True
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize(
     ("slots", "in_ram"), [((8,), 2), ((3,), 8), ((3,), 2), ((0,), 5), ((4, 1), 2), ((2, 3), 8)]
 )
@@ -155,41 +155,13 @@ def test_experts_give_it_while_those_of_gpus_are_still_coming(paper, installed):
     assert is_right(installed, experts)
 
 
-def test_a_prompts_experts_with_many_rows_are_carried_and_others_computed_on_the_cpu(
-    paper, installed, monkeypatch
-):
-    """With 4 s for a copy and 1 for a row, 3 experts of 3, 4 and 11 rows take 8 s at least."""
-    experts, vram = on_gpus(installed, (0,)), VramTier
-    computed, carried = list[list[int]](), list[list[int]]()
-    host_compute, invite = Dispatcher.compute, vram.invite
-    monkeypatch.setattr(
-        Dispatcher,
-        "compute",
-        lambda self, layer, x, selected, **options: (
-            computed.append(sorted(Counter(selected.flatten().tolist()).values()))
-            or host_compute(self, layer, x, selected, **options)
-        ),
-    )
-    monkeypatch.setattr(
-        vram,
-        "invite",
-        lambda self, keys: carried.append([key.expert for key in keys]) or invite(self, keys),
-    )
-    selected = torch.tensor([[0]] * 11 + [[1]] * 3 + [[3]] * 4)
-    x, weights = torch.randn(18, 64), torch.ones(18, 1)
-    found = compute(experts, 0, x, selected, weights)
-    assert (computed, carried) == ([[3, 4]], [[0]])
-    expected = runner(installed, 8).run(0, x, selected, weights)
-    assert (found - expected).norm() < TOLERANCE * expected.norm()
-
-
 @pytest.mark.parametrize("is_there", [True, False])
 @pytest.mark.parametrize("tokens", [1, 17])
 def test_the_cpu_computes_no_expert_that_the_gpu_has_or_gets(
     paper, installed, monkeypatch, tokens, is_there
 ):
     """It computed all of them once more, and nothing but its time told."""
-    experts = on_gpus(installed, (5,), in_ram=3, split="by the CPU")
+    experts = on_gpus(installed, (5,), in_ram=3, split=SPLITS["by the CPU"])
     computed, begun = set[ExpertKey](), threading.Event()
     host_compute, read = Dispatcher.compute, InstalledModel.read_expert
 
@@ -218,27 +190,33 @@ def test_the_cpu_computes_no_expert_that_the_gpu_has_or_gets(
     assert computed == used - on_gpu
 
 
-def test_the_cpu_and_the_bus_end_at_about_the_same_time(paper, installed):
-    experts = on_gpus(installed, (0,))
-    a, b, c, d = EVERYTHING[:4]
-
-    def on_host(copy: float, row: float, missing: dict[ExpertKey, int]) -> list[ExpertKey]:
-        experts._copy_seconds = lambda layer: copy
-        experts._host_seconds = lambda layer, rows: rows * row
-        return experts._for_host(0, missing)
-
-    assert len(on_host(0.004, 0.003, {a: 1, b: 1})) == 1
-    assert on_host(0.004, 0.003, {a: 50, b: 1}) == [b]
-    assert on_host(0.004, 0.003, {a: 2}) == []  # 6 ms here, 4 ms to copy
-    assert on_host(0.004, 0.003, {a: 1}) == [a]
-    assert on_host(0.004, 0.003, {}) == []
-    assert on_host(1, 0, {a: 9, b: 9, c: 9, d: 9}) == [a, b, c, d]
-    assert on_host(0, 1, {a: 9, b: 9, c: 9, d: 9}) == []
+@pytest.mark.parametrize(
+    ("copy", "row", "counts", "carried"),
+    [
+        pytest.param(4, 3, [50, 1], {0}, id="the one with many rows"),
+        pytest.param(4, 3, [2], {0}, id="6 s on the CPU, 4 s to copy"),
+        pytest.param(4, 3, [1], set(), id="3 s on the CPU, 4 s to copy"),
+        pytest.param(4, 1, [11, 3, 0, 4], {0}, id="7 s on the CPU, 4 s to copy"),
+        pytest.param(1, 0, [9, 9, 9, 9], set(), id="a fast CPU"),
+        pytest.param(0, 1, [9, 9, 9, 9], {0, 1, 2, 3}, id="a fast bus"),
+    ],
+)
+def test_the_cpu_and_the_bus_end_at_about_the_same_time(
+    paper, installed, copy, row, counts, carried
+):
+    """Few rows are computed on the CPU, because a copy's time hangs on no rows."""
+    experts, invite = on_gpus(installed, (0,), split=(copy, row)), VramTier.invite
+    with patch.object(VramTier, "invite", autospec=True, side_effect=invite) as noted:
+        selected = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[:, None]
+        x, weights = torch.randn(len(selected), 64), torch.ones(len(selected), 1)
+        compute(experts, 0, x, selected, weights)
+    (_, keys), _ = noted.call_args
+    assert {key.expert for key in keys} == carried
 
 
 def test_the_cpu_does_not_wait_for_what_the_gpu_holds(paper, installed, monkeypatch):
     """Its rows were copied behind the experts that the GPU had been given before."""
-    experts = arrived(on_gpus(installed, (4,), split="by the CPU"))
+    experts = arrived(on_gpus(installed, (4,), split=SPLITS["by the CPU"]))
     main, waited = paper.current_stream(GPU), list[tuple[int, int]]()
     host_compute = Dispatcher.compute
 
@@ -330,51 +308,9 @@ def test_ram_is_filled_with_what_gpus_do_not_hold(paper, installed):
     assert not ram.holds_all
 
 
-def test_an_expert_that_is_used_more_comes_from_ram_to_the_gpu(paper, installed):
-    experts = arrived(on_gpus(installed, (4,), 5))
-    size, moved = installed.blueprint.expert.stride, experts.stats.bytes_moved
-    read = experts.stats.bytes_read
-    for _ in range(10):
-        experts.note_token(np.array([[0, 1], [2, 0]]))
-    experts.publish()
-    settle(experts.gpus[0])
-    assert experts.missing(1, [2, 0]) == [0]  # it has come, and the table is as it was
-    assert not experts.table(1).cpu()[2]
-    experts.publish()
-    assert experts.missing(1, [2, 0]) == []
-    assert experts.table(1).cpu()[2]
-    assert experts.stats.bytes_moved == moved + size
-    assert experts.stats.bytes_read == read
-    assert not experts.ram._lent - set(experts.gpus[0]._loads)
-    assert is_right(installed, experts)
-
-
-def test_a_borrowed_expert_stays_in_ram_until_the_gpu_has_it(paper, installed, monkeypatch):
-    experts = arrived(on_gpus(installed, (3,), 5))
-    ram = experts.ram
-    load = ExpertLoad(ExpertKey(0, 2))
-    block = experts.ram.borrow(load)
-    assert block is not None
-    expected = block.clone()
-    for key in EVERYTHING * 2:
-        ram.load(key, [])
-        assert ram.holds(ExpertKey(0, 2))
-    ram.resize(2)
-    assert ram.holds(ExpertKey(0, 2))
-    ram.resize(5)
-    for key in EVERYTHING:
-        ram.load(key, [])
-    assert torch.equal(block, expected)
-    load.end()
-    for key in EVERYTHING:
-        ram.load(key, [])
-    assert not ram.holds(ExpertKey(0, 2))
-    assert experts.ram.borrow(load) is None
-
-
 def test_experts_of_workers_are_neither_on_gpus_nor_carried_there(paper, installed, monkeypatch):
     worker = FakeWorker(installed, EVERYTHING[::2])
-    experts = arrived(on_gpus(installed, (8,), split="by the bus", workers=[worker]))
+    experts = arrived(on_gpus(installed, (8,), split=SPLITS["by the bus"], workers=[worker]))
     on_gpu = {key for key in EVERYTHING if experts.tier(key) == "device"}
     assert on_gpu == set(EVERYTHING[1::2])
     assert is_right(installed, experts)
@@ -390,7 +326,7 @@ def test_experts_of_workers_are_neither_on_gpus_nor_carried_there(paper, install
 
 
 @pytest.mark.parametrize("slots", [(3,), (2, 3), (8,)])
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 def test_memory_may_run_out_at_any_moment_of_a_prompt(paper, installed, slots, split):
     alone = runner(installed, 8)
     inputs = routing(40)
@@ -447,7 +383,7 @@ def test_ctrl_c_at_any_moment_leaves_experts_that_compute_the_same(paper, instal
         check()
 
     monkeypatch.setattr(interrupts, "check", interrupted)
-    for split in SPLITS:
+    for split in SPLITS.values():
         experts = on_gpus(installed, (3,), 3, split)
         experts.fill(EVERYTHING)
         for calls in range(1, 8):

@@ -8,8 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from queue_doubles import PATIENCE, Stop, Work, arrivals
@@ -41,42 +39,6 @@ def work(short_idle: None) -> Iterator[Work]:
     work.finish()
 
 
-def test_a_prefetch_that_was_put_off_continues_before_others_of_its_layer_start(work):
-    """Else each interruption would begin one more, and none would be there in time."""
-    work.prefetch("a", 2, stop=0)
-    work.stops[0].wait()
-    work.prefetch("b")
-    work.prefetch("c", layer=0)
-    work.begin("w")
-    work.stops[0].go()
-    assert arrivals(work.finish()) == "wcab"
-
-
-def test_a_prefetch_in_hand_that_is_requested_is_not_put_off(work):
-    right = work.prefetch("g", 3, stop=0)
-    work.stops[0].wait()
-    work.queue.reorder(right, REQUESTED)
-    work.begin("w")
-    work.stops[0].go()
-    assert arrivals(work.finish()) == "gw"
-
-
-def test_a_prefetch_that_was_put_off_and_is_requested_continues_before_other_prefetches(work):
-    right = work.prefetch("g", 2, layer=5, stop=0)
-    work.stops[0].wait()
-    work.begin("w", stop=0)
-    work.stops[0].go()
-    work.stops[1].wait()
-    work.prefetch("a", layer=1)
-    work.queue.reorder(right, REQUESTED)
-    work.begin("v")
-    work.stops[1].go()
-    right.wait()
-    log = work.finish()
-    assert log[:5] == ["g0", "w0", "w there", "g1", "g there"]
-    assert arrivals(log) == "wgva"
-
-
 def test_prefetches_leave_threads_to_what_will_be_requested(short_idle):
     """Eight wrong predictions in flight kept the next layer waiting, as long as to read them."""
     work = Work(threads=8)
@@ -91,46 +53,6 @@ def test_prefetches_leave_threads_to_what_will_be_requested(short_idle):
     work.stops[0].go()
     prefetch.wait()
     assert arrivals(work.finish())[:5] == "www0g"
-
-
-def test_an_error_while_memory_is_asked_for_fails_the_fill_whose_turn_it_is(short_idle):
-    """It never ended, so one that needed it waited for ever."""
-    work = Work(may_fill=Mock(side_effect=[True, OSError("too many open files"), True]))
-    held = work.hold()
-    fills = [work.begin(name, priority=FILL) for name in "abc"]
-    held.go()
-    with pytest.raises(OSError, match="too many"):
-        fills[1].wait()
-    assert arrivals(work.finish()) == "ac"
-
-
-def test_a_failure_is_raised_for_whoever_waits_and_the_next_is_carried_out(work):
-    def fail() -> int:
-        raise OSError("the disk says no")
-
-    failing = ExpertLoad(ExpertKey(0, 0))
-    work.queue.begin(failing, Job("slot", lambda: [fail, lambda: pytest.fail("the rest")]))
-    after = work.begin("b")
-    for _ in range(2):  # however often it is asked
-        with pytest.raises(OSError, match="says no"):
-            failing.wait()
-    assert failing.ended
-    assert failing.failed
-    after.wait()
-    assert not after.failed
-
-
-@pytest.mark.parametrize("step", ["pieces", "finish"])
-def test_a_job_that_cannot_begin_or_finish_fails_its_load_alone(work, step):
-    def fail() -> Any:
-        raise MemoryError("no slot")
-
-    steps = {"pieces": lambda: [lambda: 0], "finish": lambda: None} | {step: fail}
-    failing = ExpertLoad(ExpertKey(0, 0))
-    work.queue.begin(failing, Job("slot", **steps))
-    with pytest.raises(MemoryError, match="no slot"):
-        failing.wait()
-    work.begin("b").wait()
 
 
 def test_another_load_begins_while_one_is_finished_but_not_in_its_slot(short_idle):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.load_queue import FILL, PREDICTED, REQUESTED
+from mixchat.experts.load_queue import FILL, PREDICTED, REQUESTED, ExpertLoad
 from mixchat.experts.placement import MIN_SLOTS
 from mixchat.experts.tier import LOADING, MISSING, RESIDENT
 
@@ -19,6 +19,7 @@ class NaiveLoad:
     priority: int = REQUESTED
     pieces: int = PIECES
     begun: int = 0  # pieces
+    fault: str | None = None  # "begin" or "finish" fails
     cancelled: bool = False
     ended: bool = False
     failed: bool = False
@@ -53,11 +54,14 @@ class NaiveQueue:
             is_over = load.ended or load.cancelled or load.begun == load.pieces
             if is_over or priority != load.priority:
                 self._entries.pop(0)
-            elif priority == FILL and not load.begun and not self.may_fill:
+            elif not load.begun and self._cannot_begin(load):
                 load.ended = load.failed = True
             else:
                 load.begun += 1
                 self.in_flight = load
+
+    def _cannot_begin(self, load: NaiveLoad) -> bool:
+        return load.fault == "begin" or (load.priority == FILL and not self.may_fill)
 
     def step(self, *, fails: bool) -> None:
         """End the piece in flight, and begin the next one."""
@@ -67,14 +71,15 @@ class NaiveQueue:
             load.ended = load.failed = True
         elif load.begun == load.pieces and not load.cancelled:
             load.ended = True
-            self.moved += 1
+            load.failed = load.fault == "finish"
+            self.moved += not load.failed
         self.choose()
 
 
 class NaiveTier:
     """What the tier in RAM holds: a list, the most recently used expert last, and loads by key.
 
-    experts: of the model. watched: the limit that memory sets.
+    experts: of the model. watched: the limit that memory sets. readers: loads of the tier in front.
     """
 
     def __init__(self, slots: int, experts: Sequence[ExpertKey]) -> None:
@@ -84,10 +89,14 @@ class NaiveTier:
         self.loads: dict[ExpertKey, NaiveLoad] = {}
         self.fills: dict[ExpertKey, NaiveLoad] = {}
         self.elsewhere: frozenset[ExpertKey] = frozenset()
-        self.borrowed: set[ExpertKey] = set()
+        self.readers: list[ExpertLoad] = []
         self.noted: list[ExpertKey] = []
         self.hits, self.misses = Counter[ExpertKey](), Counter[ExpertKey]()
         self.predictions = self.right_predictions = self.late_predictions = 0
+
+    @property
+    def borrowed(self) -> set[ExpertKey]:
+        return {load.key for load in self.readers if not (load.ended or load.cancelled)}
 
     def state(self, key: ExpertKey) -> int:
         if key not in self.recent:
@@ -132,24 +141,26 @@ class NaiveTier:
                 self.fills[key] = NaiveLoad(key)
                 self.queue.put(self.fills[key], FILL)
 
-    def request(self, keys: Sequence[ExpertKey]) -> int:
+    def request(self, keys: Sequence[ExpertKey], pinned: Collection[ExpertKey] = ()) -> int:
         for number, key in enumerate(keys):
             if not self.hurry(key, REQUESTED):
                 self.forget_failed(key)
                 if key in self.recent:
                     continue
-                if not self.start(key, REQUESTED, keys):
+                if not self.start(key, REQUESTED, {*keys, *pinned}):
                     return number
             self.misses[key] += 1
         return len(keys)
 
-    def prefetch(self, keys: Iterable[ExpertKey], *, certain: bool) -> None:
+    def prefetch(
+        self, keys: Iterable[ExpertKey], pinned: Collection[ExpertKey], *, certain: bool
+    ) -> None:
         room = max(self.limit // 4 if certain else self.limit // 16, 1) - len(self.prefetches())
         for key in keys:
             is_new = key not in self.recent
             if key in self.elsewhere or not (is_new or key in self.fills):
                 continue
-            if room <= 0 or (is_new and not self.start(key, PREDICTED, ())):
+            if room <= 0 or (is_new and not self.start(key, PREDICTED, pinned)):
                 return
             if is_new or self.hurry(key, PREDICTED):
                 self.predictions += 1
@@ -204,8 +215,8 @@ class NaiveTier:
         for key in [key for key in self.recent if key not in pinned][:surplus]:
             self.recent.remove(key)
 
-    def may_lend(self) -> bool:
-        return self.limit - len(self.borrowed) - 1 >= MIN_SLOTS
+    def may_lend(self, key: ExpertKey) -> bool:
+        return self.state(key) == RESIDENT and self.limit - len(self.borrowed) - 1 >= MIN_SLOTS
 
     def prefetches(self) -> set[ExpertKey]:
         return {key for key, load in self.loads.items() if load.priority == PREDICTED}

@@ -5,7 +5,6 @@ import threading
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from paper_runtime import PaperRuntime
 
@@ -36,42 +35,29 @@ class Form:
 
 
 class Memories:
-    """RAM, which lends the blocks of some experts, and the disk.
+    """RAM without experts, and the disk. Reads of the experts in `held` wait until `go`.
 
-    Reads of the experts in `held` wait until `go`, and those of `bad` ones fail after a stage.
     `reached` is set when every thread waits. A thread that came later took another expert first.
     """
 
     def __init__(self, sizes: tuple[int, ...] = (SIZE,) * LAYERS) -> None:
         self.sizes = sizes
-        self.in_ram: dict[ExpertKey, torch.Tensor] = {}
-        self.readers: list[ExpertLoad] = []
-        self.read_bytes: dict[ExpertKey, int] = {}
+        self.begun: list[ExpertKey] = []
         self.held: set[ExpertKey] = set()
-        self._waiting: list[ExpertKey] = []
-        self.bad: set[ExpertKey] = set()
+        self._waiting = 0
         self.reached, self.go = threading.Event(), threading.Event()
 
-    def borrow(self, load: ExpertLoad) -> torch.Tensor | None:
-        if load.key not in self.in_ram:
-            return None
-        self.readers.append(load)
-        return self.in_ram[load.key]
-
-    @property
-    def lent(self) -> list[ExpertKey]:
-        return [load.key for load in self.readers if not (load.ended or load.cancelled)]
+    def borrow(self, load: ExpertLoad) -> None:
+        """Lend nothing."""
 
     def read(self, key: ExpertKey, block: torch.Tensor, start: int) -> None:
+        self.begun.append(key)
         if key in self.held:
-            self._waiting.append(key)
-            if len(self._waiting) >= vram._STAGES:
+            self._waiting += 1
+            if self._waiting >= vram._STAGES:
                 self.reached.set()
             self.go.wait()
-        if key in self.bad and start:
-            raise OSError("the disk says no")
         block.copy_(bytes_of(key, self.sizes[key.layer])[start : start + len(block)])
-        self.read_bytes[key] = self.read_bytes.get(key, 0) + len(block)
 
     def slots(self, *sizes: int, reserve: int = 0) -> VramTier:
         """Return slots of a GPU, of these sizes."""
@@ -98,26 +84,16 @@ def settle(vram: VramTier) -> None:
         load._ended.wait()
 
 
-def filled(memories: Memories, count: int = 4) -> VramTier:
-    """Return slots with the first experts of both layers."""
-    vram = memories.slots(*[SIZE] * count)
+def filled(memories: Memories, *sizes: int) -> VramTier:
+    """Return slots of these sizes with the first experts of both layers."""
+    vram = memories.slots(*sizes)
     vram.fill_slots()
     settle(vram)
     vram.publish()
     return vram
 
 
-def use(vram: VramTier, key: ExpertKey, tokens: int = 20) -> None:
-    """Count an expert in so many tokens."""
-    for _ in range(tokens):
-        vram.policy.note_rows(key, 1)
-
-
 def content(vram: VramTier, key: ExpertKey) -> torch.Tensor:
     """Return the bytes that kernels of the current stream read."""
     expert: Any = vram.expert(key)
     return (expert ^ 0).cpu()
-
-
-def table_of(vram: VramTier) -> np.ndarray:
-    return np.asarray(vram.table.cpu().numpy())
