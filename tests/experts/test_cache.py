@@ -14,18 +14,12 @@ keys = st.builds(ExpertKey, st.integers(0, 3), st.integers(0, 3))
 policies = pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
 
 
-def filled(*experts: ExpertKey) -> ExpertCache:
-    cache = ExpertCache([0] * len(experts), LRU())
-    for key in experts:
-        cache.admit(key)
-    return cache
-
-
 @given(st.integers(1, 6), st.lists(st.tuples(keys, st.integers(0, 9)), max_size=80))
 def test_it_does_what_a_naive_list_does(slots, uses):
     """The naive model: a list of keys, most recent last, cut to the size of the cache."""
     cache, recent, where = ExpertCache([0] * slots, LRU()), [], {}
     for key, luck in uses:
+        cache.slot_of(key)  # is no use
         slot = cache.lookup(key)
         assert (slot is not None) == (key in recent)
         if slot is None:
@@ -54,24 +48,36 @@ operations = st.tuples(
 
 
 @policies
+@pytest.mark.parametrize("sizes", [1, 2], ids=["one size", "two sizes"])
 @given(events=st.lists(operations, max_size=60))
-def test_whatever_happens_no_slot_is_lost_or_shared_and_nothing_pinned_goes(make, events):
+def test_no_slot_is_lost_or_shared_nothing_pinned_goes_and_sizes_fit(make, sizes, events):
+    """With two sizes, layers 0 and 2 have one, 1 and 3 the other, and of 5 slots 3 and 2."""
     passes = Passes(4)
-    cache = ExpertCache([0] * 5, make(passes))
+    slot_sizes = [slot % sizes for slot in range(5)]
+    cache = ExpertCache(slot_sizes, make(passes), lambda layer: layer % sizes)
     for what, key, pinned, number in events:
         passes.enter(key.layer)
+        size = key.layer % sizes
         before = {other: cache.slot_of(other) for other in cache}
         if what == "resize":
             cache.resize(number, pinned)
+            assert cache.limit == max(1, min(number, 5))
             assert len(cache) <= max(cache.limit, len(pinned & set(before)))
         elif what == "discard" and key in cache:
             cache.discard(key)
             pinned = pinned - {key}
         elif what != "discard" and cache.lookup(key) is None:
-            slot = cache.admit(key, pinned)
+            free = {slot for slot in cache.free_slots() if slot_sizes[slot] == size}
+            slot = cache.admit(key, pinned, preferred := set(range(number)))
             assert slot == cache.slot_of(key)
-            assert slot is not None or set(cache) <= pinned
-            assert slot is None or len(cache) <= cache.limit
+            if slot is None:
+                alike = {other for other in cache if other.layer % sizes == size}
+                assert alike <= pinned or set(cache) <= pinned
+            else:
+                assert slot_sizes[slot] == size
+                assert len(cache) <= cache.limit
+                if len(before) < cache.limit:
+                    assert slot in (free & preferred or free or {slot})
         taken = {other: cache.slot_of(other) for other in cache}
         assert len(set(taken.values())) == len(taken) == len(cache)
         assert cache.free_slots() == set(range(5)) - set(taken.values())
@@ -81,85 +87,10 @@ def test_whatever_happens_no_slot_is_lost_or_shared_and_nothing_pinned_goes(make
             assert taken[other] == before[other]
 
 
-@policies
-@given(events=st.lists(operations, max_size=60))
-def test_an_expert_only_takes_a_slot_of_its_size(make, events):
-    """Layers 0 and 2 have one size, 1 and 3 the other, and of 5 slots 3 and 2."""
-    passes = Passes(4)
-    cache = ExpertCache([0, 1, 0, 1, 0], make(passes), lambda layer: layer % 2)
-    for what, key, pinned, number in events:
-        passes.enter(key.layer)
-        if what == "resize":
-            cache.resize(number, pinned)
-        elif what == "discard":
-            cache.discard(key)
-        elif cache.lookup(key) is None:
-            slot = cache.admit(key, pinned)
-            assert slot is None or slot % 2 == key.layer % 2
-            alike = {other for other in cache if other.layer % 2 == key.layer % 2}
-            assert slot is not None or alike <= pinned or set(cache) <= pinned
-            assert slot is None or len(cache) <= cache.limit
-        taken = {cache.slot_of(other) for other in cache}
-        assert len(taken) == len(cache)
-        assert cache.free_slots() == set(range(5)) - taken
-
-
-def test_of_free_slots_a_preferred_one_is_taken():
-    cache = ExpertCache([0] * 4, LRU())
-    assert cache.admit(A, preferred={2, 3}) == 2
-    assert cache.admit(B, preferred={2}) == 0
-    assert cache.admit(C, preferred={3}) == 3
-
-
-def test_lookup_is_a_use_and_slot_of_is_none():
-    cache = filled(A, B)
-    assert cache.slot_of(A) == 0
-    cache.admit(C)
-    assert set(cache) == {B, C}
-    cache.lookup(B)
-    cache.admit(A)
-    assert set(cache) == {A, B}
-    assert cache.slot_of(C) is None
-
-
-def test_what_is_pinned_stays_and_where_all_is_there_is_no_slot():
-    cache = filled(A, B)
-    assert cache.admit(C, pinned=[A]) == 1
-    assert cache.admit(D, pinned=[A, C]) is None
-    assert set(cache) == {A, C}
-
-
-def test_a_smaller_limit_evicts_and_a_larger_one_lets_in_again():
-    cache = filled(A, B, C)
-    cache.resize(1)
-    assert set(cache) == {C}
-    assert cache.free_slots() == {0, 1}
-    assert cache.admit(A) == 2
-    assert set(cache) == {A}
-    cache.resize(3)
-    assert (cache.admit(B), cache.admit(C)) == (0, 1)
-    assert len(cache) == 3
-
-
-def test_a_limit_is_at_least_one_and_at_most_all_slots():
-    cache = filled(A, B)
-    cache.resize(0)
-    assert (cache.limit, set(cache)) == (1, {B})
-    cache.resize(9)
-    assert cache.limit == 2
-
-
-def test_what_is_pinned_may_exceed_a_limit_until_it_is_pinned_no_more():
-    cache = filled(A, B, C)
-    cache.resize(1, pinned=[A, B])
-    assert set(cache) == {A, B}
-    assert cache.admit(D, pinned=[A, B]) is None
-    cache.admit(D)
-    assert set(cache) == {D}
-
-
 def test_a_cache_may_change_while_it_is_gone_through():
-    cache = filled(A, B)
+    cache = ExpertCache([0] * 2, LRU())
+    for key in (A, B):
+        cache.admit(key)
     for key in cache:
         cache.discard(key)
     assert len(cache) == 0

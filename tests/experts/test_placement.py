@@ -44,77 +44,63 @@ def on_gpu(
 
 
 @pytest.mark.parametrize(
-    ("free", "slots"),
+    ("free", "memory", "slots"),
     [
-        (64, 256),  # 58.4 GB for experts that take 25.6
-        (29.8, 256),  # 29.8 - 3 shared - 1.192, four hundredths: just enough
-        (29.7, 255),
-        (16, 120),  # below 25 GB the reserve is 1 GB
-        (4.35, 3),
-        (4.2, 2),  # the least
+        (64, None, 256),  # 58.4 GB for experts that take 25.6
+        (29.8, None, 256),  # 29.8 - 3 shared - 1.192, four hundredths: just enough
+        (29.7, None, 255),
+        (16, None, 120),  # below 25 GB the reserve is 1 GB
+        (4.35, None, 3),
+        (4.2, None, 2),  # the least
+        # A budget is bytes of experts, or a share of them.
+        (64, "1GB", 10),
+        (64, "1.09GB", 10),
+        (64, "50%", 128),
+        (64, "100%", 256),
+        (64, "1TB", 256),  # no more than there are
+        (64, "200MB", 2),
+        # It may take what would be left alone.
+        (29, None, 248),  # 29 - 3 - 1.16
+        (29, "25GB", 250),  # 29 - 3 - 1 of the context
     ],
 )
-def test_slots_on_a_cpu(free, slots):
-    placement = on_cpu(free)
+def test_slots_on_a_cpu(free, memory, slots):
+    placement = on_cpu(free, memory)
     assert (placement.slots, placement.host_slots, placement.experts) == (slots, 0, 256)
 
 
 @pytest.mark.parametrize(
-    ("free", "free_host", "slots", "host_slots"),
+    ("free", "options", "slots", "host_slots"),
     [
-        (40, 64, 256, 2),  # with all on the GPU, RAM has nothing to add
-        (30.84, 64, 256, 2),  # 30.84 - 4 - 1.2336: just enough without slots for guests
-        (30.7, 64, 252, 256),
-        (24, 64, 188, 256),  # 24 - 4 - 1, and two for guests
-        (24, 16, 188, 150),  # 16 - 1
-        (8, 1.4, 28, 4),
-        (8, 0.5, 28, 2),  # less than the reserve
-        (5.3, 16, 1, 150),
-        (4.2, 16, 0, 150),  # the least
+        (40, {}, 256, 2),  # with all on the GPU, RAM has nothing to add
+        (30.84, {}, 256, 2),  # 30.84 - 4 - 1.2336: just enough without slots for guests
+        (30.7, {}, 252, 256),
+        (24, {}, 188, 256),  # 24 - 4 - 1, and two for guests
+        (24, {"free_host": 16}, 188, 150),  # 16 - 1
+        (8, {"free_host": 1.4}, 28, 4),
+        (8, {"free_host": 0.5}, 28, 2),  # less than the reserve
+        (5.3, {"free_host": 16}, 1, 150),
+        (4.2, {"free_host": 16}, 0, 150),  # the least
+        # A budget of a GPU is for all that is there, and leaves nothing beside it.
+        (24, {"device": "10GB"}, 58, 256),  # 10 - 3 - 1, and two for guests
+        (24, {"device": "50%"}, 78, 256),  # of what is free: 12 - 4
+        (24, {"device": "100%"}, 198, 256),
+        (24, {"device": "4.2GB"}, 0, 256),
+        (64, {"device": "60GB"}, 256, 2),
+        # A budget of RAM is bytes of experts, or a share of them.
+        (24, {"host": "3GB"}, 188, 30),
+        (24, {"host": "50%"}, 188, 128),
+        (24, {"host": "1TB"}, 188, 256),
+        (24, {"free_host": 2, "host": "2GB"}, 188, 20),  # the whole of it
+        (24, {"host": "200MB"}, 188, 2),
+        (40, {"host": "0"}, 256, 2),  # all are on the GPU
     ],
 )
-def test_slots_on_a_gpu_and_in_ram_behind_it(free, free_host, slots, host_slots):
-    placement = on_gpu(free, free_host)
+def test_slots_on_a_gpu_and_in_ram_behind_it(free, options, slots, host_slots):
+    placement = on_gpu(free, **options)
     assert (placement.slots, placement.host_slots) == (slots, host_slots)
     assert (placement.experts, placement.layers) == (256, (32,))
     assert placement.held == min(slots + host_slots, 256)
-
-
-def test_a_budget_on_a_cpu_is_bytes_of_experts_or_a_share_of_them():
-    assert on_cpu(64, "1GB").slots == 10
-    assert on_cpu(64, "1.09GB").slots == 10
-    assert on_cpu(64, "50%").slots == 128
-    assert on_cpu(64, "100%").slots == 256
-    assert on_cpu(64, "1TB").slots == 256  # no more than there are
-    assert on_cpu(64, "200MB").slots == 2
-
-
-def test_a_budget_on_a_cpu_may_take_what_would_be_left_alone():
-    assert on_cpu(29).slots == 248  # 29 - 3 - 1.16
-    assert on_cpu(29, "25GB").slots == 250  # 29 - 3 - 1 of the context
-
-
-def test_a_budget_on_a_gpu_is_for_all_that_is_there_and_leaves_nothing_beside_it():
-    assert on_gpu(24, device="10GB").slots == 58  # 10 - 3 - 1, and two for guests
-    assert on_gpu(24, device="50%").slots == 78  # of what is free: 12 - 4
-    assert on_gpu(24, device="100%").slots == 198
-    assert on_gpu(24, device="4.2GB").slots == 0
-    assert on_gpu(64, device="60GB").slots == 256
-
-
-def test_a_budget_for_ram_behind_a_gpu_is_bytes_of_experts_or_a_share_of_them():
-    assert on_gpu(24, host="3GB").host_slots == 30
-    assert on_gpu(24, host="50%").host_slots == 128
-    assert on_gpu(24, host="1TB").host_slots == 256
-    assert on_gpu(24, 2, host="2GB").host_slots == 20  # the whole of it
-    assert on_gpu(40, host="0").host_slots == 2  # all are on the GPU
-
-
-def test_too_small_a_budget_for_ram_behind_a_gpu_names_the_least():
-    assert on_gpu(24, host="200MB").host_slots == 2
-    said = r"--host-memory 199 MB is too small: two experts take 200\.0 MB$"
-    with pytest.raises(UsageError, match=said):
-        on_gpu(24, host="199MB")
 
 
 def test_ram_without_room_for_two_experts_is_refused():
@@ -142,10 +128,12 @@ def test_some_reserve_is_watched_where_a_budget_leaves_nothing():
     assert place_on_cpu(demand, 13 * GB, budget("10GB")).reserve == GB // 4
 
 
-def test_too_small_a_budget_on_a_cpu_names_the_least():
+def test_too_small_a_budget_for_ram_names_the_least():
     said = r"--host-memory 199 MB is too small: two experts take 200\.0 MB$"
     with pytest.raises(UsageError, match=said):
         on_cpu(64, "199MB")
+    with pytest.raises(UsageError, match=said):
+        on_gpu(24, host="199MB")
     with pytest.raises(UsageError, match=said):
         on_cpu(64, "0.7774%")
     with pytest.raises(UsageError, match="--host-memory 0 bytes is too small"):
