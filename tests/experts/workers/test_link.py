@@ -3,12 +3,14 @@
 import signal
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 from worker_double import (
     HELLO,
     PATIENCE,
+    SILENCE,
     STUCK_LAYER,
     TOKEN,
     NeverEnding,
@@ -27,23 +29,15 @@ from mixchat.experts.workers import messages
 from mixchat.experts.workers.sockets import ConnectionLostError
 
 
-@pytest.mark.parametrize("experts", [TOKEN, [(7, 1)]], ids=["two", "one"])
-def test_one_row_goes_to_all_experts(link, experts):
-    for layer in (1, 2, 3):
-        x = row()
-        assert torch.equal(ask(link, layer, experts, x), outputs(layer, experts, x, True))
-
-
-def test_each_expert_gets_its_own_rows_of_many(link):
-    experts = [(7, 3), (0, 1), (4, 40)]
-    x = torch.randn(44, HELLO.hidden_size).bfloat16()
-    assert torch.equal(ask(link, 1, experts, x), outputs(1, experts, x))
-
-
-def test_single_rows_and_many_rows_may_take_turns(link):
-    for rows in (1, 7, 1, 1, 2, 300, 1):
+def test_one_row_for_all_experts_and_rows_for_each_take_turns(link):
+    for layer, rows in ((1, 1), (2, 44), (3, 1), (1, 300), (2, 1)):
         x = torch.randn(rows, HELLO.hidden_size).bfloat16()
-        assert torch.equal(ask(link, 2, [(3, rows)], x), outputs(2, [(3, rows)], x))
+        if rows == 1:
+            for experts in (TOKEN, [(7, 1)]):
+                assert torch.equal(ask(link, layer, experts, x), outputs(layer, experts, x, True))
+        else:
+            experts = [(7, 3), (0, 1), (4, rows - 4)]
+            assert torch.equal(ask(link, layer, experts, x), outputs(layer, experts, x))
 
 
 @pytest.mark.parametrize("dtype", messages.DTYPES)
@@ -78,23 +72,23 @@ def test_one_chat_has_several_workers_and_each_is_lost_alone(worker):
     other.stop()
 
 
-def test_a_worker_that_is_killed_in_the_midst_of_a_request_is_lost_at_once(process):
-    link = process.open(silence=10 * PATIENCE)  # it is not silence that tells
+@pytest.mark.parametrize(
+    ("number", "silence", "said"),
+    [
+        (signal.SIGKILL, 10 * PATIENCE, "has ended"),  # it is not silence that tells
+        (signal.SIGSTOP, SILENCE, "does not answer"),
+    ],
+    ids=["killed", "stopped"],
+)
+def test_a_worker_that_is_killed_or_stopped_in_the_midst_of_a_request_is_lost(
+    process, number, silence, said
+):
+    link = process.open(silence)
     assert "begins" in process.next_line()
     link.start(STUCK_LAYER, TOKEN, row())
     assert process.next_line() == "computing"
-    process.signal(signal.SIGKILL)
-    with pytest.raises(ConnectionLostError, match="has ended"):
-        link.finish()
-    assert link.is_lost
-
-
-def test_a_worker_that_is_stopped_is_lost_after_the_silence(process):
-    link = process.open()
-    assert "begins" in process.next_line()
-    process.signal(signal.SIGSTOP)
-    link.start(1, TOKEN, row())
-    with pytest.raises(ConnectionLostError, match="does not answer"):
+    process.signal(number)
+    with pytest.raises(ConnectionLostError, match=said):
         link.finish()
     assert link.is_lost
 
@@ -135,30 +129,14 @@ def test_a_worker_that_is_killed_between_requests_is_known_to_be_lost(process):
     link.close()
 
 
-def test_ctrl_c_ends_the_wait_for_a_worker(worker):
-    waits, computing = threading.Event(), threading.Event()
-
-    def send_ctrl_c(check):
-        if not computing.is_set():
-            computing.set()
-            waits.wait(PATIENCE)  # or the signal would come before the wait for the result
-            time.sleep(0.1)
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        time.sleep(0.5)
-
-    worker.model.on_compute = send_ctrl_c
-    link = worker.open(silence=10 * PATIENCE)
-    link.start(1, TOKEN, row())
-    waits.set()  # the signal comes a tenth of a second later
-    with pytest.raises(KeyboardInterrupt):
-        link.finish()
-    assert link.is_lost  # the result must not meet the next request
-
-
-def test_a_deferred_ctrl_c_ends_the_wait_for_a_worker(worker):
+@pytest.mark.parametrize("is_deferred", [False, True])
+def test_ctrl_c_ends_the_wait_for_a_worker(worker, is_deferred):
     """Between layers signals are deferred: the wait looks for them by itself."""
+    waits = threading.Event()
 
     def send_ctrl_c(check):
+        waits.wait(PATIENCE)  # or the signal would come before the wait for the result
+        time.sleep(0.1)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         NeverEnding()(check)
 
@@ -166,11 +144,14 @@ def test_a_deferred_ctrl_c_ends_the_wait_for_a_worker(worker):
     link = worker.open(silence=10 * PATIENCE)
     reached: list[str] = []
 
-    def ask_in_a_layer():
-        with interrupts.deferred():
-            ask(link, 1, TOKEN, row())
+    def wait_in_a_layer():
+        with interrupts.deferred() if is_deferred else nullcontext():
+            link.start(1, TOKEN, row())
+            waits.set()  # the signal comes a tenth of a second later
+            link.finish()
             reached.append("the end of the wait")
 
     with pytest.raises(KeyboardInterrupt):
-        ask_in_a_layer()
+        wait_in_a_layer()
     assert reached == []
+    assert link.is_lost  # the result must not meet the next request

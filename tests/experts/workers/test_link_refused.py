@@ -83,29 +83,46 @@ def liar(result: bytes, welcome: bytes = WELCOME) -> Iterator[Address]:
     thread.join(PATIENCE)
 
 
-def test_a_worker_with_another_key_is_found_out_by_the_chat_side():
-    """The proof is mutual: this impostor speaks the protocol, and does not know the key."""
+def pretend_to_know_the_key(accepted: socket.socket) -> None:
+    """Speak the protocol. The proof is mutual, so the chat side finds out."""
+    accepted.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE".ljust(22, b"\0"))
+    accepted.sendall(b"\x01".ljust(32, b"\0"))
+    accepted.recv(300)
+    accepted.sendall(b"\x04\xa8\x07WELCOME" + bytes(160))
+    accepted.recv(300)
 
-    def pretend(accepted):
-        accepted.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE".ljust(22, b"\0"))
-        accepted.sendall(b"\x01".ljust(32, b"\0"))
-        accepted.recv(300)
-        accepted.sendall(b"\x04\xa8\x07WELCOME" + bytes(160))
-        accepted.recv(300)
 
-    with impostor(pretend) as address, pytest.raises(UsageError, match="another key"):
+def speak_ssh(accepted: socket.socket) -> None:
+    accepted.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+    accepted.recv(64)
+
+
+@pytest.mark.parametrize(
+    ("behave", "said"),
+    [(pretend_to_know_the_key, "another key"), (speak_ssh, "is no worker")],
+)
+def test_an_impostor_is_one_clear_line(behave, said):
+    with impostor(behave) as address, pytest.raises(UsageError, match=said):
         Link(address, KEY, HELLO)
 
 
-def test_another_version_is_refused_with_both_versions(worker):
-    with pytest.raises(CheckpointError, match=r"runs mixchat \d\S+, and this is 9\.9\.9"):
-        worker.open(HELLO.model_copy(update={"version": "9.9.9"}))
+OTHER = {"model_identity": "cd" * 32, "model_name": "other"}
 
 
-def test_another_model_is_refused_with_both_models(worker):
-    other = HELLO.model_copy(update={"model_identity": "cd" * 32, "model_name": "other"})
-    with pytest.raises(CheckpointError, match=r"tiny \(abab\w+\), and .* other \(cdcd\w+\)"):
-        worker.open(other)
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"version": "9.9.9"}, CheckpointError, r"runs mixchat \d\S+, and this is 9\.9\.9"),
+        (OTHER, CheckpointError, r"tiny \(abab\w+\), and .* other \(cdcd\w+\)"),
+        ({"exact_prompts": True}, MixchatError, "beyond these experts"),  # in the experts' words
+    ],
+    ids=["another version", "another model", "what experts cannot do"],
+)
+def test_a_chat_that_does_not_fit_a_worker_is_refused_with_what_both_have(
+    worker, changes, error, said
+):
+    with pytest.raises(error, match=said):
+        worker.open(HELLO.model_copy(update=changes))
 
 
 def test_a_busy_worker_is_refused_and_goes_on_with_its_chat(worker, link):
@@ -137,17 +154,19 @@ def test_a_worker_with_room_for_one_expert_is_refused():
     worker.stop()
 
 
-def test_what_the_worker_s_experts_cannot_do_is_refused_in_their_words(worker):
-    with pytest.raises(MixchatError, match="beyond these experts"):
-        worker.open(HELLO.model_copy(update={"exact_prompts": True}))
-
-
-def test_a_port_where_nobody_listens_is_one_clear_line():
+@pytest.mark.parametrize(
+    ("listens", "said"),
+    [(False, "no worker can be reached there"), (True, "does not answer")],
+    ids=["nobody listens", "the listener never speaks, as a worker that was stopped"],
+)
+def test_a_port_where_nobody_answers_is_one_clear_line(listens, said):
     """Its exit code was 1, as for a fault of mixchat."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = address_of(listener)
-    with pytest.raises(ServerError, match="no worker can be reached there") as caught:
-        Link(address, KEY, HELLO)
+        if not listens:
+            listener.close()
+        with pytest.raises(ServerError, match=said) as caught:
+            Link(address, KEY, HELLO)
     assert caught.value.exit_code == 5
 
 
@@ -182,25 +201,6 @@ def test_a_chat_side_without_free_descriptors_is_told_and_goes_on(worker):
         command, cwd=Path(__file__).parent, check=False, capture_output=True, timeout=PATIENCE
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"opened with 32\n", b"")
-
-
-def test_something_else_than_a_worker_is_one_clear_line():
-    def answer(accepted):
-        accepted.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
-        accepted.recv(64)
-
-    with impostor(answer) as address, pytest.raises(UsageError, match="is no worker"):
-        Link(address, KEY, HELLO)
-
-
-def test_a_listener_that_never_speaks_is_one_clear_line():
-    """So is a worker that was stopped. The exit code of both was 1."""
-    with (
-        socket.create_server(("127.0.0.1", 0)) as listener,
-        pytest.raises(ServerError, match="does not answer") as caught,
-    ):
-        Link(address_of(listener), KEY, HELLO)
-    assert caught.value.exit_code == 5
 
 
 @pytest.mark.parametrize(
