@@ -33,8 +33,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from engine_tools import FAMILIES, answer
-from test_families import CASES, SPARSE, logits
+from engine_tools import FAMILIES, answer, logits
+from test_families import CASES, SPARSE
 
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import NoProgress

@@ -126,6 +126,21 @@ def answer(
     return list(engine.generate(prompt, sampling=sampling, **given))
 
 
+@torch.inference_mode()
+def logits(engine: Engine, ids: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Return the logits [T, V] of all positions, computed `chunk` tokens at a time."""
+    cache = engine.held()[1]
+    cache.cut(0)
+    forward = engine.passes.model.forward
+    return torch.cat([forward(part, cache, logits_of=slice(None)) for part in ids.split(chunk)])
+
+
+def ids_of(count: int, seed: int = 0) -> list[int]:
+    """Return random tokens of the tiny models."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 97, (count,), generator=generator).tolist()
+
+
 def cache_content(engine: Engine, tokens: int | None = None) -> list[torch.Tensor]:
     """Return keys and values of all layers, of the first tokens or of all that are held."""
     ids, cache = engine.held()

@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "one kv head": ({"num_key_value_heads": 1}, {}, None),
     "top 3": ({"num_experts_per_tok": 3}, {}, None),
     "top 1": ({"num_experts_per_tok": 1}, {}, None),
-    "top 10 of 128": ({"num_local_experts": 128, "num_experts_per_tok": 10}, {}, None),
+    "top 10 of 160": ({"num_local_experts": 160, "num_experts_per_tok": 10}, {}, None),
     **{name: (changes, {}, None) for name, changes in FAMILIES.items()},
     "latents in 8 bits": (FAMILIES["latents"], {}, 8),
     "latents, attention in nf4": (FAMILIES["latents"], {"attention": 4}, None),
@@ -168,23 +168,6 @@ def test_with_all_experts_in_memory_several_sequences_are_one_program(models, mo
     # An expert that several rows have chosen is a hit once.
     hits = engine.experts.stats.since(before).hits
     assert {*hits.values()} == {1}
-
-
-def test_experts_that_are_evicted_and_come_back_elsewhere_are_found(models):
-    """The addresses of a layer's experts are looked up in a table, which must not grow old."""
-    engine = load(models("nf4"))
-    expected = written(engine)
-    ram = engine.experts.ram  # type: ignore[attr-defined]
-    total = ram.slots
-    ids: list[int] = []
-    engine.forget()
-    for token in engine.generate(PROMPT, sampling=FREE, stop_ids=set(), max_tokens=TOKENS):
-        ids.append(token)
-        if len(ids) % 7 == 0:
-            ram.resize(3)
-        if len(ids) % 7 == 2:
-            ram.resize(total)
-    assert ids == expected[0]
 
 
 @pytest.mark.parametrize("early", [False, True])

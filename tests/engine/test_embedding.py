@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from engine_tools import answer
+from engine_tools import answer, logits
 from torch.nn import functional
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.engine.generate import Engine
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -28,15 +27,7 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied, fp32": (TIED, {"quant_type": "none"}),
     "tied, head apart": (TIED, {}),
 }
-IDS = [[42], [7, 7, 96, 0, 7, 0], [5 * n % 97 for n in range(100)]]
-
-
-def logits(engine: Engine, ids: list[int]) -> torch.Tensor:
-    """Return the logits [T, V] of tokens in an empty context."""
-    engine.forget()
-    model, cache = engine.passes.model, engine.held()[1]
-    with torch.inference_mode():
-        return model.forward(torch.tensor(ids), cache, logits_of=slice(None))
+IDS = [torch.tensor(ids) for ids in ([42], [7, 7, 96, 0, 7, 0], [5 * n % 97 for n in range(100)])]
 
 
 @pytest.mark.parametrize(("changes", "options"), FORMS.values(), ids=FORMS.keys())
@@ -44,11 +35,11 @@ def test_logits_have_the_bits_that_they_have_with_the_table_in_memory(
     changes, options, make_checkpoint, install
 ):
     engine = load_engine(directory := install(make_checkpoint(**changes), **options), CPU)
-    found = [logits(engine, ids) for ids in IDS]
+    found = [logits(engine, ids, 100) for ids in IDS]
     with InstalledModel(directory) as installed:
         table = installed.tensor(installed.blueprint.embedding)
     engine.passes.model._embedding = lambda ids: functional.embedding(ids, table)
-    assert all(map(torch.equal, found, (logits(engine, ids) for ids in IDS)))
+    assert all(map(torch.equal, found, (logits(engine, ids, 100) for ids in IDS)))
     assert engine.passes.model.output.norm.weight.dtype == table.dtype
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_tools import answer
+from engine_tools import answer, logits
 
 from mixchat.base.options import LoadOptions
 from mixchat.engine.generate import Engine
@@ -17,6 +17,41 @@ TEXT = 24
 SPARSE = {"num_local_experts": 17, "num_experts_per_tok": 10}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
+    "mixtral, wide heads": ("mixtral", {"head_dim": 32}),
+    "mixtral, narrow heads": (
+        "mixtral",
+        {"head_dim": 4, "num_attention_heads": 8, "num_key_value_heads": 8},
+    ),
+    "mixtral, one kv head": (
+        "mixtral",
+        {"num_key_value_heads": 1, "num_attention_heads": 6, "head_dim": 10},
+    ),
+    "mixtral, odd vocabulary": ("mixtral", {"vocab_size": 131}),
+    "mixtral, 16 experts, top 3": (
+        "mixtral",
+        {"num_local_experts": 16, "num_experts_per_tok": 3},
+    ),
+    "mixtral, 5 experts, top 1": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 1}),
+    "mixtral, window": ("mixtral", {"sliding_window": 7}),
+    "mixtral, odd sizes": (
+        "mixtral",
+        {"hidden_size": 30, "intermediate_size": 17, "num_hidden_layers": 3},
+    ),
+    "mixtral, large eps, yarn": (
+        "mixtral",
+        {
+            "rms_norm_eps": 1e-2,
+            "num_hidden_layers": 1,
+            "rope_parameters": {
+                "rope_theta": 1e4,
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.4,
+            },
+        },
+    ),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe, weights not normalized": ("qwen3_moe", {"norm_topk_prob": False}),
     "qwen3_moe, window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 7}),
@@ -191,14 +226,6 @@ def oracle(checkpoint: Path) -> Any:
 @pytest.fixture(scope="module")
 def prompt() -> torch.Tensor:
     return torch.randint(0, 97, (TOKENS,), generator=torch.Generator().manual_seed(7))
-
-
-def logits(engine: Engine, ids: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Logits of all positions [T, vocabulary], computed `chunk` tokens at a time."""
-    cache = engine.held()[1]
-    cache.cut(0)
-    forward = engine.passes.model.forward
-    return torch.cat([forward(part, cache, logits_of=slice(None)) for part in ids.split(chunk)])
 
 
 @torch.inference_mode()

@@ -31,23 +31,6 @@ def engine(load: Callable[..., Engine]) -> Engine:
     return load()
 
 
-def test_greedy_text_equals_that_of_transformers(engine, tiny_checkpoint):
-    import torch
-    from transformers import MixtralForCausalLM
-
-    model = MixtralForCausalLM.from_pretrained(tiny_checkpoint).eval()
-    ids = torch.tensor([PROMPT])
-    expected = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=12,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    assert answer(engine, PROMPT) == expected[0, len(PROMPT) :].tolist()
-
-
 @pytest.mark.parametrize(
     ("second", "reused"),
     [

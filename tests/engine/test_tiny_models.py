@@ -1,4 +1,4 @@
-"""The model against transformers, on random tiny configs: logits, routing, and with NF4 experts."""
+"""Models of few bits against transformers, whatever the size of the cache of experts."""
 
 import shutil
 from collections.abc import Callable
@@ -8,31 +8,16 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from engine_tools import FAMILIES, WAYS
+from engine_tools import FAMILIES, WAYS, logits
 from safetensors.torch import load_file, save_file
 
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.experts.dispatcher import Dispatcher
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.nf4 import NF4, Quantized4bit
 
 CPU = LoadOptions(device="cpu")
-CONFIGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "wide heads": {"head_dim": 32, "num_attention_heads": 4},
-    "narrow heads": {"head_dim": 4, "num_attention_heads": 8, "num_key_value_heads": 8},
-    "one kv head": {"num_key_value_heads": 1, "num_attention_heads": 6, "head_dim": 10},
-    "odd vocabulary": {"vocab_size": 131},
-    "16 experts, top 3": {"num_local_experts": 16, "num_experts_per_tok": 3},
-    "5 experts, top 1": {"num_local_experts": 5, "num_experts_per_tok": 1},
-    "tied head": {"tie_word_embeddings": True},
-    "short rope": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
-    "sliding window": {"sliding_window": 7},
-    "odd sizes": {"hidden_size": 30, "intermediate_size": 17, "num_hidden_layers": 3},
-    "large eps": {"rms_norm_eps": 1e-2, "num_hidden_layers": 1},
-}
 TOKENS = 40
 
 
@@ -69,48 +54,6 @@ def test_the_inputs_of_dense_parts_are_recorded_for_each_token(kind, chunk, mode
     norm = model.blocks[0].operations[0].norm
     normed = norm(model._embedding(ids))
     assert torch.equal(rows[used.mixer(0).matrices["qkv_proj"].name], normed)
-
-
-@torch.inference_mode()
-def logits(engine: Any, ids: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Logits of all positions, computed `chunk` tokens at a time over the KV cache."""
-    engine.held()[1].cut(0)
-    parts = [
-        engine.passes.model.forward(part, engine.held()[1], logits_of=slice(None))
-        for part in ids.split(chunk)
-    ]
-    return torch.cat(parts)
-
-
-@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
-def test_logits_and_routing_equal_transformers_in_fp32(
-    changes, make_checkpoint, install, monkeypatch
-):
-    checkpoint = make_checkpoint(**changes)
-    model = oracle(checkpoint)
-    ids = prompt(model.config.vocab_size)
-    with torch.inference_mode():
-        expected = model(ids[None], output_router_logits=True)
-    engine = load_engine(install(checkpoint, quant_type="none"), CPU)
-
-    routed: list[torch.Tensor] = []
-    run = Dispatcher.run
-
-    def recording(
-        self: Any, layer: int, hidden: Any, selected: Any, *rest: Any, **how: bool
-    ) -> Any:
-        routed.append(selected.sort(dim=-1).values)
-        return run(self, layer, hidden, selected, *rest, **how)
-
-    monkeypatch.setattr(Dispatcher, "run", recording)
-    layers, per_token = model.config.num_hidden_layers, model.config.num_experts_per_tok
-    for chunk in (TOKENS, 16, 1):  # prefill, chunked prefill, decode step by step
-        routed.clear()
-        difference = (logits(engine, ids, chunk) - expected.logits[0]).abs().max()
-        assert difference < 1e-4
-        for layer, scores in enumerate(expected.router_logits):
-            theirs = scores.topk(per_token, dim=-1).indices.sort(dim=-1).values
-            assert torch.equal(torch.cat(routed[layer::layers]), theirs)
 
 
 def by_bitsandbytes(weight: torch.Tensor, name: str) -> torch.Tensor:
