@@ -12,6 +12,7 @@ import engine_tools
 import pytest
 import torch
 from cache_tools import attend, in_pages, in_tensors
+from engine_tools import ids_of
 from test_kv_cache import CONFIG, needs_kernel
 
 from mixchat.base import files
@@ -20,7 +21,6 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 from mixchat.engine.caches import sequence_cache
 from mixchat.engine.caches.layer_cache import Extent
-from mixchat.engine.caches.paged_cache import PagedKVCache
 from mixchat.engine.caches.sequence_cache import SequenceCache
 from mixchat.engine.generate import Engine
 from mixchat.engine.prompt_cache import PromptCache, saved_tokens
@@ -79,28 +79,17 @@ def rewritten(path: Path, about: dict[str, Any] | None = None, **tensors: torch.
 
 
 @pytest.mark.parametrize("bits", [8, None])
-def test_the_next_run_continues_as_if_it_had_been_the_same(open_engine, tmp_path, bits):
-    one = open_engine(kv_bits=bits)
-    first = answer(one, PROMPT)
-    longer = [*PROMPT, *first, 7, 9, 11]
-    second = answer(one, longer)
-    saved(tmp_path / "f", open_engine(kv_bits=bits))
-    other = open_engine(kv_bits=bits)
-    assert PromptCache(tmp_path / "f", other).load() == len(PROMPT) + len(first) - 1
-    assert answer(other, longer) == second
-    assert other.stats.reused_tokens == len(PROMPT) + len(first) - 1
-
-
-@pytest.mark.parametrize("bits", [8, None])
-def test_a_conversation_of_several_pages_is_saved(open_engine, tmp_path, long_model, bits):
-    document = torch.randint(3, 97, (1100,), generator=torch.Generator().manual_seed(0)).tolist()
+@pytest.mark.parametrize("prompt", [PROMPT, ids_of(1100)], ids=["short", "several pages"])
+def test_the_next_run_continues_as_if_it_had_been_the_same(
+    open_engine, tmp_path, long_model, bits, prompt
+):
     one = open_engine(long_model, kv_bits=bits)
-    first = saved(tmp_path / "f", one, document)
-    longer = [*document, *first, 7]
+    first = saved(tmp_path / "f", one, prompt)
+    longer = [*prompt, *first, 7, 9, 11]
     other = open_engine(long_model, kv_bits=bits)
-    PromptCache(tmp_path / "f", other).load()
+    assert PromptCache(tmp_path / "f", other).load() == len(prompt) + len(first) - 1
     assert answer(other, longer) == answer(one, longer)
-    assert other.stats.reused_tokens == len(longer) - 2
+    assert other.stats.reused_tokens == len(prompt) + len(first) - 1
 
 
 @pytest.mark.parametrize("context", [2, 16, 17, 23, 24])
@@ -342,10 +331,15 @@ def filled(cache: SequenceCache, tokens: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 511, 512, 1100])
-def test_a_restored_cache_attends_to_the_same_numbers(bits, tokens):
+@pytest.mark.parametrize("used", [0, 600], ids=["new", "used"])
+def test_a_restored_cache_attends_to_the_same_numbers(bits, tokens, used):
+    """The kernel reads pages by their addresses: none may be that of a page that is gone."""
     for old, new in zip(caches(bits), caches(bits), strict=True):
         filled(old, 1300)
         old.cut(tokens)
+        if used:
+            filled(new, used)
+            new.cut(0)
         for layer, restored in zip(old.layers, new.layers, strict=True):
             content = layer.content(old.extent)
             assert {n: (t.dtype, tuple(t.shape)) for n, t in content.items()} == {
@@ -379,19 +373,3 @@ def test_content_that_does_not_fit_is_refused(bits):
             with pytest.raises(CheckpointError, match="does not fit"):
                 new.restore(right, Extent(tokens), tokens)
         new.restore(right, old.extent, 40)
-
-
-@pytest.mark.parametrize("bits", [8, 16])
-def test_a_cache_that_was_used_can_be_restored(bits):
-    """The kernel reads pages by their addresses: none may be that of a page that is gone."""
-    for old, used in zip(caches(bits), caches(bits), strict=True):
-        filled(old, 40)
-        filled(used, 300)
-        used.cut(0)
-        for layer, restored in zip(old.layers, used.layers, strict=True):
-            restored.restore(layer.content(old.extent), old.extent, 40)
-        used.set_extent(old.extent)
-        x = torch.randn(2, 2, 8, 16).to(torch.bfloat16)
-        assert all(map(torch.equal, *(attend(cache, x, NO_SINKS) for cache in (old, used))))
-        if isinstance(layer := used.layers[1], PagedKVCache):
-            assert layer._addresses.tolist() == [page.data_ptr() for page in layer._pages]

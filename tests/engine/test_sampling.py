@@ -82,14 +82,26 @@ def test_top_p_takes_as_many_tokens_as_it_needs(share):
     assert abs(int((kept > 0).sum()) - 5000 * share) <= 1
 
 
-@pytest.mark.parametrize("options", [{"top_p": 1e-50}, {"temperature": 1e39}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 1e-50},
+        *({"temperature": number} for number in (1e-320, 1e-40, 1e-6, 2e-5, 1e30, 1e39)),
+        {"temperature": 1e-40, "repeat_penalty": 0.01},
+        {"temperature": 1e-6, "repeat_penalty": 100.0},
+    ],
+    ids=str,
+)
 def test_the_best_token_stays_and_a_forbidden_one_is_not_drawn_with_extreme_options(options):
-    """Both became 0 or infinite in fp32, all probabilities NaN, and a token was drawn that no
+    """Some became 0 or infinite in fp32, all probabilities NaN, and a token was drawn that no
     model has."""
-    logits = torch.tensor([-torch.inf, 1.0, 5.0])
-    kept = filtered_probabilities(logits, SamplingOptions(**options))
-    assert kept[0] == 0 < kept[2]
-    assert Sampler(SamplingOptions(seed=0, **options)).sample(logits, []) in (1, 2)
+    sampling = SamplingOptions(seed=0, **options)
+    for scale in (1, 1000):
+        logits = scale * torch.tensor([-torch.inf, 1.0, 5.0])
+        if sampling.temperature >= 1e-5:  # a lower one is greedy
+            kept = filtered_probabilities(logits, sampling)
+            assert kept[0] == 0 < kept[2]
+        assert Sampler(sampling).sample(logits, [1]) in (1, 2)
 
 
 @settings(max_examples=300)
@@ -124,21 +136,21 @@ def test_the_penalty_equals_that_of_transformers(seed, penalty, recent):
     torch.testing.assert_close(penalize(logits, recent, penalty), expected)
 
 
-def test_only_recent_tokens_are_penalized():
-    logits = torch.tensor([1.0, 0.9, -9.0])
-    sampler = Sampler(SamplingOptions(temperature=0, repeat_penalty=2.0))
-    assert sampler.sample(logits, [0] + [2] * 63) == 1
-    assert sampler.sample(logits, [0] + [2] * 64) == 0
-
-
-def test_a_token_that_ends_answers_is_never_penalized():
-    """The prompt of a chat ends each turn with it: with a penalty on it, the demo went on after
-    "The capital of France is Paris."."""
-    logits = torch.tensor([1.0, 0.9, -9.0])
+@pytest.mark.parametrize(
+    ("recent", "ends", "token"),
+    [
+        pytest.param([0] + [2] * 63, (), 1, id="a recent token"),
+        pytest.param([0] + [2] * 64, (), 0, id="64 tokens ago"),
+        pytest.param([0, 2], (), 1, id="any token"),
+        pytest.param([0, 2], (0,), 0, id="one that ends answers"),
+        pytest.param([0, 2], (0, 2), 0, id="all end answers"),
+    ],
+)
+def test_recent_tokens_are_penalized_unless_they_end_answers(recent, ends, token):
+    """The prompt of a chat ends each turn with such a token: with a penalty on it, the demo went on
+    after "The capital of France is Paris."."""
     options = SamplingOptions(temperature=0, repeat_penalty=2.0)
-    assert Sampler(options).sample(logits, [0, 2]) == 1
-    assert Sampler(options, {0}).sample(logits, [0, 2]) == 0
-    assert Sampler(options, {0, 2}).sample(logits, [0, 2]) == 0
+    assert Sampler(options, {*ends}).sample(torch.tensor([1.0, 0.9, -9.0]), recent) == token
 
 
 def draws(seed: int | None, count: int = 30) -> list[int]:
@@ -163,13 +175,6 @@ def test_draws_follow_the_distribution():
 def test_logits_may_come_in_any_float_type(dtype):
     sampler = Sampler(SamplingOptions(temperature=1.0, top_p=0.9, seed=0))
     assert 0 <= sampler.sample(random_logits(0).to(dtype), []) < 50
-
-
-@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-6, 2e-5, 1e30])
-@pytest.mark.parametrize("penalty", [0.01, 100.0])
-def test_extreme_values_still_give_a_token(temperature, penalty):
-    options = SamplingOptions(temperature=temperature, repeat_penalty=penalty, seed=0)
-    assert 0 <= Sampler(options).sample(1000 * random_logits(0), [1, 2, 3]) < 50
 
 
 def openai_logits(logits: torch.Tensor, answer: list[int], options: SamplingOptions) -> list[float]:
