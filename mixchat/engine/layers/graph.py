@@ -138,9 +138,9 @@ class TokenTensors:
 class LayerMemory:
     """The memory of one layer on a GPU.
 
-    cache: of its keys and values. addresses: of its states, each before and after the token.
-    experts, dense: the forms of its parts. selected: int32 [K]. table: the addresses of its
-    experts. with_host: whether the host adds to what the experts give.
+    tokens: what all layers share. cache: of its keys and values. addresses: of its states, each
+    before and after the token. experts, dense: the forms of these parts. selected: int32 [K].
+    table: the addresses of its experts. with_host: whether the host adds to what the experts give.
     """
 
     tokens: TokenTensors
