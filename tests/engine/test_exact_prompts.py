@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_tools import WAYS, answer, cache_content
+from engine_tools import WAYS, answer, cache_content, ids_of
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.options import LoadOptions, SamplingOptions
-from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import SequenceTokens
@@ -28,6 +27,8 @@ FREE = SamplingOptions(temperature=1.0, seed=11)
 # Forms of an installed model and of its cache: each takes other ways through the kernels.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "nf4": ({}, {}, None),
+    "trellis3": ({}, {"quant_type": "trellis3"}, None),
+    "attention and head in bf16": ({}, {"attention": 16, "head": 16}, None),
     "attention in nf4": ({}, {"attention": 4}, None),
     "dense in bf16": ({"dtype": "bfloat16"}, {"quant_type": "none"}, None),
     "dense in fp32": ({}, {"quant_type": "none"}, None),
@@ -51,11 +52,6 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def ids_of(count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(3, 97, (count,), generator=generator).tolist()
 
 
 def read(engine: Engine, chunks: list[int]) -> list[torch.Tensor]:
@@ -128,17 +124,6 @@ def test_what_the_kernels_cannot_compute_is_read_token_by_token(changes, quantiz
     blueprint = Blueprint(read_config({**shape, **changes}), quantization)
     assert chunks_are_exact(blueprint, CPU) == apart
     assert not chunks_are_exact(blueprint, torch.device("cuda"))
-
-
-def test_where_experts_lie_does_not_show(models):
-    everywhere, few = (
-        load_engine(
-            models("nf4"), LoadOptions(device="cpu", exact_prompts=True, host_memory=budget)
-        )
-        for budget in (None, MemoryBudget.parse("50%"))
-    )
-    assert few.experts.slots < everywhere.experts.slots
-    assert same(read(few, [64]), read(everywhere, [1]))
 
 
 def test_a_seed_gives_the_same_text_in_one_process_and_in_the_next(models, tmp_path):

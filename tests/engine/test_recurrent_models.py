@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_tools import FAMILIES, RECURRENT, answer
+from engine_tools import FAMILIES, RECURRENT, answer, ids_of, logits
 
 from mixchat.base.options import LoadOptions
 from mixchat.engine.caches.state_cache import StateCache
@@ -18,11 +18,6 @@ from mixchat.loading.loader import load_engine
 TOKENS = 300
 
 each_kind = pytest.mark.parametrize("kind", RECURRENT)
-
-
-def ids_of(count: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 97, (count,), generator=generator).tolist()
 
 
 @pytest.fixture
@@ -65,15 +60,11 @@ def test_logits_of_a_longer_text_are_those_of_transformers(kind, make_checkpoint
     oracle = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    ids, cache = torch.tensor(ids_of(TOKENS)), engine.held()[1]
+    ids = torch.tensor(ids_of(TOKENS))
     expected = oracle(ids[None]).logits[0]
     for size in (TOKENS, 128, 7):
-        cache.cut(0)
-        parts = [
-            engine.passes.model.forward(part, cache, logits_of=slice(None))
-            for part in ids.split(size)
-        ]
-        assert (torch.cat(parts) - expected).abs().max() < 2e-4 * expected.abs().max()
+        difference = (logits(engine, ids, size) - expected).abs().max()
+        assert difference < 2e-4 * expected.abs().max()
 
 
 STOP = 2

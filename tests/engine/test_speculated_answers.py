@@ -19,7 +19,6 @@ from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.caches.sequence_cache import SequenceCache
 from mixchat.engine.generate import Engine
 from mixchat.engine.model import LAST, Transformer
-from mixchat.engine.passes import SequenceTokens
 from mixchat.engine.speculation import Proposals
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.recording_runner import RecordingRunner
@@ -114,31 +113,6 @@ def test_answers_and_cache_are_those_without_it(pair, kind):
         accepted, proposed = accepted + did.accepted, proposed + did.proposed
         assert plain.stats.speculation.passes == 0
     assert 0 < accepted <= proposed
-
-
-@pytest.mark.parametrize(
-    ("kind", "threads"),
-    [*((kind, 1) for kind in KINDS), ("nf4", 2), ("correction and dense layer", 2)],
-)
-def test_a_pass_over_many_tokens_has_the_bits_of_passes_over_one(pair, kind, threads):
-    many, one = pair(kind)
-    choose = random.Random(3)
-    ids = [choose.randrange(3, 97) for _ in range(48)]
-    torch.set_num_threads(threads)
-    try:
-        logits = torch.cat(
-            [one.passes.compute([SequenceTokens(one.sequences[0], [token])]) for token in ids]
-        )
-        held = many.sequences[0]
-        many.passes.compute([SequenceTokens(held, ids[:16])], exact=True)
-        verified = many.passes.compute([SequenceTokens(held, ids[16:17], ids[17:])], exact=True)
-    finally:
-        torch.set_num_threads(1)
-    assert torch.equal(verified, logits[16:])
-    assert many.held()[0] == ids[:17]
-    held.cache.advance(len(ids) - 17)  # as if all proposals were right
-    many.resume(ids)
-    assert same_state(many, one)
 
 
 def partly_right(whole: list[int], seed: int) -> Callable[..., list[int]]:

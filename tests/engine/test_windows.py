@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cache_tools import attend, in_pages, in_tensors, store
-from engine_tools import FAMILIES, answer
+from engine_tools import FAMILIES, answer, ids_of
 from test_kv_cache import CONFIG, SINKS, held, needs_kernel
 
 from mixchat.base.options import LoadOptions, SamplingOptions
@@ -143,11 +143,6 @@ def load(
         return load_engine(directory, LoadOptions(**given))
 
     return load
-
-
-def ids_of(count: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 97, (count,), generator=generator).tolist()
 
 
 def test_prompts_that_begin_alike_are_answered_as_by_a_new_engine(load):
