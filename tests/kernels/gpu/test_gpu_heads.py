@@ -24,24 +24,37 @@ def weights_of(kind: str, count: int, width: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize(
-    ("count", "width", "rotated", "splits", "norm", "clip", "past"),
+    ("count", "width", "rotated", "splits", "norm", "clip", "past", "others"),
     [
-        (4, 64, 64, 1, "none", None, 0),
-        (4, 64, 64, 4, "none", 1.5, 33),
-        (6, 80, 80, 3, "head", None, 7),
-        (2, 96, 96, 9, "projection", None, 40),
-        (8, 128, 64, 2, "head", None, 63),  # the last position of the tables
-        (2, 256, 256, 5, "projection", 2.0, 20),
-        (4, 16, 8, 1, "projection", None, 1),
+        (4, 64, 64, 1, "none", None, 0, ()),
+        (4, 64, 64, 4, "none", 1.5, 33, ()),
+        (6, 80, 80, 3, "head", None, 7, ()),
+        (2, 96, 96, 9, "projection", None, 40, ()),
+        (8, 128, 64, 2, "head", None, 63, ()),  # the last position of the tables
+        (2, 256, 256, 5, "projection", 2.0, 20, ()),
+        (4, 16, 8, 1, "projection", None, 1, ()),
+        (4, 64, 64, 3, "head", None, 5, ("gates",)),
+        (4, 80, 80, 3, "head", None, 5, ("gates",)),
+        (4, 64, 64, 3, "head", None, 5, ("v_norm",)),
+        (4, 64, 64, 3, "head", None, 5, ("v_norm", "values_are_keys")),
     ],
 )
-def test_heads_are_those_of_a_cpu(dtype, bits, count, width, rotated, splits, norm, clip, past):
+def test_heads_are_those_of_a_cpu(
+    dtype, bits, count, width, rotated, splits, norm, clip, past, others
+):
+    """Gates are stored as they are. Values may be normalized, and may be the keys."""
     rope = YARN if width == 64 else RopeParameters(1e4, partial_rotary_factor=rotated / width)
     rotation = RotaryEmbedding(rope, width, 64, dtype, CPU)
     norms = [RMSNorm(weight.to(dtype), 1e-5) for weight in weights_of(norm, count, width)]
-    partials = torch.randn(splits, (count + 4) * width)
+    # Queries, keys, values and gates. A head that is not asked for is not there.
+    heads_of = count, 2, 0 if "values_are_keys" in others else 2, count * ("gates" in others)
+    partials = torch.randn(splits, sum(heads_of) * width)
 
-    qkv = partials.sum(0).to(dtype).view(1, count + 4, width)
+    qkv = partials.sum(0).to(dtype).view(1, -1, width)
+    gates_before = qkv[0, count + sum(heads_of[1:3]) :].clone()
+    values = qkv[:, count + heads_of[2] :][:, :2]
+    if "v_norm" in others:
+        values = RMSNorm(torch.ones(width), 1e-5)(values)
     for normed, one in zip((qkv[:, :count], qkv[:, count : count + 2]), norms, strict=False):
         one(normed, in_place=True)
     if clip is not None:
@@ -50,54 +63,24 @@ def test_heads_are_those_of_a_cpu(dtype, bits, count, width, rotated, splits, no
 
     tensors = kv_tensors(2, 32, width, dtype, bits)
     queries = torch.full((count, width), torch.nan).to(dtype)
+    gates = torch.empty(count, width).to(dtype) if "gates" in others else None
     weights = [one.weight for one in norms]
-    heads(partials, queries, tensors, length_of(past), rotation.tables, weights, 1e-5, clip)
+    of_values = {name: True for name in others if name != "gates"}
+    place = length_of(past), rotation.tables
+    heads(partials, queries, tensors, *place, weights, 1e-5, clip, gates, **of_values)
 
     # Without the CPU's kernel, fp16 is rounded at each step. Sums of another order may be rounded
     # to the other side, and so may 8 bits.
     within = {torch.bfloat16: 2**-7, torch.float16: 2**-8, torch.float32: 1e-5}[dtype]
     torch.testing.assert_close(queries, rotated_heads[:count], rtol=within, atol=within)
+    if gates is not None:
+        torch.testing.assert_close(gates, gates_before, rtol=within, atol=within)
     within = max(within, 0.04) if bits == 8 else within
-    keys, values = stored(tensors, past)
+    keys, stored_values = stored(tensors, past)
     torch.testing.assert_close(keys, rotated_heads[count:].float(), rtol=within, atol=within)
-    torch.testing.assert_close(values, qkv[0, count + 2 :].float(), rtol=within, atol=within)
+    torch.testing.assert_close(stored_values, values[0].float(), rtol=within, atol=within)
     # Nothing else was stored.
     assert (tensors.numbers != 0).any(-1).sum() == 4
-
-
-@pytest.mark.parametrize("width", [64, 80])
-def test_gates_are_stored_as_they_are(width):
-    rotation = RotaryEmbedding(RopeParameters(1e4), width, 64, torch.bfloat16, CPU)
-    norms, partials = [torch.randn(width).bfloat16() for _ in range(2)], torch.randn(3, 12 * width)
-    found = []
-    for gates in (None, torch.empty(4, width).bfloat16()):
-        queries = torch.empty(4, width).bfloat16()
-        tensors = kv_tensors(2, 8, width, torch.bfloat16, 16)
-        sums = partials[:, : 8 * width].contiguous() if gates is None else partials
-        place = length_of(5), rotation.tables
-        heads(sums, queries, tensors, *place, norms, 1e-5, None, gates)
-        found.append(torch.cat([queries.flatten(), tensors.numbers.flatten()]))
-    assert gates is not None
-    torch.testing.assert_close(gates.flatten(), partials.sum(0)[8 * width :].bfloat16())
-    assert torch.equal(*found)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_values_may_be_normalized_and_may_be_the_keys(shared):
-    rotation = RotaryEmbedding(RopeParameters(1e4), 64, 64, torch.bfloat16, CPU)
-    norms = [RMSNorm(torch.randn(64), 1e-5) for _ in range(2)]
-    partials = torch.randn(3, (6 if shared else 8) * 64)
-    qkv = partials.sum(0).bfloat16().view(1, -1, 64)
-    values = RMSNorm(torch.ones(64), 1e-5)(qkv[:, 4 if shared else 6 :][:, :2])
-    norms[1](qkv[:, 4:6], in_place=True)
-    queries, tensors = torch.empty(4, 64).bfloat16(), kv_tensors(2, 32, 64, torch.bfloat16, 16)
-    weights = [norm.weight for norm in norms]
-    of_values = {"v_norm": True, "values_are_keys": shared}
-    heads(partials, queries, tensors, length_of(5), rotation.tables, weights, 1e-5, **of_values)
-    keys, result = stored(tensors, 5)
-    torch.testing.assert_close(result, values[0].float(), rtol=2**-7, atol=2**-7)
-    expected = rotation(qkv[:, 4:6], slice(5, 6))[0].float()
-    torch.testing.assert_close(keys, expected, rtol=2**-7, atol=2**-7)
 
 
 def test_norms_with_weights_in_fp32_are_rounded_once():
