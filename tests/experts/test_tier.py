@@ -663,6 +663,43 @@ def wait_until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it never ends")
 
 
+# Steps that few random runs take: slots in RAM and on the GPU, and rules with their arguments.
+RARE: dict[str, tuple[int, int, str, tuple[Any, ...]]] = {
+    "a fill that makes room for an expert does not overwrite it": (
+        3,
+        0,
+        "fill",
+        (KEYS[:2], KEYS[2:4], True),
+    ),
+    "a layer is not resident if memory was short for a moment": (
+        8,
+        0,
+        "memory_changes",
+        (4, True, True, []),
+    ),
+    "an expert does not move to where another one is coming": (
+        8,
+        2,
+        "give_way",
+        ([KEYS[7], KEYS[4]], False),
+    ),
+}
+
+
+@pytest.mark.parametrize(("slots", "on_gpu", "rule", "arguments"), RARE.values(), ids=RARE)
+def test_rare_steps_do_what_naive_models_do(slots, on_gpu, rule, arguments):
+    machine = TierMachine()
+    machine.build(slots=slots, on_gpu=on_gpu, pieces=8)
+    try:
+        if slots == len(KEYS):
+            machine.look_at_whole_layers(KEYS, fills=True)
+        getattr(machine, rule)(*arguments)
+        machine.agrees()
+        machine.gpu_agrees()
+    finally:
+        machine.teardown()
+
+
 TestQueue = QueueMachine.TestCase
 TestTiers = TierMachine.TestCase
 TestQueue.settings = settings(max_examples=100, stateful_step_count=40)
