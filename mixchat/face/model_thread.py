@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -299,7 +300,9 @@ class ModelThread:
             self._running.remove(answer)
             self._ended_stats = self._ended_stats.with_tokens(answer).with_end(last)
         try:
-            answer.close()
+            # A constraint's process may have died. This answer and the others are whole.
+            with suppress(OSError):
+                answer.close()
         finally:  # or its reader would wait for ever
             answer.sink(last)
 
