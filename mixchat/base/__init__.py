@@ -14,7 +14,6 @@
 - output_file.py: files that a person names for output, never overwriting another file
 - lock.py: locks between processes, for files that only one may write
 - machine.py: this machine's processor, memory and disk
-- ram_blocks.py: blocks of RAM for experts, in large pages
 - gpu.py: the GPUs that torch sees, their memory, streams and waits
 - held_files.py: files of the system that can be read without a free descriptor
 - cgroups.py: the limits of memory and CPU time that control groups set

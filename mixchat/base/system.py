@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import resource
 import sys
@@ -36,28 +35,6 @@ def advise(descriptor: int, start: int, size: int, *, needed: bool) -> None:
     if sys.platform != "darwin":
         advice = os.POSIX_FADV_WILLNEED if needed else os.POSIX_FADV_DONTNEED
         os.posix_fadvise(descriptor, start, size, advice)
-
-
-def has_large_pages() -> bool:
-    """Return whether anonymous memory can be in large pages."""
-    return sys.platform != "darwin"
-
-
-def ask_for_large_pages(pages: mmap.mmap) -> None:
-    """Let Linux use large pages for anonymous memory, if it may."""
-    if sys.platform != "darwin":
-        with suppress(OSError):  # the kernel was built without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-
-
-def give_back(pages: mmap.mmap, start: int, size: int) -> None:
-    """Free a part of Linux's anonymous memory. It reads as zeros then."""
-    if sys.platform != "darwin":
-        # MADV_DONTNEED alone keeps a large page until all of it is freed. MADV_FREE splits it. Of
-        # 1 GB in blocks of 2.5 MB, whose neighbours stayed, 0.14 GB was free then, and 0.92 GB.
-        with suppress(OSError):  # before Linux 4.5
-            pages.madvise(mmap.MADV_FREE, start, size)
-        pages.madvise(mmap.MADV_DONTNEED, start, size)
 
 
 def set_direct(descriptor: int, direct: bool) -> None:

@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 
-from mixchat.base.ram_blocks import BLOCK_ALIGNMENT, new_block
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.load_queue import ExpertLoad, Job
 from mixchat.weights.format.expert import Expert, ExpertSpec
@@ -16,6 +15,7 @@ from mixchat.weights.format.expert import Expert, ExpertSpec
 READS = 8  # in flight
 # Bytes of a read, which takes 1 to 4 ms. A more urgent load waits for reads in flight.
 PIECE = 4 << 20
+_ALIGNMENT = 4096  # bytes, for reads past the page cache
 Layouts = Callable[[int], ExpertSpec]  # the form of a layer's experts
 ReadExpert = Callable[[ExpertKey, torch.Tensor, int], None]  # fills a tensor from a byte on
 
@@ -134,4 +134,13 @@ def touch(fresh: torch.Tensor) -> None:
     A read past the page cache keeps others from getting memory while it finds pages that were never
     touched. A cold start of 8 GB took a tenth less time.
     """
-    fresh.numpy()[::BLOCK_ALIGNMENT] = 0
+    fresh.numpy()[::_ALIGNMENT] = 0
+
+
+def new_block(size: int) -> torch.Tensor:
+    """Return `size` bytes from a page's start on. A CPU commits them as they are filled."""
+    # Slots are also made in inference mode, and filled by a thread that is not in it.
+    with torch.inference_mode(False):
+        whole = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+        start = -whole.data_ptr() % _ALIGNMENT
+        return whole[start : start + size]

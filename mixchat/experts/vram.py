@@ -16,12 +16,11 @@ import torch
 
 from mixchat.base import gpu
 from mixchat.base.errors import ResourceError
-from mixchat.base.ram_blocks import new_block
 from mixchat.experts.arena import Arena
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, LayeredLRU, Passes
 from mixchat.experts.load_queue import FILL, REQUESTED, ExpertLoad, Job, LoadQueue, Piece
 from mixchat.experts.most_used import Exchange, MostUsed
-from mixchat.experts.store import Layouts, ReadExpert
+from mixchat.experts.store import Layouts, ReadExpert, new_block
 from mixchat.experts.tier import Tier
 from mixchat.weights.format.expert import Expert, ExpertSpec
 

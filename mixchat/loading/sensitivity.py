@@ -17,12 +17,12 @@ import torch
 from torch.nn import functional
 
 from mixchat.base.options import LoadOptions
-from mixchat.base.ram_blocks import new_block
 from mixchat.engine.generate import Engine
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.recording_runner import RecordingRunner
+from mixchat.experts.store import new_block
 from mixchat.install.make.mix import Sensitivity
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.expert import Expert

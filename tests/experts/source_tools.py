@@ -4,9 +4,8 @@ import hashlib
 
 import torch
 
-from mixchat.base.ram_blocks import new_block
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.store import ReadExpert
+from mixchat.experts.store import ReadExpert, new_block
 from mixchat.weights.format.installed_model import InstalledModel
 
 LAYERS, EXPERTS = 4, 4

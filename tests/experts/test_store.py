@@ -13,10 +13,9 @@ from queue_doubles import PATIENCE
 from source_tools import EXPERTS, KEYS, A, B, digest, disk
 
 from mixchat.base.errors import CheckpointError
-from mixchat.base.ram_blocks import new_block
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.load_queue import ExpertLoad, LoadQueue
-from mixchat.experts.store import ExpertStore
+from mixchat.experts.store import ExpertStore, new_block
 from mixchat.weights.format.installed_model import InstalledModel
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
