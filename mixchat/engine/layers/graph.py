@@ -315,8 +315,8 @@ def _attend(
     limit = None if clip is None else clip.kernel.limit
     # Heads after the values are stored as they are.
     end = values.first + values.shape[0] * width
-    others = replace(turn.x, first=end, shape=(count, width))
-    gates = tokens.out(others) if end < others.size else None
+    gate_heads = replace(turn.x, first=end, shape=(count, width))
+    gates = tokens.out(gate_heads) if end < gate_heads.size else None
     arrays = tokens.sums_of(turn.x), queries, memory.kv.tensors, tokens.past, turn.rope.tables
     store = partial(heads, *arrays, weights, eps, limit, gates)
     store = partial(store, v_norm=bool(of_values), values_are_keys=values == turn.x[count:])

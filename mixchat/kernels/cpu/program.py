@@ -160,13 +160,14 @@ class Program:
         addresses = [(s.function.address, ctypes.addressof(s.numbers)) for s in self._steps]
         ends = _ends(stages)
         self._walk: Step | None = None
-        if threads.team_size_function() is not None:
+        team_size = threads.team_size_function()
+        if team_size is not None:
             self._walk = _SIGNATURE.step(
                 _compiled().function("walk"),
                 steps=torch.tensor(addresses),
                 stages=torch.tensor(ends),
                 count=len(ends),
-                team_size=threads.team_size_function(),
+                team_size=team_size,
                 give_way=threads.give_way_function(),
             )
 

@@ -292,12 +292,12 @@ class WholeTableTrellis(Trellis):
             return super()._level_of(subsets, planes, first)
         count = self._table.type.count
         # The bits of an index above a plane's are the next turn's, so one shift serves two turns.
-        place = first % 2 if self.permutes and self._planes == 1 else 0
-        up = SUBSET_BITS - first + place
+        moved_by = first % 2 if self.permutes and self._planes == 1 else 0
+        up = SUBSET_BITS - first + moved_by
         moved = planes << up if up > 0 else planes >> -up
         if self.permutes:
             codes = self._merged(0xF0F, subsets.bits_as(self.words), moved).bits_as(self.bytes)
-            of_code = [at % 16 + (at >> 4 + place) % (count // 16) * 16 for at in range(64)]
+            of_code = [at % 16 + (at >> 4 + moved_by) % (count // 16) * 16 for at in range(64)]
             return self.permuted(self._table.shuffled(of_code), codes)
         codes = subsets & 0x0F | moved.bits_as(self.bytes) & count - _SUBSETS
         name = f"llvm.aarch64.neon.tbl{count // 16}.v16i8"
