@@ -82,6 +82,7 @@ class InBytes(_Planes, ByteUnit):
 
     fields = 2
     x_order = (0, 2, 1, 3)
+    decodes = True
 
 
 class PlaneDigits(Digits, InBytes):
@@ -107,9 +108,13 @@ _MEMBERS = {"bits": 6, "columns": 8, "level_of_one": 32, "offset": 32}
 SIX_BITS = UnitSet(
     6,
     on_each(_InWords, **_MEMBERS),
-    on_each(InBytes, **_MEMBERS),
     {
-        "avx512": on("avx512", PlaneDigits, needs=("avx512vnni", "avx512vbmi"), **_MEMBERS),
-        "avx2": on("avx2", PlaneDigits, needs=("avxvnni",), **_MEMBERS),
+        "avx512": [on("avx512", InBytes, decodes=False, **_MEMBERS)],
+        "avx2": [on("avx2", InBytes, **_MEMBERS)],
+        "neon": [on("neon", InBytes, needs=("dotprod",), **_MEMBERS)],
+    },
+    {
+        "avx512": [on("avx512", PlaneDigits, needs=("avx512vnni", "avx512vbmi"), **_MEMBERS)],
+        "avx2": [on("avx2", PlaneDigits, needs=("avxvnni",), **_MEMBERS)],
     },
 )

@@ -7,9 +7,10 @@ for each. `multiply` adds the products of a block up exactly, and only then scal
 For NF4 and a few tokens x has 13 bits and a sign. The error against a product in double precision
 is about 1.5e-4 of the result. For MXFP4 and more bits x has 15 bits and a sign. The error is 2e-5,
 while rounding the weights to 8 bits has cost 6e-3. For many tokens x has 7 bits and a sign
-for codes of 4 to 6 bits, if the CPU multiplies bytes. The error is 8e-3, while rounding the weights
-to 4 bits has cost 9e-2, and to 6 bits 2.4e-2. For a trellis x always has 7 bits and a sign, and
-rounding the weights has cost 0.14 or more.
+for codes of 4 to 6 bits. The error is 8e-3 for NF4 (1.2e-2 on x86 without VNNI, where levels have
+7 bits, too) and 6e-3 for the others, while rounding the weights to 4 bits has cost 9e-2, and to 6
+bits 2.4e-2. For a trellis x always has 7 bits and a sign, and rounding the weights has cost 0.14 or
+more.
 
 N = tokens, R = rows (out features), C = columns (in features).
 """
@@ -36,7 +37,6 @@ from mixchat.kernels.cpu.tile import (
     Tile,
     write_decode,
 )
-from mixchat.kernels.cpu.trellis_units import Trellis
 from mixchat.kernels.cpu.units import BAND, Unit, UnitSet
 
 # Bands that are read at once for few tokens. Memory was slower with more.
@@ -44,7 +44,7 @@ _STREAMS = 2
 # Bytes of a stream in one item of work, if each thread still gets enough items.
 _STREAM_BYTES = 2**20
 _ITEMS = 8
-_DECODING = 8  # trellises that share a stage with several tokens, which bounds their memory
+_DECODING = 8  # products that share a stage and decode first, which bounds their memory
 _X_BYTES = 2**19  # of x in one item of work, which fit in the second-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -125,7 +125,8 @@ def grouped_matmul_steps(
         source = flat if shared or x_rows is not None else flat[first:end]
         chosen = None if x_rows is None else x_rows[first:end]
         most_rows = max(most, *(counts[number] for number in group))
-        round_x, multiply = _steps(source, chosen, matrices[0], unit, len(group), most_rows)
+        alike = min(len(group), _DECODING) if unit.decodes and most_rows > 1 else len(group)
+        round_x, multiply = _steps(source, chosen, matrices[0], unit, alike, most_rows)
         rounds.append(round_x)
         parts = _RowProducts(multiply)
         row = 0
@@ -134,8 +135,7 @@ def grouped_matmul_steps(
             products.append(parts.step(row, matrices[number], outs[number], decoded))
             row += 0 if shared else counts[number]
         first = end
-    # All units of a trellis are the same.
-    decodes = issubclass(units[0], Trellis) and max(most, *counts) > 1
+    decodes = any(unit.decodes for unit in units) and max(most, *counts) > 1
     together = _DECODING if decodes else len(products)
     return rounds, [products[at : at + together] for at in range(0, len(products), together)]
 
@@ -175,8 +175,8 @@ class _RowProducts:
 
 
 def _decoded_bytes(unit: type[Unit], matrix: QuantizedMatrix) -> int:
-    """Return the bytes for half a decoded band of each thread."""
-    return matrix.shape[1] * BAND * torch.get_num_threads() if issubclass(unit, Trellis) else 0
+    """Return the bytes for 32 decoded rows of each thread."""
+    return matrix.shape[1] * BAND * torch.get_num_threads() if unit.decodes else 0
 
 
 def _unit(matrix: QuantizedMatrix, tokens: int, alone: bool) -> type[Unit]:
@@ -202,7 +202,7 @@ def _steps(
     bf16 = flat.dtype == torch.bfloat16
     size = unit.x_type.width // 8
     block = unit.block
-    width = unit.widths()[0]
+    width = unit.multiplier().widths()[0]
     # Enough items for all threads, if `alike` matrices share the stage. Of many small ones each is
     # one item, so that a thread reads on from matrix to matrix.
     items = -(-_ITEMS * torch.get_num_threads() // alike)
@@ -240,12 +240,15 @@ def _compiled(module: Any, lanes: int, unit: type[Unit], bf16: bool, biased: boo
     for chosen in (False, True):
         _write_round_x(module, unit, bf16, chosen)
     wide = [Tile(module, unit, bf16, biased, _STREAMS, width) for width in unit.wide_widths()]
-    if issubclass(unit, Trellis):
-        decoded = unit.decoded
-        widths = decoded.widths()
-        tiles = [DecodedTile(module, decoded, bf16, biased, 1, width) for width in widths]
+    if unit.decodes:
+        stored = unit.multiplier()
+        halves = range(unit.band // BAND)
+        tiles = [
+            DecodedTile(module, stored, bf16, biased, width, len(halves))
+            for width in stored.widths()
+        ]
         alone = Tile(module, unit, bf16, biased, 1, 1)
-        decodes = [write_decode(module, unit, half) for half in (0, 1)]
+        decodes = [write_decode(module, unit, half) for half in halves]
         _write_multiply(module, unit, wide, alone, _DecodedTokens(tiles, decodes))
     else:
         plain = [Tile(module, unit, bf16, biased, 1, width) for width in unit.widths()]
@@ -337,7 +340,7 @@ class _DecodedTokens(_TokenProducts):
         slot = self._slot * args.number("columns") * BAND
         for half, decode in enumerate(self._decodes):
             function.call_own(decode, function.pointer, band, slot)
-            self._each_tile(function, band * 2 + half, start, end, slot)
+            self._each_tile(function, band * len(self._decodes) + half, start, end, slot)
 
 
 def _prefetch_start(

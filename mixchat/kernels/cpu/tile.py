@@ -13,8 +13,7 @@ from typing import Any
 from mixchat.kernels.cpu.arithmetic import store_fp32
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i32, vector
 from mixchat.kernels.cpu.program import Signature
-from mixchat.kernels.cpu.trellis_units import Trellis
-from mixchat.kernels.cpu.units import Unit
+from mixchat.kernels.cpu.units import ByteUnit, Unit
 
 BLOCKS_AHEAD = 4  # blocks by which scales are prefetched early
 # Bytes by which codes are prefetched early. The CPU's prefetcher stops at the end of each page.
@@ -181,21 +180,33 @@ class Tile:
 
 
 class DecodedTile(Tile):
-    """A tile of half a band. Its levels are bytes, from `decoded` plus `apart` bytes on."""
+    """A tile of half a band or of a whole one, 32 rows. Its levels are bytes, `apart` bytes on."""
+
+    def __init__(
+        self, module: Any, unit: type[Unit], bf16: bool, biased: bool, tokens: int, halves: int
+    ) -> None:
+        self._halves = halves  # of a band of codes
+        super().__init__(module, unit, bf16, biased, 1, tokens)
 
     def _codes_of(self, band: Value) -> Pointer:
         return self._args.pointer("decoded").plus(self._apart)
 
+    def _prefetch(self, column: Value) -> None:
+        """Leave stored levels to the caches."""
+
     def _first_scale(self, band: Value, block: Value) -> Value:
-        return ((band // 2 * self._blocks + block) * 2 + band % 2) * self._unit.band
+        halves = self._halves
+        first = band // halves * self._blocks + block
+        return (first * halves + band % halves) * self._unit.band
 
 
-def write_decode(module: Any, unit: type[Trellis], half: int) -> Function:
-    """Write a function that decodes half of a band. Its numbers are the band and `apart`."""
+def write_decode(module: Any, unit: type[Unit], half: int) -> Function:
+    """Write a function that decodes 32 rows of a band. Its numbers are the band and `apart`."""
     function = Function(module, f"decode_{half}", numbers=2)
     args = SIGNATURE.read_by(function)
     band, apart = function.numbers
-    decoder = unit(function, args.pointer("levels"), half)
+    decoder = unit.passes(function, args.pointer("levels"))[half]
+    assert isinstance(decoder, ByteUnit)
     columns = args.number("columns")
     out = args.pointer("decoded").plus(apart)
     codes, size = args.pointer("codes"), unit.band * unit.bits // 8  # bytes of a column

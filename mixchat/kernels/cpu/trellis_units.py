@@ -21,19 +21,19 @@ So lanes have different columns, which are added up after a block. Memory holds 
 one after the other: 64 bytes with the ring of columns 0 and 2 of each four, 64 bytes of columns 1
 and 3, and the planes of the first pass, then of the second.
 
-x has 7 bits and a sign, for one token and for many, so that all have the same bits. A level has 7
-bits without a sign, because AVX2 adds two products in 16 bits: 127 * 127 * 2 = 32,258 < 2^15.
+x has 7 bits and a sign, for one token and for many, so that all have the same bits. Levels are
+short bytes on every CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar
 
 import torch
 
-from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i8, i16, i32, vector
-from mixchat.kernels.cpu.units import BAND, ByteUnit, Unit, UnitSet, on, on_each
+from mixchat.kernels.cpu.compile import CPUS
+from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i8, i32, vector
+from mixchat.kernels.cpu.units import BAND, ByteUnit, Stored, Unit, UnitSet, on
 
 RING = 64  # rows
 WINDOW = 7  # bits
@@ -61,24 +61,6 @@ class _LevelBytes(ByteUnit):
     level_of_one = 64
     offset = 64
 
-    def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
-        if self.cpu.multiplies_bytes:
-            return super().add_products(sums, levels, x)
-        x = x if x.type == self.totals else x.broadcast(self.lanes)
-        x = x.bits_as(self.bytes)
-        cpu = self.cpu
-        # Pairs of products are added up in words, and then pairs of words.
-        if cpu.add_pairs is not None and cpu.add_words is not None:
-            words = self.function.call(cpu.add_pairs, self.words, levels, x)
-            ones = self.function.constant(self.words, 1)
-            return sums + self.function.call(cpu.add_words, self.totals, words, ones)
-        wide = vector(i16, self.bytes.count)
-        products = levels.sign_extended(wide) * x.sign_extended(wide)
-        words = products.every_second(0) + products.every_second(1)
-        for first in (0, 1):
-            sums = sums + words.every_second(first).sign_extended(self.totals)
-        return sums
-
     def scales(self, absmax: Pointer, index: Value) -> Value:
         """Load 5 bits of exponent and 3 of mantissa as fp32."""
         # Shifted to their place in fp32 they are tiny. A power of two makes up for the exponent.
@@ -102,7 +84,7 @@ class Trellis(_LevelBytes):
     bits = 2
     band = RING
     columns = COLUMNS
-    decoded: ClassVar[type[Decoded]]
+    decodes = True
 
     def __init__(self, function: Function, table: Pointer, half: int = 0) -> None:
         super().__init__(function, table)
@@ -254,8 +236,12 @@ class Trellis(_LevelBytes):
             first = band * RING + 8 * half
             yield from self.rows_of_pass(first, totals[half * size : (half + 1) * size])
 
+    @classmethod
+    def multiplier(cls) -> type[Unit]:
+        members = {"cpu": cls.cpu, "lanes": cls.lanes}
+        return type(f"Stored_{cls.__name__}", (_StoredLevels,), members)
+
     def decode(self, codes: Pointer, offset: Value, out: Pointer, column: Value) -> None:
-        """Store the levels of `COLUMNS` columns, in bytes, as `Decoded` reads them."""
         for group, levels in enumerate(self.levels(codes, offset)):
             # Vectors hold all columns for one turn. Halving them ends with four columns in each.
             fours = [[level.bits_as(self.totals) for level in levels]]
@@ -270,15 +256,8 @@ class Trellis(_LevelBytes):
                     out.store(rows, (first + 4 * number) * BAND + index * 4 * self.lanes)
 
 
-class Decoded(_LevelBytes):
-    """Levels that `Trellis.decode` has stored. A band is the rows of one pass."""
-
-    bits = 8
-    columns = 4
-
-    def levels(self, codes: Pointer, offset: Value) -> Iterator[list[Value]]:
-        size = 4 * self.lanes
-        yield [codes.load(self.bytes, offset + start) for start in range(0, 4 * BAND, size)]
+class _StoredLevels(Stored, _LevelBytes):
+    """Levels that `Trellis.decode` has stored, of the rows of one pass."""
 
     def in_rows(self, band: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
         yield from self.rows_of_pass(band // 2 * RING + band % 2 * 8, totals)
@@ -315,12 +294,10 @@ class TrellisSet(UnitSet):
 
 def _trellis(bits: int) -> TrellisSet:
     units = {
-        name: on(name, Trellis if name == "avx2" else WholeTableTrellis, bits=bits, decoded=decoded)
-        for name, decoded in _DECODED.items()
+        name: on(name, Trellis if name == "avx2" else WholeTableTrellis, bits=bits) for name in CPUS
     }
     return TrellisSet(bits, units, {})
 
 
-_DECODED = on_each(Decoded) | {"avx512": on("avx512", Decoded, unrolled=4)}
 TRELLIS_2 = _trellis(2)
 TRELLIS_3 = _trellis(3)

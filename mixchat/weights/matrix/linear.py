@@ -150,7 +150,7 @@ class LinearSpec:
         instructions = instruction_set()
         assert instructions is not None
         unit = self._codes.units.unit_for(instructions, 1 if exact else MANY)
-        return "bytes" if unit.x_type.width == 8 else "words"
+        return f"{unit.x_type} times levels to {unit.level_of_one}"
 
     @property
     def tensors(self) -> list[TensorSpec]:

@@ -76,7 +76,7 @@ def test_products_with_codes_have_the_bits_of_x86(
 ) -> None:
     kind = TYPES[name]
     own = CPUS[instruction_set() or "avx2"].multiplies_bytes
-    if tokens >= MANY and kind.units.bytes and not own:
+    if tokens >= MANY and kind.units.many and not own:
         pytest.skip("this CPU rounds many tokens otherwise")
     dtype = torch.bfloat16 if tokens == 3 else torch.float32
     matrix, bias = random(192, 256), random(1, 192, seed=2)[0]
@@ -179,7 +179,7 @@ def test_arm_gets_its_own_instructions_for_products(monkeypatch: pytest.MonkeyPa
     codes: list[str] = []
     monkeypatch.setattr(compiling, "has_feature", lambda name: True)
     four, trellis = TYPES["nf4"].units, TYPES["trellis2"].units
-    for unit in (four.words["neon"], four.bytes["neon"], trellis.words["neon"]):
+    for unit in (four.words["neon"], four.many["neon"][0], trellis.words["neon"]):
         module = ir.Module()
         inspect.unwrap(kernel._compiled)(module, LANES["neon"], unit, True, False)
         codes.append(arm_code(module, as_text=True))

@@ -87,7 +87,12 @@ def test_what_was_compiled_before_is_not_written_again(place):
 def test_units_have_names_of_their_own():
     """They are parts of the keys of machine code."""
     sets = (FOUR_BITS, MXFP4_UNITS, SIX_BITS, EIGHT_BITS, TRELLIS_2, TRELLIS_3)
-    units = {unit for each in sets for unit in (*each.words.values(), *each.bytes.values())}
+    units = [
+        unit
+        for each in sets
+        for choices in (*each.many.values(), *each.alone.values(), each.words.values())
+        for unit in choices
+    ]
     assert len({repr(unit) for unit in units}) == len(units)
     assert not [unit for unit in units if " at 0x" in repr(unit)]
 
