@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixchat.base.context import UNKNOWN_CONTEXT
-from mixchat.base.errors import PromptError, UsageError
+from mixchat.base.errors import ChatNotFoundError, PromptError, UsageError
 from mixchat.base.output_file import OutputFile
 from mixchat.base.quantities import format_count
 from mixchat.base.sanitize import sanitize
@@ -245,9 +245,12 @@ def _load(chat: ActiveChat, argument: str) -> None:
     chat.resume(chat.store.load(parameters.unquoted(argument)))
 
 
-@_command("", "list saved chats", "list the saved chats, the last one first")
+@_command("[WORD]", "list saved chats", "list the saved chats, or those that contain WORD")
 def _chats(chat: ActiveChat, argument: str) -> None:
-    saved = chat.store.all()
+    word = parameters.unquoted(argument)
+    saved = chat.store.all(word)
+    if word and not saved:
+        raise ChatNotFoundError(f"no saved chat has the text {word!r}")
     if not saved:
         chat.screen.say("(there are no saved chats yet)")
         return

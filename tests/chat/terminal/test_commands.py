@@ -202,6 +202,22 @@ def test_clear_starts_a_new_chat_and_chats_lists_them(session_of, store):
     assert re.search(r'demo +1 +"Second one"\n.*demo +1 +"First one"', text)
 
 
+def test_chats_with_a_word_lists_the_chats_that_contain_it(session_of, store):
+    session = session_of("Rayleigh scattering", "Salt")
+    lines = (
+        "Why is the sky blue?",
+        "/clear",
+        "And the sea?",
+        "/chats RAYLEIGH",
+        "/chats 'no such'",
+    )
+    chat = typed(session, *lines, store=store)
+    listed = chat.text.partition("ABOUT")[2]
+    assert '"Rayleigh scattering"' in listed
+    assert "sea" not in listed
+    assert error_of(chat) == "no saved chat has the text 'no such'"
+
+
 def test_regen_answers_the_same_question_again_with_another_seed(session_of):
     session = session_of("Hello", "Good day", sampling={"seed": 7})
     typed(session, "Hi", "/regen")
