@@ -118,6 +118,11 @@ class ServeFlags:
     keep_cache: bool = option(
         "--keep-cache", "Save the conversations' KV caches while the model is unloaded.", SERVER
     )
+    log_requests: bool = option(
+        "--log-requests",
+        "Print a line for each request, with status, tokens and seconds, and no texts.",
+        SERVER,
+    )
     load: Mapping[str, Any] = loading(*load_flags.LOADING, "parallel", "context_size", parallel=4)
 
 
@@ -154,6 +159,7 @@ def serve(context: typer.Context, flags: ServeFlags) -> None:
         keep_caches=flags.keep_cache,
         drain=parse_duration(flags.drain),
         aliases=parse_aliases(flags.alias or ()),
+        log_requests=flags.log_requests,
     )
     serve_http(flags.model, load, options, TerminalReporter())
 

@@ -36,6 +36,7 @@ class ServeOptions:
     keep_caches: bool
     drain: float  # seconds
     aliases: Mapping[str, str]
+    log_requests: bool = False
 
 
 def serve_http(model: str, load: LoadOptions, options: ServeOptions, reporter: Reporter) -> None:
@@ -53,8 +54,9 @@ def serve_http(model: str, load: LoadOptions, options: ServeOptions, reporter: R
         page = f"; a browser opens {page_url(bound)}" if options.page else ""
         ready = f"{url_of(bound)}/v1: serving {models.name}{page}; Ctrl-C ends it"
         size = f"context: {models.context.in_words}"
-        app = create_app(state, access, page=options.page)
-        server = WebServer(app, bound, started=models.await_sleep)
+        log = say if options.log_requests else None
+        app = create_app(state, access, page=options.page, log=log)
+        server = WebServer(app, bound, started=models.await_sleep, log=log)
         serve_until_signal(
             server,
             models,

@@ -2,6 +2,7 @@
 
 - access.py: the address that it listens on, and the requests that it turns away
 - server.py: uvicorn in a thread, from the first request to an orderly end
+- request_log.py: a line for each request, of `serve --log-requests`
 - acceptor.py: accepts connections, no more than there are descriptors for
 - app.py: the routes
 - bodies.py: the memory of requests, their bodies and untaken answers, in one budget

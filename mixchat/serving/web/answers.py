@@ -74,6 +74,11 @@ class PendingAnswers:
         """Return whether `next` has returned the end of every answer."""
         return not (self._running or self._events or self._error)
 
+    def count_tokens(self) -> tuple[int, int]:
+        """Return the tokens of the prompts and those generated so far, of all answers together."""
+        stats = [answer.stats for answer in self._answers]
+        return sum(s.prompt_tokens for s in stats), sum(s.generated_tokens for s in stats)
+
     def when_computed(self, call: Callable[[], object]) -> None:
         """Call this as soon as there is no more to compute."""
         self._computed = call

@@ -40,6 +40,7 @@ from mixchat.serving.web.bodies import (
 )
 from mixchat.serving.web.openai_responses import ResponsesResponses, read_responses
 from mixchat.serving.web.page import page_routes
+from mixchat.serving.web.request_log import TOKENS, logged
 from mixchat.serving.web.responses import (
     CONTENT_TYPE,
     ChatResponses,
@@ -107,8 +108,13 @@ class AppState:
         return explained
 
 
-def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp:
-    """Return the application of ASGI, with the page at `/` if `page`."""
+def create_app(
+    state: AppState, access: Access, *, page: bool = True, log: Note | None = None
+) -> ASGIApp:
+    """Return the application of ASGI, with the page at `/` if `page`.
+
+    log: gets a line for each request.
+    """
 
     def failed(request: Request, error: Exception) -> Response:
         return error_response(state.explain(error), request.url.path)
@@ -156,7 +162,8 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
         },
     )
     app.router.redirect_slashes = False
-    return _with_headers(guarded(with_share(app, state.budget), access))
+    whole = _with_headers(guarded(with_share(app, state.budget), access))
+    return whole if log is None else logged(whole, log)
 
 
 async def _with_model(
@@ -191,6 +198,7 @@ async def _answer(
     share.grow(sum(len(prompt.ids) for prompt in asked.prompts) * _PER_TOKEN)
     responses = builder(asked, model)
     answers = PendingAnswers(model, asked, share, responses, state.explain)
+    request.scope["state"][TOKENS] = answers.count_tokens
     with ExitStack() as at_end:
         at_end.callback(answers.end)
         await in_thread(answers.submit)

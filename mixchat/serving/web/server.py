@@ -27,6 +27,7 @@ from mixchat.base.quantities import format_count, format_time
 from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.requests.fields import to_json
 from mixchat.serving.web.acceptor import Acceptor, most_connections
+from mixchat.serving.web.request_log import REFUSED, refusal_line
 from mixchat.serving.web.served_models import ServedModels
 
 _CLIENT_TIMEOUT_S = 30.0  # for a whole request, and for a client to read
@@ -118,12 +119,18 @@ class ClientConnection(H11Protocol):
     """A client's connection, for many requests in turn."""
 
     def __init__(
-        self, *args: Any, waiting: WaitingConnections, timeout: float, **options: Any
+        self,
+        *args: Any,
+        waiting: WaitingConnections,
+        timeout: float,
+        log: Note | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(*args, **options)
         self.conn: _ChunkLimit = _ChunkLimit(h11.SERVER)
         self._waiting = waiting
         self._timeout = timeout
+        self._log = log
         # "deadline" of a request, "stall" of a client that takes nothing, "probe" of one that sends
         # no more.
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -199,15 +206,23 @@ class ClientConnection(H11Protocol):
         cycle = self.cycle
         if cycle is None or cycle.response_complete or not cycle.response_started:
             is_chunked = self.conn.chunks > _MAX_CHUNKS
-            self.transport.write(_TOO_MANY_CHUNKS if is_chunked else _NOT_HTTP)
+            self._refuse(_TOO_MANY_CHUNKS if is_chunked else _NOT_HTTP)
         self.transport.close()
 
     def give_up(self) -> None:
         """Close the connection, and say so to a client that has begun a request."""
         self._stop_waiting()
         if self.has_begun and not (self.cycle and self.cycle.response_started):
-            self.transport.write(_TOO_SLOW)
+            self._refuse(_TOO_SLOW)
         self.transport.close()
+
+    def _refuse(self, refusal: bytes) -> None:
+        self.transport.write(refusal)
+        status = int(refusal.split()[1])
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.scope["state"][REFUSED] = status  # the application logs the request
+        elif self._log is not None:
+            self._log(refusal_line(status))
 
     def _wait(self) -> None:
         self._stop_waiting()  # for the rest of a request that was answered early
@@ -239,13 +254,15 @@ class WebServer(Server):
         started: Callable[[], object] = lambda: None,
         timeout: float = _CLIENT_TIMEOUT_S,
         waiting: WaitingConnections | None = None,
+        log: Note | None = None,
     ) -> None:
         """Serve nothing yet. `started` is called in the event loop.
 
-        Clients have `timeout` seconds to send, and to read.
+        Clients have `timeout` seconds to send, and to read. `log` gets a line for what is refused
+        before it is a request.
         """
         waiting = waiting or WaitingConnections()
-        protocol: Any = partial(ClientConnection, waiting=waiting, timeout=timeout)
+        protocol: Any = partial(ClientConnection, waiting=waiting, timeout=timeout, log=log)
         config = Config(
             app,
             http=protocol,

@@ -31,6 +31,7 @@ class Served:
     reports: list[Exception] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     budget: RequestMemory | None = None
+    log: list[str] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -71,15 +72,17 @@ def serve() -> Iterator[Callable[..., Served]]:
         **options: Any,
     ) -> Served:
         model, reports, notes = scripted_model(**options), [], []
+        lines: list[str] = []
         models = models or ServedModels(model, lambda name: model)
         memory = RequestMemory(budget)
         shared = AppState(models, reports.append, notes.append, strict, budget=memory)
         bound = bind(resolve("127.0.0.1:0", any_port=True))
-        app = create_app(shared, access or Access(), page=page)
-        server = WebServer(app, bound, **(limits or {}))
+        log = lines.append
+        app = create_app(shared, access or Access(), page=page, log=log)
+        server = WebServer(app, bound, log=log, **(limits or {}))
         server.start()
         servers.append((server, model))
-        return Served(bound.getsockname()[1], model, server, reports, notes, memory)
+        return Served(bound.getsockname()[1], model, server, reports, notes, memory, lines)
 
     yield start
     for server, model in servers:
