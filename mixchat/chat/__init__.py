@@ -2,6 +2,7 @@
 
 - session.py: a conversation with its messages and token ids, and an answer as events
 - parameters.py: the parameters that can be changed in a chat
+- named_prompts.py: prompts that a person keeps by name
 - plain_text.py: untrusted text, checked to be text
 - printing.py: prints everything that a person sees, and its styles
 - terminal/: opens a chat; the prompt, the commands, the screen

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from mixchat.base.options import LoadOptions
+from mixchat.chat.named_prompts import read_named_prompt
 from mixchat.chat.saved.cache_saver import checked_cache_file
 from mixchat.chat.terminal.open_chat import OpenChat, Resumed, Saving, find_chat
 from mixchat.cli.flags import run_flags
@@ -92,7 +93,8 @@ def _converse(
         reporter.note(f"a server with {name} is running: {flag} answers without loading it again")
     files = read_files(flags.file or [], size, reporter.note)
     words = " ".join(flags.prompt) if flags.prompt else None
-    question = read_prompt(words, files, size, reporter.note)
+    kept = None if flags.kept_prompt is None else read_named_prompt(flags.kept_prompt)
+    question = read_prompt(words, files, size, reporter.note, kept)
     output = OutputOptions(flags.as_json, flags.extract, flags.stream, flags.raw)
     output.check(question is None)
     saves = flags.save and (question is None or resumed is not None or is_given(context, "save"))

@@ -47,6 +47,28 @@ def test_files_go_between_stdin_and_the_argument(mixchat, tmp_path):
     assert (tmp_path / "p").read_text() == "[user]before\n\nfirst\n\nsecond\n\nWhy?\n---\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "prompt"),
+    [
+        (["--prompt", "review"], b"x = 1\n", "Review:\n\nx = 1"),
+        (["--prompt", "review", "Only", "names"], b"x = 1\n", "Review:\n\nx = 1\n\nOnly names"),
+        (["--prompt", "joke"], b"", "Tell a joke."),
+    ],
+)
+def test_a_kept_prompt_gets_the_input(mixchat, tmp_path, arguments, stdin, prompt):
+    config = tmp_path / "config"
+    (config / "prompts").mkdir(parents=True)
+    (config / "config.toml").write_text("")
+    (config / "prompts/review.md").write_text("Review:\n\n{{input}}\n")
+    (config / "prompts/joke.md").write_text("Tell a joke.\n")
+    variables = {"MIXCHAT_CONFIG": str(config / "config.toml"), "PROMPTS": str(tmp_path / "p")}
+    assert mixchat("run", *arguments, stdin=stdin, **variables).returncode == 0
+    assert prompts_in(tmp_path / "p") == [f"[user]{prompt}"]
+    done = mixchat("run", "--prompt", "reviw", "Hi", **variables)
+    assert (done.stdout, done.returncode) == (b"", 2)
+    assert done.stderr == b"error: there is no prompt 'reviw'\nhint: Did you mean review?\n"
+
+
 HELLO = Done(b"Hello\n", b"", 0)
 IS_CLOSED = (
     b"error: standard output is closed\nhint: To print nothing, send it to /dev/null: >/dev/null\n"

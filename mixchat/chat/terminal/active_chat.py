@@ -31,9 +31,9 @@ RunCommand = Callable[["ActiveChat", str, str], None]
 LEAVING = ("bye", "exit", "quit")
 """Words that leave without a slash, as in a shell or Python."""
 # `/etc/hosts is empty` is a question, `/exit` is not. What has several lines is one, too, unless it
-# is a system prompt.
+# is a system prompt or the input of a prompt.
 _COMMAND = re.compile(r"/(\w*|\?)(?:[ \t]+(.*))?")
-_SYSTEM = re.compile(r"/(?:set[ \t]+)?(system)[ \t]+(\S.*)", re.DOTALL)
+_LONG = re.compile(r"/(?:set[ \t]+(?=system\b))?(system|prompt)[ \t]+(\S.*)", re.DOTALL)
 
 
 class ActiveChat:
@@ -133,7 +133,7 @@ class ActiveChat:
         # The thread that loads the model may print notes, which belong above the prompt.
         with nullcontext() if self._opened.is_open else patch_stdout(raw=True):
             text = prompt.read(draft).strip()
-        command = _COMMAND.fullmatch(text) or _SYSTEM.fullmatch(text)
+        command = _COMMAND.fullmatch(text) or _LONG.fullmatch(text)
         typed = not prompt.quoted and text != draft
         # `exit` alone went to the model, which said good-bye, and the chat went on.
         if typed and text.lower() in LEAVING:
@@ -154,16 +154,22 @@ class ActiveChat:
             prompt.history.command_ended(worked=True)  # of what only begins like one
             with unseen_keys():
                 self.open()
-            # A question can be all files.
-            question = "\n\n".join(filter(None, (*self.attached.values(), text)))
-            history = self.session.history
-            ask = self.session.ask_instead if draft else self.session.ask
-            try:
-                self.answer(ask(question))
-            finally:  # Ctrl-C may come when the answer is there
-                if self.session.history is not history:
-                    self.attached.clear()
-            self._note_attached()
+            self.ask(self.with_files(text), instead=bool(draft))
+
+    def with_files(self, text: str) -> str:
+        """Return a text after the attached ones. A question can be all files."""
+        return "\n\n".join(filter(None, (*self.attached.values(), text)))
+
+    def ask(self, question: str, *, instead: bool = False) -> None:
+        """Answer a question that has the attached files, or that one `instead` of the last."""
+        history = self.session.history
+        ask = self.session.ask_instead if instead else self.session.ask
+        try:
+            self.answer(ask(question))
+        finally:  # Ctrl-C may come when the answer is there
+            if self.session.history is not history:
+                self.attached.clear()
+        self._note_attached()
 
     def answer(self, events: Iterator[Event], said: str = "") -> None:
         """Show an answer, or the rest of one that has `said` something, and save the chat."""

@@ -16,6 +16,7 @@ from mixchat.base.output_file import OutputFile
 from mixchat.base.quantities import format_count
 from mixchat.base.sanitize import sanitize
 from mixchat.chat import parameters
+from mixchat.chat.named_prompts import prompt_names, prompts_dir, read_named_prompt
 from mixchat.chat.plain_text import read_text_file
 from mixchat.chat.printing import one_line, show
 from mixchat.chat.saved.chat_text import chat_table, code_blocks, to_json, to_markdown
@@ -262,6 +263,23 @@ def _chats(chat: ActiveChat, argument: str) -> None:
 def _last(chat: ActiveChat, role: Role) -> str | None:
     history = reversed(chat.session.history)
     return next((message.content for message in history if message.role == role), None)
+
+
+@_command(
+    "[NAME]",
+    "ask a kept prompt",
+    "list the prompts of prompts/NAME.md, or ask one; what follows the name is its {{input}}",
+    lambda chat: lambda text: prompt_names(),
+)
+def _prompt(chat: ActiveChat, argument: str) -> None:
+    if not argument:
+        names = ", ".join(prompt_names())
+        chat.screen.say(one_line(names or f"(there are no prompts in {prompts_dir()})"))
+        return
+    name, *text = argument.split(maxsplit=1)
+    context = chat.session.context or UNKNOWN_CONTEXT
+    question = chat.with_files("".join(text))
+    chat.ask(read_named_prompt(name).filled(question, context))
 
 
 @_command("", "answer again", "answer the last question again, the same with temp 0")

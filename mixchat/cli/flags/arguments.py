@@ -11,6 +11,7 @@ from mixchat.base.context import Context
 from mixchat.base.errors import PromptError, UsageError
 from mixchat.base.option import is_unicode
 from mixchat.base.progress import Note, noted_if_slow, waiting_for
+from mixchat.chat.named_prompts import NamedPrompt
 from mixchat.chat.plain_text import decode, read_stream, read_text_file
 
 STDIN = "-"
@@ -40,12 +41,17 @@ def read_file(path: Path, context: Context, note: Note) -> str:
 
 
 def read_prompt(
-    argument: str | None, files: Mapping[Path, str], context: Context, note: Note
+    argument: str | None,
+    files: Mapping[Path, str],
+    context: Context,
+    note: Note,
+    kept: NamedPrompt | None = None,
 ) -> str | None:
     """Return the prompt, or None for a chat if there is neither input nor argument.
 
     It joins piped standard input, the texts of files and `argument` with blank lines. An argument
-    `-` asks for standard input, which is read only once. Raises `PromptError` if the prompt is
+    `-` asks for standard input, which is read only once. A prompt that is kept by name gets them
+    as its input. Raises `PromptError` if the prompt is
     empty, not text, or too long for the context.
     """
     # Read up to what the context can hold: `yes | mixchat run` took 16 GB until it was killed.
@@ -56,14 +62,16 @@ def read_prompt(
     argument = None if argument == STDIN else argument
     if argument is not None and not is_unicode(argument):
         decode(argument.encode("utf-8", "surrogateescape"), "the prompt")
-    if piped is None and argument is None and not named:
+    if piped is None and argument is None and not named and kept is None:
         return None
     texts = [text for text in (piped, *files.values(), argument) if text and text.strip()]
-    if not texts:
+    if kept is None and not texts:
         if argument is None:
             raise _empty_stdin()
         raise PromptError("the prompt is empty", hint="Write a question, or leave it out to chat.")
-    prompt = "\n\n".join([*(text.rstrip("\n") for text in texts[:-1]), texts[-1]])
+    prompt = "\n\n".join([*(text.rstrip("\n") for text in texts[:-1]), *texts[-1:]])
+    if kept is not None:
+        return kept.filled(prompt, context)
     context.check_text(prompt, "the prompt")
     return prompt
 

@@ -38,7 +38,7 @@ from mixchat.cli.flags.settings import (
     setting,
     settings_of,
 )
-from mixchat.cli.flags.shell_completion import saved_chats
+from mixchat.cli.flags.shell_completion import kept_prompts, saved_chats
 from mixchat.serving.client.server_url import ServerURL
 
 if TYPE_CHECKING:
@@ -49,7 +49,18 @@ _DASHES = "mixchat.dashes"  # in the context's `meta`
 _LONGEST_SHOWN = 60  # characters of a question
 # Parameters of `run` for a chat or one answer, not for a file of prompts.
 _NOT_FOR_LINES = (
-    *("prompt", "file", "resume", "save", "keep_cache", "overflow", "think", "raw", "vi"),
+    *(
+        "prompt",
+        "kept_prompt",
+        "file",
+        "resume",
+        "save",
+        "keep_cache",
+        "overflow",
+        "think",
+        "raw",
+        "vi",
+    ),
     *("as_json", "extract", "stream", "prompt_cache", "verbose", "schema", "grammar"),
 )
 _FOR_LINES = ("resume_from", "keep_failed", "parallel")
@@ -86,6 +97,12 @@ class RunFlags:
         "-f --file FILE",
         f"Put the text of FILE before the question (-: standard input); {AGAIN}.",
         PROMPT,
+    )
+    kept_prompt: str | None = option(
+        "--prompt NAME",
+        "Ask prompts/NAME.md of the config's directory, with the input in place of {{input}}.",
+        PROMPT,
+        autocompletion=kept_prompts,
     )
     system: str | None = declared(ChatOptions, "system", PROMPT)
     system_file: Path | None = setting(

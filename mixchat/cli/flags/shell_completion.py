@@ -43,6 +43,13 @@ def known_shapes(incomplete: str) -> list[str]:
     return one_of(*KNOWN)(incomplete)
 
 
+def kept_prompts(incomplete: str) -> list[str]:
+    """Complete to the name of a prompt that is kept."""
+    from mixchat.chat.named_prompts import prompt_names
+
+    return one_of(*prompt_names())(incomplete)
+
+
 def saved_chats(incomplete: str) -> list[str]:
     """Complete to a chat's name or ID, the newest first."""
     from mixchat.chat.saved.chat_store import ChatStore

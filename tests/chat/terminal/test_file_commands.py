@@ -8,6 +8,7 @@ import pytest
 from chat_typing import error_of, prompts_of, typed
 
 from mixchat.chat.terminal import other_programs
+from mixchat.chat.terminal.commands import completions
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -123,3 +124,20 @@ def test_a_file_is_named_and_not_lost_if_the_question_fails(session_of, tmp_path
     text = typed(session, "/read notes", "Why", "Why").text
     assert "(notes still goes before the next question; /read none drops it)" in text
     assert prompts_of(session)[1] == "[user]All\n\nWhy"
+
+
+def test_a_kept_prompt_asks_with_the_files_and_with_lines_as_its_input(
+    session_of, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MIXCHAT_CONFIG", str(tmp_path / "config.toml"))
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/review.md").write_text("Review: {{input}}")
+    (tmp_path / "x.py").write_text("x = 1")
+    session = session_of("Fine", "Good")
+    lines = ("/prompt", "/read x.py", "/prompt review", "/prompt review a\x0ab", "/prompt reviw x")
+    chat = typed(session, *lines)
+    assert chat.text.startswith("review\n")
+    assert [m.content for m in session.history[::2]] == ["Review: x = 1", "Review: a\nb"]
+    assert chat.active.attached == {}
+    assert error_of(chat) == "there is no prompt 'reviw'"
+    assert list(completions(chat.active)["prompt"].argument("")) == ["review"]
