@@ -166,7 +166,7 @@ def _parser() -> MarkdownIt:
         return True
 
     parser = _Parser("commonmark", {"maxNesting": _MAX_NESTING}).enable(["strikethrough", "table"])
-    parser.disable(["html_block", "html_inline", "autolink", "entity"])
+    parser.disable(["html_block", "html_inline", "autolink"])
     # A reference or an underline would change lines that are on the screen already.
     parser.disable(["reference", "lheading", "text_join"])
     parser.inline.ruler.before("escape", "verbatim", verbatim)
@@ -244,6 +244,9 @@ def _readable(children: Iterable[Token], source: str) -> Iterator[Token]:
             yield _text(f"{token.content} ({_target(token, 'src', source)})")
         elif token.type == "softbreak":
             yield Token("hardbreak", "br", 0)
+        elif token.info == "entity" and (content := _entity(token)):
+            linked += content
+            yield _text(content)
         elif token.type == "text_special" and token.content not in _ESCAPED:
             yield _text(token.markup)
         elif token.type in ("text", "text_special"):
@@ -252,6 +255,15 @@ def _readable(children: Iterable[Token], source: str) -> Iterator[Token]:
         else:
             linked += token.content
             yield token
+
+
+def _entity(token: Token) -> str:
+    """Return an entity's character if it is ASCII and can be shown, else nothing.
+
+    Others could act on the terminal, or are missing in its encoding, so they stay as written.
+    """
+    content = token.content.replace("\xa0", " ")
+    return content if content.isascii() and content.isprintable() else ""
 
 
 def _text(content: str) -> Token:
