@@ -195,7 +195,7 @@ class ActiveChat:
             self.screen.say(f"({note})\n" if note else "")
             self._figures.turn(end)
             self._opened.reading_time.note(end.stats)
-            self._warn_of_context()
+            self._warn_of_context(told=end.reason == "context")
             self._opened.after_turn(end)
         finally:  # also if the terminal has been closed
             if self.session.history is not history:
@@ -212,7 +212,9 @@ class ActiveChat:
         if end.reason == "context" and self.session.overflow == "drop-oldest":
             return "cut off: the context is full; /continue leaves the oldest turns out"
         if end.reason == "context":
-            return "cut off: the context is full; /clear starts a new chat"
+            has_earlier = len(self.session.history) > 2
+            drop = ", /set overflow drop-oldest leaves old turns out" if has_earlier else ""
+            return f"cut off: the context is full; /clear starts a new chat{drop}"
         if end.reason == "stop" and end.is_thinking:
             return "the model thought, but ended without an answer"
         if end.reason == "stop" and self.session.history[-1].content == said:
@@ -292,13 +294,14 @@ class ActiveChat:
         if self._is_open and not self.left:
             self._figures.count()
 
-    def _warn_of_context(self) -> None:
+    def _warn_of_context(self, *, told: bool = False) -> None:
+        """Warn once that the context is nearly full, unless a person was `told` that it is full."""
         used = self._figures.used
         size = self._figures.size
         if used is None or size is None:
             return
         full = used >= NEARLY_FULL * size
-        if full and not self._warned:
+        if full and not self._warned and not told:
             policy = (
                 "the oldest turns will be left out"
                 if self.session.overflow == "drop-oldest"

@@ -120,6 +120,14 @@ def test_an_answer_that_is_not_whole_says_so(session_of, answer, note):
     assert note in Chat(session, "Hi\r" + CTRL_D).text
 
 
+def test_a_full_context_is_told_once(session_of):
+    """Two lines said it, one after the other, each with a part of what to do."""
+    session = session_of("a", "Hello" * 9, context_size=40, max_tokens=0)
+    text = Chat(session, "Hi\rAgain\r" + CTRL_D).text
+    assert text.count("context") == 1
+    assert "/clear starts a new chat, /set overflow drop-oldest leaves old turns out)" in text
+
+
 @pytest.mark.parametrize("error", [PromptError("too long"), RuntimeError("broken")])
 def test_a_failing_turn_is_reported_and_the_chat_continues(session_of, error):
     session = session_of([*"Hal", error], "Fine")
