@@ -6,7 +6,7 @@
 - commands.py: the commands after a slash, and the text of /help
 - screen.py: shows answers and notes
 - prompt.py: the prompt at which a person types
-- completion.py, input_history.py, typeahead.py: its parts
+- completion.py, input_history.py, folded_paste.py, typeahead.py: its parts
 - status_line.py: the line below it
 - other_programs.py: the editor, and the clipboard's tools
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
@@ -23,11 +23,13 @@ class InputHistory(History):
     It never raises. After an error with the file, described in `fault`, entries are in memory. A
     link, or anything but a regular file, is left as it is. Several chats can write to one file.
 
-    A command is saved when it has worked. In this chat, one that failed is an entry, too.
+    A command is saved when it has worked. In this chat, one that failed is an entry, too. `whole`
+    returns what a text on the screen stands for.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, whole: Callable[[str], str] = str) -> None:
         super().__init__()
+        self._whole = whole
         self.fault: str | None = None
         self._failed: set[str] = set()
         self._command: str | None = None  # that was entered last, and may not have ended
@@ -44,6 +46,7 @@ class InputHistory(History):
 
     def append_string(self, string: str) -> None:
         """Save an entry, unless it starts with a space or repeats the one before."""
+        string = self._whole(string)
         self._command = string if string.startswith("/") else None
         if string.startswith(" ") or not string or string in self._entries[-1:]:
             return

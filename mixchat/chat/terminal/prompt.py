@@ -31,6 +31,7 @@ from mixchat.base.errors import MixchatError
 from mixchat.base.sanitize import VISIBLE, sanitize
 from mixchat.chat.printing import PROMPT, WORDS, say
 from mixchat.chat.terminal.completion import CommandCompleter, CommandCompletion
+from mixchat.chat.terminal.folded_paste import FoldedPastes
 from mixchat.chat.terminal.input_history import InputHistory
 from mixchat.chat.terminal.other_programs import edited
 from mixchat.chat.terminal.status_line import cut
@@ -73,7 +74,8 @@ class ChatPrompt:
         self._warn = warn
         self._to_editor = False
         self._error: BaseException | None = None  # that ends the prompt
-        self.history = InputHistory(history)
+        self._pastes = FoldedPastes()
+        self.history = InputHistory(history, self._pastes.whole)
         self._warned = False
 
         def bottom_line() -> StyleAndTextTuples:
@@ -100,7 +102,7 @@ class ChatPrompt:
             vi_mode=vi,
             enable_suspend=True,
             style=_STYLE,
-            input_processors=[_VisibleText()],
+            input_processors=[_VisibleText(), self._pastes],
         )
         if vi:
             self._session.app.ttimeoutlen = _ESC_TIMEOUT_S
@@ -150,10 +152,13 @@ class ChatPrompt:
 
     def _ask(self, default: str) -> str:
         self._to_editor = self._session.app.erase_when_done = False
+        self._pastes.clear()
         try:
             with reading_keys(self._session.app.input):
-                text = self._session.prompt(
-                    [("class:prompt", _PROMPT)], default=default, pre_run=self._end
+                text = self._pastes.whole(
+                    self._session.prompt(
+                        [("class:prompt", _PROMPT)], default=default, pre_run=self._end
+                    )
                 )
                 self.sent = bool(text.strip()) and not self._to_editor
             return text
@@ -186,6 +191,9 @@ class ChatPrompt:
         def add_line(event: KeyPressEvent) -> None:
             event.current_buffer.insert_text("\n")
 
+        def paste(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text(self._pastes.folded(event.data))
+
         def complete_further(event: KeyPressEvent) -> None:
             """Keep the completion, and offer what can follow it, such as files in a directory."""
             event.current_buffer.complete_state = None
@@ -201,6 +209,7 @@ class ChatPrompt:
         inserting = focused & (emacs_insert_mode | vi_insert_mode)
         # The prompt takes colours, typed or pasted as \x1b[31m, for a mouse, and fails.
         keys.add(Keys.Vt100MouseEvent)(lambda event: None)
+        keys.add(Keys.BracketedPaste, filter=focused)(paste)
         keys.add("c-j", filter=inserting)(add_line)
         # In vi mode this is Esc and then Enter, which sends the text as in every shell.
         keys.add("escape", "enter", filter=inserting & emacs_mode)(add_line)

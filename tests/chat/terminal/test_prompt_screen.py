@@ -149,6 +149,30 @@ def test_a_marked_paste_from_before_the_prompt_is_one_text_that_waits(last):
         assert screen.read() == "a\n/b\n" + last.replace(ENTER, "\n") + "!"
 
 
+def test_a_long_paste_is_one_label_that_is_sent_and_saved_whole(tmp_path):
+    """200 pasted lines filled the screen, and the words before them were out of sight."""
+    lines = "\n".join(map(str, range(200)))
+    with look(history=tmp_path / "history") as screen:
+        screen.type(f"Why ab\x1b[200~{lines}\r\n\x1b[201~?")
+        screen.wait_for(">>> Why ab[200 lines pasted]?")
+        screen.type("\x1b[D\x1b[D\x1b[D\x7f")  # three to the left are before the b
+        screen.wait_for(">>> Why b[200 lines pasted]?")
+        screen.type("\x1b[200~" + "x" * 3000 + "\x1b[201~")
+        screen.wait_for(">>> Why [3,000 characters pasted]b[200 lines pasted]?")
+        screen.type("\x7f" + ENTER)
+        assert screen.read() == f"Why b{lines}\n?"
+    with look(history=tmp_path / "history") as screen:
+        screen.type("\x1b[A" + ENTER)
+        assert screen.read() == f"Why b{lines}\n?"
+
+
+def test_a_pasted_character_stands_for_no_other_paste():
+    paste = "x\n" * 50
+    with look() as screen:
+        screen.type(f"\x1b[200~{paste}\x1b[201~a\x1b[200~\U000f0000\x1b[201~" + ENTER)
+        assert screen.read() == f"{paste}a"
+
+
 @pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("NO_COLOR", "1"), ("TERM", "")])
 def test_any_terminal_will_do(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
