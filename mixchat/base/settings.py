@@ -27,6 +27,16 @@ def models_dir() -> Path:
     return data_dir() / "models"
 
 
+def reports_dir() -> Path:
+    """Return the directory of the reports of models' last runs."""
+    return data_dir() / "stats"
+
+
+def report_path_by_key(key: str) -> Path:
+    """Return the path of the report of an installed model, by its key."""
+    return reports_dir() / f"{key}.json"
+
+
 def server_caches_dir(key: str) -> Path:
     """Return the directory of a server's KV caches for the model `key`."""
     return data_dir() / "server" / key

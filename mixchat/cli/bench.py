@@ -24,7 +24,7 @@ from mixchat.engine.environment import prepare_environment
 class BenchFlags:
     """The flags of `mixchat bench`."""
 
-    model: str = load_flags.model_argument(load_flags.INSTALLED.help)
+    model: str | None = load_flags.model_argument(load_flags.INSTALLED.help)
     synthetic: int | None = option(
         "--synthetic LAYERS",
         "Measure LAYERS layers with random weights, of 0.79 GB each in Mixtral's shapes.",
@@ -93,7 +93,7 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
     load = LoadOptions(context_size=options.context_size, **flags.load)
     with ExitStack() as at_end:
         if flags.synthetic is None:
-            directory = models.installed_directory(flags.model)
+            directory = models.installed_directory(flags.model or models.default_model(""))
         else:
             with status(f"writing {flags.synthetic} layers of random weights"):
                 model = synthetic_model(flags.synthetic, expert_bits, flags.shape, dense_bits)

@@ -74,7 +74,7 @@ def show_model(model: str = INSTALLED, as_json: bool = JSON) -> None:
 
 def rm(model: str = INSTALLED, yes: bool = _YES) -> None:
     """Remove a model from this machine."""
-    from mixchat.engine.report import report_path_by_key
+    from mixchat.base.settings import report_path_by_key
     from mixchat.install import models
 
     target = models.existing_directory(checked(model, "the model's name"))
@@ -168,13 +168,17 @@ def gc(unfinished: bool = _UNFINISHED) -> None:
     say(f"freed {format_size(freed)}")
 
 
-def stats(context: typer.Context, model: str = _LAST_MODEL, as_json: bool = JSON) -> None:
+def stats(context: typer.Context, model: str | None = _LAST_MODEL, as_json: bool = JSON) -> None:
     """Show each expert's use and place in the last run."""
     from mixchat.engine.report import load_report, newest_report_path
     from mixchat.face.local_models import report_path
+    from mixchat.install.models import default_model
 
     is_named = value_source(context, "model") != "default"
-    path = (None if is_named else newest_report_path()) or report_path(model)
+    path = None if is_named else newest_report_path()
+    if path is None:
+        model = model or default_model("")
+        path = report_path(model)
     if not path.exists():
         raise ModelNotFoundError(
             f"there is no report of a run of {model!r} yet",

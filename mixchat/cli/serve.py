@@ -48,7 +48,7 @@ def parse_aliases(texts: Iterable[str], name: str = "--alias") -> dict[str, str]
 class ServeFlags:
     """The flags of `mixchat serve`."""
 
-    model: str = load_flags.MODEL_NAME
+    model: str | None = load_flags.MODEL_NAME
     host: str = option(
         "--host HOST",
         "Address of this machine to listen at, with a key unless it is localhost.",
@@ -142,6 +142,8 @@ def serve(context: typer.Context, flags: ServeFlags) -> None:
     behind a load balancer gets more with --drain.
     """
     # Exact prompts make an answer the same whoever else is served.
+    from mixchat.install.models import default_model
+
     load = LoadOptions(exact_prompts=True, **flags.load)
     if flags.keep_cache and not flags.shared_prefix:
         raise UsageError("--keep-cache saves what --no-shared-prefix does not use again")
@@ -161,14 +163,14 @@ def serve(context: typer.Context, flags: ServeFlags) -> None:
         aliases=parse_aliases(flags.alias or ()),
         log_requests=flags.log_requests,
     )
-    serve_http(flags.model, load, options, TerminalReporter())
+    serve_http(flags.model or default_model(), load, options, TerminalReporter())
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFlags:
     """The flags of `mixchat worker`."""
 
-    model: str = load_flags.MODEL_NAME
+    model: str | None = load_flags.MODEL_NAME
     listen: str = option(
         "--listen HOST[:PORT]",
         "Address of this machine to listen at, port 7917 by default.",
@@ -188,7 +190,10 @@ def worker(context: typer.Context, flags: WorkerFlags) -> None:
     """
     options = LoadOptions(**flags.load)
     if not flags.new_key:
-        serve_experts(flags.model, options, flags.listen, TerminalReporter())
+        from mixchat.install.models import default_model
+
+        model = flags.model or default_model()
+        serve_experts(model, options, flags.listen, TerminalReporter())
         return
     from mixchat.experts.workers.key_file import default_key_file, make_key_file
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import read_json_object, write_private_file
-from mixchat.base.settings import data_dir
+from mixchat.base.settings import reports_dir
 from mixchat.experts.cache import ExpertKey
 
 if TYPE_CHECKING:
@@ -100,13 +100,8 @@ def slots_in_words(slots: Mapping[str, int]) -> str:
 
 def newest_report_path() -> Path | None:
     """Return the path of the last report, None without one."""
-    paths = (data_dir() / "stats").glob("*.json")
+    paths = reports_dir().glob("*.json")
     return max(paths, key=lambda path: path.lstat().st_mtime_ns, default=None)
-
-
-def report_path_by_key(key: str) -> Path:
-    """Return the path for an installed model's key."""
-    return data_dir() / "stats" / f"{key}.json"
 
 
 def save_report(path: Path, report: ExpertReport) -> None:

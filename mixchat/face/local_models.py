@@ -11,6 +11,7 @@ from mixchat.base.errors import MixchatError, UsageError
 from mixchat.base.model_config import MAX_DEFAULT_TOKENS
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
+from mixchat.base.settings import report_path_by_key
 from mixchat.face.load import check_model, find_or_build, open_model
 from mixchat.face.reading_time import Predictor
 
@@ -23,23 +24,29 @@ _MAX_CONTEXT = Context(MAX_DEFAULT_TOKENS, MAX_DEFAULT_TOKENS, is_chosen=False)
 
 
 class LocalModels:
-    """The `ModelProvider` of models that are loaded here. `usual` is the one if none is named."""
+    """The `ModelProvider` of models that are loaded here.
+
+    usual: the one if none is named. Without it a model has to be named where one is needed.
+    """
 
     place = "on this machine"
 
-    def __init__(self, load: LoadOptions, reporter: Reporter, *, usual: str) -> None:
+    def __init__(self, load: LoadOptions, reporter: Reporter, *, usual: str | None) -> None:
         self._load = load
         self._reporter = reporter
         self._usual = usual
 
     def choose(self, name: str | None, resumed: str | None, *, from_server: bool) -> str:
-        """Return a model. The usual one continues a server's chat whose model is unknown here."""
-        from mixchat.install.models import is_model
+        """Return a model. The usual one continues a server's chat whose model is unknown here.
+
+        Raises `UsageError` if one has to be named.
+        """
+        from mixchat.install.models import default_model, is_model
 
         if name is not None:
             return name
         if resumed is None or (from_server and not is_model(resumed)):
-            return self._usual
+            return self._usual or default_model()
         return resumed
 
     def context_of(self, name: str) -> Context:
@@ -99,7 +106,6 @@ class LocalModels:
 
 def report_path(name: str) -> Path:
     """Return the path of the report for a model's name. Raises as `resolve` does."""
-    from mixchat.engine.report import report_path_by_key
     from mixchat.install.models import resolve
 
     return report_path_by_key(resolve(name).key)

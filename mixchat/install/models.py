@@ -11,9 +11,15 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from mixchat.base.errors import CheckpointError, MixchatError, ModelNotFoundError, UsageError
+from mixchat.base.errors import (
+    CheckpointError,
+    MixchatError,
+    ModelNotFoundError,
+    UsageError,
+    alternatives,
+)
 from mixchat.base.machine import disk_usage
-from mixchat.base.settings import models_dir
+from mixchat.base.settings import models_dir, report_path_by_key
 from mixchat.install.known_models import ALIASES, known_model
 from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.journal import Journal
@@ -239,10 +245,26 @@ def names_here() -> list[str]:
     return [short.get(directory.name, directory.name) for directory in _directories()]
 
 
-def default_model() -> str:
-    """Return the name of the model that a command takes if none is named."""
+def default_model(flag: str = "-m ") -> str:
+    """Return the name of the model that a command takes if none is named.
+
+    It is the one used last, by the reports of runs, else the only one. `flag` stands before a name
+    in the hint. Raises `UsageError` if there are several, and none has been used.
+    """
     installed = installed_names()
-    return installed[0] if len(installed) == 1 else _DEFAULT
+    if len(installed) < 2:
+        return installed[0] if installed else _DEFAULT
+    times = {
+        name: path.lstat().st_mtime_ns
+        for name in installed
+        if (path := report_path_by_key(resolve(name).key)).exists()
+    }
+    if times:
+        return max(times, key=times.__getitem__)
+    several = alternatives([f"{flag}{name}" for name in installed[:_MOST_NAMED]])
+    raise UsageError(
+        "there are several models here, and none has run yet", hint=f"Say which: {several}."
+    )
 
 
 def describe(directory: Path) -> ModelEntry:

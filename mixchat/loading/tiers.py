@@ -12,7 +12,8 @@ from mixchat.base import gpu, machine
 from mixchat.base.errors import ResourceError
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Note
-from mixchat.engine.report import report_path_by_key, saved_uses
+from mixchat.base.settings import report_path_by_key
+from mixchat.engine.report import saved_uses
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, LayeredLRU, Passes
 from mixchat.experts.compute import HostCompute
 from mixchat.experts.dispatcher import Dispatcher

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Note
+from mixchat.base.settings import report_path_by_key
 from mixchat.engine.prompt_cache import identity_of
-from mixchat.engine.report import report_path_by_key, saved_uses
+from mixchat.engine.report import saved_uses
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import divide

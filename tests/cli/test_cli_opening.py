@@ -99,18 +99,22 @@ def test_a_prompt_cache_asks_for_a_context_that_holds_it(
     assert seen["load"].least_context == 20_000 + 2048
 
 
-@pytest.mark.parametrize("named", [(), ("demo",)])
-def test_the_only_installed_model_is_the_default_of_every_command(
-    mixchat, monkeypatch, tiny_model, tmp_path, named
+@pytest.mark.parametrize(("named", "used"), [((), None), (("demo",), "tiny")])
+def test_the_only_model_or_the_one_used_last_is_the_default_of_every_command(
+    mixchat, monkeypatch, tiny_model, tmp_path, named, used
 ):
     """A chat asked for 93 GB, although the demo was installed."""
     for name in ("tiny", *named):
         shutil.copytree(tiny_model, tmp_path / "home" / "models" / name)
+    if used is not None:
+        report = tmp_path / "home" / "stats" / f"{used}.json"
+        report.parent.mkdir()
+        report.touch()
     served = []
     for function in ("serve_http", "serve_experts"):
         monkeypatch.setattr(f"mixchat.cli.serve.{function}", lambda name, *_: served.append(name))
-    expected = "instruct" if named else "tiny"
-    assert f"'{expected}'" in mixchat("stats", fake=False).stderr.decode()
+    expected = "tiny"
+    assert expected in mixchat("stats", fake=False).stderr.decode()
     assert json.loads(mixchat("run", "--json", "Hi").stdout)["model"] == expected
     assert mixchat("serve", fake=False).returncode == 0
     assert mixchat("worker", fake=False).returncode == 0
@@ -120,3 +124,39 @@ def test_the_only_installed_model_is_the_default_of_every_command(
     assert (
         json.loads(mixchat("run", "--json", "Hi", MIXCHAT_MODEL="mine").stdout)["model"] == "mine"
     )
+
+
+def test_of_several_models_that_have_not_run_one_has_to_be_named(mixchat, tiny_model, tmp_path):
+    for name in ("tiny", "demo"):
+        shutil.copytree(tiny_model, tmp_path / "home" / "models" / name)
+    for command, hint in (
+        (("run", "Hi"), "Say which: -m demo or -m tiny."),
+        (("serve",), "Say which: -m demo or -m tiny."),
+        (("worker",), "Say which: -m demo or -m tiny."),
+        (("bench",), "Say which: demo or tiny."),
+        (("stats",), "Say which: demo or tiny."),
+    ):
+        done = mixchat(*command, fake=False)
+        assert done.returncode == 2, command
+        assert hint in " ".join(done.stderr.decode().split())
+
+
+def test_what_needs_no_default_model_does_not_ask_for_one(
+    mixchat, tiny_model, tmp_path, environment, monkeypatch
+):
+    for name in ("tiny", "demo"):
+        shutil.copytree(tiny_model, tmp_path / "home" / "models" / name)
+    with monkeypatch.context() as patch:
+        patch.setenv("MIXCHAT_HOME", environment["MIXCHAT_HOME"])
+        ChatStore().save(chat_of(name="old", model="tiny"))
+    for command in (("run", "--help"), ("serve", "--help"), ("config",)):
+        assert mixchat(*command).returncode == 0
+    settings = json.loads(mixchat("config", "--json").stdout)["settings"]
+    assert settings["model"] == {"value": None, "from": "default"}
+    assert mixchat("worker", "--new-key", fake=False).returncode == 0
+    unreachable = mixchat("run", "--server", "127.0.0.1:1", "Hi", fake=False)
+    assert "Say which" not in unreachable.stderr.decode()
+    assert unreachable.returncode == 5
+    resumed = mixchat("run", "--json", "--resume", "old", "Hi")
+    assert json.loads(resumed.stdout)["model"] == "tiny"
+    assert json.loads(mixchat("run", "--json", "Hi").stdout)["model"] == "tiny"

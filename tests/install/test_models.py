@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mixchat.base.errors import ModelNotFoundError, UsageError
 from mixchat.base.machine import disk_usage
+from mixchat.base.settings import report_path_by_key
 from mixchat.install import models
 from mixchat.install.known_models import ALIASES
 from mixchat.weights.format.journal import JOURNAL_FILE
@@ -336,6 +337,14 @@ def test_names_of_finished_models_are_the_shortest(home):
     assert models.installed_names() == ["demo", "mine", "instruct", "org--tune"]
 
 
+def use(key: str, time: int) -> None:
+    """Leave what a run of the model leaves."""
+    path = report_path_by_key(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    os.utime(path, (time, time))
+
+
 class TestDefault:
     def test_the_only_installed_model_is_the_default(self):
         """A chat asked for 93 GB, although the demo was installed."""
@@ -344,8 +353,29 @@ class TestDefault:
         assert models.default_model() == "instruct"
         keep("mistralai--Mixtral-8x7B-v0.1")
         assert models.default_model() == "base"
-        keep("mine")
-        assert models.default_model() == "instruct"
+
+    def test_with_several_the_one_used_last_is_the_default(self):
+        """With a second model, a chat asked for 93 GB again."""
+        for time, key in enumerate(("mine", "demo", "mistralai--Mixtral-8x7B-v0.1"), 1):
+            keep(key)
+            use(key, time)
+        use("removed", 9)
+        assert models.default_model() == "base"
+        use("demo", 5)
+        assert models.default_model() == "demo"
+
+    def test_with_several_and_no_run_one_has_to_be_named(self):
+        for number in range(9):
+            keep(f"m{number}")
+        use("removed", 9)
+        with pytest.raises(UsageError) as caught:
+            models.default_model()
+        hint = caught.value.hint or ""
+        assert hint.startswith("Say which: -m m0, -m m1,")
+        assert hint.endswith("or -m m7.")
+        with pytest.raises(UsageError) as caught:
+            models.default_model("")
+        assert "Say which: m0, m1," in (caught.value.hint or "")
 
     def test_with_no_model_the_demo_is_offered_first(self):
         with pytest.raises(ModelNotFoundError) as caught:

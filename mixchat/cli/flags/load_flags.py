@@ -14,15 +14,19 @@ from mixchat.cli.flags.settings import MEMORY, MODEL, PREFIX, common, declared, 
 from mixchat.cli.flags.shell_completion import models_here, one_of, runnable_models
 
 
-def _default_model() -> str:
+def _usual_model() -> str | None:
+    """Return the default, or None if a model has to be named where one is needed."""
     from mixchat.install.models import default_model
 
-    return default_model()
+    try:
+        return default_model()
+    except UsageError:
+        return None
 
 
 _DEFAULT_MODEL = {
-    "default_factory": _default_model,
-    "show_default": "the only installed one, else instruct",
+    "default_factory": _usual_model,
+    "show_default": "the one used last, else the only one",
 }
 MODEL_NAME = setting(
     "-m --model NAME",

@@ -84,7 +84,7 @@ class RunFlags:
     prompt: list[str] | None = typer.Argument(
         None, metavar="PROMPT", help="The question. Without one, a chat starts."
     )
-    model: str = load_flags.MODEL_NAME
+    model: str | None = load_flags.MODEL_NAME
     server: str | None = setting(
         "--server URL",
         "Let a server with OpenAI's API answer, such as 'mixchat serve', at HOST[:PORT] or a URL.",
