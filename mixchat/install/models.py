@@ -63,6 +63,19 @@ _OTHER_NAMES = (
     (r"olmoe", "olmoe"),
     (r"granite.*(moe|a800m)", "granite"),
 )
+_SIZE = re.compile(r"(?<![a-z0-9.])(?:\d+x|[ae])?\d+(?:\.\d+)?[bm](?![a-z0-9])")  # as in "30b-a3b"
+# The beginnings of other programs' names for well known dense models.
+_DENSE = re.compile(
+    r"(code|tiny)?-?llama(?!-?4|.*moe)(-?\d|[-: ]|\Z)"
+    r"|mi(ni)?stral(?!.*(large|medium|moe|small-?4))"
+    r"|phi(?!.*moe)(-?\d|[-: ]|\Z)"
+    r"|gemma(?!-?4)(-?\d|[-: ]|\Z)"
+    r"|gemma-?4[-:](e[24]|31)b"
+    r"|qwen-?[12](?!.*(moe|a\d))"
+    r"|qwen-?3[-:](0\.6|1\.7|4|8|14|32)b"
+    r"|lfm-?2[-:](350m|700m|1\.2b|2\.6b)"
+    r"|smollm"
+)
 _NAMES_HINT = (
     f"Name {', '.join(ALIASES)}, {DEMO}, a model on the hub as ORG/NAME or ORG/NAME:Q4_K_M (GGUF), "
     "a checkpoint's directory or .gguf file, or one that 'mixchat list' shows."
@@ -155,6 +168,11 @@ def resolve(name: str, *, key: str | None = None) -> ModelRef:
     if name.startswith((".", "/", "~")) or name.lower().endswith(_GGUF):
         raise ModelNotFoundError(
             f"there is no file or directory {_shown(name)}", hint="Check the path."
+        )
+    if _DENSE.match(name.lower()):
+        raise ModelNotFoundError(
+            f"{_shown(name)} is a dense model, which is for ollama or llama.cpp",
+            hint="mixchat runs mixtures of experts. 'mixchat plan' shows those that it knows.",
         )
     meant = _meant(name)
     hint = f"Did you mean {meant}?" if meant else _NAMES_HINT
@@ -311,10 +329,16 @@ def _meant(name: str) -> str | None:
     lower = name.lower()
     for pattern, alias in _OTHER_NAMES:
         if re.match(pattern, lower):
-            return alias
+            return alias if _is_of_size(lower, alias) else None
     known = {each.lower(): each for each in (*ALIASES, DEMO, *installed_names())}
     near = get_close_matches(lower, known, 1)
     return known[near[0]] if near else None
+
+
+def _is_of_size(name: str, alias: str) -> bool:
+    """Return whether a known model has the sizes in a name, if both say one."""
+    sizes = set(_SIZE.findall(ALIASES[alias].lower()))
+    return not sizes or sizes.issuperset(_SIZE.findall(name))
 
 
 def _models_to_try(names: Sequence[str]) -> str:

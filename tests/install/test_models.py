@@ -101,6 +101,10 @@ class TestResolve:
         [
             ("mixtral:8x22b", "8x22b"),
             ("mixtral:text", "base"),
+            ("mixtral:8x7b", "instruct"),
+            ("qwen3:30b-a3b", "qwen3"),
+            ("gpt-oss:20b", "gpt-oss"),
+            ("olmoe:1b-7b", "olmoe"),
             ("Qwen3-30B-A3B", "qwen3"),
             ("qwen3.6:35b-a3b", "qwen3.6"),
             ("Qwen3-Coder-Next-80B", "qwen3-coder-next"),
@@ -116,6 +120,36 @@ class TestResolve:
         with pytest.raises(ModelNotFoundError) as caught:
             models.resolve(name)
         assert caught.value.hint == f"Did you mean {meant}?"
+
+    @pytest.mark.parametrize(
+        "name",
+        ["gpt-oss:120b", "qwen3:235b", "qwen3:235b-a22b", "qwen3-coder:480b", "granite3.1-moe:1b"],
+    )
+    def test_a_known_model_of_another_size_is_not_meant(self, name):
+        """A person who asked for a model of 4B was offered one of 61 GB."""
+        with pytest.raises(ModelNotFoundError) as caught:
+            models.resolve(name)
+        assert "ORG/NAME" in (caught.value.hint or "")
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("llama", "llama3", "Llama-3.1-8B", "llama3.2:1b", "codellama:7b", "tinyllama"),
+            *("mistral", "mistral 7b", "mistral:7b", "mistral-nemo", "ministral-8b", "phi"),
+            *("phi3", "phi-4-mini", "gemma:2b", "gemma2", "gemma3:4b", "gemma-3-27b", "gemma4:e4b"),
+            *("qwen2.5:7b", "qwen3:0.6b", "qwen3:4b", "qwen3:8b", "Qwen3-32B", "lfm2:1.2b"),
+        ],
+    )
+    def test_a_dense_model_is_left_to_other_programs(self, name):
+        with pytest.raises(ModelNotFoundError, match=r"is a dense model.* ollama or llama\.cpp"):
+            models.resolve(name)
+
+    @pytest.mark.parametrize(
+        "name", ["llama4", "llama-4-scout", "phi3.5-moe", "qwen2:57b-a14b", "llamb", "philosophy"]
+    )
+    def test_other_models_are_not_called_dense(self, name):
+        with pytest.raises(ModelNotFoundError, match="there is no model"):
+            models.resolve(name)
 
     def test_the_demo(self):
         assert models.resolve("demo") == models.ModelRef("demo", "demo", demo=True)
