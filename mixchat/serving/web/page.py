@@ -9,7 +9,7 @@ from starlette.responses import FileResponse
 from starlette.routing import Route
 
 _LOADED = (
-    *("page.css", "page.js", "chats.js", "markdown.js", "favicon.svg"),
+    *("page.css", "page.js", "chats.js", "files.js", "markdown.js", "favicon.svg"),
     # Libraries, as their npm packages markdown-it, @highlightjs/cdn-assets and temml ship them.
     *("markdown-it.min.js", "highlight.min.js", "temml.min.js", "temml.css"),
 )

@@ -37,14 +37,15 @@ QUESTION = {"messages": [{"role": "user", "content": "say:well"}]}
 def loaded():
     """The paths that the page and its scripts load."""
     texts = [(FILES / name).read_text() for name in ("page.html", "page.js")]
-    return [f"/{name}" for name in re.findall(r'(?:href=|src=|from )"(?:\./)?([^"]+)"', str(texts))]
+    names = re.findall(r'(?:href=|src=|from )"(?:\./)?([^"#]+)"', str(texts))
+    return [f"/{name}" for name in sorted(set(names))]
 
 
 def test_a_browser_gets_the_page_and_what_it_loads_without_a_key(serve):
     served = serve(Access(key="secret"))
     html = exchange(served, request("/"))
     assert html.headers["content-type"].startswith("text/html")
-    assert len(loaded()) == 9
+    assert len(loaded()) == 10
     for path in ["/", *loaded()]:
         response = exchange(served, request(path))
         assert (response.status, len(response.body) > 0) == (200, True)

@@ -176,8 +176,152 @@ def test_the_last_question_is_answered_again(page):
     page.click("[data-action=again]")
     page.wait("document.querySelectorAll('.answer .text')[1].textContent.trim() === 'new'")
     page.wait(ANSWERED)
-    assert kept(page) == [["One?", "1", "say:new", "new"]]
+    assert kept(page) == [["One?", "1", "say:new", "old", "new"]]
     assert page.run("document.querySelectorAll('.turn').length") == 4
+
+
+def test_the_versions_of_an_answer_and_of_a_question_stay_and_are_chosen_by_the_keyboard(page):
+    """A new answer and a changed question took the earlier ones away."""
+    open_chat(page, "tree", turns("say:a", "first", "say:b", "b"))
+    page.run("document.querySelector('[data-action=again]').click()")  # of the first answer
+    page.wait(f"document.querySelectorAll('.turn').length === 2 && {ANSWERED}")
+    assert page.texts(".version") == ["2 of 2"]
+    page.run("document.querySelector('.earlier').focus()")
+    page.press("Enter")
+    assert page.texts(".turn .text") == ["say:a", "first\n", "say:b", "b\n"]
+    assert page.run("document.activeElement.className") == "earlier"
+    page.run("document.querySelector('[data-action=edit]').click()")  # of the first question
+    page.run("document.activeElement.value = ''")
+    ask(page, "say:c")
+    assert page.texts(".turn .text") == ["say:c", "c\n"]
+    page.reload()
+    page.wait("document.querySelectorAll('.turn').length === 2")
+    assert page.texts(".version") == ["2 of 2"]
+    page.click("[data-action=later]")
+    assert page.texts(".turn .text") == ["say:a", "a\n"]
+
+
+def test_an_earlier_branch_stays_on_the_screen_if_a_changed_question_fails(page):
+    open_chat(page, "tree", turns("One?", "1", "Two?", "2"))
+    fails(page)
+    page.run("document.querySelector('[data-action=edit]').click()")
+    page.run("document.activeElement.value = ''")
+    send(page, "Other?")
+    page.wait("document.querySelector('#problem').textContent")
+    page.reload()
+    page.wait("document.querySelectorAll('.turn').length === 4")
+    assert page.texts(".turn .text") == ["One?", "1\n", "Two?", "2\n"]
+    assert page.run("document.querySelector('#question').value") == "Other?"
+
+
+def test_a_stopped_answer_is_continued(page, served):
+    send(page, "say:Half{hang}")
+    page.wait("document.querySelector('.answer .text').textContent.includes('Half')")
+    page.press("Escape")
+    page.wait("document.querySelector('.proceed').checkVisibility()")
+    begun = {"role": "assistant", "content": "Well, ", "isPartial": True}
+    open_chat(page, "begun", [*turns("Hi"), begun])
+    page.click("[data-action=proceed]")
+    page.wait("document.querySelector('.answer .text').textContent.includes('Well, Hello')")
+    page.wait(ANSWERED)
+    assert served.prompt == "user: Hi\nWell, "
+    assert ["Hi", "Well, Hello"] in kept(page)
+    assert not page.run("document.querySelector('.proceed').checkVisibility()")
+
+
+def test_a_draft_survives_a_reload(page):
+    page.run("document.querySelector('#question').focus()")
+    page.type("Something long")
+    page.reload()
+    assert page.run("document.querySelector('#question').value") == "Something long"
+    ask(page, "")
+    page.reload()
+    assert page.run("document.querySelector('#question').value") == ""
+
+
+def test_the_temperature_is_the_chats_own_and_the_room_in_the_context_is_told(page, served):
+    page.wait("document.querySelector('#room').textContent")
+    assert page.text("#room") == "100% of the context left"
+    page.run("document.querySelector('#system-button').click()")
+    page.run("document.querySelector('#temperature').focus()")
+    page.type("0.25")
+    page.press("Escape")
+    assert page.text("#system-button") == "Settings: on"
+    ask(page, "say:" + "x" * 400)
+    assert served.requests[-1].sampling.temperature == 0.25
+    assert page.text("#room") != "100% of the context left"
+    page.reload()
+    assert page.run("document.querySelector('#temperature').value") == "0.25"
+
+
+def drop(page, *files):
+    """Drop files on the page, each given by its name and a script's expression of its content."""
+    adds = "".join(f"data.items.add(new File([{text}], {json.dumps(n)}));" for n, text in files)
+    page.run(
+        f"{{ const data = new DataTransfer(); {adds}"
+        " document.body.dispatchEvent(new DragEvent('drop',"
+        " { dataTransfer: data, bubbles: true, cancelable: true })) }"
+    )
+
+
+def test_text_files_are_dropped_before_the_question(page):
+    page.run("document.querySelector('#question').focus()")
+    page.type("What is this?")
+    drop(page, ("a.txt", "'one'"), ("b.md", "'```\\nx\\n```'"))
+    page.wait("document.querySelector('#question').value.includes('b.md')")
+    text = "a.txt:\n```\none\n```\n\nb.md:\n````\n```\nx\n```\n````\n\nWhat is this?"
+    assert page.run("document.querySelector('#question').value") == text
+    assert page.run(ACTIVE) == "question"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("new Uint8Array([0xff, 0xd8])", "a.bin is not text in UTF-8. Attach text files only."),
+        ("'a\\0b'", "a.bin is not text in UTF-8. Attach text files only."),
+        ("'x'.repeat(1e7)", "a.bin has 10,000 kB, and there is room for about"),
+    ],
+)
+def test_a_file_that_is_no_text_or_too_large_gets_one_line(page, content, message):
+    page.wait("document.querySelector('#room').textContent")
+    drop(page, ("a.bin", content))
+    assert page.wait("document.querySelector('#problem').textContent").startswith(message)
+    assert page.run("document.querySelector('#question').value") == ""
+
+
+def test_chats_are_searched_and_renamed(page):
+    put(page, "a", turns("One?", "About Whales"), saved=1)
+    put(page, "b", turns("Two?", "About mice"), saved=2)
+    page.run("location.hash = 'a'")
+    page.wait("document.querySelectorAll('.turn').length === 2")
+    page.run("document.querySelector('#search').focus()")
+    page.type("whales")
+    assert page.texts("#chats li a") == ["One?"]
+    page.run("window.prompt = () => 'Sea'")
+    page.click("#rename")
+    assert page.texts("#chats li a") == ["Sea"]
+    page.reload()
+    page.wait("document.querySelectorAll('#chats li a').length === 2")
+    assert page.texts("#chats li a") == ["Sea", "Two?"]
+    page.run("document.querySelector('#search').focus()")
+    page.type("dragons")
+    assert page.text(".empty") == "No chat has this text."
+
+
+def test_a_chat_is_exported_without_the_server(page):
+    open_chat(page, "out", turns("One? <b>", "*1*"))
+    fails(page)
+    page.run("window.saved = []; addEventListener('click', (e) => e.preventDefault())")
+    page.run(
+        "URL.createObjectURL = (blob) => { blob.text().then((text) => saved.push(text));"
+        " return 'blob:x' }"
+    )
+    page.click("#markdown")
+    page.click("#json")
+    markdown, text = page.wait("saved.length === 2 && saved")
+    assert markdown == "# One? <b>\n\n## Question\n\nOne? <b>\n\n## Answer\n\n*1*\n"
+    assert json.loads(text)["messages"] == turns("One? <b>", "*1*")
+    assert page.run("document.querySelector('#markdown').download") == "One_ _b_.md"
 
 
 def test_an_earlier_answer_stays_if_a_new_one_fails(page):
@@ -206,7 +350,7 @@ def test_the_last_question_is_changed(page):
     assert page.wait(f"{ACTIVE} === 'question' && document.activeElement.value") == "Tow?"
     page.run("document.activeElement.value = ''")
     ask(page, "say:two")
-    assert kept(page) == [["One?", "1", "say:two", "two"]]
+    assert kept(page) == [["One?", "1", "Tow?", "2", "say:two", "two"]]
 
 
 def test_escape_gives_the_field_back_after_a_change_of_mind(page):
@@ -225,13 +369,13 @@ def test_chats_are_listed_opened_and_deleted(page):
     page.click("#new")
     assert page.texts(".turn") == []
     ask(page, "say:two")
-    assert page.texts("#chats a") == ["say:two", "say:one"]
-    page.click("#chats a")
+    assert page.texts("#chats li a") == ["say:two", "say:one"]
+    page.click("#chats li a")
     page.wait("document.querySelector('.answer .text').textContent.trim() === 'one'")
     page.reload()
     page.wait("document.querySelector('.answer .text').textContent.trim() === 'one'")
     page.click("[aria-current] + [data-action=delete]")
-    assert page.texts("#chats a") == ["say:two"]
+    assert page.texts("#chats li a") == ["say:two"]
     assert page.texts(".turn") == []
     page.click("#forget")
     assert kept(page) == []
@@ -248,10 +392,10 @@ def test_damaged_chats_are_left_out_of_the_list(page):
     put(page, "good", turns("Fine?", "Yes"))
     page.go(page.run("location.origin") + "/#0")
     page.reload()
-    page.wait("document.querySelector('#chats a')")
-    assert page.texts("#chats a") == ["Fine?"]
+    page.wait("document.querySelector('#chats li a')")
+    assert page.texts("#chats li a") == ["Fine?"]
     ask(page, "say:well")
-    assert page.texts("#chats a") == ["say:well", "Fine?"]
+    assert page.texts("#chats li a") == ["say:well", "Fine?"]
 
 
 def test_two_tabs_with_one_chat_lose_nothing(page, profile, served):
