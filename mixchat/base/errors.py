@@ -1,7 +1,7 @@
 """The tree of errors. Each has its exit code and, usually, a hint.
 
-Every error that a person can cause or cure is a `MixchatError`. Any other is a bug. README's table
-has the exit codes.
+Every error that a person can cause or cure is a `MixchatError`. Any other is a bug. The page
+on scripts has the exit codes.
 """
 
 from __future__ import annotations

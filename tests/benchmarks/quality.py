@@ -2,7 +2,7 @@
 
     python tests/benchmarks/quality.py WORK [TEXT ...] [--windows 8] [--llama GGML] [--ik GGML]
 
-Prints a table with all figures, then those that README.md and `mixchat plan` (`DEMO_LOSS`)
+Prints a table with all figures, then those that .github/quality.md and `mixchat plan` (`DEMO_LOSS`)
 have, in their form, and writes WORK/frontier.json and WORK/frontier-*.svg.
 WORK is a directory of models and results, 6 GB: the same command continues there. --forms takes
 some of mixchat's forms. --llama and --ik name libggml of llama.cpp (libggml-base.so in
@@ -169,7 +169,7 @@ def show(variants: Sequence[Variant], names: Sequence[str]) -> None:
 
 
 def readme_rows(variants: Sequence[Variant]) -> list[str]:
-    """Return the rows of the README's table: each form, with the experts rounded alone, and all."""
+    """Return the rows of the table in .github/quality.md: each form, with the experts rounded alone, and all."""
     rows: dict[str, dict[str, str]] = {}
     base, *others = variants
     for one in others:

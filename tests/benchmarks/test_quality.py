@@ -1,4 +1,4 @@
-"""README, `mixchat plan` and the script that measures the loss of few bits say the same."""
+"""The page on quality, `mixchat plan` and the script that measures the loss of few bits say the same."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUALITY = (ROOT / ".github/quality.md").read_text(encoding="utf-8")
 ALL_FIGURES = (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8")
 
 
@@ -37,12 +37,12 @@ def measured(
 
 
 def test_readme_has_the_figures_that_plan_prints():
-    """README, `plan` and CHANGELOG had three sets of figures for the same loss."""
+    """The page, `plan` and CHANGELOG had three sets of figures for the same loss."""
     for name in QUANT_TYPES:
         cells = full_table()[name][-2:]
         shown = [cell.split(", ")[0] for cell in cells]
         assert shown == [f"{loss:.1%}" for loss in DEMO_LOSS[name[0]]]
-        assert f"| {name:16} | {cells[0]:13} | {cells[1]:25} |" in README
+        assert f"| {name:16} | {cells[0]:13} | {cells[1]:25} |" in QUALITY
 
 
 @pytest.mark.parametrize(("name", "kind"), QUANT_TYPES.items())

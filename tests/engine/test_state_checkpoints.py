@@ -86,7 +86,7 @@ def test_no_change_computes_more_again_than_is_promised(chat, limit):
 
 
 def test_the_promised_part_of_the_context():
-    """README says half with 16 checkpoints, and an eighth with 64."""
+    """The page on chats says half with 16 checkpoints, and an eighth with 64."""
     for limit, promised in ((16, 0.5), (32, 0.25), (64, 0.13)):
         removable = limit + 1 - TURN_ENDS
         assert 1 - (1 / 65) ** (1 / (removable // 2)) <= promised
