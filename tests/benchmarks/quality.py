@@ -169,7 +169,7 @@ def show(variants: Sequence[Variant], names: Sequence[str]) -> None:
 
 
 def readme_rows(variants: Sequence[Variant]) -> list[str]:
-    """Return the rows of the table in .github/quality.md: each form, with the experts rounded alone, and all."""
+    """Return the rows of the page on quality: each form, the experts rounded alone, and all."""
     rows: dict[str, dict[str, str]] = {}
     base, *others = variants
     for one in others:

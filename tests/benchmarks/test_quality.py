@@ -1,4 +1,4 @@
-"""The page on quality, `mixchat plan` and the script that measures the loss of few bits say the same."""
+"""The page on quality, `mixchat plan` and the script that measures both say the same."""
 
 import json
 import math
