@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / ".github").glob("*.md")}
 LINK = re.compile(
-    r"https://(?:raw\.githubusercontent|github)\.com/OWNER/mixchat/(?:blob/)?main/([^)#]+)"
+    r"https://(?:raw\.githubusercontent|github)\.com/[\w-]+/mixchat/(?:blob/)?main/([^)#]+)"
 )
 PACKAGE = ROOT / "mixchat"
 ROOMS = sorted(path.parent for path in PACKAGE.rglob("*/__init__.py"))
