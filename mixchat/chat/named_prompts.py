@@ -88,7 +88,7 @@ def read_named_prompt(name: str) -> NamedPrompt:
 def _no_prompt(name: str) -> UsageError:
     names = prompt_names()
     near = difflib.get_close_matches(name, names, 1)
-    hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(names[:10])}."
+    hint = f"Did you mean {near[0]}?" if near else f"The prompts: {', '.join(names[:10])}."
     if not names:
         hint = f"Write one: {prompts_dir() / 'NAME'}{_SUFFIX}, with {{{{input}}}} for what it gets."
     return UsageError(f"there is no prompt {name!r:.100}", hint=hint)

@@ -53,7 +53,7 @@ def test_a_prompt_is_read_without_the_newline_at_its_end(folder):
 def test_a_wrong_name_gets_the_nearest_one(folder):
     (folder / "review.md").write_text("x")
     (folder / "zebra.md").write_text("x")
-    for name, hint in (("reviw", "Did you mean review?"), ("q", "There are review, zebra.")):
+    for name, hint in (("reviw", "Did you mean review?"), ("q", "The prompts: review, zebra.")):
         with pytest.raises(UsageError, match="there is no prompt") as raised:
             read_named_prompt(name)
         assert raised.value.hint == hint
