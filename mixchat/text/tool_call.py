@@ -79,7 +79,8 @@ def properties_of(schema: Mapping[str, Any]) -> dict[str, Any]:
     required = schema.get("required")
     known = properties if isinstance(properties, dict) else {}
     needed = required if isinstance(required, list) else ()
-    return {**known, **{name: {} for name in needed if name not in known}}
+    names = [name for name in needed if isinstance(name, str)]
+    return {**known, **{name: {} for name in names if name not in known}}
 
 
 def whole_arguments(text: str) -> str:

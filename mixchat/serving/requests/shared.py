@@ -210,17 +210,12 @@ def api_request(
         try:
             prompt = model.prompt(request, at_end)
         except FormError as error:
-            raise form_error(error, form_field) from None
+            field = form_field if error.subject == "schema" else error.subject
+            message = f"{field}: {error}{'. ' + error.hint if error.hint else ''}"
+            raise RequestError(message, param=field, code=_CODES[error.subject]) from None
         except PromptTooLongError as error:
             error.hint = (error.hint or "").removeprefix(f"{LEAVE_OUT_HINT} ")  # which is a chat's
             raise
         answers += [replace(request, sampling=each) for each in samplings]
         prompts += [prompt] * n
     return APIRequest(tuple(answers), tuple(prompts), n, stream, include_usage, ignored)
-
-
-def form_error(error: FormError, form_field: str) -> RequestError:
-    """Return a form's error as one about its field in the body."""
-    field = form_field if error.subject == "schema" else error.subject
-    message = f"{field}: {error}{'. ' + error.hint if error.hint else ''}"
-    return RequestError(message, param=field, code=_CODES[error.subject])

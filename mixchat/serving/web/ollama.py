@@ -5,7 +5,7 @@
 | messages, tools                | OpenAI's; a result belongs to the call of its tool_name |
 | prompt, system                 | a question and a system message; a text with raw        |
 | no messages, an empty prompt   | loads the model, or unloads it if keep_alive is 0       |
-| format                         | "json" or a schema, with objects closed as in Ollama    |
+| format                         | "json" or a JSON schema                                 |
 | options                        | numbers as in a chat of OpenAI; num_predict is a length |
 | options.seed                   | -1 for a seed drawn by chance                           |
 | think                          | as far as the model's template knows it                 |
@@ -30,7 +30,7 @@ from pydantic import AfterValidator, BeforeValidator, FailFast, Field
 
 from mixchat.base.context import Context
 from mixchat.face.events import End, Piece
-from mixchat.face.request import FormError, Request
+from mixchat.face.request import Request
 from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import RequestError, field_error
 from mixchat.serving.requests.fields import (
@@ -43,7 +43,6 @@ from mixchat.serving.requests.fields import (
 )
 from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web.responses import ResponseBuilder, call_arguments
-from mixchat.text.form.schema import closed
 from mixchat.text.messages import Message
 from mixchat.text.tool_call import CallDelta, ToolCall, joined_calls
 
@@ -153,7 +152,7 @@ def _request(
     if fields.format == "json":
         form = {"type": "object"}
     elif isinstance(fields.format, dict):
-        form = _closed(fields.format, model, at_end)
+        form = fields.format
     elif fields.format != "":
         raise field_error("format", 'has to be "json" or a JSON schema', "invalid_value")
     request = replace(
@@ -173,19 +172,6 @@ def _request(
         stream=fields.stream,
         ignored=shared.check_unused(unused, strict),
     )
-
-
-def _closed(schema: JSON, model: Model, at_end: ExitStack) -> JSON:
-    """Return a schema with closed objects, or the schema itself if it could not be met then."""
-    closed_schema = closed(schema)
-    try:
-        if closed_schema != schema:
-            model.forms.compile(closed_schema, at_end)  # in a sandbox, as a client wrote it
-    except FormError as error:
-        if error.hint is not None:  # it exceeds a limit
-            raise shared.form_error(error, "format") from None
-        return schema
-    return closed_schema
 
 
 def _messages(fields: Sequence[_OllamaMessage]) -> list[Message]:

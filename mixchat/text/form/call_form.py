@@ -12,7 +12,7 @@ from typing import Any
 from mixchat.base.errors import UsageError
 from mixchat.text.form.grammar import checked_lark
 from mixchat.text.form.literal_form import LiteralRules, unsupported
-from mixchat.text.form.schema import alone, check_schema, constants, escaped, json_rule
+from mixchat.text.form.schema import alone, checked_closed, constants, escaped, json_rule
 from mixchat.text.literals import GEMMA
 from mixchat.text.tool_call import Tool
 from mixchat.text.tool_formats import ToolFormat
@@ -61,23 +61,24 @@ class CallForm:
 def call_grammar(text: str) -> str:
     """Return the Lark grammar of a form. Raises `UsageError` if a schema cannot be met or used.
 
-    A tool that is not strict may have a schema with unknown keys, which have no effect.
+    Objects are closed as in `schema_grammar`. A tool that is not strict may have a schema with
+    unknown keys, which have no effect.
     """
     form = CallForm.parse(text)
-    for tool in form.tools:
-        _check(tool)
-        if form.format.kind in ("markup", "literals"):
-            _check_arguments(tool, have_quotes=form.format.kind == "literals")
-    if form.answer is not None:
-        check_schema(dict(form.answer))
+    closed_tools = [_closed(tool) for tool in form.tools]
+    for tool in form.tools if form.format.kind in ("markup", "literals") else ():
+        _check_arguments(tool, have_quotes=form.format.kind == "literals")
+    answer = None if form.answer is None else checked_closed(dict(form.answer))
+    form = replace(form, tools=closed_tools, answer=answer)
     checked_lark(_grammar(replace(form, control_tokens={})))
     return _grammar(form)
 
 
-def _check(tool: Tool) -> None:
-    options = {} if tool.strict else {"x-guidance": {"lenient": True}}
+def _closed(tool: Tool) -> Tool:
+    """Return a tool whose arguments are closed. Raises `UsageError` if they cannot be used."""
     try:
-        check_schema({**_schema(tool), **options})
+        parameters = checked_closed(_schema(tool), lenient=not tool.strict)
+        return replace(tool, parameters=parameters)
     except UsageError as error:
         raise UsageError(f"the arguments of {tool.name}: {error}", hint=error.hint) from None
 

@@ -6,11 +6,12 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 from urllib.parse import quote, unquote
 
 from mixchat.base.errors import UsageError
 from mixchat.text.form.grammar import NO_TEXT, find_fault
+from mixchat.text.tool_call import properties_of
 
 Schema: TypeAlias = "dict[str, Any]"
 
@@ -37,7 +38,15 @@ _IN_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _IN_OBJECTS = ("properties", "patternProperties")
 _ALONE = ("items", "additionalProperties")
 _DEFINITIONS = ("$defs", "definitions")
-_COMBINING = {"anyOf", "oneOf", "$ref", "if", "patternProperties"}
+_BRANCHING = ("allOf", "anyOf", "oneOf")  # whose schemas hold for the same value
+_COMBINING = {*_BRANCHING, "$ref"}
+# Keys by which an object says what other properties it has, or needs.
+_OPENING = {
+    *("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames"),
+    *("minProperties", "dependentRequired", "dependentSchemas", "if"),
+}
+_MAX_INLINED = 100  # references in combined schemas
+_LENIENT = {"x-guidance": {"lenient": True}}
 # The blanks between two parts of JSON. Without a bound, a model can emit blanks until its answer is
 # cut off.
 _BLANKS = r"( |\n[ \t]{0,20})?"
@@ -66,14 +75,14 @@ def check_schema(schema: Schema) -> None:
 def schema_grammar(text: str) -> str:
     """Return the Lark grammar of the JSON that a schema, given as JSON, allows.
 
-    Raises `UsageError` as `check_schema` does. No part of a schema is ignored.
+    Objects are closed unless they say otherwise. Raises `UsageError` as `check_schema` does. No
+    part of a schema is ignored.
     """
     try:
         schema = json.loads(text)
         if not isinstance(schema, dict):
             raise UsageError("a JSON schema has to be an object")
-        check_schema(schema)
-        return f"start: {json_rule(schema)}"
+        return f"start: {json_rule(checked_closed(schema))}"
     except RecursionError:
         raise UsageError("the schema is too deeply nested") from None
 
@@ -170,8 +179,7 @@ def constants(schema: Schema) -> list[Any]:
     are_texts = schema.get("type") == "string" and all(isinstance(each, str) for each in values)
     if not excluding or (excluding == {"type"} and are_texts):
         return values
-    options = {"x-guidance": {"lenient": True}}
-    return [each for each in values if not _unmet(_fault({**schema, "enum": [each], **options}))]
+    return [each for each in values if not _unmet(_fault({**schema, "enum": [each], **_LENIENT}))]
 
 
 def tightened(schema: Any) -> Any:
@@ -211,17 +219,104 @@ def _missing_bounds(schema: Schema) -> Schema:
 def closed(schema: Schema) -> Schema:
     """Return a schema whose objects have no properties besides the named ones.
 
-    An object stays open if it says so or combines schemas. All stay open if there is an allOf.
+    An object stays open if it says so by `additionalProperties`, or names no property. Schemas that
+    hold for one object share their names: closed apart, they could not be met together.
     """
-    closed_schema: Schema = _closed(schema)
-    return schema if '"allOf"' in json.dumps(schema) else closed_schema
-
-
-def _closed(schema: Any) -> Any:
-    if not isinstance(schema, dict) or ("properties" in schema and _COMBINING & schema.keys()):
+    try:
+        return cast("Schema", _Closing(schema).closed(schema))
+    except (_NotClosableError, RecursionError):
         return schema
-    first = {"additionalProperties": False} if "properties" in schema else {}
-    return {**first, **_with_parts(schema, _closed)}
+
+
+def checked_closed(schema: Schema, *, lenient: bool = False) -> Schema:
+    """Return the closed schema, or the schema itself if it could not be met then.
+
+    If `lenient`, keys that llguidance does not support have no effect. Raises as `check_schema`.
+    """
+    options = _LENIENT if lenient else {}
+    closed_schema = closed(schema)
+    if closed_schema == schema or _fault({**closed_schema, **options}) is not None:
+        check_schema({**schema, **options})
+        return schema
+    return closed_schema
+
+
+class _NotClosableError(Exception):
+    """References lead to no known part or to too many, or a key has no list of schemas."""
+
+
+class _Closing:
+    """Closes the objects of one schema."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._whole = schema
+        self._inlined = 0
+
+    def closed(self, schema: Any) -> Any:
+        """Return a part of the schema with closed objects."""
+        if not isinstance(schema, dict):
+            return schema
+        combining = _COMBINING & schema.keys()
+        others = {*schema} - combining - NOTES - {"type"}
+        branches = _branches(schema)
+        is_lone = len(combining) == 1 and not others and len(branches.get("allOf", "-")) == 1
+        if not combining or is_lone:
+            return _sealed(_with_parts(schema, self.closed))
+        opened, names = self._opened(schema)
+        if not names:
+            return opened
+        limit = {"properties": {name: {} for name in names}, "additionalProperties": False}
+        return {**opened, "allOf": [*opened.get("allOf", ()), limit]}
+
+    def _opened(self, schema: Any) -> tuple[Any, list[str] | None]:
+        """Return a part without closing its own object, and the properties that it names.
+
+        The names are None if the object has to stay open.
+        """
+        if not isinstance(schema, dict):
+            return schema, []
+        inner = {key: value for key, value in schema.items() if key not in _COMBINING}
+        opened = _with_parts(inner, self.closed)
+        named: list[list[str] | None] = [[*properties_of(schema)]]
+        if _OPENING & schema.keys():
+            named.append(None)
+        branches = _branches(schema)
+        if "$ref" in schema:
+            # The definition itself is closed, so an open copy of it stands here.
+            branches["allOf"] = [*branches.get("allOf", ()), self._target(schema)]
+        for key, parts in branches.items():
+            pairs = [self._opened(part) for part in parts]
+            opened[key] = [part for part, _ in pairs]
+            named += [names for _, names in pairs]
+        if None in named:
+            return opened, None
+        return opened, [*dict.fromkeys(name for names in named for name in names or ())]
+
+    def _target(self, schema: Schema) -> Any:
+        target = target_of(schema)
+        self._inlined += 1
+        if target is None or self._inlined > _MAX_INLINED:
+            raise _NotClosableError
+        return part_at(self._whole, target)
+
+
+def _branches(schema: Schema) -> dict[str, list[Any]]:
+    """Return the lists of schemas that hold for the same value. Raises `_NotClosableError`."""
+    branches = {key: schema[key] for key in _BRANCHING if key in schema}
+    if not all(isinstance(parts, list) for parts in branches.values()):
+        raise _NotClosableError
+    return branches
+
+
+def _sealed(schema: Schema) -> Schema:
+    """Return a schema without others beside it that has only the named properties."""
+    is_named = isinstance(schema.get("properties"), dict)
+    if not is_named or (_OPENING - {"patternProperties"}) & schema.keys():
+        return schema
+    known = properties_of(schema)
+    if "patternProperties" in schema and known != schema["properties"]:
+        return schema  # a required name may match a pattern
+    return {**schema, "properties": known, "additionalProperties": False}
 
 
 def _moved(schema: Any) -> Any:
