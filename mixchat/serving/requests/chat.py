@@ -16,6 +16,7 @@
 | stop, stream, stream_options.include_usage | OpenAI's                                           |
 | logprobs, top_logprobs                     | at most MAX_LOGPROBS                               |
 | response_format, grammar                   | a JSON schema, or GBNF and Lark as in llama.cpp    |
+| response_format.schema                     | llama.cpp's, with the type json_object             |
 | tools, tool_choice, parallel_tool_calls    | OpenAI's                                           |
 | functions, function_call                   | ignored and named, or refused if they force a call |
 | chat_template_kwargs, reasoning_effort,    | as far as the model's template knows them, else    |

@@ -65,6 +65,14 @@ class _JSONSchema(RequestObject):
 class _ResponseFormat(RequestObject):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: _JSONSchema | None = Field(None, validate_default=True)
+    schema_: Annotated[shared.Schema | None, Field(alias="schema")] = None  # llama.cpp's place
+
+    @field_validator("schema_", mode="before")
+    @classmethod
+    def _belongs_to_objects(cls, schema: Any, info: ValidationInfo) -> Any:
+        if schema is not None and info.data.get("type") != "json_object":
+            raise wrong("unknown_parameter", "belongs to the type json_object alone")
+        return schema
 
     @field_validator("json_schema", mode="before")
     @classmethod
@@ -113,7 +121,9 @@ class OpenAIFields(shared.SamplingFields):
         format = self.response_format
         if self.grammar or format is None or format.type == "text":
             return self.grammar or None
-        return {"type": "object"} if format.json_schema is None else format.json_schema.schema_
+        if format.json_schema is not None:
+            return format.json_schema.schema_
+        return {"type": "object"} if format.schema_ is None else format.schema_
 
     def length(self) -> int | None:
         """Return the most tokens of an answer. Raises `RequestError` if there are two."""

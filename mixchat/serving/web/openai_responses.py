@@ -152,12 +152,10 @@ def read_responses(body: JSON, model: Model, strict: bool, at_end: ExitStack) ->
         unused.append("reasoning.effort")
     offer = _offer(fields, unused)
     format = fields.text.format
-    form: JSON | None = None
-    if format.type == "json_schema":
-        form = format.schema_
-        if form is None:
-            raise field_error("text.format.schema", "is missing", "missing_required_parameter")
-    elif format.type == "json_object":
+    form = None if format.type == "text" else format.schema_
+    if format.type == "json_schema" and form is None:
+        raise field_error("text.format.schema", "is missing", "missing_required_parameter")
+    if format.type == "json_object" and form is None:
         form = {"type": "object"}
     request = Request(
         messages,

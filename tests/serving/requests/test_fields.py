@@ -184,6 +184,16 @@ CHAT_REFUSED = [
         "response_format.json_schema.schema",
         None,
     ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}, "schema": {}}},
+        "response_format.schema",
+        "unknown_parameter",
+    ),
+    (
+        {"response_format": {"type": "json_object", "schema": {"a": "x" * 10**5}}},
+        "response_format.schema",
+        None,
+    ),
     ({"grammar": 5}, "grammar", "invalid_value"),
     ({"grammar": "x" * 100_001}, "grammar", None),
     ({"grammar": "root ::=", "response_format": {"type": "text"}}, "grammar", None),

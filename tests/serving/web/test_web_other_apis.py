@@ -22,6 +22,7 @@ from mixchat.text.thinking import ThinkingFormat
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 BY_SCHEMA = {"type": "json_schema", "schema": SCHEMA}
+OBJECT = {"type": "json_object", "schema": SCHEMA}  # as in llama.cpp
 WEATHER = {"name": "weather", "description": "Weather of a city"}
 CALL = 'Let me see. <tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 CALLED = {"city": "Oslo"}
@@ -418,6 +419,27 @@ def test_an_agent_that_looks_at_an_image_continues_without_it(served, path):
     assert exchange(served, request(path, body)).status == 200
     prompt = served.prompt
     assert "tool: [an image, which this model cannot see]\n" in prompt
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": question("a"), "response_format": OBJECT}),
+        ("/v1/completions", {"prompt": "a", "response_format": OBJECT}),
+        ("/v1/responses", {"input": "a", "text": {"format": OBJECT}}),
+    ],
+)
+def test_a_schema_of_the_type_json_object_is_followed(serve, path, body):
+    """Responses took the schema and ignored it, and the other two refused it."""
+    asked = []
+
+    def compile_form(form, at_end=None):
+        asked.append(form)
+        return take_any_form(form)
+
+    served = serve(compile_form=compile_form)
+    assert exchange(served, request(path, body)).status == 200
+    assert asked == [SCHEMA]
 
 
 @pytest.mark.parametrize(
