@@ -26,6 +26,7 @@ ORDER = (
     "chat/saved",
     "chat/draw",
     "chat",
+    "chat/tools",
     "face",
     "text/form",
     "text",

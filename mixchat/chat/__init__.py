@@ -6,6 +6,7 @@
 - plain_text.py: untrusted text, checked to be text
 - printing.py: prints everything that a person sees, and its styles
 - terminal/: opens a chat; the prompt, the commands, the screen
+- tools/: tools of MCP servers
 - draw/: Markdown, code and the table of experts
 - saved/: chats on disk, and their KV caches
 """

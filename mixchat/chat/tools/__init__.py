@@ -1,0 +1,7 @@
+"""Tools of MCP servers, which a model may call in a chat.
+
+- server_file.py: reads the file that names the servers
+- stdio.py: a server as a process, whose lines and end are bounded
+- mcp_servers.py: the servers in one thread, their tools and calls of them
+- toolbox.py: asks before a tool runs, and bounds its result
+"""
