@@ -246,6 +246,18 @@ class ChatOptions(AnswerOptions):
     ).field("show")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToolOptions:
+    """The options of tools that a model may call in a chat."""
+
+    mcp: Path | None = File(
+        "Let the model call tools of the MCP servers in FILE, JSON with mcpServers.",
+        "--mcp FILE",
+        shown_default="none",
+    ).field(None)
+    allow: tuple[str, ...] = Texts("Let TOOL run without a question.", "--allow TOOL").field(())
+
+
 def _check_devices(text: str) -> str:
     for name in device_names(text):
         if not re.fullmatch(r"(cpu|cuda)(:[0-9]{1,2})?", name):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from mixchat.base.context import Context
-from mixchat.base.errors import PromptError, ServerError, UsageError
+from mixchat.base.errors import MixchatError, PromptError, ServerError, UsageError
 from mixchat.base.options import ChatOptions, accepted_numbers
+from mixchat.chat.tools.toolbox import MAX_ROUNDS, STOPPED, Toolbox, ToolResult, ToolStart
 from mixchat.engine.stats import GenerationStats
 from mixchat.face.events import End, Event, LeftOut, Piece
-from mixchat.face.request import AnswerEvents, ChatModel, Request
+from mixchat.face.request import AnswerEvents, ChatModel, Request, ToolOffer
 from mixchat.text.messages import Message
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from mixchat.face.reading_time import Predictor
     from mixchat.text.form.output_constraint import OutputConstraint
     from mixchat.text.template import Template
+    from mixchat.text.tool_call import ToolCall
+
+ChatEvent: TypeAlias = "Event | ToolStart | ToolResult"
 
 
 class ModelProvider(Protocol):
@@ -71,9 +75,11 @@ class ChatSession:
         model: ChatModel,
         options: ChatOptions,
         form: OutputConstraint | None = None,
+        tools: Toolbox | None = None,
     ) -> None:
         self.model = model
         self.form = form
+        self.tools = tools
         self._flags = accepted_numbers(options.sampling)
         self.changed: dict[str, int | float] = {}  # numbers of sampling since then, by name
         self.system = options.system
@@ -183,8 +189,10 @@ class ChatSession:
             self._events.cancel()
         return soon
 
-    def ask(self, text: str) -> Iterator[Event]:
+    def ask(self, text: str) -> Iterator[ChatEvent]:
         """Send `text`, and yield the events of the answer, the last of them `End`.
+
+        If the model calls tools, the answer has several messages, and the turn ends with the last.
 
         Of an answer that is cut short (`interrupt`, Ctrl-C, closing the iterator, a server that
         goes away) the part that was shown is remembered. If nothing was shown, or the turn fails,
@@ -192,12 +200,12 @@ class ChatSession:
         """
         return self._answer([*self.history, Message("user", text)])
 
-    def ask_instead(self, text: str) -> Iterator[Event]:
+    def ask_instead(self, text: str) -> Iterator[ChatEvent]:
         """Send `text` in place of the last question. Raises `PromptError` without one."""
         earlier = self.history[: self._last_question()]
         return self._answer([*earlier, Message("user", text)])
 
-    def ask_again(self) -> Iterator[Event]:
+    def ask_again(self) -> Iterator[ChatEvent]:
         """Ask the last question again, to replace its answer. Raises `PromptError` without one."""
         return self._answer(self.history[: self._last_question() + 1])
 
@@ -205,18 +213,72 @@ class ChatSession:
     def shows_thinking(self) -> bool:
         return self.think in ("show", "on")
 
-    def continue_answer(self) -> Iterator[Event]:
+    def continue_answer(self) -> Iterator[ChatEvent]:
         """Continue the last answer. Raises `PromptError` without one."""
-        question = self._last_question()
-        return self._answer(self.history[: question + 1], self.history[question + 1])
+        self._last_question()
+        if self.history[-1].role == "tool":  # the answer ended before the model saw the results
+            return self._answer(list(self.history))
+        return self._answer(self.history[:-1], self.history[-1])
 
     def _last_question(self) -> int:
-        if len(self.history) < 2 or self.history[-1].role != "assistant":
+        questions = [i for i, message in enumerate(self.history) if message.role == "user"]
+        if not questions or questions[-1] == len(self.history) - 1:
             raise PromptError("nothing has been answered yet")
-        return len(self.history) - 2
+        return questions[-1]
 
-    def _answer(self, asked: list[Message], answered: Message | None = None) -> Iterator[Event]:
-        """Answer the last of the messages `asked`. `answered` is the answer that is continued."""
+    def _answer(self, asked: list[Message], answered: Message | None = None) -> Iterator[ChatEvent]:
+        """Answer the last of the messages `asked`. `answered` is the answer that is continued.
+
+        As long as the model calls tools, they run, and it answers again. After `MAX_ROUNDS` such
+        answers it is offered no more tools.
+        """
+        before = self.history
+        for calls_left in range(MAX_ROUNDS, -1, -1):
+            try:
+                end = yield from self._answer_once(asked, answered, offers_tools=calls_left > 0)
+            except MixchatError as error:
+                # Results that do not fit the context would spoil each question after this one.
+                if calls_left < MAX_ROUNDS and not isinstance(error, ServerError):
+                    self.history = before
+                raise
+            if end.reason != "tool_calls" or self.tools is None or not self.history[-1].calls:
+                yield end
+                return
+            try:
+                yield from self._run(self.tools, self.history[-1].calls)
+            except KeyboardInterrupt:
+                yield dataclasses.replace(end, reason="interrupted")
+                return
+            asked = list(self.history)
+            answered = None
+        yield end
+
+    def _run(self, tools: Toolbox, calls: Sequence[ToolCall]) -> Iterator[ToolStart | ToolResult]:
+        """Run the calls of the last answer, and remember their results."""
+        self._has_token = False  # Ctrl-C ends a call at once
+        texts = [STOPPED] * len(calls)
+        most = 10**6 if self.context is None else self.context.tokens  # about a quarter of it
+        try:
+            for index, call in enumerate(calls):
+                yield ToolStart(call)
+                texts[index] = tools.run(call, most)
+                yield ToolResult(call, texts[index])
+        finally:
+            self.history = [
+                *self.history,
+                *(
+                    Message("tool", text, call_id=call.id)
+                    for call, text in zip(calls, texts, strict=True)
+                ),
+            ]
+
+    def _offer(self) -> ToolOffer | None:
+        tools = () if self.tools is None else self.tools.tools
+        return ToolOffer(tools, tools) if tools else None
+
+    def _answer_once(
+        self, asked: list[Message], answered: Message | None, *, offers_tools: bool
+    ) -> Generator[Event, None, End]:
         self._has_token = self._interrupted = False
         if self.context is not None:
             self.context.check_text(asked[-1].content, "the question")
@@ -233,6 +295,7 @@ class ChatSession:
             overflow=self.overflow,
             think={"on": True, "off": False}.get(self.think),
             form=self.form,
+            tools=self._offer() if offers_tools else None,
         )
         self._events = events = self.model.ask(request)
         end: End | None = None
@@ -259,11 +322,13 @@ class ChatSession:
             self._events = None
             self._stats = events.stats if end is None else end.stats
         self._remember(events, asked, first)
-        yield end or End("interrupted", self._stats, message=events.message())
+        return end or End("interrupted", self._stats, message=events.message())
 
     def _remember(self, events: AnswerEvents, asked: Sequence[Message], first: int) -> None:
         message = events.message()
         if message is not None:
+            if message.calls and message.partial:  # a call that was cut off does not run
+                message = dataclasses.replace(message, calls=())
             self.history = [*asked, message]
             self._first = first
             self._undone = []

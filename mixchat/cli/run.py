@@ -103,6 +103,7 @@ def _converse(
         from mixchat.cli.output.verbose import VerboseReport
 
         new_report = VerboseReport
+    tools = None if flags.server else run_flags.open_tools(flags, reporter.note)
     chat = OpenChat(
         models,
         name,
@@ -113,6 +114,7 @@ def _converse(
         form=form,
         resumed=None if resumed is None else Resumed(resumed, run_flags.given_settings(context)),
     )
+    chat.tools = tools
     try:
         if question is None:
             from mixchat.chat.terminal.talk import talk
@@ -123,3 +125,5 @@ def _converse(
             chat.ask(lambda session: print_answer(session, question, output, name, note))
     finally:
         chat.close()
+        if tools is not None:
+            tools.servers.close()

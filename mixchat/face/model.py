@@ -134,6 +134,10 @@ class Model:
     def can_skip_thinking(self) -> bool:
         return self.template.thinking is not None and self.template.thinking.switch is not None
 
+    @property
+    def knows_tools(self) -> bool:
+        return self.template.tools is not None
+
     def about(self) -> dict[str, str]:
         from mixchat.engine.report import slots_in_words
 

@@ -140,7 +140,7 @@ class PromptMaker:
         if least > self._context.tokens:
             return least
         *earlier, last = messages
-        return len(self._template.encode(earlier)) + len(self._content_ids(last))
+        return len(self._encoded(earlier, {}, None)) + len(self._content_ids(last))
 
     def _continued(self, request: Request, at_end: ExitStack | None) -> Prompt:
         """Return the prompt of a text or of ids, which the answer continues."""

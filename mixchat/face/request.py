@@ -122,6 +122,10 @@ class ChatModel(Protocol):
     def can_skip_thinking(self) -> bool:
         """Return whether `Request.think` has an effect."""
 
+    @property
+    def knows_tools(self) -> bool:
+        """Return whether the model's template has a form of calls."""
+
     def about(self) -> dict[str, str]:
         """Return facts of the model for a person, by label."""
 

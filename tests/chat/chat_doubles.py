@@ -291,6 +291,7 @@ class PlainTemplate:
     continues_prompt: bool = False
     stop_ids: frozenset[int] = field(default=frozenset({STOP}))
     thinking: ThinkingFormat | None = None
+    tools: None = None
     prefix: str = ""  # before an answer
     variables: list[Any] = field(default_factory=list)  # of each prompt
 
@@ -308,7 +309,7 @@ class TinyTemplate:
 
     continues_prompt = False
     stop_ids = frozenset({2})
-    thinking = None
+    thinking = tools = None
 
     def encode(self, messages: Sequence[Any], variables: Any = None) -> list[int]:
         ids = [1]
@@ -321,6 +322,7 @@ class TinyTemplate:
 def what_was_asked(before: Sequence[int] = (), *, continued: bool = False) -> Any:
     """Return what a form was asked for, in a constraint that is compiled."""
     constraint: Any = SimpleNamespace(asked=(list(before), continued), compiled=Future())
+    constraint.close = lambda: None
     constraint.compiled.set_result(None)
     return constraint
 
@@ -334,8 +336,9 @@ def make_session(*script: str | Sequence[Any], **options: Any) -> Any:
     )
     advised = options.pop("advised", SamplingOptions())
     advised_tokens, form = options.pop("advised_tokens", None), options.pop("form", None)
+    tools = options.pop("tools", None)
     model = ScriptedModel(
         ScriptedEngine(*script, context_size=options.pop("context_size", 1000)),
         ModelText(CharacterTokenizer(), template, advised, advised_tokens),
     )
-    return ChatSession(model, ChatOptions(**options), form)
+    return ChatSession(model, ChatOptions(**options), form, tools)

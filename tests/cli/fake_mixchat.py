@@ -19,7 +19,13 @@ import mixchat.base.errors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "chat"))
-from chat_doubles import CharacterTokenizer, PlainTemplate, ScriptedEngine, ScriptedModel
+from chat_doubles import (
+    CharacterTokenizer,
+    PlainTemplate,
+    ScriptedEngine,
+    ScriptedForms,
+    ScriptedModel,
+)
 
 from mixchat.face.model import Model, ModelText
 from mixchat.text.thinking import ThinkingFormat
@@ -60,7 +66,10 @@ def open_with_thread(name, load, reporter, *, least_context=None, shown=True):
     time.sleep(float(os.environ.get("LOADING", "0")))
     if fault := os.environ.get("FAULT"):
         raise mixchat.base.errors.CheckpointError(fault)
-    return Model(name, lambda: engine, text)
+    model = Model(name, lambda: engine, text)
+    # A grammar over a million tokens takes minutes, and the script is held to none.
+    model._prompts._forms = ScriptedForms()
+    return model
 
 
 def find_fake(name, reporter):

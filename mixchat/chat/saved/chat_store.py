@@ -12,7 +12,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from mixchat.base.options import accepted_numbers
 from mixchat.base.settings import data_dir
 from mixchat.chat.saved.saved_chat import ID_PREFIX, LAST, ChatSummary, SavedChat, checked_name
 from mixchat.text.messages import Message
+from mixchat.text.tool_call import ToolCall
 
 try:
     import sqlite3
@@ -224,7 +225,11 @@ def _save(database: sqlite3.Connection, chat: SavedChat) -> SavedChat:
     chat = replace(chat, revision=chat.revision + 1)
     questions = [message.content for message in chat.messages if message.role == "user"]
     messages = [
-        {name: value for name, value in vars(message).items() if value != getattr(Message, name, 0)}
+        {
+            name: [astuple(call) for call in value] if name == "calls" else value
+            for name, value in vars(message).items()
+            if value != getattr(Message, name, 0)
+        }
         for message in chat.messages
     ]
     row = vars(chat) | {
@@ -255,7 +260,8 @@ def _load(database: sqlite3.Connection, id: str) -> SavedChat:
 
 def _message(raw: dict[str, Any]) -> Message:
     ids = raw.pop("ids", None)
-    return Message(**raw, ids=None if ids is None else tuple(map(int, ids)))
+    calls = tuple(ToolCall(*map(str, call)) for call in raw.pop("calls", ()))
+    return Message(**raw, ids=None if ids is None else tuple(map(int, ids)), calls=calls)
 
 
 def _other_of_name(database: sqlite3.Connection, name: str, id: str) -> str | None:

@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import timezone
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mixchat.chat.printing import one_line
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.saved_chat import ChatSummary, SavedChat
     from mixchat.text.messages import Message
+    from mixchat.text.tool_call import ToolCall
 
 _HEADINGS = ("ID", "LAST USED", "MODEL", "TURNS")
 _MIN_QUESTION_WIDTH = 20  # cells
@@ -68,8 +69,9 @@ def to_json(chat: SavedChat) -> str:
     """Return the chat as a JSON object, with its messages in the form of OpenAI's API.
 
     Keys: id, name, model, created, updated (ISO 8601, UTC), system, sampling, messages. A message
-    has role (user, assistant), content, reasoning_content if the model thought before its answer,
-    and "partial": true if the answer was stopped. Token ids are left out.
+    has role (user, assistant, tool), content, reasoning_content if the model thought before its
+    answer, tool_calls, tool_call_id, and "partial": true if the answer was stopped. Token
+    ids are left out.
     """
     raw = {
         "id": chat.id,
@@ -84,13 +86,20 @@ def to_json(chat: SavedChat) -> str:
     return _well_formed(json.dumps(raw, indent=2, ensure_ascii=False)) + "\n"
 
 
-def _message_object(message: Message) -> dict[str, str | bool]:
+def _message_object(message: Message) -> dict[str, Any]:
     return {
         "role": message.role,
         "content": message.content,
         **({"reasoning_content": message.thinking} if message.thinking else {}),
+        **({"tool_calls": [_call_object(call) for call in message.calls]} if message.calls else {}),
+        **({"tool_call_id": message.call_id} if message.call_id else {}),
         **({"partial": True} if message.partial else {}),
     }
+
+
+def _call_object(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def to_markdown(chat: SavedChat) -> str:
@@ -119,6 +128,13 @@ def to_markdown(chat: SavedChat) -> str:
             continue
         if message.thinking:
             paragraphs += ["## Thinking", _quoted(message.thinking)]
+        if message.role == "tool":
+            paragraphs += ["## Result of a tool", _quoted(text)]
+            continue
+        if message.calls:
+            calls = "\n".join(f"{call.name} {call.arguments}" for call in message.calls)
+            paragraphs += [*([_quoted(text)] if text else []), "## Call of a tool", _quoted(calls)]
+            continue
         quotes = _swallows_what_follows(text)
         paragraphs += ["## Answer", _quoted(text) if quotes else text.rstrip("\n")]
         if message.partial:

@@ -7,6 +7,7 @@
 - screen.py: shows answers and notes
 - prompt.py: the prompt at which a person types
 - completion.py, input_history.py, folded_paste.py, typeahead.py: its parts
+- tool_permission.py: asks if a tool may run
 - status_line.py: the line below it
 - other_programs.py: the editor, and the clipboard's tools
 """

@@ -21,10 +21,10 @@ from mixchat.chat.terminal.typeahead import unseen_keys
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.saved.saved_chat import SavedChat
-    from mixchat.chat.session import ChatSession
+    from mixchat.chat.session import ChatEvent, ChatSession
     from mixchat.chat.terminal.prompt import ChatPrompt
     from mixchat.chat.terminal.screen import Screen
-    from mixchat.face.events import End, Event
+    from mixchat.face.events import End
     from mixchat.text.messages import Message
 
 RunCommand = Callable[["ActiveChat", str, str], None]
@@ -171,7 +171,7 @@ class ActiveChat:
                 self.attached.clear()
         self._note_attached()
 
-    def answer(self, events: Iterator[Event], said: str = "") -> None:
+    def answer(self, events: Iterator[ChatEvent], said: str = "") -> None:
         """Show an answer, or the rest of one that has `said` something, and save the chat."""
         history = self.session.history
         try:
@@ -269,7 +269,8 @@ class ActiveChat:
         turns = sum(message.role == "user" for message in history)
         if turns > 1:
             self.screen.say(f"({format_count(turns - 1, 'earlier turn')})")
-        self.screen.show_turns(history[-2:])
+        questions = [i for i, message in enumerate(history) if message.role == "user"]
+        self.screen.show_turns(history[questions[-1] if questions else 0 :])
 
     def attach(self, path: Path, text: str) -> None:
         """Put the text of a file before the next question."""

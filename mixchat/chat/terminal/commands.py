@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mixchat.text.messages import Role
 
 _PIPED_WIDTH = 80  # columns, without a terminal
+_MAX_ABOUT = 100  # characters of a tool's description
 _MAX_LISTED = 20  # chats that /chats lists
 _KEYS = (
     'Alt-Enter, Ctrl-J  new line; or put """ before and after several lines',
@@ -364,6 +365,19 @@ def _read(chat: ActiveChat, argument: str) -> None:
     if path.exists() and not path.is_file():  # nobody may ever write to a FIFO
         raise PromptError(f"{path} is not a file", hint="/read takes a file with text.")
     chat.attach(path, read_text_file(path, chat.session.context or UNKNOWN_CONTEXT))
+
+
+@_command("", "tools of the model", "show the tools that --mcp offers, and which run unasked")
+def _tools(chat: ActiveChat, argument: str) -> None:
+    toolbox = chat.session.tools
+    tools = () if toolbox is None else toolbox.tools
+    if toolbox is None or not tools:
+        chat.screen.say("(no tools; mixchat run --mcp FILE offers those of MCP servers)")
+        return
+    rows = {tool.name: one_line(tool.description or "")[:_MAX_ABOUT] for tool in tools}
+    for name in toolbox.allowed & rows.keys():
+        rows[name] = f"(runs unasked) {rows[name]}"
+    _say_table(chat, rows)
 
 
 @_command("", "room in the context", "show how full the context is")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from mixchat.chat.saved.saved_chat import SavedChat
     from mixchat.chat.session import ChatSession, ModelProvider
+    from mixchat.chat.tools.toolbox import Toolbox
     from mixchat.engine.generate import Engine
     from mixchat.face.events import End
     from mixchat.text.form.output_constraint import OutputConstraint
@@ -85,6 +86,7 @@ class OpenChat:
         self._name = name
         self._options = options
         self._form = form
+        self.tools: Toolbox | None = None  # set before the chat opens
         self.saving = saving
         self._new_report = new_report
         self.resumed = resumed
@@ -225,7 +227,12 @@ class OpenChat:
         if model.engine is not None and options.sampling.get("seed") is None:  # to be shown
             sampling = {**options.sampling, "seed": secrets.randbelow(2**32)}
             options = replace(options, sampling=sampling)
-        return ChatSession(model, options, self._form)
+        if self.tools is not None and not model.knows_tools:
+            self.reporter.note(
+                f"the template of {self._name} knows no tools: a text describes them, "
+                "which the model may not follow"
+            )
+        return ChatSession(model, options, self._form, self.tools)
 
     def _take(self, name: str) -> None:
         opened = self._new_session(name)

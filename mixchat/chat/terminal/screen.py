@@ -12,15 +12,25 @@ from typing import TYPE_CHECKING, TextIO, TypeAlias, cast
 from mixchat.base.quantities import format_time
 from mixchat.base.sanitize import sanitize
 from mixchat.chat import printing
-from mixchat.chat.printing import PROMPT, THINKING, WORDS, left_out_note, painted, thought_note
+from mixchat.chat.printing import (
+    PROMPT,
+    THINKING,
+    WORDS,
+    left_out_note,
+    one_line,
+    painted,
+    thought_note,
+)
+from mixchat.chat.tools.toolbox import ToolResult, ToolStart
 from mixchat.face.events import End, LeftOut, Piece, Reading
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mixchat.chat.draw.markdown_stream import MarkdownStream
-    from mixchat.face.events import Event
+    from mixchat.chat.session import ChatEvent
     from mixchat.text.messages import Message
+    from mixchat.text.tool_call import ToolCall
 
 _PROGRESS_DELAY_S = 1.0  # before progress is shown
 _PROGRESS_INTERVAL_S = 0.1  # between two updates of it
@@ -29,6 +39,8 @@ _STATUS_INTERVAL_S = 0.5  # between two status lines below an answer
 _ERASE = "\r\x1b[K"
 _MAX_QUESTION_LINES = 12  # a longer question is shown by its first and last lines
 _FIRST_LINES = 5
+_MAX_ARGUMENTS = 600  # characters of a call
+_MAX_RESULT = 200  # characters of a tool's result
 _LAST_LINES = 4
 
 
@@ -64,7 +76,7 @@ class Screen:
 
     def show(
         self,
-        events: Iterator[Event],
+        events: Iterator[ChatEvent],
         earlier: str = "",
         below: Callable[[], str] = str,
         *,
@@ -79,13 +91,12 @@ class Screen:
         tokens takes. Many seconds are shown at first.
         """
         waiting = self._waiting = _WaitingLine(self.out, self._clock, self._terminal, expected)
+        thinks = shows_thinking and self._terminal
         answer = self._writer = self._new_writer(below, earlier)
-        thinking: _Writer | None = None
-        if shows_thinking and self._terminal:
-            thinking = self._new_writer(below, note=lambda: f"({thought_note(self._thought)})")
+        thinking = self._thinking_writer(below) if thinks else None
         try:
             # An iterator that is left open goes on computing until it is collected.
-            with closing(cast("Generator[Event, None, None]", events)):
+            with closing(cast("Generator[ChatEvent, None, None]", events)):
                 for event in events:
                     if isinstance(event, Reading):
                         waiting.update(event.done, event.total)
@@ -94,15 +105,42 @@ class Screen:
                         self.say(f"({left_out_note(event.turns)})")
                     elif isinstance(event, End):
                         return event
+                    elif isinstance(event, ToolStart):
+                        waiting.erase()
+                        self._begin_answer(answer)
+                        self._writer = None
+                        answer.close()
+                        self.say_call(event.call)
+                    elif isinstance(event, ToolResult):
+                        self.say_result(event.text)
+                        answer = self._writer = self._new_writer(below)
+                        thinking = self._thinking_writer(below) if thinks else None
                     else:
                         self._show_piece(event, waiting, answer, thinking)
         finally:
             waiting.erase()
             self._waiting = None
-            self._begin_answer(answer)
-            self._writer = None
-            answer.close()
+            if self._writer is not None:  # none while a tool runs
+                self._begin_answer(answer)
+                self._writer = None
+                answer.close()
         raise AssertionError("every answer ends with End")
+
+    def _thinking_writer(self, below: Callable[[], str]) -> _Writer:
+        return self._new_writer(below, note=lambda: f"({thought_note(self._thought)})")
+
+    def say_call(self, call: ToolCall) -> None:
+        """Show a call of a tool with the beginning of its arguments."""
+        arguments = one_line(call.arguments)
+        hidden = len(arguments) - _MAX_ARGUMENTS
+        more = f"... ({hidden:,} more characters)" if hidden > 0 else ""
+        self.say(f"[tool] {one_line(call.name)} {arguments[:_MAX_ARGUMENTS]}{more}")
+
+    def say_result(self, text: str) -> None:
+        """Show the beginning of a tool's result, and its length."""
+        beginning = one_line(text[:_MAX_RESULT])
+        more = f"... ({len(text):,} characters)" if len(text) > _MAX_RESULT else ""
+        self.say(f"[result] {beginning}{more}\n")
 
     def _show_piece(
         self, piece: Piece, waiting: _WaitingLine, answer: _Writer, thinking: _Writer | None
@@ -145,6 +183,9 @@ class Screen:
                     mark = painted("..." if number else ">>>", PROMPT, self.out)
                     printing.draw(f"{mark} {painted(sanitize(line), WORDS, self.out)}\n", self.out)
                 continue
+            if message.role == "tool":
+                self.say_result(message.content)
+                continue
             if message.thinking_tokens:
                 self.say(f"({thought_note(message.thinking_tokens)})")
             if self._terminal and not self.raw:
@@ -153,6 +194,8 @@ class Screen:
                 self._console().print(MarkdownText(message.content))
             else:
                 printing.show(sanitize(f"{message.content}\n"), self.out)
+            for call in message.calls:
+                self.say_call(call)
             self.say("(unfinished; /continue resumes it)\n" if message.partial else "")
 
     def _new_writer(

@@ -13,6 +13,7 @@ from mixchat.chat.terminal.commands import completions, run_command
 from mixchat.chat.terminal.open_chat import OpenChat
 from mixchat.chat.terminal.prompt import ChatPrompt
 from mixchat.chat.terminal.screen import Screen
+from mixchat.chat.terminal.tool_permission import ask_permission
 
 
 def talk(opened: OpenChat, files: Mapping[Path, str], *, raw: bool, vi: bool) -> None:
@@ -31,6 +32,8 @@ def talk(opened: OpenChat, files: Mapping[Path, str], *, raw: bool, vi: bool) ->
     screen.say(f"{name}; /help shows the commands, Ctrl-D leaves")
     with ExitStack() as at_end:
         chat = ActiveChat(opened, screen, at_end)
+        if opened.tools is not None:
+            opened.tools.confirm = lambda name: ask_permission(screen, name)
         if not behind and chat.session.history:
             chat.show_last_turn()
         for path, text in files.items():

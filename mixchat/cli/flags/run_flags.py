@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from mixchat.base.context import Context
 from mixchat.base.errors import UsageError
 from mixchat.base.option import options_of
-from mixchat.base.options import ChatOptions, SamplingOptions
+from mixchat.base.options import ChatOptions, SamplingOptions, ToolOptions
 from mixchat.base.progress import Note
 from mixchat.chat.saved.saved_chat import LAST
 from mixchat.cli.flags import load_flags
@@ -42,6 +42,7 @@ from mixchat.cli.flags.shell_completion import kept_prompts, saved_chats
 from mixchat.serving.client.server_url import ServerURL
 
 if TYPE_CHECKING:
+    from mixchat.chat.tools.toolbox import Toolbox
     from mixchat.text.form.output_constraint import OutputConstraint
 
 _RESUME = ("-r", "--resume")
@@ -62,12 +63,13 @@ _NOT_FOR_LINES = (
         "vi",
     ),
     *("as_json", "extract", "stream", "prompt_cache", "verbose", "schema", "grammar"),
+    *("mcp", "allow"),
 )
 _FOR_LINES = ("resume_from", "keep_failed", "parallel")
 # Parameters for loading a model, which a server has done.
 _FOR_LOADING = (
     *load_flags.LOADING,
-    *("context_size", "exact_prompts", "keep_cache", "prompt_cache"),
+    *("context_size", "exact_prompts", "keep_cache", "prompt_cache", "mcp", "allow"),
 )
 _SAMPLED = tuple(name for name, each in options_of(SamplingOptions).items() if each.usage)
 
@@ -161,6 +163,7 @@ class RunFlags:
         MEMORY,
     )
     chat: Mapping[str, Any] = group(ChatOptions, CHAT, "overflow")
+    tools: Mapping[str, Any] = group(ToolOptions, CHAT, "mcp", "allow")
     resume: str | None = option(
         "-r --resume [ID]",
         "Resume the chat of this ID or name, by default the last one.",
@@ -241,6 +244,21 @@ def read_form(flags: RunFlags, note: Note) -> OutputConstraint | None:
     if flags.schema is not None:
         return read_schema(flags.schema, note)
     return None if flags.grammar is None else read_grammar(flags.grammar, note)
+
+
+def open_tools(flags: RunFlags, note: Note) -> Toolbox | None:
+    """Start the servers of --mcp, and return their tools.
+
+    Raises `UsageError` for a bad file, and `MissingDependencyError` without the package of MCP.
+    """
+    path = flags.tools.get("mcp")
+    if path is None:
+        return None
+    from mixchat.chat.tools.mcp_servers import MCPServers
+    from mixchat.chat.tools.server_file import read_servers
+    from mixchat.chat.tools.toolbox import Toolbox
+
+    return Toolbox(MCPServers(read_servers(path), note), flags.tools.get("allow", ()))
 
 
 def _check_first_word(context: typer.Context, words: Sequence[str]) -> None:

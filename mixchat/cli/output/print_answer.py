@@ -68,6 +68,8 @@ def print_answer(
         show_piece("" if last.endswith("\n") else "\n")
     if end.reason == "interrupted":
         raise KeyboardInterrupt
+    for name in sorted(session.tools.refused) if session.tools is not None else ():
+        note(f"a call of {name} was refused; --allow {name} lets it run")
     if end.reason == "stop" and end.is_thinking:
         note("the model thought, but ended without an answer")
     if end.reason == "context" and session.context is not None:

@@ -34,6 +34,7 @@ class ServerModel:
     engine = None
     sampling = None
     can_skip_thinking = True  # as far as one can know
+    knows_tools = False  # which the chat does not send
 
     def __init__(self, client: ServerClient, model: ListedModel) -> None:
         self._client = client
