@@ -94,7 +94,8 @@ class Answers:
     A line that failed is answered again, unless `keep_failed` is set. A line that was cut off is
     removed. Raises `UsageError` if the file holds anything else.
 
-    last: the largest number of a line that has an answer. failed: the lines whose last answer is an
+    last: the largest number of a line that has an answer. already: the lines that the file had
+    answered when it was opened. failed: the lines whose last answer is an
     error.
     """
 
@@ -110,6 +111,7 @@ class Answers:
                 size = self._read(file, path)
             os.ftruncate(descriptor, size)
             os.lseek(descriptor, size, os.SEEK_SET)
+        self.already = self.count - len(self.failed)
         self._done = self.last
         self._again = frozenset(() if keep_failed else self.failed)
 
@@ -218,7 +220,8 @@ def write_answers(lines: Iterable[Line], answers: Answers, note: Note) -> None:
         tokens += line.end.stats.generated_tokens if isinstance(line.end, End) else 0
     seconds = time.perf_counter() - start
     rate = f", {tokens / seconds:.1f} tok/s" if tokens else ""
-    note(f"{format_count(count, 'line')} in {seconds:.1f} s{rate}")
+    already = f", {answers.already:,} answered already" if answers.already else ""
+    note(f"{format_count(count, 'line')} in {seconds:.1f} s{rate}{already}")
     if answers.failed:
         raise PromptError(
             f"{len(answers.failed)} of {answers.count} lines could not be answered",

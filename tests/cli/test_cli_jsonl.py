@@ -85,8 +85,10 @@ def test_what_was_cut_off_continues_where_it_was(run, tmp_path):
             (line["line"], line["answer"]) for line in parsed(whole)
         ]
         assert b"note: 3 lines" in done.stderr
+        assert done.stderr.endswith(b", 2 answered already\n")
     again = run("--jsonl", source, "--resume-from", out)
-    assert b"note: 0 lines" in again.stderr
+    assert again.stderr.startswith(b"note: 0 lines in ")
+    assert again.stderr.endswith(b", 5 answered already\n")
 
 
 @pytest.mark.parametrize("content", ["my notes", "my notes\n", '{"line": 0}\n', '["line"]\n'])
