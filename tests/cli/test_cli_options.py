@@ -214,6 +214,7 @@ def test_a_flag_has_the_same_help_in_all_commands():
         "--keep-cache",
         "--expert-bits",
         "--dense-bits",
+        "--prompt",
     }  # mean other things
 
 
