@@ -97,10 +97,19 @@ def test_flags_of_loading_are_refused_by_name_before_anything_is_asked(ask, flag
 
 def test_each_flag_of_run_either_works_with_a_server_or_is_refused():
     """A new flag that says how to load a model has to be added to those that are refused."""
-    work = {"prompt", "kept_prompt", "file", "model", "server", "system", "system_file", "temperature", "top_p"}
+    work = {"prompt", "file", "model", "server", "system", "system_file", "temperature", "top_p"}
     work |= {"top_k", "min_p", "repeat_penalty", "seed", "max_tokens", "stop", "overflow"}
     work |= {"resume", "save", "raw", "vi", "as_json", "extract", "stream", "quiet", "verbose"}
-    work |= {"schema", "grammar", "jsonl", "resume_from", "keep_failed", "parallel", "think"}
+    work |= {
+        "schema",
+        "grammar",
+        "jsonl",
+        "resume_from",
+        "keep_failed",
+        "parallel",
+        "think",
+        "kept_prompt",
+    }
     command = typer.main.get_command(app).commands["run"]
     names = {parameter.name for parameter in command.params}
     assert names == work | set(run_flags._FOR_LOADING)

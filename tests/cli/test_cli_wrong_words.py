@@ -12,7 +12,7 @@ def lines_of(done):
     ("words", "said"),
     [
         ("run --temprature 4", "--temperature"),
-        ("run --prompt Hi", "--prompt-cache"),
+        ("run --prompt-cach Hi", "--prompt-cache"),
         ("dowload", "'download'?"),
         ("--nonsense", "--nonsense"),
         ("download", "MODEL"),
