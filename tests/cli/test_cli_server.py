@@ -100,16 +100,8 @@ def test_each_flag_of_run_either_works_with_a_server_or_is_refused():
     work = {"prompt", "file", "model", "server", "system", "system_file", "temperature", "top_p"}
     work |= {"top_k", "min_p", "repeat_penalty", "seed", "max_tokens", "stop", "overflow"}
     work |= {"resume", "save", "raw", "vi", "as_json", "extract", "stream", "quiet", "verbose"}
-    work |= {
-        "schema",
-        "grammar",
-        "jsonl",
-        "resume_from",
-        "keep_failed",
-        "parallel",
-        "think",
-        "kept_prompt",
-    }
+    work |= {"schema", "grammar", "jsonl", "resume_from", "keep_failed", "parallel", "think"}
+    work |= {"kept_prompt"}
     command = typer.main.get_command(app).commands["run"]
     names = {parameter.name for parameter in command.params}
     assert names == work | set(run_flags._FOR_LOADING)
