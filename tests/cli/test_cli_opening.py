@@ -41,7 +41,7 @@ def seen(monkeypatch):
         seen["directory"], seen["load"] = installed.directory, options
         return ScriptedEngine()
 
-    def session(model, options, form):
+    def session(model, options, form, tools):
         seen["session"] = options
         model.close()
         raise Stop
