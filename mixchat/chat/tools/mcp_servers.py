@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mixchat.base import interrupts
@@ -59,7 +59,7 @@ class MCPServers:
             logging.getLogger(name).propagate = False
         self._entries = entries
         self._note = note
-        self._offered: dict[str, _OfferedTool] = {}
+        self._listed: dict[str, list[_OfferedTool]] = {}  # by the name of the server
         self._started: list[list[ServerProcess]] = []  # of each server
         self._told: set[str] = set()
         self._loop = asyncio.new_event_loop()
@@ -76,12 +76,26 @@ class MCPServers:
             if fault and entry.name not in self._told:
                 self._told.add(entry.name)
                 self._note(f"MCP server {entry.name}: {fault}")
-        return tuple(each.tool for each in self._offered.values())
+        return tuple(each.tool for each in self._by_name().values())
+
+    def _by_name(self) -> dict[str, _OfferedTool]:
+        """Return the tools by names of their own, in the order of the file.
+
+        By the order in which servers answer, a tool had another name in another run.
+        """
+        offered: dict[str, _OfferedTool] = {}
+        for entry in self._entries:
+            for each in self._listed.get(entry.name, ()):
+                name = each.tool.name
+                if name in offered:
+                    name = re.sub(r"[^a-zA-Z0-9_.-]", "_", f"{entry.name}_{name}")[:128]
+                offered[name] = replace(each, tool=replace(each.tool, name=name))
+        return offered
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:
         """Return the text of a tool's result. Ctrl-C ends the wait. Raises `ToolError`."""
         running = asyncio.run_coroutine_threadsafe(
-            self._call(self._offered[name], arguments), self._loop
+            self._call(self._by_name()[name], arguments), self._loop
         )
         try:
             return running.result(_CALL_TIMEOUT_S + _END_TIMEOUT_S)
@@ -155,6 +169,7 @@ class MCPServers:
 
     async def _list(self, client: Any, entry: ServerEntry) -> str:
         """Offer the tools of a server. Return why some of them are not offered, or nothing."""
+        listed = self._listed.setdefault(entry.name, [])
         cursor = None
         left_out = 0
         count = 0
@@ -166,10 +181,7 @@ class MCPServers:
                 if tool is None or count - left_out > _MAX_TOOLS:
                     left_out += 1
                     continue
-                if tool.name in self._offered:
-                    name = re.sub(r"[^a-zA-Z0-9_.-]", "_", f"{entry.name}_{tool.name}")[:128]
-                    tool = Tool(name, tool.description, tool.parameters)
-                self._offered[tool.name] = _OfferedTool(tool, raw.name, client.session)
+                listed.append(_OfferedTool(tool, raw.name, client.session))
             cursor = page.next_cursor
             if cursor is None or count > 10 * _MAX_TOOLS:
                 break
