@@ -232,14 +232,14 @@ class ChatSession:
         As long as the model calls tools, they run, and it answers again. After `MAX_ROUNDS` such
         answers it is offered no more tools.
         """
-        before = self.history
+        earlier_history = self.history
         for calls_left in range(MAX_ROUNDS, -1, -1):
             try:
                 end = yield from self._answer_once(asked, answered, offers_tools=calls_left > 0)
             except MixchatError as error:
                 # Results that do not fit the context would spoil each question after this one.
                 if calls_left < MAX_ROUNDS and not isinstance(error, ServerError):
-                    self.history = before
+                    self.history = earlier_history
                 raise
             if end.reason != "tool_calls" or self.tools is None or not self.history[-1].calls:
                 yield end

@@ -141,9 +141,9 @@ def serve(context: typer.Context, flags: ServeFlags) -> None:
     Ctrl-C or SIGTERM closes the port and lets running answers end, for 7 seconds at most. A server
     behind a load balancer gets more with --drain.
     """
-    # Exact prompts make an answer the same whoever else is served.
     from mixchat.install.models import default_model
 
+    # Exact prompts make an answer the same whoever else is served.
     load = LoadOptions(exact_prompts=True, **flags.load)
     if flags.keep_cache and not flags.shared_prefix:
         raise UsageError("--keep-cache saves what --no-shared-prefix does not use again")

@@ -39,9 +39,9 @@ _STATUS_INTERVAL_S = 0.5  # between two status lines below an answer
 _ERASE = "\r\x1b[K"
 _MAX_QUESTION_LINES = 12  # a longer question is shown by its first and last lines
 _FIRST_LINES = 5
+_LAST_LINES = 4
 _MAX_ARGUMENTS = 600  # characters of a call
 _MAX_RESULT = 200  # characters of a tool's result
-_LAST_LINES = 4
 
 
 class Screen:

@@ -257,9 +257,9 @@ class _Closing:
         if not isinstance(schema, dict):
             return schema
         combining = _COMBINING & schema.keys()
-        others = {*schema} - combining - NOTES - {"type"}
+        other_keys = {*schema} - combining - NOTES - {"type"}
         branches = _branches(schema)
-        is_lone = len(combining) == 1 and not others and len(branches.get("allOf", "-")) == 1
+        is_lone = len(combining) == 1 and not other_keys and len(branches.get("allOf", "-")) == 1
         if not combining or is_lone:
             return _sealed(_with_parts(schema, self.closed))
         opened, names = self._opened(schema)
