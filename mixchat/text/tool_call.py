@@ -73,6 +73,12 @@ def new_call_id() -> str:
     return "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH))
 
 
+def call_object(call: ToolCall | CallDelta) -> dict[str, Any]:
+    """Return a call as a message of OpenAI's has it."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
 def properties_of(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return the schemas of an object's properties, {} for a required one without a schema."""
     properties = schema.get("properties")

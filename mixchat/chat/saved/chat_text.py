@@ -9,11 +9,11 @@ from datetime import timezone
 from typing import TYPE_CHECKING, Any
 
 from mixchat.chat.printing import one_line
+from mixchat.text.tool_call import call_object
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.saved_chat import ChatSummary, SavedChat
     from mixchat.text.messages import Message
-    from mixchat.text.tool_call import ToolCall
 
 _HEADINGS = ("ID", "LAST USED", "MODEL", "TURNS")
 _MIN_QUESTION_WIDTH = 20  # cells
@@ -91,15 +91,10 @@ def _message_object(message: Message) -> dict[str, Any]:
         "role": message.role,
         "content": message.content,
         **({"reasoning_content": message.thinking} if message.thinking else {}),
-        **({"tool_calls": [_call_object(call) for call in message.calls]} if message.calls else {}),
+        **({"tool_calls": [call_object(call) for call in message.calls]} if message.calls else {}),
         **({"tool_call_id": message.call_id} if message.call_id else {}),
         **({"partial": True} if message.partial else {}),
     }
-
-
-def _call_object(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call.id, "type": "function", "function": function}
 
 
 def to_markdown(chat: SavedChat) -> str:

@@ -12,14 +12,7 @@ from mixchat.face.request import ToolOffer
 from mixchat.serving.requests.errors import RequestError, field_error
 from mixchat.serving.requests.fields import RequestObject, max_items, read_object, wrong
 from mixchat.text.messages import Message
-from mixchat.text.tool_call import (
-    TOOL_NAME,
-    TOOL_NAME_RULE,
-    CallDelta,
-    Tool,
-    ToolCall,
-    whole_arguments,
-)
+from mixchat.text.tool_call import TOOL_NAME, TOOL_NAME_RULE, Tool, ToolCall, whole_arguments
 
 MAX_TOOLS = 128
 _MAX_CALLS = 128  # of a message
@@ -161,9 +154,3 @@ def readable(result: Any) -> Any:
         return result
     images = [isinstance(part, dict) and part.get("type") in _IMAGES for part in result]
     return [_UNSEEN if image else part for image, part in zip(images, result, strict=True)]
-
-
-def call_object(call: ToolCall | CallDelta) -> dict[str, Any]:
-    """Return a call as a message of OpenAI's has it."""
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call.id, "type": "function", "function": function}

@@ -13,9 +13,8 @@ from mixchat.face.events import End, Piece, TokenLogprob
 from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.requests.fields import JSON, read_object, to_json
 from mixchat.serving.requests.shared import APIRequest
-from mixchat.serving.requests.tool_fields import call_object
 from mixchat.text.tokenizer import TokenTexts
-from mixchat.text.tool_call import CallDelta, joined_calls
+from mixchat.text.tool_call import CallDelta, call_object, joined_calls
 
 if TYPE_CHECKING:
     from mixchat.face.model import Model
