@@ -26,7 +26,9 @@ _PER_SECOND = re.compile(r"\s*/\s*s\s*$", re.IGNORECASE)
 class PlanFlags:
     """The flags of `mixchat plan`."""
 
-    model: str = load_flags.model_argument(load_flags.ANY_MODEL, "instruct")
+    model: str = load_flags.model_argument(
+        load_flags.ANY_MODEL, "instruct", show_default="the recommended one"
+    )
     ram: str | None = option(
         "--ram SIZE", "Plan for a machine with this RAM, such as 16GB.", MACHINE
     )
@@ -52,7 +54,8 @@ class PlanFlags:
 def plan(context: typer.Context, flags: PlanFlags) -> None:
     """Predict whether a model fits here, and how fast it runs.
 
-    Without a MODEL, it plans the default model and compares it with all known ones. With a MODEL,
+    Without a MODEL, it recommends one and compares all known ones. The recommended one has the
+    highest score of those that memory holds and that are faster than a person reads. With a MODEL,
     it compares experts in fewer bits. All speeds are estimates that follow from one measurement.
     No weights are downloaded.
 
@@ -95,7 +98,8 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
     mix = size if size is not None and is_for_calibration(size) else None
     bits = None if size is None or mix is not None else size.whole
     told = ToldMachine(**figures)
-    catalog = {} if is_given(context, "model") else known_blueprints()
+    names_one = is_given(context, "model") or size is not None
+    catalog = {} if names_one else known_blueprints()
 
     def report_on(ref: models.ModelRef) -> PlanReport:
         with reporter.progress() as progress:
@@ -111,6 +115,10 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
             again=flags.measure,
             catalog=catalog,
         )
+        if machine_plan.recommended is not None:
+            ref = models.resolve(machine_plan.recommended[0])
+            with reporter.progress() as progress:
+                planned = outline(ref, progress, free_disk=told.free_disk)
         return PlanReport(planned, machine_plan)
 
     try:
@@ -120,7 +128,6 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
         if not catalog or options.host_memory or options.device_memory:
             raise
         smallest = min(catalog, key=lambda names: catalog[names].weights_size)[0]
-        reporter.note(f"{flags.model} does not fit into memory, so this is the plan of {smallest}")
         report = report_on(models.resolve(smallest))
     report.show(flags.as_json)
 

@@ -15,8 +15,9 @@ from mixchat.base.quantities import parse_duration
 from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.settings import AGAIN, SERVER, loading, option, setting
+from mixchat.cli.flags.settings import AGAIN, SERVER, is_given, loading, option, setting
 from mixchat.cli.output.progress import TerminalReporter
+from mixchat.face.load import recommending
 from mixchat.serving.client.server_url import SERVER_PORT
 from mixchat.serving.serve import ServeOptions, serve_experts, serve_http
 
@@ -163,7 +164,8 @@ def serve(context: typer.Context, flags: ServeFlags) -> None:
         aliases=parse_aliases(flags.alias or ()),
         log_requests=flags.log_requests,
     )
-    serve_http(flags.model or default_model(), load, options, TerminalReporter())
+    with recommending(is_given(context, "model")):
+        serve_http(flags.model or default_model(), load, options, TerminalReporter())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from mixchat.base.model_config import advised_length, advised_sampling
 from mixchat.base.option import documented, options_of
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import QuietReporter, Reporter
+from mixchat.base.quantities import format_size
 from mixchat.engine.environment import prepare_environment
 
 if TYPE_CHECKING:
@@ -137,3 +138,30 @@ def find_or_build(name: str, reporter: Reporter) -> Path:
 
     with reporter.progress() as progress:
         return download(DownloadRequest(ref, QuantizeOptions()), progress)
+
+
+@contextmanager
+def recommending(is_named: bool) -> Iterator[None]:
+    """Let the error of a missing model name one for this machine, if a person named none.
+
+    It does so only if no model is here yet.
+    """
+    from mixchat.install.models import TO_TRY, names_here
+
+    try:
+        yield
+        return
+    except ModelNotFoundError:
+        if is_named or names_here():
+            raise
+    prepare_environment()
+    from mixchat.install.known_models import KNOWN
+    from mixchat.loading.plan import recommend
+
+    hint = f"'mixchat plan' compares all that it knows, and {TO_TRY}."
+    if (best := recommend()) is not None:
+        name, plan = best
+        size = format_size(plan.fit.blueprint.weights_size)
+        download = f"{KNOWN[name].fetched_gb} GB, then {size} of disk"
+        hint = f"To get the one for this machine: mixchat download {name} ({download}). {hint}"
+    raise ModelNotFoundError("no model is on this machine yet", hint=hint)

@@ -12,7 +12,7 @@ from mixchat.base.model_config import MAX_DEFAULT_TOKENS
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
 from mixchat.base.settings import report_path_by_key
-from mixchat.face.load import check_model, find_or_build, open_model
+from mixchat.face.load import check_model, find_or_build, open_model, recommending
 from mixchat.face.reading_time import Predictor
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class LocalModels:
         self._load = load
         self._reporter = reporter
         self._usual = usual
+        self._is_named = True
 
     def choose(self, name: str | None, resumed: str | None, *, from_server: bool) -> str:
         """Return a model. The usual one continues a server's chat whose model is unknown here.
@@ -46,6 +47,7 @@ class LocalModels:
         if name is not None:
             return name
         if resumed is None or (from_server and not is_model(resumed)):
+            self._is_named = False
             return self._usual or default_model()
         return resumed
 
@@ -67,7 +69,8 @@ class LocalModels:
 
     def prepare(self, name: str) -> bool:
         """Raise `ModelNotFoundError` if there is no such model. A missing demo is built."""
-        find_or_build(name, self._reporter)
+        with recommending(self._is_named):
+            find_or_build(name, self._reporter)
         return True
 
     def open(
@@ -77,9 +80,10 @@ class LocalModels:
         **model_options: Any,
     ) -> Model:
         """Load a model. `model_options` are of `Model`."""
-        return open_model(
-            name, self._load, self._reporter, least_context=least_context, **model_options
-        )
+        with recommending(self._is_named):
+            return open_model(
+                name, self._load, self._reporter, least_context=least_context, **model_options
+            )
 
     def predictor(self, model: ChatModel, name: str) -> Predictor:
         from mixchat.install.models import installed_directory

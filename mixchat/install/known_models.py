@@ -13,11 +13,25 @@ from mixchat.weights.families.read_config import read_config, slices
 
 
 @dataclass(frozen=True)
+class GPQAScore:
+    """A model's result in GPQA, hard questions about science, as its maker published it.
+
+    percent: of right answers. Guessing gives 25. Makers measure in their own ways, so a few points
+    say nothing. Models without a published result have no score.
+    """
+
+    percent: float
+    source: str
+    date: str  # year and month
+
+
+@dataclass(frozen=True)
 class KnownModel:
-    """A repository on the hub, and the name of its config.json in known/."""
+    """A repository on the hub, the name of its config.json in known/, and the model's quality."""
 
     repo: str
     file: str
+    score: GPQAScore | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -62,29 +76,45 @@ class KnownModel:
 
 
 # The values in known/ are the defaults of transformers' config classes, except for those that are
-# named here. The ids of tokens come from the repositories.
+# named here. The ids of tokens come from the repositories. The models stand by size, with the
+# oldest ones last.
 KNOWN: dict[str, KnownModel] = {
-    "instruct": KnownModel("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-8x7b"),
-    "base": KnownModel("mistralai/Mixtral-8x7B-v0.1", "mixtral-8x7b"),
-    "8x22b": KnownModel("mistralai/Mixtral-8x22B-Instruct-v0.1", "mixtral-8x22b"),
-    # The layers, head_dim, the context, rope_theta and norm_topk_prob come from the repositories.
-    "qwen3": KnownModel("Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3"),
-    "qwen3-coder": KnownModel("Qwen/Qwen3-Coder-30B-A3B-Instruct", "qwen3"),
-    # The class describes 120b. 20b has fewer layers and experts.
-    "gpt-oss": KnownModel("openai/gpt-oss-20b", "gpt-oss"),
-    # The ropes and the layers with a window come from the repository, by other programs.
-    "mellum2": KnownModel("JetBrains/Mellum2-12B-A2.5B-Instruct", "mellum2"),
+    # All values come from the repository, by other programs. The multipliers are also those of 1B.
+    "granite": KnownModel("ibm-granite/granite-3.1-3b-a800m-instruct", "granite"),
     # The experts are half as wide as by default.
     "olmoe": KnownModel("allenai/OLMoE-1B-7B-0125-Instruct", "olmoe"),
     # All values come from the repositories, by other programs.
-    "qwen3.6": KnownModel("Qwen/Qwen3.6-35B-A3B", "qwen3.6"),
-    "qwen3-coder-next": KnownModel("Qwen/Qwen3-Coder-Next", "qwen3-coder-next"),
-    "glm-4.7-flash": KnownModel("zai-org/GLM-4.7-Flash", "glm-4.7-flash"),
-    "gemma4": KnownModel("google/gemma-4-26B-A4B-it", "gemma4"),
-    "lfm2": KnownModel("LiquidAI/LFM2-8B-A1B", "lfm2"),
+    "lfm2": KnownModel("LiquidAI/LFM2-8B-A1B", "lfm2", GPQAScore(29.3, "its card", "2025-10")),
+    # The ropes and the layers with a window come from the repository, by other programs.
+    "mellum2": KnownModel(
+        "JetBrains/Mellum2-12B-A2.5B-Instruct",
+        "mellum2",
+        GPQAScore(40.9, "arXiv 2605.31268", "2026-05"),
+    ),
+    # The class describes 120b. 20b has fewer layers and experts. The score is of high effort.
+    "gpt-oss": KnownModel(
+        "openai/gpt-oss-20b", "gpt-oss", GPQAScore(71.5, "arXiv 2508.10925", "2025-08")
+    ),
+    # All values of the next four come from the repositories, by other programs.
     "lfm2-24b": KnownModel("LiquidAI/LFM2-24B-A2B", "lfm2-24b"),
-    # All values come from the repository, by other programs. The multipliers are also those of 1B.
-    "granite": KnownModel("ibm-granite/granite-3.1-3b-a800m-instruct", "granite"),
+    "gemma4": KnownModel(
+        "google/gemma-4-26B-A4B-it", "gemma4", GPQAScore(82.3, "its card", "2026-04")
+    ),
+    "glm-4.7-flash": KnownModel(
+        "zai-org/GLM-4.7-Flash", "glm-4.7-flash", GPQAScore(75.2, "its card", "2026-01")
+    ),
+    # The layers, head_dim, the context, rope_theta and norm_topk_prob come from the repositories.
+    "qwen3": KnownModel(
+        "Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3", GPQAScore(70.4, "its card", "2025-07")
+    ),
+    "qwen3-coder": KnownModel("Qwen/Qwen3-Coder-30B-A3B-Instruct", "qwen3"),
+    "qwen3.6": KnownModel(
+        "Qwen/Qwen3.6-35B-A3B", "qwen3.6", GPQAScore(86.0, "its card", "2026-04")
+    ),
+    "qwen3-coder-next": KnownModel("Qwen/Qwen3-Coder-Next", "qwen3-coder-next"),
+    "8x22b": KnownModel("mistralai/Mixtral-8x22B-Instruct-v0.1", "mixtral-8x22b"),
+    "instruct": KnownModel("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-8x7b"),
+    "base": KnownModel("mistralai/Mixtral-8x7B-v0.1", "mixtral-8x7b"),
 }
 """By the name that commands take."""
 

@@ -28,7 +28,8 @@ from mixchat.weights.format.own_files import own_bytes
 from mixchat.weights.format.workspace import is_model_directory, key_of, workspace
 
 DEMO = "demo"
-_DEFAULT = "instruct"
+_DEFAULT = "instruct"  # until a model is here
+TO_TRY = f"'mixchat run -m {DEMO}' tries a small one"
 DEMO_ABOUT = """\
 A small dense model, converted to a mixture of experts, to try mixchat with. It
 is not Mixtral: the eight experts of a layer compute the same function, so that
@@ -266,12 +267,14 @@ def names_here() -> list[str]:
 def default_model(flag: str = "-m ") -> str:
     """Return the name of the model that a command takes if none is named.
 
-    It is the one used last, by the reports of runs, else the only one. `flag` stands before a name
-    in the hint. Raises `UsageError` if there are several, and none has been used.
+    It is the one used last, by the reports of runs, else the only one, even if it is unfinished.
+    `flag` stands before a name in the hint. Raises `UsageError` if there are several, and none has
+    been used.
     """
     installed = installed_names()
     if len(installed) < 2:
-        return installed[0] if installed else _DEFAULT
+        known = installed or names_here()
+        return known[0] if len(known) == 1 else _DEFAULT
     times = {
         name: path.lstat().st_mtime_ns
         for name in installed
@@ -344,7 +347,7 @@ def _is_of_size(name: str, alias: str) -> bool:
 def _models_to_try(names: Sequence[str]) -> str:
     """Return a sentence with the names of models here, or with the demo if there are none."""
     if not names:
-        return f"No model is here yet: 'mixchat run -m {DEMO}' tries a small one."
+        return f"No model is here yet: 'mixchat plan' recommends one, and {TO_TRY}."
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return f"Models on this machine: {', '.join(names[:_MOST_NAMED])}{more}."
 

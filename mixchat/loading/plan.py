@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,21 +11,34 @@ from pathlib import Path
 
 import torch
 
+from mixchat.base import gpu
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.machine import OtherPrograms
 from mixchat.base.options import ExpertSize, LoadOptions
 from mixchat.base.progress import Reporter
 from mixchat.base.quantities import format_age
+from mixchat.base.settings import models_dir
 from mixchat.experts.memory import CPU
-from mixchat.install.make.outline import Outline
+from mixchat.install.known_models import KNOWN
+from mixchat.install.make.download_plan import ShardBytes
+from mixchat.install.make.outline import Outline, known_blueprints
 from mixchat.install.make.quantize_options import DEMO_LOSS
+from mixchat.install.models import find_installed
 from mixchat.kernels.cpu.compile import require_kernels
 from mixchat.loading.devices import is_free_to_choose, on_cpu_because, usable_devices
 from mixchat.planning.fitting import expected_mix, fit_model, has_bits
 from mixchat.planning.hardware import Machine, ToldMachine
 from mixchat.planning.machine_speeds import BUSY, MachineSpeeds
-from mixchat.planning.measuring import measure_machine, saved_speeds
-from mixchat.planning.plan import MachinePlan, ModelPlan, Names, fit_on_faster, plan_known, scaled
+from mixchat.planning.measuring import estimated_speeds, measure_machine, saved_speeds
+from mixchat.planning.plan import (
+    MachinePlan,
+    ModelPlan,
+    Names,
+    fit_on_faster,
+    plan_known,
+    recommended,
+    scaled,
+)
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.manifest import is_installed
@@ -44,7 +58,8 @@ def plan(
 
     `told` has the figures of another machine. `programs` tells how busy this one is. All speeds
     come from one measurement. The speeds of the models of `catalog`, by their names, and of experts
-    in fewer bits follow from it by arithmetic.
+    in fewer bits follow from it by arithmetic. With a catalog, the plan is that of its recommended
+    model, and `outline` is only measured.
     Raises `MixchatError` if the model does not fit, an option cannot be used, or the CPU is too
     old.
     """
@@ -70,17 +85,21 @@ def plan(
         # busy machine 4 bits had 1.6 to 7 tok/s, and 3 bits, measured later, had 8 to 9.6.
         return told.speeds(scaled(measured, blueprint, model))
 
-    known = plan_known(catalog, free, device, options, speeds_of, chooses=chooses)
+    known = dict(plan_known(catalog, free, device, options, speeds_of, chooses=chooses))
+    disk_free = math.inf if told.is_another and told.free_disk is None else machine.disk_free
+    names = recommended(known, lambda names: _has_room(names, catalog[names], disk_free))
+    planned = blueprint if names is None else catalog[names]
+    speeds = speeds_of(planned)
     if chooses:
-        model, why = fit_on_faster(blueprint, free, options, told.speeds(measured))
+        model, why = fit_on_faster(planned, free, options, speeds)
         if why is not None:
             reason = on_cpu_because(machine.gpus[0].name, why)
             device = CPU
             machine = machine.without_gpus()
     else:
-        model = ModelPlan.of(fit_model(blueprint, free, options), device, told.speeds(measured))
+        model = ModelPlan.of(fit_model(planned, free, options), device, speeds)
     sizes = {"4": model}
-    if not outline.installed and "--expert-bits" not in outline.arguments:
+    if not catalog and not outline.installed and "--expert-bits" not in outline.arguments:
         for bits in tuple(DEMO_LOSS)[1:]:
             with suppress(ResourceError, UsageError):  # too large, or keeps its published bits
                 smaller = expected_mix(blueprint, ExpertSize.parse(bits))
@@ -88,7 +107,42 @@ def plan(
                 sizes[bits] = ModelPlan.of(fit, device, speeds_of(smaller))
     if len(sizes) == 1:
         sizes = {}
-    return MachinePlan(machine, told, model, sizes, catalog, dict(known), reason)
+    return MachinePlan(machine, told, model, sizes, catalog, known, reason, names)
+
+
+def recommend() -> tuple[str, ModelPlan] | None:
+    """Return the name of the known model that is recommended for this machine, and its plan.
+
+    The speeds are quick estimates. Return None if no model fits.
+    """
+    devices = usable_devices(None).devices
+    gpus = [device for device in devices if gpu.is_gpu(device)]
+    catalog = known_blueprints()
+    machine = Machine.now(models_dir(), devices)
+    known = dict(
+        plan_known(
+            catalog,
+            machine.free,
+            devices[0],
+            LoadOptions(),
+            lambda blueprint: estimated_speeds(blueprint, gpus),
+            chooses=bool(gpus),
+        )
+    )
+    names = recommended(known, lambda names: _has_room(names, catalog[names], machine.disk_free))
+    if names is None:
+        return None
+    plan = known[names]
+    assert isinstance(plan, ModelPlan)
+    return names[0], plan
+
+
+def _has_room(names: Names, blueprint: Blueprint, free: float) -> bool:
+    """Return whether a known model is installed, or `free` bytes of disk take its download."""
+    if find_installed(names[0]) is not None:
+        return True
+    shards = ShardBytes.foreseen(KNOWN[names[0]].fetched_bytes, blueprint.weights_size)
+    return shards.peak(ahead=False) <= free
 
 
 def in_mix(outline: Outline, bits: ExpertSize) -> Outline:

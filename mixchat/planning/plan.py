@@ -17,7 +17,8 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import format_size
 from mixchat.experts.memory import CPU
 from mixchat.experts.placement import Placement
-from mixchat.planning.expectation import SpeedEstimate
+from mixchat.install.known_models import KNOWN
+from mixchat.planning.expectation import READING, SpeedEstimate
 from mixchat.planning.fitting import FreeMemory, MemoryPlan, fit_model
 from mixchat.planning.hardware import Machine, ToldMachine
 from mixchat.planning.machine_speeds import LAYER_START_S, MachineSpeeds
@@ -35,6 +36,11 @@ class ModelPlan:
 
     fit: MemoryPlan
     speed: SpeedEstimate
+
+    @property
+    def is_resident(self) -> bool:
+        """Return whether memory holds all experts, so that no token waits for the disk."""
+        return self.fit.placement.held >= self.fit.placement.experts
 
     @classmethod
     def of(cls, fit: MemoryPlan, device: torch.device, speeds: MachineSpeeds) -> ModelPlan:
@@ -54,6 +60,7 @@ class MachinePlan:
     catalog: Mapping[Names, Blueprint]
     known: Mapping[Names, ModelPlan | str]  # plans of the catalog, or why there is none
     reason: str | None = None  # why not all GPUs compute, as a sentence
+    recommended: Names | None = None  # of the catalog, whose plan `model` is
 
 
 def fit_on_faster(
@@ -89,11 +96,11 @@ def plan_known(
     *,
     chooses: bool = False,
 ) -> Iterator[tuple[Names, ModelPlan | str]]:
-    """Yield the names of each model with its plan, or why there is none, by size.
+    """Yield the names of each model with its plan, or why there is none.
 
     If it `chooses`, a model that the GPUs cannot hold, or that is slower on them, gets the CPU.
     """
-    for names, blueprint in sorted(catalog.items(), key=lambda item: item[1].weights_size):
+    for names, blueprint in catalog.items():
         speeds = speeds_of(blueprint)
         try:
             if chooses:
@@ -104,6 +111,29 @@ def plan_known(
             yield names, "does not fit into memory"
         except UsageError:
             yield names, "does not run with these flags"
+
+
+def recommended(
+    known: Mapping[Names, ModelPlan | str], has_room: Callable[[Names], bool]
+) -> Names | None:
+    """Return the names of the best model for a machine, None if no model fits.
+
+    The best one has the highest published score of those that are held in memory as a whole, and
+    decode faster than a person reads. Models without a score come after those, by size. If there
+    is no such model, the fastest one is the best. `has_room` tells if the disk takes a download.
+    """
+    plans = {names: plan for names, plan in known.items() if not isinstance(plan, str)}
+    plans = {names: plan for names, plan in plans.items() if has_room(names)} or plans
+    rates = {names: plan.speed.tokens_per_second or 0.0 for names, plan in plans.items()}
+    good = [names for names, plan in plans.items() if plan.is_resident and rates[names] >= READING]
+    if not good:
+        return max(rates, key=rates.__getitem__, default=None)
+
+    def quality(names: Names) -> tuple[float, int]:
+        score = KNOWN[names[0]].score
+        return score.percent if score else 0.0, plans[names].fit.blueprint.weights_size
+
+    return max(good, key=quality)
 
 
 def scaled(speeds: MachineSpeeds, measured: Blueprint, blueprint: Blueprint) -> MachineSpeeds:

@@ -384,6 +384,8 @@ class TestDefault:
         """A chat asked for 93 GB, although the demo was installed."""
         keep("half", finished=False)
         (models.models_dir() / "notes").mkdir()
+        assert models.default_model() == "half"  # the error says how to resume it
+        keep("other", finished=False)
         assert models.default_model() == "instruct"
         keep("mistralai--Mixtral-8x7B-v0.1")
         assert models.default_model() == "base"

@@ -1,6 +1,7 @@
 """A plan says what loading will do, on machines that are only described."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.placement import Placement
+from mixchat.install.known_models import KNOWN
 from mixchat.install.make.outline import known_blueprints
 from mixchat.loading.loader import load_engine
 from mixchat.planning import fitting, measuring
@@ -21,7 +23,7 @@ from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.hardware import Machine
 from mixchat.planning.machine_speeds import MachineSpeeds
 from mixchat.planning.measuring import measurement_file
-from mixchat.planning.plan import ModelPlan, plan_known, predict_speed, scaled
+from mixchat.planning.plan import ModelPlan, plan_known, predict_speed, recommended, scaled
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -179,15 +181,52 @@ def test_trellis_codes_take_a_gpu_longer_than_their_bytes():
 
 def known_on(free: float, **options: Any) -> dict[tuple[str, ...], ModelPlan | str]:
     memory, load = FreeMemory(int(free * GB)), LoadOptions(**options)
-    return dict(plan_known(known_blueprints(), memory, CPU, load, lambda blueprint: SPEEDS))
+    return dict(plan_known(known_blueprints(), memory, CPU, load, speeds_of))
 
 
-def test_the_known_models_come_by_their_size_with_the_same_estimate_as_a_plan():
+def speeds_of(blueprint: Blueprint) -> MachineSpeeds:
+    return scaled(SPEEDS, BLUEPRINT, blueprint)
+
+
+def test_known_models_come_by_size_with_mixtral_last_and_the_estimate_of_a_plan():
     found, catalog = known_on(13), known_blueprints()
-    assert [*found] == sorted(catalog, key=lambda names: catalog[names].weights_size)
-    instruct = next(names for names in found if "instruct" in names)
+    assert [*found][:-1] == sorted([*catalog][:-1], key=lambda names: catalog[names].weights_size)
+    instruct = [*found][-1]
+    assert instruct == ("instruct", "base")
     fit = fit_model(catalog[instruct], FreeMemory(13 * GB), LoadOptions())
-    assert found[instruct] == ModelPlan.of(fit, CPU, SPEEDS)
+    assert found[instruct] == ModelPlan.of(fit, CPU, speeds_of(catalog[instruct]))
+
+
+@pytest.mark.parametrize(
+    ("free", "room", "name"),
+    [
+        (5.5, {}, "olmoe"),  # lfm2 would read from the disk
+        (14, {}, "gpt-oss"),
+        (22, {}, "qwen3.6"),
+        (60, {}, "qwen3.6"),  # not instruct, which has no score
+        (60, {"granite", "olmoe", "lfm2-24b"}, "lfm2-24b"),  # without scores, the largest
+        (60, {"8x22b"}, "8x22b"),  # slower than a person reads, but all that there is room for
+        (2, {}, "granite"),  # the fastest, if memory holds none
+    ],
+)
+def test_the_model_with_the_best_score_in_memory_is_recommended(free, room, name):
+    """The first advice was to download Mixtral, for half a token a second."""
+    found = recommended(known_on(free), lambda names: not room or names[0] in room)
+    assert found[0] == name
+
+
+def test_no_model_is_recommended_if_none_fits():
+    assert recommended(known_on(0.1), lambda names: True) is None
+    assert recommended({}, lambda names: True) is None
+
+
+def test_scores_are_parts_of_all_questions_with_their_source_and_month():
+    scores = [known.score for known in KNOWN.values() if known.score is not None]
+    assert len(scores) >= 7
+    for score in scores:
+        assert 25 < score.percent < 100
+        assert score.source
+        assert re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", score.date)
 
 
 def test_a_model_that_cannot_run_says_why():

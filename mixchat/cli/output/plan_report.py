@@ -13,9 +13,10 @@ from mixchat.base.quantities import format_age, format_count, format_least, form
 from mixchat.cli.output import plan_text
 from mixchat.cli.output.plan_text import section, speed_text
 from mixchat.cli.output.reports import DownloadReport, Report, aligned, disk_as_json
+from mixchat.install.known_models import KNOWN
 from mixchat.install.make.outline import Outline
 from mixchat.install.make.quantize_options import DEMO_LOSS
-from mixchat.planning.expectation import LONG_PROMPT, PROMPT, READING, Cost, in_words
+from mixchat.planning.expectation import LONG_PROMPT, PROMPT, Cost, in_words
 from mixchat.planning.plan import MachinePlan, ModelPlan
 
 _REASON_WIDTH = 66  # columns
@@ -53,13 +54,18 @@ class PlanReport(Report):
         outline = self.outline
         plan = self.plan
         here = "the machine" if plan.told.is_another else "this machine"
-        texts = [section(f"{outline.name} on {here}", aligned([*self.verdict()]))]
+        title = f"{outline.name} on {here}"
+        if plan.recommended:
+            title = f"Recommended for {here}: {outline.name}"
+        texts = [section(title, aligned([*self.verdict()]))]
         if plan.known:  # which says of each model what it needs
             texts.append(section(f"Known models on {here}", plan_text.known_models(plan)))
         elif plan.sizes:
             texts.append(section("With experts in fewer bits", plan_text.sizes(plan)))
         age = format_age(time.time() - plan.model.speed.speeds.measured_at)
         texts.append(f"Speeds are estimates by one measurement of this machine ({age}).")
+        if plan.known:
+            texts[-1] += f"\n{plan_text.GPQA}"
         return "\n\n".join(texts)
 
     def as_json(self) -> dict[str, Any]:
@@ -81,6 +87,7 @@ class PlanReport(Report):
             **_model_as_json(plan.model),
             "together": rate and speed.answers * rate,
             "verdict": rate and in_words(rate),
+            "recommended": plan.recommended is not None,
             "command": self.command,
             "told": asdict(plan.told),
             "machine": asdict(plan.machine),
@@ -110,6 +117,10 @@ class PlanReport(Report):
             ],
             "known_models": [
                 {"names": names, "bytes": plan.catalog[names].weights_size}
+                | {
+                    "download_bytes": KNOWN[names[0]].fetched_bytes,
+                    "gpqa": {name: asdict(score) for name in names if (score := KNOWN[name].score)},
+                }
                 | (
                     {"problem": model}
                     if isinstance(model, str)
@@ -135,7 +146,7 @@ class PlanReport(Report):
         if not outline.lacking:
             is_here = outline.installed and not plan.told.is_another
             yield "it runs here" if is_here else "it fits", self._places()
-        if not plan.known:
+        if not plan.recommended:
             yield from plan_text.needs(outline, plan)
         rate = speed.tokens_per_second
         answers = speed.answers
@@ -144,7 +155,9 @@ class PlanReport(Report):
             together = speed_text(answers * rate)
             text = f"{text} for each of {answers} answers at once, {together} together"
         yield "speed", f"{text}, {in_words(rate)}" if rate else text
-        if not plan.known:
+        if plan.recommended:
+            yield from plan_text.size_and_quality(outline)
+        else:
             yield from plan_text.pace(plan)
         gpus = () if plan.machine.free.device is None else speed.speeds.gpus
         if gpus and gpus[0].source != "measured":
@@ -163,8 +176,6 @@ class PlanReport(Report):
             yield "next", "say how much the other machine's disk has, as in --free-disk 100GB"
         else:
             yield "next", "free some disk, or set MIXCHAT_HOME to a directory on a larger one"
-        if faster := self._faster_model():
-            yield "faster", faster
 
     def _places(self) -> str:
         """Return where the experts are."""
@@ -180,23 +191,6 @@ class PlanReport(Report):
         if held < placement.experts:
             tiers.append(f"{placement.experts - held} read from disk")
         return ", ".join(tiers)
-
-    def _faster_model(self) -> str | None:
-        """Return how to get the largest known model at a reader's speed, if this one is slower."""
-        plan = self.plan
-        told = self.plan.told
-        rate = plan.model.speed.tokens_per_second
-        if rate is None or rate >= READING:
-            return None
-        any_size = told.is_another and told.free_disk is None
-        for names, model in reversed([*plan.known.items()]):
-            if isinstance(model, str):
-                continue
-            rate = model.speed.tokens_per_second
-            has_room = any_size or model.fit.blueprint.weights_size < plan.machine.disk_free
-            if rate and rate >= READING and has_room:
-                return f"mixchat download {names[0]} ({speed_text(rate)})"
-        return None
 
 
 def _model_as_json(model: ModelPlan) -> dict[str, Any]:

@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from mixchat.base.quantities import format_rate, format_size, format_time
 from mixchat.cli.output.reports import aligned
 from mixchat.experts.memory import CPU
+from mixchat.install.known_models import KNOWN
 from mixchat.install.make.outline import Outline
 from mixchat.install.make.quantize_options import DEMO_LOSS
 from mixchat.planning.expectation import LONG_PROMPT, PROMPT
-from mixchat.planning.plan import MachinePlan
+from mixchat.planning.plan import MachinePlan, ModelPlan
 
 # The words of a rise of the demo's perplexity that is lower than each limit. It rises by 17% in 4
 # bits and by 42% in 3. The published figures of Mixtral are 2.3% (Q4_0) and 4.5% (Q3_K_M).
 _QUALITY = ((0.25, "good"), (0.5, "fair"), (1.0, "low"), (math.inf, "poor"))
+
+GPQA = "GPQA: hard science questions answered right, as makers published. Guessing: 25%."
 
 
 def section(title: str, text: str) -> str:
@@ -100,25 +103,40 @@ def sizes(plan: MachinePlan) -> str:
 
 def known_models(plan: MachinePlan) -> str:
     """Return the table of the known models, by arithmetic from the figures of the planned one."""
-    rows = [("model", "disk", "tok/s", "experts")]
+    rows = [("model", "download", "disk", "tok/s", "GPQA", "experts")]
     for names, model in plan.known.items():
         size = format_size(plan.catalog[names].weights_size)
-        if isinstance(model, str):
-            rows.append((", ".join(names), size, "-", model))
-            continue
-        placement = model.speed.placement
-        on_gpu = 0 if model.speed.device == CPU else sum(placement.by_device)
-        counts = {
-            f"on {'the GPUs' if len(placement.by_device) > 1 else 'the GPU'}": on_gpu,
-            "in RAM": placement.held - on_gpu,
-            "on disk": placement.experts - placement.held,
-        }
-        shares = [
-            f"{count / placement.experts:.0%} {tier}" for tier, count in counts.items() if count
+        scores = [
+            f"{score.percent:.0f}%" if (score := KNOWN[name].score) else "-" for name in names
         ]
-        rate = rate_text(model.speed.tokens_per_second)
-        rows.append((", ".join(names), size, rate, ", ".join(shares)))
+        planned = ("-", model) if isinstance(model, str) else _rate_and_places(model)
+        row = (", ".join(names), f"{KNOWN[names[0]].fetched_gb} GB", size, planned[0])
+        rows.append((*row, ", ".join(dict.fromkeys(scores)), planned[1]))
     return aligned(rows)
+
+
+def _rate_and_places(model: ModelPlan) -> tuple[str, str]:
+    """Return the speed and the places of the experts, as cells of a table."""
+    placement = model.speed.placement
+    on_gpu = 0 if model.speed.device == CPU else sum(placement.by_device)
+    counts = {
+        "GPU": on_gpu,
+        "RAM": placement.held - on_gpu,
+        "disk": placement.experts - placement.held,
+    }
+    shares = [f"{count / placement.experts:.0%} {tier}" for tier, count in counts.items() if count]
+    return rate_text(model.speed.tokens_per_second), ", ".join(shares)
+
+
+def size_and_quality(outline: Outline) -> Iterator[tuple[str, str]]:
+    """Yield the sizes and the quality of a known model."""
+    known = KNOWN[outline.name]
+    size = f"{format_size(outline.blueprint.weights_size)} of disk"
+    yield "size", size if outline.installed else f"{known.fetched_gb} GB to download, then {size}"
+    if score := known.score:
+        yield "quality", f"{score.percent:.0f}% in GPQA, as its maker published ({score.date})"
+    else:
+        yield "quality", "its maker published no score in GPQA"
 
 
 def _time(seconds: float) -> str:
