@@ -59,6 +59,13 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
     it compares experts in fewer bits. All speeds are estimates that follow from one measurement.
     No weights are downloaded.
 
+    A person reads about 5 tokens a second. 'experts' says where the experts will be: the more of
+    them are on disk, the slower the model is. 'disk' is what remains of the download. GPQA is the
+    part of hard questions about science that the model answers right, as its maker published.
+    Guessing gives 25%. Makers test in their own ways, so a few percent say nothing. A MODEL's
+    'needs' and 'context' are memory, and 'meanwhile' is the time in which reading and computing
+    overlap.
+
     The first plan measures the disk, memory and CPU or GPU, and saves the speeds in machine.json
     in the data directory (MIXCHAT_HOME). After a month they are measured again. If other programs
     are busy, saved speeds are used. 'mixchat run --verbose' prints the estimate next to the

@@ -16,8 +16,9 @@ from mixchat.weights.families.read_config import read_config, slices
 class GPQAScore:
     """A model's result in GPQA, hard questions about science, as its maker published it.
 
-    percent: of right answers. Guessing gives 25. Makers measure in their own ways, so a few points
-    say nothing. Models without a published result have no score.
+    percent: of right answers. Guessing gives 25. Makers measure in their own ways, some only with
+    the harder questions of GPQA Diamond, so a few points say nothing. A model has no score if none
+    was found that its maker published.
     """
 
     percent: float

@@ -37,6 +37,22 @@ def test_another_machine_is_planned_by_what_is_told_about_it(planned, measured, 
         assert found[key] == there[key]
 
 
+@pytest.mark.parametrize(
+    ("told", "own"),
+    [
+        (("--ram", "16GB"), "CPU and disk"),
+        (("--gpu", "RTX 4060"), "CPU, RAM and disk"),
+        (("--ram", "16GB", "--gpu", "RTX 4060", "--disk-speed", "3GB/s"), "CPU"),
+    ],
+)
+def test_what_another_machine_has_from_this_one_is_said(mixchat, measured, told, own):
+    """Only the help said that the speed of the CPU was this machine's."""
+    for model in ((), ("qwen3",)):
+        lines = mixchat("plan", *model, *told, fake=False).stdout.decode().splitlines()
+        assert lines[-2] == f"Estimates with this machine's {own} (measured now)."
+        assert max(map(len, lines)) <= 80
+
+
 def test_two_gpus_of_a_size_have_speeds_that_are_said_to_be_estimates(mixchat, measured):
     arguments = ("plan", "instruct", "--ram", "32GB", "--gpu", "12GB,8GB")
     done = mixchat(*arguments, fake=False)

@@ -62,10 +62,7 @@ class PlanReport(Report):
             texts.append(section(f"Known models on {here}", plan_text.known_models(plan)))
         elif plan.sizes:
             texts.append(section("With experts in fewer bits", plan_text.sizes(plan)))
-        age = format_age(time.time() - plan.model.speed.speeds.measured_at)
-        texts.append(f"Speeds are estimates by one measurement of this machine ({age}).")
-        if plan.known:
-            texts[-1] += f"\n{plan_text.GPQA}"
+        texts.append(f"{self._basis()}\n{plan_text.HELP}")
         return "\n\n".join(texts)
 
     def as_json(self) -> dict[str, Any]:
@@ -155,15 +152,15 @@ class PlanReport(Report):
             together = speed_text(answers * rate)
             text = f"{text} for each of {answers} answers at once, {together} together"
         yield "speed", f"{text}, {in_words(rate)}" if rate else text
-        if plan.recommended:
-            yield from plan_text.size_and_quality(outline)
-        else:
+        if not plan.recommended:
             yield from plan_text.pace(plan)
         gpus = () if plan.machine.free.device is None else speed.speeds.gpus
         if gpus and gpus[0].source != "measured":
             yield "", f"the GPU's speed is an estimate by {gpus[0].source}, not measured"
         elif speed.speeds.is_busy:
             yield "", "measured on a busy machine: use --measure when it is idle"
+        if plan.recommended:
+            yield from plan_text.size_and_quality(outline)
         if left_out := outline.blueprint.config.left_out:
             parts = f"parts for {' and '.join(left_out)}"
             is_text = {"images", "sound"} & {*left_out}
@@ -176,6 +173,22 @@ class PlanReport(Report):
             yield "next", "say how much the other machine's disk has, as in --free-disk 100GB"
         else:
             yield "next", "free some disk, or set MIXCHAT_HOME to a directory on a larger one"
+
+    def _basis(self) -> str:
+        """Return what the speeds follow from."""
+        plan = self.plan
+        told = plan.told
+        age = format_age(time.time() - plan.model.speed.speeds.measured_at)
+        if not told.is_another:
+            return f"Speeds are estimates by one measurement of this machine ({age})."
+        own = {
+            "RAM": told.ram is None,
+            "GPU": plan.machine.gpus and not told.gpus,
+            "disk": told.disk_speed is None,
+        }
+        *parts, last = ["CPU", *(name for name, is_own in own.items() if is_own)]
+        names = f"{', '.join(parts)} and {last}" if parts else last
+        return f"Estimates with this machine's {names} (measured {age})."
 
     def _places(self) -> str:
         """Return where the experts are."""

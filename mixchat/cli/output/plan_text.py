@@ -18,7 +18,7 @@ from mixchat.planning.plan import MachinePlan, ModelPlan
 # bits and by 42% in 3. The published figures of Mixtral are 2.3% (Q4_0) and 4.5% (Q3_K_M).
 _QUALITY = ((0.25, "good"), (0.5, "fair"), (1.0, "low"), (math.inf, "poor"))
 
-GPQA = "GPQA: hard science questions answered right, as makers published. Guessing: 25%."
+HELP = "'mixchat plan --help' explains how to read this."
 
 
 def section(title: str, text: str) -> str:
@@ -125,7 +125,7 @@ def _rate_and_places(model: ModelPlan) -> tuple[str, str]:
         "disk": placement.experts - placement.held,
     }
     shares = [f"{count / placement.experts:.0%} {tier}" for tier, count in counts.items() if count]
-    return rate_text(model.speed.tokens_per_second), ", ".join(shares)
+    return rate_text(model.speed.tokens_per_second), " ".join(shares)
 
 
 def size_and_quality(outline: Outline) -> Iterator[tuple[str, str]]:
@@ -136,7 +136,7 @@ def size_and_quality(outline: Outline) -> Iterator[tuple[str, str]]:
     if score := known.score:
         yield "quality", f"{score.percent:.0f}% in GPQA, as its maker published ({score.date})"
     else:
-        yield "quality", "its maker published no score in GPQA"
+        yield "quality", "no score in GPQA is known"
 
 
 def _time(seconds: float) -> str:
