@@ -31,7 +31,11 @@ class Context:
         if tokens is None:
             return cls(config.default_contexts[0], largest, is_chosen=False)
         if not 1 < tokens <= largest:
-            raise UsageError(f"--ctx-size {tokens}: this model takes 2 to {largest} tokens")
+            hint = "For more, which agents need, take another model: 'mixchat plan' recommends one."
+            raise UsageError(
+                f"--ctx-size {tokens}: this model takes 2 to {largest} tokens",
+                hint=hint if tokens > largest else None,
+            )
         return cls(tokens, largest)
 
     @property

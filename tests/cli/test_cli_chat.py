@@ -30,6 +30,15 @@ def test_a_chat_from_hello_to_goodbye(environment, tmp_path):
     assert prompts[2].count("[user]How are you?") == 2
 
 
+@pytest.mark.parametrize(("model", "is_toy"), [("demo", True), ("mine", False)])
+def test_a_chat_with_the_demo_says_that_it_is_a_toy(environment, model, is_toy):
+    """Its wrong answers were taken for mixchat's."""
+    with Terminal([*FAKE, "run", "-m", model], environment) as terminal:
+        terminal.wait_for("Ctrl-D leaves")
+        assert (b"a toy to see how mixchat works" in terminal.screen) == is_toy
+        terminal.leave()
+
+
 def test_ctrl_c_stops_an_answer_and_the_chat_continues(environment, tmp_path):
     answer = "x" * 2000
     variables = environment | {

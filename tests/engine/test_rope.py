@@ -283,5 +283,6 @@ def test_a_factor_allows_a_longer_context(rope, context, largest):
     raw = {**SHAPE, "max_position_embeddings": context, "rope_scaling": rope}
     config = read_config(raw)
     assert Context.of(config, largest) == Context(largest, largest)
-    with pytest.raises(UsageError, match=f"2 to {largest} tokens"):
+    with pytest.raises(UsageError, match=f"2 to {largest} tokens") as caught:
         Context.of(config, largest + 1)
+    assert "agents need" in caught.value.hint  # who asks for 32768 tokens of the demo has one

@@ -14,6 +14,7 @@ from mixchat.chat.terminal.open_chat import OpenChat
 from mixchat.chat.terminal.prompt import ChatPrompt
 from mixchat.chat.terminal.screen import Screen
 from mixchat.chat.terminal.tool_permission import ask_permission
+from mixchat.install.models import DEMO
 
 
 def talk(opened: OpenChat, files: Mapping[Path, str], *, raw: bool, vi: bool) -> None:
@@ -29,7 +30,8 @@ def talk(opened: OpenChat, files: Mapping[Path, str], *, raw: bool, vi: bool) ->
     if not behind:
         opened.open()
     screen = Screen(raw=raw)
-    screen.say(f"{name}; /help shows the commands, Ctrl-D leaves")
+    title = f"{name}, a toy to see how mixchat works" if name == DEMO else name
+    screen.say(f"{title}; /help shows the commands, Ctrl-D leaves")
     with ExitStack() as at_end:
         chat = ActiveChat(opened, screen, at_end)
         if opened.tools is not None:
