@@ -14,13 +14,12 @@ from mixchat.chat.terminal.open_chat import OpenChat
 from mixchat.chat.terminal.prompt import ChatPrompt
 from mixchat.chat.terminal.screen import Screen
 from mixchat.chat.terminal.tool_permission import ask_permission
-from mixchat.install.models import DEMO
 
 
-def talk(opened: OpenChat, files: Mapping[Path, str], *, raw: bool, vi: bool) -> None:
+def talk(opened: OpenChat, files: Mapping[Path, str], title: str, *, raw: bool, vi: bool) -> None:
     """Chat in the terminal. The texts of `files` go before the first question.
 
-    The model of a new chat is loaded behind the prompt.
+    title: says which model it is. The model of a new chat is loaded behind the prompt.
     """
     name = opened.name
     saving = opened.saving
@@ -30,7 +29,6 @@ def talk(opened: OpenChat, files: Mapping[Path, str], *, raw: bool, vi: bool) ->
     if not behind:
         opened.open()
     screen = Screen(raw=raw)
-    title = f"{name}, a toy to see how mixchat works" if name == DEMO else name
     screen.say(f"{title}; /help shows the commands, Ctrl-D leaves")
     with ExitStack() as at_end:
         chat = ActiveChat(opened, screen, at_end)
