@@ -18,7 +18,6 @@ from mixchat.cli.flags.settings import is_given
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.face.local_models import LocalModels
-from mixchat.install.models import DEMO
 from mixchat.serving.answer_file import answer_file
 from mixchat.serving.client.server_models import ServerModels, is_served_here
 from mixchat.serving.client.server_url import SERVER_IDENTITY, SERVER_PORT
@@ -119,6 +118,7 @@ def _converse(
     try:
         if question is None:
             from mixchat.chat.terminal.talk import talk
+            from mixchat.install.models import DEMO
 
             title = f"{name}, a toy to see how mixchat works" if name == DEMO else name
             talk(chat, files, title, raw=flags.raw, vi=flags.vi)
