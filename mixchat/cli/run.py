@@ -14,7 +14,7 @@ from mixchat.chat.terminal.open_chat import OpenChat, Resumed, Saving, find_chat
 from mixchat.cli.flags import run_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.run_flags import RunFlags
-from mixchat.cli.flags.settings import is_given
+from mixchat.cli.flags.settings import is_given, value_source
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.face.local_models import LocalModels
@@ -54,7 +54,8 @@ def run(context: typer.Context, flags: RunFlags) -> None:
     if flags.server:
         models = ServerModels(flags.server, reporter)
     else:
-        models = LocalModels(load, reporter, usual=flags.model)
+        is_set = value_source(context, "model") != "default"
+        models = LocalModels(load, reporter, usual=flags.model, is_set=is_set)
     name = models.choose(
         flags.model if is_given(context, "model") else None,
         None if resumed is None else resumed.model,

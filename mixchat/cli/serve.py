@@ -15,7 +15,7 @@ from mixchat.base.quantities import parse_duration
 from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.settings import AGAIN, SERVER, is_given, loading, option, setting
+from mixchat.cli.flags.settings import AGAIN, SERVER, loading, option, setting, value_source
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.face.load import recommending
 from mixchat.serving.client.server_url import SERVER_PORT
@@ -164,7 +164,7 @@ def serve(context: typer.Context, flags: ServeFlags) -> None:
         aliases=parse_aliases(flags.alias or ()),
         log_requests=flags.log_requests,
     )
-    with recommending(is_given(context, "model")):
+    with recommending(value_source(context, "model") != "default"):
         serve_http(flags.model or default_model(), load, options, TerminalReporter())
 
 

@@ -27,14 +27,18 @@ class LocalModels:
     """The `ModelProvider` of models that are loaded here.
 
     usual: the one if none is named. Without it a model has to be named where one is needed.
+    is_set: whether a person has set the usual one.
     """
 
     place = "on this machine"
 
-    def __init__(self, load: LoadOptions, reporter: Reporter, *, usual: str | None) -> None:
+    def __init__(
+        self, load: LoadOptions, reporter: Reporter, *, usual: str | None, is_set: bool = True
+    ) -> None:
         self._load = load
         self._reporter = reporter
         self._usual = usual
+        self._is_set = is_set
         self._is_named = True
 
     def choose(self, name: str | None, resumed: str | None, *, from_server: bool) -> str:
@@ -47,7 +51,7 @@ class LocalModels:
         if name is not None:
             return name
         if resumed is None or (from_server and not is_model(resumed)):
-            self._is_named = False
+            self._is_named = self._is_set
             return self._usual or default_model()
         return resumed
 
