@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
@@ -25,6 +26,7 @@ from mixchat.base.errors import UsageError, alternatives, short_repr
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _DOC_WIDTH = 88  # characters
+_THOUSANDS = re.compile(r"([0-9]{1,9})[kK]", re.ASCII)
 _DECLARED = "option"  # in the metadata of a field
 
 
@@ -145,6 +147,28 @@ class Integer(Number):
 
     number_type = int
     abstract_type = Integral
+
+
+@dataclass(frozen=True)
+class Tokens(Integer):
+    """A number of tokens. A text may give it in units of 1,024, as in 8k."""
+
+    def accepted(self, value: Any) -> int | float | None:
+        if isinstance(value, str):
+            try:
+                value = self.parse(value)
+            except ValueError:
+                return None
+        return super().accepted(value)
+
+    def read(self, text: str, name: str) -> Any:
+        return self.checked(text, name)
+
+    @staticmethod
+    def parse(text: str) -> int:
+        """Return 8192 for "8k" and for "8192". Raises `ValueError`."""
+        match = _THOUSANDS.fullmatch(text.strip())
+        return int(text) if match is None else int(match[1]) * 1024
 
 
 @dataclass(frozen=True)

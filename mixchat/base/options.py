@@ -21,6 +21,7 @@ from mixchat.base.option import (
     Switch,
     Text,
     Texts,
+    Tokens,
     is_unicode,
     options_of,
 )
@@ -290,8 +291,8 @@ class LoadOptions:
         shown_default="all that fits",
         parse=MemoryBudget.parse_list,
     ).field(())
-    context_size: int | None = Integer(
-        "Context size in tokens.",
+    context_size: int | None = Tokens(
+        "Context size in tokens, such as 8192 or 8k.",
         "--ctx-size N",
         shown_default="by free memory, 8192 to 32768",
         least=2,

@@ -7,7 +7,9 @@ import sys
 import pytest
 from test_cli_run import prompts_in
 
+from mixchat.base.errors import UsageError
 from mixchat.cli.flags.settings import all_settings
+from mixchat.face.load import checked_load_options
 
 
 @pytest.fixture
@@ -47,6 +49,26 @@ def test_a_flag_goes_before_a_variable_and_that_before_the_file(mixchat, config_
     assert mixchat("run", "Hi", MIXCHAT_MAX_TOKENS=3).stdout == b"Hel\n"
     assert mixchat("run", "Hi", "-n", "2", MIXCHAT_MAX_TOKENS=3).stdout == b"He\n"
     assert mixchat("run", "Hi", MIXCHAT_MAX_TOKENS="").stdout == b"Hell\n"
+
+
+def test_a_context_can_be_given_in_units_of_1024_tokens(mixchat, config_file):
+    """Every other tool takes 8k, and mixchat did not."""
+
+    def size(**variables):
+        return holding(mixchat("config", "--json", **variables))["ctx-size"]["value"]
+
+    assert size(MIXCHAT_CTX_SIZE="8k") == 8192
+    config_file('ctx-size = "4K"')
+    assert size() == 4096
+    config_file("ctx-size = 5000")
+    assert size() == 5000
+    wrong = mixchat("run", "Hi", "--ctx-size", "8kk")
+    assert b"'--ctx-size': '8kk' is not a valid integer" in wrong.stderr
+    for text, value in (("16k", 16384), ("300", 300)):
+        assert checked_load_options({"context_size": text}).context_size == value
+    for text in ("1.5k", "-1k", "9999999k", "many"):
+        with pytest.raises(UsageError, match="context_size has to be between 2 and"):
+            checked_load_options({"context_size": text})
 
 
 def test_every_kind_of_value_can_stand_in_the_file(mixchat, config_file, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 import typer
 
 from mixchat.base.errors import UsageError
-from mixchat.base.option import Texts, options_of
+from mixchat.base.option import Texts, Tokens, options_of
 from mixchat.base.options import LoadOptions
 from mixchat.base.settings import config_file, read_config
 from mixchat.cli.flags.shell_completion import one_of
@@ -94,12 +94,21 @@ def declared(
     if default is None and shown_default is None:
         default = getattr(declaring, name) or None
     more: dict[str, Any] = {} if shown_default is None else {"show_default": shown_default}
+    if isinstance(each, Tokens):
+        more["parser"] = _tokens
     if each.words:
         more["autocompletion"] = one_of(*each.words)
     help = each.help
     if isinstance(each, Texts):
         help = f"{help.removesuffix('.')}; {AGAIN}."
     return setting(each.usage, help, heading, default, check=each.checked, **more)
+
+
+def _tokens(text: str) -> int:
+    try:
+        return Tokens.parse(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r:.80} is not a valid integer.") from None
 
 
 @dataclass(frozen=True)
