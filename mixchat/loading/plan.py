@@ -43,6 +43,10 @@ from mixchat.planning.torch_threads import choose_threads
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.manifest import is_installed
 
+# Bytes a second that a laptop's CPU reads from RAM. A quick measurement at a busy moment would
+# recommend a smaller model.
+_USUAL_MEMORY = 15e9
+
 
 def plan(
     outline: Outline,
@@ -113,7 +117,7 @@ def plan(
 def recommend() -> tuple[str, ModelPlan] | None:
     """Return the name of the known model that is recommended for this machine, and its plan.
 
-    The speeds are quick estimates. Return None if no model fits.
+    Nothing is measured, so the speeds are a usual machine's. Return None if no model fits.
     """
     devices = usable_devices(None).devices
     gpus = [device for device in devices if gpu.is_gpu(device)]
@@ -125,7 +129,7 @@ def recommend() -> tuple[str, ModelPlan] | None:
             machine.free,
             devices[0],
             LoadOptions(),
-            lambda blueprint: estimated_speeds(blueprint, gpus),
+            lambda blueprint: estimated_speeds(blueprint, gpus, _USUAL_MEMORY),
             chooses=bool(gpus),
         )
     )

@@ -46,12 +46,15 @@ def saved_speeds(
     return MachineSpeeds.from_dict(_read().get(key), len(gpus_with(device)))
 
 
-def estimated_speeds(blueprint: Blueprint, gpus: Sequence[torch.device]) -> MachineSpeeds:
+def estimated_speeds(
+    blueprint: Blueprint, gpus: Sequence[torch.device], memory: float | None = None
+) -> MachineSpeeds:
     """Estimate the speeds of this machine by the speed of its RAM and the names of its GPUs.
 
     The estimate takes a tenth of a second. It is good enough to choose a device, and is not saved.
+    memory: bytes a second of RAM, instead of the measured ones.
     """
-    memory = memory_rate(CPU, _READ_BYTES)
+    memory = memory or memory_rate(CPU, _READ_BYTES)
     expert_s = blueprint.mean_expert / memory
     return MachineSpeeds(
         _DISK_BANDWIDTH,

@@ -79,7 +79,7 @@ def test_one_model_is_recommended_with_its_sizes_speed_and_quality(planned, meas
 
 
 def test_without_any_model_a_run_names_the_one_for_this_machine(mixchat, measured):
-    """It asked for 93 GB of Mixtral, whatever the machine."""
+    """It asked for 93 GB of Mixtral. A busy machine would change it if its speed were measured."""
     for command in (("run", "hi"), ("serve",)):
         done = mixchat(*command, fake=False)
         assert (done.returncode, done.stdout) == (4, b"")
