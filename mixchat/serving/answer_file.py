@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -52,11 +53,22 @@ def answer_file(
         open_answers(resume_from, keep_failed=keep_failed) as answers,
         ExitStack() as opened,
     ):
-        begin = _opened(models, name, options, parallel, opened)
         from mixchat.serving.requests.lines import answer_lines, longest_line, numbered_lines
 
         longest = longest_line(models.context_of(name))
-        lines = (line for line in numbered_lines(file, longest) if answers.want(line[0]))
+        lines: Iterator[tuple[int, bytes]] = (
+            (number, text)
+            for number, text in numbered_lines(file, longest)
+            if answers.want(number) and text.strip()
+        )
+        # Only then, because the first line of a slow pipe would hold up the model.
+        if answers.count:
+            first = list(islice(lines, 1))
+            if not first:  # nothing is left for which to load a model
+                write_answers((), answers, reporter.note)
+                return
+            lines = chain(first, lines)
+        begin = _opened(models, name, options, parallel, opened)
         write_answers(answer_lines(lines, begin, parallel), answers, reporter.note)
 
 

@@ -91,6 +91,17 @@ def test_what_was_cut_off_continues_where_it_was(run, tmp_path):
     assert again.stderr.endswith(b", 5 answered already\n")
 
 
+def test_a_file_that_is_answered_loads_no_model(run, tmp_path, monkeypatch):
+    """A model of 26 GB was loaded, to say that nothing was left."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(lines_of(2) + b"\n")
+    assert run("--jsonl", source, "--resume-from", out).returncode == 0
+    monkeypatch.setattr("mixchat.face.local_models.open_model", None)
+    again = run("--jsonl", source, "--resume-from", out)
+    assert (again.returncode, again.stdout) == (0, b"")
+    assert again.stderr.endswith(b", 2 answered already\n")
+
+
 @pytest.mark.parametrize("content", ["my notes", "my notes\n", '{"line": 0}\n', '["line"]\n'])
 def test_another_file_is_left_as_it_is(run, tmp_path, content):
     out = tmp_path / "out"
