@@ -59,11 +59,12 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "gc": gc,
     "stats": stats,
     "bench": with_flags(bench),
-    "config": config,
     "chats": chats,
 }
 for _name, _function in _COMMANDS.items():
     app.command(_name)(_function)
+# Its error names the file to edit, for those who write 'mixchat config set'.
+app.command("config", context_settings={"allow_extra_args": True})(config)
 
 
 def _print_version(wanted: bool) -> None:
@@ -133,12 +134,15 @@ def _exit_code(arguments: Sequence[str]) -> int:
 
 
 def _invoke(arguments: Sequence[str]) -> int:
+    arguments = list(arguments)
     if _COMPLETING in os.environ:
         app(prog_name="mixchat")  # ends the process
     # `app()` would give a closed pipe exit code 1, and print errors its own way.
     command = typer.main.get_command(app)
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     try:
-        with command.make_context("mixchat", list(arguments)) as context:
+        with command.make_context("mixchat", arguments) as context:
             command.invoke(context)
     except typer.Exit as ending:
         return ending.exit_code

@@ -32,7 +32,10 @@ _EXAMPLE = option("--example", "Print an example of config.toml with every setti
 
 
 def config(
-    context: typer.Context, as_json: bool = JSON, path: bool = _PATH, example: bool = _EXAMPLE
+    context: typer.Context,
+    as_json: bool = JSON,
+    path: bool = _PATH,
+    example: bool = _EXAMPLE,
 ) -> None:
     """Show the settings in force, and where each of them comes from.
 
@@ -48,6 +51,9 @@ def config(
     HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE work as in the tools of Hugging
     Face.
     """
+    if context.args:
+        hint = "'mixchat config --example' prints a file with every setting to begin with."
+        raise UsageError(f"to change a setting, edit {config_file()}", hint=hint)
     if as_json + path + example > 1:
         raise UsageError("--json, --path and --example exclude each other")
     commands = context.find_root().command.commands  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from mixchat.chat.printing import one_line, say, show, show_lines
 from mixchat.cli.flags.arguments import checked, stdin_is_terminal
 from mixchat.cli.flags.load_flags import INSTALLED, JSON, model_argument
 from mixchat.cli.flags.settings import option, value_source
+from mixchat.cli.flags.shell_completion import models_here
 from mixchat.cli.output.progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 from mixchat.face.kept_caches import remove_server_caches
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _YES = option("--yes -y", "Do not ask for confirmation.")
 _UNFINISHED = option("--unfinished", "Also delete unfinished downloads, calibrations and the like.")
 _LAST_MODEL = model_argument(INSTALLED.help, show_default="the model of the last run")
+_USUAL_MODEL = model_argument(INSTALLED.help, autocompletion=models_here)
 _SHOWN_DAMAGES = 20
 
 
@@ -44,11 +46,11 @@ def list_models(as_json: bool = JSON) -> None:
         )
 
 
-def show_model(model: str = INSTALLED, as_json: bool = JSON) -> None:
+def show_model(model: str | None = _USUAL_MODEL, as_json: bool = JSON) -> None:
     """Show a model in detail, and whether it can be run."""
     from mixchat.install import models
 
-    name = checked(model, "the model's name")
+    name = model or models.default_model("")
     is_demo = models.resolve(name).demo
     directory: Path | None = None
     try:
@@ -99,11 +101,12 @@ def rm(model: str = INSTALLED, yes: bool = _YES) -> None:
     _show_foreign(foreign)
 
 
-def verify(model: str = INSTALLED) -> None:
+def verify(model: str | None = _USUAL_MODEL) -> None:
     """Check every byte of a model against its SHA-256 checksums."""
     from mixchat.install import models
 
-    directory = models.installed_directory(checked(model, "the model's name"))
+    model = model or models.default_model("")
+    directory = models.installed_directory(model)
     prepare_environment()
     from mixchat.install.care.repair import verify as verify_model
     from mixchat.weights.format.manifest import repair_hint

@@ -21,6 +21,12 @@ def test_help_shows_every_flag_and_explains_the_command(mixchat, name):
         assert "".join(paragraph.split()) in "".join(shown.split())  # lines end in words, too
 
 
+def test_help_is_a_command_too(mixchat):
+    assert mixchat("help", "run").stdout == mixchat("run", "--help").stdout
+    assert mixchat("help").stdout == mixchat("--help").stdout
+    assert b"No such command 'nosuch'" in mixchat("help", "nosuch").stderr
+
+
 def test_the_model_is_the_first_flag_of_run(mixchat):
     """`run --help` had 125 lines, in which nobody found -m."""
     _, _, flags = mixchat("run", "--help").stdout.decode().partition("Options:\n")

@@ -129,6 +129,17 @@ def test_show_as_json_has_what_list_has_and_more(mixchat, keep):
     }
 
 
+def test_show_and_verify_take_the_only_model_if_none_is_named(mixchat, keep):
+    """They asked for a MODEL, although there was one."""
+    keep("org--name", "org/name")
+    assert mixchat("show").stdout == mixchat("show", "org/name").stdout
+    assert mixchat("verify").stderr == mixchat("verify", "org--name").stderr
+    keep("other", "org/other")
+    several = mixchat("show")
+    assert several.returncode == 2
+    assert b"Say which: org--name or other." in several.stderr
+
+
 @pytest.mark.parametrize(("flags", "fault"), [([], "missing"), (["--json"], "short")])
 def test_show_and_list_agree_that_a_model_is_damaged(mixchat, keep, flags, fault):
     """`show` called a model healthy that `list` called damaged, and that `run` refused."""

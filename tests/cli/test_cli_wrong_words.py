@@ -26,6 +26,13 @@ def test_what_is_wrong_or_missing_is_said_with_what_is_allowed(mixchat, words, s
     assert "--help' shows" in hint
 
 
+def test_config_set_names_the_file_that_is_edited(mixchat, environment):
+    error, hint = lines_of(mixchat("config", "set", "ctx-size", "8k"))
+    path = mixchat("config", "--path").stdout.decode().strip()
+    assert error == f"error: to change a setting, edit {path}"
+    assert "mixchat config --example" in hint
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [("mixtral", "instruct"), ("Demo", "demo"), ("dmo", "demo")],

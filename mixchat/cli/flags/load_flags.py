@@ -85,9 +85,12 @@ def model_argument(help: str, default: Any = ..., **argument: Any) -> Any:
         default,
         metavar="MODEL",
         **common(f"{PREFIX}MODEL", checked),
-        autocompletion=runnable_models,
         help=help,
-        **{**(_DEFAULT_MODEL if default is ... else {}), **argument},
+        **{
+            "autocompletion": runnable_models,
+            **(_DEFAULT_MODEL if default is ... else {}),
+            **argument,
+        },
     )
 
 
