@@ -11,6 +11,7 @@ from mixchat.base import gpu
 from mixchat.base.errors import MissingDependencyError, UsageError
 from mixchat.base.options import LoadOptions, device_names
 from mixchat.base.progress import Note
+from mixchat.base.quantities import format_size
 from mixchat.experts.memory import CPU
 from mixchat.kernels.gpu import toolchain
 from mixchat.planning.cards import too_old
@@ -52,6 +53,13 @@ def devices_for(
     if choice.reason is not None:
         note(choice.reason)
     return choice.devices
+
+
+def note_excess(options: LoadOptions, memory: int, note: Note) -> None:
+    """Note that experts may take more RAM than the `memory` bytes that there are."""
+    size = None if options.host_memory is None else options.host_memory.size
+    if size is not None and size > memory:
+        note(f"--host-memory {format_size(size)}: there are only {format_size(memory)} of RAM")
 
 
 def is_free_to_choose(options: LoadOptions) -> bool:

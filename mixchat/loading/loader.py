@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from mixchat.base import gpu
+from mixchat.base import gpu, machine
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Note
@@ -33,7 +33,7 @@ from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import in_proportion
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.compile import require_kernels
-from mixchat.loading.devices import devices_for, usable_devices
+from mixchat.loading.devices import devices_for, note_excess, usable_devices
 from mixchat.loading.tiers import build_experts
 from mixchat.loading.workers import connect_workers, divide_experts
 from mixchat.planning.expectation import SpeedEstimate
@@ -81,6 +81,7 @@ def build_engine(
         require_kernels()
         config = installed.config
         blueprint = installed.blueprint
+        note_excess(options, machine.total_memory(), note)
         devices = devices_for(blueprint, installed.directory, options, note)
         device = devices[0]
         exact = options.exact_prompts

@@ -25,7 +25,7 @@ from mixchat.install.make.outline import Outline, known_blueprints
 from mixchat.install.make.quantize_options import DEMO_LOSS
 from mixchat.install.models import find_installed
 from mixchat.kernels.cpu.compile import require_kernels
-from mixchat.loading.devices import is_free_to_choose, on_cpu_because, usable_devices
+from mixchat.loading.devices import is_free_to_choose, note_excess, on_cpu_because, usable_devices
 from mixchat.planning.fitting import expected_mix, fit_model, has_bits
 from mixchat.planning.hardware import Machine, ToldMachine
 from mixchat.planning.machine_speeds import BUSY, MachineSpeeds
@@ -73,6 +73,7 @@ def plan(
     reason = choice.reason
     device = told.device(choice.devices[0])
     machine = told.machine(Machine.now(outline.directory, choice.devices))
+    note_excess(options, machine.memory, reporter.note)
     free = machine.free
     chooses = bool(machine.gpus) and is_free_to_choose(options)
     try:  # a model that does not fit is refused before anything is measured

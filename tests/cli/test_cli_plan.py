@@ -211,6 +211,18 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
     assert measured == []
 
 
+def test_more_memory_for_experts_than_there_is_is_said(planned, measured):
+    """With 500 GB for experts, nothing said that the machine has 16."""
+    done = planned("granite", "--host-memory", "500GB")
+    assert (done.returncode, done.stderr) == (
+        0,
+        b"note: --host-memory 500 GB: there are only 16 GB of RAM\n",
+    )
+    assert planned("granite", "--host-memory", "4GB").stderr == b""
+    told = planned("granite", "--host-memory", "500GB", "--ram", "1TB")
+    assert told.stderr == b""
+
+
 def test_with_answers_at_once_it_says_whose_speed_is_which(planned, measured):
     """`--parallel 4` gave one speed without saying whose."""
     speed = verdict(planned("instruct", "--parallel", "4"))["speed"]

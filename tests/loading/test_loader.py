@@ -39,6 +39,16 @@ def test_devices_that_cannot_be_used_are_refused(name):
         usable_devices(name)
 
 
+def test_more_ram_for_experts_than_there_is_is_noted(tiny_model):
+    notes: list[str] = []
+    for size in (10**16, 10**6):
+        options = LoadOptions(device="cpu", host_memory=MemoryBudget(size=size))
+        load_engine(tiny_model, options, notes.append).close()
+    (note,) = notes
+    assert note.startswith("--host-memory ")
+    assert ": there are only " in note
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
 @pytest.mark.parametrize("how", ["dropped", "closed"])
 def test_an_engine_that_is_dropped_or_closed_leaves_no_file_open(tiny_model, tmp_path, how):
