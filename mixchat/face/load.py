@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from mixchat.base.option import documented, options_of
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import QuietReporter, Reporter
 from mixchat.base.quantities import format_size
+from mixchat.base.settings import models_dir, report_path_by_key
 from mixchat.engine.environment import prepare_environment
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def open_model(
     prepare_environment()
     status = reporter.status(f"loading {name}") if shown else nullcontext()
     with status, ExitStack() as opened:
+        from mixchat.engine.report import report_of, save_report
         from mixchat.face.kept_caches import KeptCaches
         from mixchat.face.model import Model, ModelText
         from mixchat.loading.loader import build_engine
@@ -99,6 +101,10 @@ def open_model(
 
         def close(engine: Engine) -> None:
             try:
+                if engine.passes.total_tokens and directory.parent == models_dir():
+                    with suppress(OSError):  # it dates the model's last use
+                        path = report_path_by_key(directory.name)
+                        save_report(path, report_of(engine, name))
                 if caches is not None:
                     caches.save(engine)
             finally:

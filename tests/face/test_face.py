@@ -27,6 +27,7 @@ from mixchat.base.errors import (
 )
 from mixchat.base.options import LoadOptions
 from mixchat.face.load import check_model
+from mixchat.install.models import default_model
 from mixchat.text.tool_call import ToolCall
 
 QUESTION = [{"role": "user", "content": "hell"}]
@@ -45,6 +46,20 @@ def model(directory):
 
 def text_of(events):
     return "".join(event.text for event in events if isinstance(event, mixchat.Piece))
+
+
+def test_a_model_that_a_program_or_a_server_used_is_the_default(directory, tmp_path, monkeypatch):
+    """Only a chat's use counted, so that after `serve` a run asked which model to take."""
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
+    for name in ("first", "second"):
+        shutil.copytree(directory, tmp_path / "models" / name)
+    with mixchat.load("first", device="cpu"):
+        pass  # it answers nothing
+    with pytest.raises(UsageError, match="none has run yet"):
+        default_model()
+    with mixchat.load("second", device="cpu") as model:
+        list(model.chat(QUESTION, max_tokens=2))
+    assert default_model() == "second"
 
 
 def test_an_answer_is_events_and_ends_with_its_counts_and_message(model):

@@ -174,7 +174,6 @@ class OpenChat:
         former = self.saver.model
         # Two models may not fit into memory together, so the old one goes before the new one comes.
         if is_local:
-            self._save_report()
             self.session.model.close()
         try:
             self._take(name)
