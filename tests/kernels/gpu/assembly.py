@@ -2,6 +2,7 @@
 
     python tests/kernels/gpu/assembly.py                     all kernels for all cards, as a table
     python tests/kernels/gpu/assembly.py --cards sm_86 --only product --json
+    python tests/kernels/gpu/assembly.py --cards sm_86 sm_90 --only product "^attend"
 
 A call of `CALLS` calls the launching functions with tensors that have no memory. What they launch
 is recorded and compiled, with the arguments specialized as Triton does at a launch. To add kernels,
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
 import math
 import os
@@ -378,7 +380,7 @@ def row_of(name: str, started: Launch, card_name: str) -> Row:
     made = compiled(started, card)
     threads = made.metadata.num_warps * card.target.warp_size
     is_nvidia = card.target.backend == "cuda"
-    registers, spills, code = _nvidia(made) if is_nvidia else _amd(made)
+    registers, spills, code = _nvidia(made.asm["cubin"]) if is_nvidia else _amd(made)
     loop = loop_of(code)
     shared = re.compile(r"(LDS|STS|LDSM|BAR)\b|ds_|s_barrier")
     wide = r"LDG(STS)?\.[\w.]*128|global_load_(dwordx4|b128)"
@@ -413,10 +415,11 @@ def occupancy_of(card: Card, registers: int, threads: int) -> float:
     return programs * threads / card.threads
 
 
-def _nvidia(made: Any) -> tuple[int, int, list[str]]:
-    """Return registers, spills, and the instructions' names, with jumps as `_jump` has them."""
+@functools.cache  # several calls share a kernel
+def _nvidia(cubin: bytes) -> tuple[int, int, list[str]]:
+    """Return registers, spills, and the instructions' names, with jumps as `_lines` has them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage, code = (
             subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True).stdout
@@ -473,10 +476,10 @@ def loop_of(code: list[str]) -> list[str]:
     return max(bodies, key=len, default=[])
 
 
-def rows_of(only: str, cards: list[str]) -> Iterator[Row]:
-    """Yield a row for each kernel of the calls whose names match, and each card."""
-    calls = {name: call for name, call in CALLS.items() if re.search(only, name)}
-    for card in cards:
+def rows_of(cards: list[str], patterns: list[str]) -> Iterator[Row]:
+    """Yield a row for each card and each kernel of the calls whose names match its pattern."""
+    for card, pattern in zip(cards, patterns, strict=True):
+        calls = {name: call for name, call in CALLS.items() if re.search(pattern, name)}
         for name, call in calls.items():
             for started in launches_of(call, CARDS[card]):
                 yield row_of(name, started, card)
@@ -485,13 +488,15 @@ def rows_of(only: str, cards: list[str]) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cards", nargs="+", default=list(CARDS), choices=list(CARDS))
-    parser.add_argument("--only", default="", help="a regular expression for names of calls")
+    only = "a regular expression for names of calls: one for each card, or one for all"
+    parser.add_argument("--only", nargs="+", default=[""], help=only)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rows = []
     columns = ("call", "kernel", "card", "programs", "threads", "registers", "spills")
     columns += ("wide_loads", "narrow_loads", "shared", "shared_in_loop", "loop", "occupancy")
-    for row in rows_of(arguments.only, arguments.cards):
+    patterns = arguments.only * (len(arguments.cards) if len(arguments.only) == 1 else 1)
+    for row in rows_of(arguments.cards, patterns):
         rows.append(asdict(row))
         if not arguments.json:
             if len(rows) == 1:
