@@ -94,7 +94,7 @@ def is_served(model):
     return model in SERVED
 
 
-if __name__ == "__main__":
+def main(arguments):
     from mixchat.cli import app, run
     from mixchat.face import local_models
 
@@ -102,4 +102,8 @@ if __name__ == "__main__":
     local_models.find_or_build = find_fake
     local_models.LocalModels.predictor = predict_fake
     run.is_served_here = is_served
-    app.run(sys.argv[1:])
+    app.run(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

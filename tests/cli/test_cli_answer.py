@@ -68,8 +68,8 @@ def test_extract_without_code_prints_nothing_and_says_so(mixchat):
     assert done.stderr.startswith(b"error: the answer contains no code block\nhint: ")
 
 
-def test_no_stream_prints_the_same_at_once(mixchat, process):
-    whole = process("run", "--no-stream", "Hi", **script(CODE))
+def test_no_stream_prints_the_same_at_once(mixchat):
+    whole = mixchat("run", "--no-stream", "Hi", **script(CODE))
     assert whole.stdout == mixchat("run", "Hi", **script(CODE)).stdout == CODE.encode()
 
 

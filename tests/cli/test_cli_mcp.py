@@ -26,17 +26,17 @@ def servers(tmp_path):
 @pytest.mark.parametrize(
     ("allow", "told"), [(("--allow", "echo"), "It is noon"), ((), "does not allow")]
 )
-def test_a_script_runs_only_tools_that_are_allowed(process, servers, tmp_path, allow, told):
+def test_a_script_runs_only_tools_that_are_allowed(mixchat, servers, tmp_path, allow, told):
     prompts = tmp_path / "prompts"
     arguments = ("run", "-q", "-m", "demo", "--mcp", servers, *allow, "Time?")
-    done = process(*arguments, SCRIPT=SCRIPT, PROMPTS=str(prompts), MIXCHAT_CTX_SIZE="8000")
+    done = mixchat(*arguments, SCRIPT=SCRIPT, PROMPTS=str(prompts), MIXCHAT_CTX_SIZE="8000")
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == b"Noon.\n"
     assert told in prompts.read_text()
 
 
-def test_a_wrong_file_ends_with_one_line(process, tmp_path):
-    done = process("run", "-q", "--mcp", str(tmp_path / "none.json"), "Hi")
+def test_a_wrong_file_ends_with_one_line(mixchat, tmp_path):
+    done = mixchat("run", "-q", "--mcp", str(tmp_path / "none.json"), "Hi")
     assert done.returncode == 2
     assert b"the file is missing" in done.stderr
 

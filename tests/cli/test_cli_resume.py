@@ -72,14 +72,14 @@ def test_a_turn_that_fails_to_be_printed_is_saved_all_the_same(mixchat, ids):
     assert [m["content"] for m in shown["messages"]] == ["Hi", "Hello", "Again", "No code"]
 
 
-def test_a_chat_whose_terminal_is_closed_keeps_what_was_said(environment, ids, process):
+def test_a_chat_whose_terminal_is_closed_keeps_what_was_said(environment, ids, mixchat):
     variables = environment | {"SCRIPT": json.dumps(["x" * 500]), "DELAY": "0.05"}
     with Terminal([*FAKE, "run"], variables) as terminal:
         terminal.enter("Hi")
         terminal.wait_for("xxx")
         terminal.process.send_signal(signal.SIGHUP)
         assert terminal.wait_for_end() == 129
-    shown = json.loads(process("chats", "--json", ids()[0]).stdout)
+    shown = json.loads(mixchat("chats", "--json", ids()[0]).stdout)
     assert shown["messages"][1]["content"].startswith("xxx")
     assert shown["messages"][1]["partial"] is True
 

@@ -6,21 +6,29 @@ program is a process of its own, with its environment, standard error, signals a
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import sys
+import termios
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 
 _FORKING = multiprocessing.get_context("forkserver")
+_SERVING = "serving.installed_models", "serving.web.app", "serving.web.server"
+_PRELOADED = (
+    "cli.app",
+    "cli.run",
+    "chat.terminal.talk",
+    "face.model",
+    "face.local_models",
+    *_SERVING,
+)
+_FORKING.set_forkserver_preload(["torch", *(f"mixchat.{module}" for module in _PRELOADED)])
 
 Main = Callable[[Sequence[str]], object]
-
-
-def preload(*modules: str) -> None:
-    """Let the process that forks import these modules, if it has not started."""
-    _FORKING.set_forkserver_preload(list(modules))
 
 
 class ForkedProgram:
@@ -34,9 +42,7 @@ class ForkedProgram:
     ) -> None:
         stderr, its_stderr = _FORKING.Pipe(duplex=False)
         with stderr, its_stderr:
-            target = main, list(arguments), dict(environment), its_stderr
-            self._process = _FORKING.Process(target=_run, args=target)
-            self._process.start()
+            self._process = _start(main, arguments, environment, its_stderr, False)
             self.stderr = os.fdopen(os.dup(stderr.fileno()))
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -63,13 +69,68 @@ class ForkedProgram:
         self.stderr.close()
 
 
+class TerminalProgram:
+    """A program in a session of its own, with a terminal for its three streams.
+
+    It has what the tests need of `subprocess.Popen`.
+    """
+
+    def __init__(
+        self, main: Main, arguments: Sequence[str], environment: Mapping[str, str], terminal: int
+    ) -> None:
+        """`terminal` is a descriptor of a pseudo-terminal."""
+        with Connection(os.dup(terminal)) as connection:
+            self._process = _start(main, arguments, environment, connection, True)
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+        self.terminate, self.kill = self._process.terminate, self._process.kill
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal."""
+        os.kill(self.pid, number)
+
+    def poll(self) -> int | None:
+        """Return its exit code, if it has ended."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return its exit code. A signal's number is negative."""
+        self._process.join(timeout)
+        code = self._process.exitcode
+        assert code is not None, f"the program still runs after {timeout} s"
+        return code
+
+
+def _start(
+    main: Main,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    file: Connection,
+    is_terminal: bool,
+) -> ForkServerProcess:
+    target = main, list(arguments), dict(environment), file, is_terminal
+    process = _FORKING.Process(target=_run, args=target)
+    process.start()
+    return process
+
+
 def _run(
-    main: Main, arguments: Sequence[str], environment: Mapping[str, str], stderr: Connection
+    main: Main,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    file: Connection,
+    is_terminal: bool,
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    with stderr:
-        os.dup2(stderr.fileno(), 2)
-    # The old one remembers whether its file could seek.
+    with file:
+        if is_terminal:  # without one of its own, Ctrl-C is no signal
+            os.setsid()
+            fcntl.ioctl(file.fileno(), termios.TIOCSCTTY, 0)
+        for stream in (0, 1, 2) if is_terminal else (2,):
+            os.dup2(file.fileno(), stream)
+    # The old ones remember whether their files could seek.
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    if is_terminal:
+        sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     main(arguments)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fake_serve import main as fake_serve_main
-from forked_program import ForkedProgram, preload
+from forked_program import ForkedProgram
 from scripted_model import scripted_model
 
 from mixchat.experts.workers.address import resolve
@@ -93,8 +93,6 @@ def serve() -> Iterator[Callable[..., Served]]:
 @pytest.fixture
 def fake_serve() -> Callable[[Sequence[str], Mapping[str, str]], ForkedProgram]:
     """Starts `fake_serve.py` with arguments and an environment."""
-    serving = "serving.installed_models", "serving.web.app", "serving.web.server"
-    preload("torch", *(f"mixchat.{module}" for module in ("cli.app", "face.model", *serving)))
     return partial(ForkedProgram, fake_serve_main)
 
 
