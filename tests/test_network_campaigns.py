@@ -9,7 +9,7 @@ from campaign_runs import assert_finds_no_fault
     "command",
     [
         # Each lie, with and without its length, about one or two of five files.
-        ["hub_faults.py", "--rounds", "2", "--every", "3"],
+        ["hub_faults.py", "--rounds", "1", "--every", "4"],
         ["hostile_requests.py", "--rounds", "0.02"],
         ["crowd.py", "--count", "200", "--files", "160", "--seconds", "1"],
         ["hostile.py", "--parts", "mutations", "--mutations", "40"],

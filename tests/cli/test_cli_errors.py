@@ -142,9 +142,9 @@ def test_an_error_of_ours_is_one_line_and_shows_its_traceback_on_demand(mixchat)
 def test_a_model_of_more_layers_than_open_files_names_the_limit(
     environment, make_checkpoint, install
 ):
-    deep = install(write_tokenizer(make_checkpoint(num_hidden_layers=40, vocab_size=262)))
+    deep = install(write_tokenizer(make_checkpoint(num_hidden_layers=24, vocab_size=262)))
     run = f"{sys.executable} -m mixchat run -m {deep} -n 1 --device cpu Hi </dev/null"
-    for limit, code in (("-n 32", 7), ("-Sn 32", 0)):  # a soft limit is raised
+    for limit, code in (("-n 20", 7), ("-Sn 20", 0)):  # a soft limit is raised
         command = ["sh", "-c", f"ulimit {limit}; exec {run}"]
         done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
         assert done.returncode == code, done.stderr
