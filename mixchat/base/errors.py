@@ -6,7 +6,7 @@ on scripts has the exit codes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 _MESSAGE_LENGTH_MAX = 380  # characters
 _FOREIGN_LENGTH_MAX = 200  # characters of a library's message
@@ -31,6 +31,14 @@ class UsageError(MixchatError):
     """A value on the command line or in the environment is wrong."""
 
     exit_code = 2
+
+
+class UnknownArgumentError(UsageError, TypeError):
+    """A function has no argument of that name."""
+
+
+class CutOffError(MixchatError):
+    """An answer that has to be whole ended too early."""
 
 
 class PromptError(MixchatError):
@@ -108,3 +116,22 @@ def short_repr(value: object) -> str:
 def alternatives(words: Sequence[str]) -> str:
     """Return the words for a sentence, as in "show, hide, on or off"."""
     return " or ".join(", ".join(words).rsplit(", ", 1))
+
+
+def unknown_argument(
+    name: str, known: Collection[str], advice: Mapping[str, str]
+) -> UnknownArgumentError:
+    """Return the error for an argument of a function. A traceback shows no hint.
+
+    advice: by names that others use, what to write instead.
+    """
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, known, n=1)
+    if name in advice:
+        words = f": {advice[name]}"
+    elif near:
+        words = f"; did you mean {near[0]}?"
+    else:
+        words = f"; there are {', '.join(sorted(known))}"
+    return UnknownArgumentError(f"there is no argument {name!r:.80}{words}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixchat.base.errors import ModelNotFoundError, UsageError, short_repr
+from mixchat.base.errors import ModelNotFoundError, UsageError, short_repr, unknown_argument
 from mixchat.base.model_config import advised_length, advised_sampling
 from mixchat.base.option import documented, options_of
 from mixchat.base.options import LoadOptions, SamplingOptions
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from mixchat.engine.generate import Engine
     from mixchat.face.model import Model
     from mixchat.text.template import Template
+
+# What to write for names that other programs use.
+_CONTEXT_NAMES = ("n_ctx", "num_ctx", "ctx_size", "max_model_len", "max_seq_len")
+_ADVICE = dict.fromkeys(_CONTEXT_NAMES, "write context_size")
 
 
 @documented(LoadOptions)
@@ -46,8 +50,7 @@ def checked_load_options(options: Mapping[str, Any]) -> LoadOptions:
     declared = options_of(LoadOptions)
     for name in options:
         if name not in declared:
-            hint = f"The options are {', '.join(sorted(declared))}."
-            raise UsageError(f"there is no option {name!r}", hint=hint)
+            raise unknown_argument(name, declared, _ADVICE)
     chosen = {
         name: declared[name].checked(value, name)
         for name, value in options.items()

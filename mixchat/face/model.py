@@ -14,17 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from mixchat.base.errors import UsageError
 from mixchat.base.option import documented
 from mixchat.base.options import AnswerOptions, SamplingOptions
+from mixchat.face.arguments import request_of
 from mixchat.face.events import End, Event, Failed, LeftOut, Piece, Reading
 from mixchat.face.forms import FormCompiler
 from mixchat.face.model_thread import ModelStats, ModelThread
 from mixchat.face.prompt import Prompt, PromptMaker
-from mixchat.face.request import (
-    Request,
-    ShuttingDownError,
-    checked_request,
-    request_of,
-    shown_message,
-)
+from mixchat.face.request import Request, ShuttingDownError, checked_request, shown_message
 from mixchat.face.running_answer import RunningAnswer, Sink
 from mixchat.text.form.output_constraint import PATIENT_S
 from mixchat.text.messages import Message
@@ -95,16 +90,20 @@ class Model:
         self.close()
 
     @documented(SamplingOptions, AnswerOptions)
-    def chat(self, messages: Sequence[Message | Mapping[str, Any]], **options: Any) -> ModelAnswer:
+    def chat(
+        self, messages: str | Sequence[Message | Mapping[str, Any]], **options: Any
+    ) -> ModelAnswer:
         """Answer a conversation. Iterate over the result for its events, the last of them `End`.
 
-        messages: `{"role": "user", "content": "Hi"}`, or `Message`, such as an earlier
-        `End.message`. A last message of the assistant is continued. Options:
+        messages: a question as a text, or a list of `{"role": "user", "content": "Hi"}` and
+        `Message`, such as an earlier `End.message`. A last message of the assistant is continued.
+        Options:
 
         {options}
         - think: True and False turn thinking on and off if the model has a switch
         - tools: functions in OpenAI's form. `Piece.calls` and `End.message.calls` have the calls.
           Send `End.message` back, then `{"role": "tool", "tool_call_id": ..., "content": ...}`.
+        - tool_choice: "auto", "none", "required", or the name of the tool that has to be called
         - form: a JSON schema (a dict) or a grammar (GBNF or Lark) that the answer has to match
 
         The makers of the model advise the sampling that is not chosen. `Piece.tokens` has the

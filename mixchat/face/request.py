@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast, get_args
 
 from mixchat.base.errors import PromptError, ResourceError, UsageError, short_repr
 from mixchat.base.option import Option, options_of
 from mixchat.base.options import AnswerOptions, SamplingOptions
 from mixchat.face.events import Event, Piece
 from mixchat.text.form.call_form import CallForm
-from mixchat.text.form.output_constraint import OutputConstraint, schema_text
+from mixchat.text.form.output_constraint import OutputConstraint
 from mixchat.text.messages import Message, Role
-from mixchat.text.tool_call import TOOL_NAME, TOOL_NAME_RULE, Tool, ToolCall, whole_arguments
+from mixchat.text.tool_call import Tool, ToolCall, whole_arguments
 
 if TYPE_CHECKING:
     from mixchat.base.context import Context
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _NOT_LISTS = (str, bytes, Mapping)
 _BIAS = "logit_bias"
+Choice: TypeAlias = Literal["none", "auto", "required"]  # of calling tools
 # A JSON schema, the text of a grammar (GBNF or Lark), either of them checked, or calls of tools.
 Form: TypeAlias = "dict[str, Any] | str | OutputConstraint | CallForm"
 
@@ -35,6 +36,25 @@ class ToolOffer:
     callable: tuple[Tool, ...]
     must_call: bool = False
     parallel: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        tools: Sequence[Tool],
+        choice: Choice = "auto",
+        only: str | None = None,
+        *,
+        parallel: bool = True,
+    ) -> ToolOffer | None:
+        """Return the offer of tools with different names, None if no tool may be called.
+
+        only: the one that has to be called, whatever the choice.
+        """
+        if not tools or (choice == "none" and only is None):
+            return None
+        usable = tuple(tool for tool in tools if only in (None, tool.name))
+        must_call = choice == "required" or only is not None
+        return cls(tuple(tools), usable, must_call, parallel)
 
 
 @dataclass(frozen=True)
@@ -142,56 +162,6 @@ class ChatModel(Protocol):
         """Give the memory back. Answers that run are cut off."""
 
 
-def request_of(
-    messages: Sequence[Message | Mapping[str, Any]] = (),
-    **options: Any,
-) -> Request:
-    """Return a request with options by the names of `Request` and `SamplingOptions`.
-
-    Tools are OpenAI's objects. Raises `UsageError` for an unknown option and for tools.
-    `checked_request` checks the other values.
-    """
-    names = {field.name for field in fields(Request)}
-    sampled = {field.name for field in fields(SamplingOptions)}
-    for name in options:
-        if name not in names | sampled:
-            listed = ", ".join(sorted((names | sampled) - {"messages", "prompt", "sampling"}))
-            raise UsageError(f"there is no option {name!r}", hint=f"The options are {listed}.")
-    options = {name: value for name, value in options.items() if value is not None}
-    numbers = {name: options.pop(name) for name in sampled & options.keys()}
-    if isinstance(stop := options.get("stop"), str | list | tuple):
-        options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    if isinstance(tools := options.get("tools"), list | tuple):
-        offered = tuple(map(_tool, tools))
-        if len({tool.name for tool in offered}) < len(offered):
-            raise UsageError("two tools have the same name")
-        options["tools"] = ToolOffer(offered, offered) if offered else None
-    sampling = options.pop("sampling", {})
-    if isinstance(sampling, SamplingOptions):
-        sampling = replace(sampling, **numbers)
-    elif isinstance(sampling, Mapping):
-        sampling = {**sampling, **numbers}
-    raw: Any = messages  # mappings become messages in `checked_request`
-    return Request(raw, sampling=sampling, **options)
-
-
-def _tool(tool: Any) -> Tool:
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    if isinstance(function, Mapping) and isinstance(function.get("name"), str):
-        tool = Tool(function["name"], function.get("description"), function.get("parameters"))
-    if not isinstance(tool, Tool):
-        raise UsageError('a tool is {"type": "function", "function": {"name": ..., ...}}')
-    if not TOOL_NAME.fullmatch(tool.name):
-        raise UsageError(f"the name of a tool {TOOL_NAME_RULE}, not {short_repr(tool.name)}")
-    schema = {} if tool.parameters is None else tool.parameters
-    if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
-        raise UsageError(f"the parameters of {tool.name} have to be the schema of an object")
-    schema_text(schema)
-    if not isinstance(tool.description, str | None):
-        raise UsageError(f"the description of {tool.name} has to be a text")
-    return tool
-
-
 def checked_request(
     request: Request, advised: SamplingOptions, vocab_size: int, variables: Collection[str]
 ) -> Request:
@@ -206,7 +176,7 @@ def checked_request(
         ("think", _is(bool | None), "True, False or None"),
         ("variables", _is(Mapping), "a dict"),
         ("tools", _is(ToolOffer | None), "a list of functions in OpenAI's form"),
-        ("messages", _is_list, "a list of messages"),
+        ("messages", _is_list, "a text or a list of messages"),
         ("prompt", lambda value: _is(str | None)(value) or _is_list(value), "a text or token ids"),
     ):
         _require(is_usable(getattr(request, name)), name, rule, getattr(request, name))
@@ -277,12 +247,26 @@ def _message(message: Any, vocab_size: int) -> Message:
         if calls and content is None:  # as OpenAI's answers with calls have it
             content = ""
         call_id = "" if call_id is None else str(call_id)
-        message = Message(cast("Role", role), cast("str", content), calls=calls, call_id=call_id)
+        text = _joined_parts(content) if isinstance(content, list | tuple) else content
+        message = Message(cast("Role", role), cast("str", text), calls=calls, call_id=call_id)
     role = message.role if isinstance(message, Message) else None
     has_role = isinstance(role, str) and role in get_args(Role)
     if not has_role or not isinstance(message.content, str):
         raise PromptError("a message needs a role (system, user, assistant, tool) and its content")
     return _with_own_values(message, vocab_size)
+
+
+def _joined_parts(parts: Iterable[Any]) -> str:
+    """Return the text of a content in OpenAI's parts. Raises `PromptError`."""
+    texts = list[str]()
+    for part in parts:
+        match part:
+            case {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case _:
+                rule = 'a part of a content is {"type": "text", "text": ...}'
+                raise PromptError(f"{rule}, not {short_repr(part)}: models read text alone")
+    return "".join(texts)
 
 
 def _with_own_values(message: Message, vocab_size: int) -> Message:

@@ -21,8 +21,9 @@ from mixchat.base.options import (
 )
 from mixchat.chat import parameters
 from mixchat.cli.app import app
+from mixchat.face.arguments import request_of
 from mixchat.face.load import checked_load_options
-from mixchat.face.request import checked_request, request_of
+from mixchat.face.request import checked_request
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.web.anthropic import read_messages

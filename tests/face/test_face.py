@@ -26,6 +26,7 @@ from mixchat.base.errors import (
     short_repr,
 )
 from mixchat.base.options import LoadOptions
+from mixchat.face.arguments import request_of
 from mixchat.face.load import check_model
 from mixchat.install.models import default_model
 from mixchat.text.tool_call import ToolCall
@@ -210,9 +211,88 @@ def test_a_conversation_that_is_none_is_refused(model, messages):
         model.chat(messages)
 
 
-@pytest.mark.parametrize("messages", [None, 5, "hello", {"role": "user", "content": "x"}])
+def test_a_text_is_one_question_and_a_content_may_have_parts(model):
+    parts = [{"type": "text", "text": "he"}, {"type": "text", "text": "ll"}]
+    questions = ["hell", QUESTION, [{"role": "user", "content": parts}]]
+    ends = [list(model.chat(each, temperature=0, max_tokens=3))[-1] for each in questions]
+    assert ends[0].message == ends[1].message == ends[2].message
+
+
+@pytest.mark.parametrize(
+    "content", [[{"type": "image_url", "image_url": {}}], ["hell"], [{"type": "text", "text": 5}]]
+)
+def test_a_content_with_parts_that_are_no_text_is_refused(model, content):
+    with pytest.raises(PromptError, match="text alone"):
+        model.chat([{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("schema", "write form"),
+        ("temp", "write temperature"),
+        ("max_new_tokens", "write max_tokens"),
+        ("system", 'begin the messages with {"role": "system"'),
+        ("stream", "iterate over the answer"),
+        ("n_ctx", "mixchat.load takes it, as context_size"),
+        ("temprature", "did you mean temperature?"),
+        ("x", "; there are form, frequency_penalty"),
+    ],
+)
+def test_an_argument_by_another_library_s_name_is_a_type_error_that_names_ours(model, name, advice):
+    """The names stood in a hint, which a traceback does not show."""
+    with pytest.raises(TypeError, match=f"there is no argument '{name}'") as raised:
+        model.chat("hell", **{name: 1})
+    assert advice in str(raised.value)
+
+
+def test_an_argument_of_loading_by_another_library_s_name_names_ours(directory):
+    for name in ("n_ctx", "contextsize"):
+        with pytest.raises(TypeError, match=f"no argument '{name}'.* context_size"):
+            mixchat.load(directory, **{name: 512})
+
+
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("one", "two")]
+
+
+@pytest.mark.parametrize(
+    ("choice", "usable", "must_call"),
+    [
+        (None, ["one", "two"], False),
+        ("auto", ["one", "two"], False),
+        ("required", ["one", "two"], True),
+        ("two", ["two"], True),
+        ({"type": "function", "function": {"name": "two"}}, ["two"], True),
+    ],
+)
+def test_a_tool_choice_is_openai_s_or_the_name_of_a_tool(choice, usable, must_call):
+    offer = request_of("Hi", tools=TOOLS, tool_choice=choice).tools
+    assert [tool.name for tool in offer.tools] == ["one", "two"]
+    assert [tool.name for tool in offer.callable] == usable
+    assert offer.must_call == must_call
+
+
+def test_the_tool_choice_none_offers_no_tool():
+    assert request_of("Hi", tools=TOOLS, tool_choice="none").tools is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tools": TOOLS, "tool_choice": "three"}, "the name of a tool, not 'three'"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "the name of a tool"),
+        ({"tools": TOOLS, "tool_choice": 5}, "the name of a tool, not 5"),
+        ({"tool_choice": "required"}, "needs tools"),
+    ],
+)
+def test_a_tool_choice_that_cannot_be_met_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        request_of("Hi", **options)
+
+
+@pytest.mark.parametrize("messages", [None, 5, {"role": "user", "content": "x"}])
 def test_messages_that_are_no_list_are_refused(model, messages):
-    with pytest.raises(UsageError, match="a list of messages"):
+    with pytest.raises(UsageError, match="a text or a list of messages"):
         model.chat(messages)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, FailFast
 
-from mixchat.face.request import ToolOffer
+from mixchat.face.request import Choice, ToolOffer
 from mixchat.serving.requests.errors import RequestError, field_error
 from mixchat.serving.requests.fields import RequestObject, max_items, read_object, wrong
 from mixchat.text.messages import Message
@@ -18,8 +18,6 @@ MAX_TOOLS = 128
 _MAX_CALLS = 128  # of a message
 _IMAGES = ("input_image", "image")  # in OpenAI's responses and in Anthropic's API
 _UNSEEN = {"type": "text", "text": "[an image, which this model cannot see]"}
-
-Choice: TypeAlias = Literal["none", "auto", "required"]
 
 
 def _valid_name(name: str) -> str:
@@ -79,22 +77,18 @@ def tool_offer(
     only: the tool that has to be called, if one is named. names: the paths of the tools' names, if
     they are not OpenAI's.
     """
-    known: dict[str, Tool] = {}
+    known = set[str]()
     for number, tool in enumerate(tools):
         if tool.name in known:
             path = names[number] if names else f"tools[{number}].function.name"
             raise field_error(path, "is given twice", "invalid_value")
-        known[tool.name] = tool
+        known.add(tool.name)
     if not tools and (only is not None or choice == "required"):
         raise field_error("tool_choice", "needs tools", "invalid_value")
-    if not tools or (choice == "none" and only is None):
-        return None
-    if only is None:
-        return ToolOffer(tuple(tools), tuple(tools), choice == "required", parallel)
-    if only not in known:
+    if only is not None and only not in known:
         reason = f"names {only!a:.80}, which is not one of the tools"
         raise field_error(only_path, reason, "invalid_value")
-    return ToolOffer(tuple(tools), (known[only],), must_call=True, parallel=parallel)
+    return ToolOffer.of(tools, choice, only, parallel=parallel)
 
 
 def checked_name(name: str, path: str) -> str:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import FailFast, Field
 
 from mixchat.face.events import End
-from mixchat.face.request import Request
+from mixchat.face.request import Choice, Request
 from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import RequestError, field_error
 from mixchat.serving.requests.fields import (
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 PATH = "/v1/messages"
 _LABELS = ("metadata", "service_tier", "container", "inference_geo", "cache_control")
-_CHOICES: dict[str, tool_fields.Choice] = {"any": "required", "none": "none"}
+_CHOICES: dict[str, Choice] = {"any": "required", "none": "none"}
 _STOPS = {"tool_calls": "tool_use", "length": "max_tokens", "context": "max_tokens"}
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _ERROR_TYPES |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
