@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 from mixchat.base.context import Context
 from mixchat.base.errors import MixchatError, PromptError, ServerError, UsageError
 from mixchat.base.options import ChatOptions, accepted_numbers
-from mixchat.chat.tools.toolbox import MAX_ROUNDS, STOPPED, Toolbox, ToolResult, ToolStart
+from mixchat.chat.tools.toolbox import Toolbox, ToolStart
 from mixchat.engine.stats import GenerationStats
-from mixchat.face.events import End, Event, LeftOut, Piece
+from mixchat.face.events import End, Event, LeftOut, Piece, ToolResult
 from mixchat.face.request import AnswerEvents, ChatModel, Request, ToolOffer
+from mixchat.face.tool_results import MAX_ROUNDS, STOPPED
 from mixchat.text.messages import Message
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from mixchat.text.template import Template
     from mixchat.text.tool_call import ToolCall
 
-ChatEvent: TypeAlias = "Event | ToolStart | ToolResult"
+ChatEvent: TypeAlias = "Event | ToolStart"
 
 
 class ModelProvider(Protocol):

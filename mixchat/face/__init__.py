@@ -4,6 +4,7 @@
 - model.py: the model, and its answers as a program reads them
 - model_thread.py: its thread, which computes several answers at once
 - arguments.py: the arguments of `Model.chat`, which become a request
+- tool_results.py: the arguments and results of calls, bounded
 - request.py: a request and its checks, and the interface of a model here or on a server
 - prompt.py: the prompt of a request, fitted into the context
 - forms.py: compiles the forms that answers have to match

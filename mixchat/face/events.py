@@ -1,4 +1,7 @@
-"""The events of an answer, in order: LeftOut, Reading, Piece, and one End."""
+"""The events of an answer, in order: LeftOut, Reading, Piece, and one End.
+
+If functions run, ToolResult and the events of a further answer come before the End.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from mixchat.engine.stats import GenerationStats
 
 if TYPE_CHECKING:
     from mixchat.text.messages import Message
-    from mixchat.text.tool_call import CallDelta
+    from mixchat.text.tool_call import CallDelta, ToolCall
 
 Reason = Literal["stop", "length", "stop_string", "interrupted", "context", "tool_calls"]
 COMPLETE = ("stop", "stop_string", "tool_calls")
@@ -73,6 +76,14 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class ToolResult:
+    """The event that a call has its result, which may be an error or a refusal."""
+
+    call: ToolCall
+    text: str
+
+
+@dataclass(frozen=True)
 class End:
     """The end of an answer.
 
@@ -96,4 +107,4 @@ class Failed:
     error: Exception
 
 
-Event: TypeAlias = "LeftOut | Reading | Piece | End"
+Event: TypeAlias = "LeftOut | Reading | Piece | ToolResult | End"

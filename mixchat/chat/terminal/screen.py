@@ -21,8 +21,8 @@ from mixchat.chat.printing import (
     painted,
     thought_note,
 )
-from mixchat.chat.tools.toolbox import ToolResult, ToolStart
-from mixchat.face.events import End, LeftOut, Piece, Reading
+from mixchat.chat.tools.toolbox import ToolStart
+from mixchat.face.events import End, LeftOut, Piece, Reading, ToolResult
 
 if TYPE_CHECKING:
     from rich.console import Console

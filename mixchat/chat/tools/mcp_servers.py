@@ -21,7 +21,7 @@ from mixchat.base.progress import Note
 from mixchat.base.sanitize import sanitize
 from mixchat.chat.tools.server_file import ServerEntry
 from mixchat.chat.tools.stdio import ServerProcess, start_process
-from mixchat.chat.tools.toolbox import ToolError
+from mixchat.face.tool_results import ToolError
 from mixchat.text.tool_call import TOOL_NAME, Tool
 
 _START_TIMEOUT_S = 30.0

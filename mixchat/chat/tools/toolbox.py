@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from mixchat.base.sanitize import sanitize
+from mixchat.face.tool_results import MAX_RESULT, ToolError, arguments_of, bounded_result
 from mixchat.text.tool_call import Tool, ToolCall
 
 Permission = Literal["once", "always", "no"]
-MAX_ROUNDS = 10  # answers with calls to one question
-STOPPED = "Error: the user stopped this call."
-_REFUSED = "Error: the user does not allow this call."
-_MAX_RESULT = 20_000  # characters
-
-
-class ToolError(Exception):
-    """A tool gave no result. The message is for the model."""
+_REFUSED = "the user does not allow this call."
 
 
 class ToolServers(Protocol):
@@ -39,14 +31,6 @@ class ToolStart:
     call: ToolCall
 
 
-@dataclass(frozen=True)
-class ToolResult:
-    """The event that a call has its result, which may be an error or a refusal."""
-
-    call: ToolCall
-    text: str
-
-
 class Toolbox:
     """The tools of `servers`. Those in `allowed` run without a question.
 
@@ -64,24 +48,22 @@ class Toolbox:
         """Return the tools that a model may call, which may wait for the servers."""
         return self.servers.tools
 
-    def run(self, call: ToolCall, most: int = _MAX_RESULT) -> str:
+    def run(self, call: ToolCall, most: int = MAX_RESULT) -> str:
         """Return the result of a call, at most `most` characters of it, or the error."""
-        if all(call.name != tool.name for tool in self.tools):
-            return f"Error: there is no tool {call.name}."
         try:
-            arguments = json.loads(call.arguments)
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            return "Error: the arguments are no JSON object."
-        if not self._is_allowed(call.name):
-            self.refused.add(call.name)
-            return _REFUSED
-        try:
-            text = self.servers.call(call.name, arguments)
+            text = self._run(call)
         except ToolError as error:
             text = f"Error: {error}"
-        return _bounded(text, min(most, _MAX_RESULT))
+        return bounded_result(text, most)
+
+    def _run(self, call: ToolCall) -> str:
+        if all(call.name != tool.name for tool in self.tools):
+            raise ToolError(f"there is no tool {call.name}.")
+        arguments = arguments_of(call)
+        if not self._is_allowed(call.name):
+            self.refused.add(call.name)
+            raise ToolError(_REFUSED)
+        return self.servers.call(call.name, arguments)
 
     def _is_allowed(self, name: str) -> bool:
         if name in self.allowed:
@@ -90,10 +72,3 @@ class Toolbox:
         if permission == "always":
             self.allowed.add(name)
         return permission != "no"
-
-
-def _bounded(text: str, most: int) -> str:
-    text = sanitize(text)
-    if len(text) <= most:
-        return text
-    return f"{text[:most]}\n(cut off: {len(text) - most:,} more characters)"

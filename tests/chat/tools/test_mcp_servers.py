@@ -11,7 +11,8 @@ import pytest
 from mixchat.base.errors import UsageError
 from mixchat.chat.tools.mcp_servers import MCPServers
 from mixchat.chat.tools.server_file import ServerEntry, read_servers
-from mixchat.chat.tools.toolbox import Toolbox, ToolError
+from mixchat.chat.tools.toolbox import Toolbox
+from mixchat.face.tool_results import ToolError
 from mixchat.text.tool_call import ToolCall
 
 SERVER = str(Path(__file__).parents[2] / "tools" / "mcp_server.py")

@@ -9,8 +9,9 @@ from chat_typing import typed
 from mixchat.base.errors import PromptError
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.chat.saved.chat_text import to_json, to_markdown
-from mixchat.chat.tools.toolbox import MAX_ROUNDS, Toolbox, ToolError, ToolResult, ToolStart
-from mixchat.face.events import End, Piece
+from mixchat.chat.tools.toolbox import Toolbox, ToolStart
+from mixchat.face.events import End, Piece, ToolResult
+from mixchat.face.tool_results import MAX_ROUNDS, ToolError
 from mixchat.text.tool_call import Tool
 
 CALL = '<tool_call>\n{"name": "time", "arguments": {"zone": "UTC"}}\n</tool_call>'
