@@ -1,10 +1,11 @@
 """Chat with a mixture-of-experts model that is larger than the machine's memory.
 
-`load` gives a `Model`. Its `chat` and `generate` yield events, of which the last is `End`:
+`load` gives a `Model`. `model.chat("Hi").text()` is an answer. `chat`, `achat` and `generate` also
+yield events, of which the last is `End`:
 
 >>> import mixchat
 >>> with mixchat.load("demo", context_size=512) as model:
-...     for event in model.chat([{"role": "user", "content": "Hi"}], temperature=0):
+...     for event in model.chat("Hi", temperature=0):
 ...         if isinstance(event, mixchat.Piece):
 ...             print(event.text, end="")
 ...         elif isinstance(event, mixchat.End):
@@ -18,23 +19,28 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from mixchat.base.errors import MixchatError
-    from mixchat.face.events import End, LeftOut, Piece, Reading
+    from mixchat.base.errors import CutOffError, MixchatError
+    from mixchat.face.events import End, LeftOut, Piece, Reading, ToolResult
     from mixchat.face.load import load
     from mixchat.face.model import Model
+    from mixchat.face.model_answer import AsyncAnswer, ModelAnswer
     from mixchat.face.request import Request
     from mixchat.text.messages import Message
 
 __version__ = "0.1.0"
 __all__ = [
+    "AsyncAnswer",
+    "CutOffError",
     "End",
     "LeftOut",
     "Message",
     "MixchatError",
     "Model",
+    "ModelAnswer",
     "Piece",
     "Reading",
     "Request",
+    "ToolResult",
     "load",
 ]
 _MODULES = {
@@ -42,8 +48,9 @@ _MODULES = {
     "Model": "face.model",
     "Request": "face.request",
     "Message": "text.messages",
-    "MixchatError": "base.errors",
-    **dict.fromkeys(("End", "LeftOut", "Piece", "Reading"), "face.events"),
+    **dict.fromkeys(("CutOffError", "MixchatError"), "base.errors"),
+    **dict.fromkeys(("AsyncAnswer", "ModelAnswer"), "face.model_answer"),
+    **dict.fromkeys(("End", "LeftOut", "Piece", "Reading", "ToolResult"), "face.events"),
 }
 
 

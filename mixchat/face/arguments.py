@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypedDict
 
 from mixchat.base.errors import UsageError, short_repr, unknown_argument
-from mixchat.base.options import SamplingOptions
-from mixchat.face.request import Request, ToolOffer
+from mixchat.base.options import Overflow, SamplingOptions
+from mixchat.face.functions import PythonTool, form_of, is_type
+from mixchat.face.request import Form, Request, ToolOffer
+from mixchat.face.tool_results import MAX_ROUNDS
+from mixchat.face.turn import Turn
 from mixchat.text.form.output_constraint import schema_text
 from mixchat.text.messages import Message
 from mixchat.text.tool_call import TOOL_NAME, TOOL_NAME_RULE, Tool
@@ -43,6 +47,54 @@ _ADVICE["stream"] = "iterate over the answer for its events, or take its text()"
 _CHOICE_RULE = 'tool_choice has to be "none", "auto", "required" or the name of a tool'
 
 
+class ChatArguments(TypedDict, total=False):
+    """The options of `Model.chat` and their types, for type checkers. None chooses the default."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repeat_penalty: float | None
+    seed: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None
+    sampling: SamplingOptions | Mapping[str, Any] | None
+    max_tokens: int | None
+    stop: str | Sequence[str] | None
+    overflow: Overflow | None
+    top_logprobs: int | None
+    think: bool | None
+    variables: Mapping[str, Any] | None
+    tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    max_rounds: int | None
+    form: Form | type[Any] | None
+
+
+def turn_of(check: Callable[[Request], Request], max_result: int, **options: Any) -> Turn:
+    """Return the turn of `request_of`'s request, and of functions and a type among its options.
+
+    Raises as `request_of`, `check`, `PythonTool` and `form_of` do, and `UsageError` for
+    `max_rounds`.
+    """
+    max_rounds = options.pop("max_rounds", None)
+    if max_rounds is None:
+        max_rounds = MAX_ROUNDS
+    elif type(max_rounds) is not int or max_rounds < 1:
+        raise UsageError(f"max_rounds has to be 1 or more, not {short_repr(max_rounds)}")
+    functions: dict[str, PythonTool] = {}
+    if isinstance(tools := options.get("tools"), list | tuple):
+        known = [PythonTool(tool) if callable(tool) else tool for tool in tools]
+        functions = {each.tool.name: each for each in known if isinstance(each, PythonTool)}
+        options["tools"] = [getattr(each, "tool", each) for each in known]
+    form = options.get("form")
+    read: Callable[[str], Any] | None = json.loads if isinstance(form, dict) else None
+    if is_type(form):
+        options["form"], read = form_of(form)
+    return Turn(check(request_of(**options)), functions, max_rounds, read, max_result)
+
+
 def request_of(
     messages: str | Sequence[Message | Mapping[str, Any]] = (),
     tool_choice: str | Mapping[str, Any] | None = None,
@@ -58,8 +110,7 @@ def request_of(
     sampled = {field.name for field in fields(SamplingOptions)}
     for name in options:
         if name not in names | sampled:
-            known = (names | sampled | {"tool_choice"}) - {"messages", "prompt", "sampling"}
-            raise unknown_argument(name, known, _ADVICE)
+            raise unknown_argument(name, ChatArguments.__annotations__, _ADVICE)
     options = {name: value for name, value in options.items() if value is not None}
     numbers = {name: options.pop(name) for name in sampled & options.keys()}
     if isinstance(stop := options.get("stop"), str | list | tuple):

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import queue
 import secrets
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from mixchat.base.errors import UsageError
 from mixchat.base.option import documented
 from mixchat.base.options import AnswerOptions, SamplingOptions
-from mixchat.face.arguments import request_of
-from mixchat.face.events import End, Event, Failed, LeftOut, Piece, Reading
+from mixchat.face.arguments import turn_of
 from mixchat.face.forms import FormCompiler
+from mixchat.face.model_answer import AsyncAnswer, ModelAnswer
 from mixchat.face.model_thread import ModelStats, ModelThread
 from mixchat.face.prompt import Prompt, PromptMaker
-from mixchat.face.request import Request, ShuttingDownError, checked_request, shown_message
+from mixchat.face.request import Request, ShuttingDownError, checked_request
 from mixchat.face.running_answer import RunningAnswer, Sink
+from mixchat.face.turn import Turn
 from mixchat.text.form.output_constraint import PATIENT_S
 from mixchat.text.messages import Message
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from mixchat.engine.generate import Engine
-    from mixchat.engine.stats import GenerationStats
+    from mixchat.face.arguments import ChatArguments
     from mixchat.text.template import Template
     from mixchat.text.tokenizer import Tokenizer
 
@@ -91,9 +91,11 @@ class Model:
 
     @documented(SamplingOptions, AnswerOptions)
     def chat(
-        self, messages: str | Sequence[Message | Mapping[str, Any]], **options: Any
+        self,
+        messages: str | Sequence[Message | Mapping[str, Any]],
+        **options: Unpack[ChatArguments],
     ) -> ModelAnswer:
-        """Answer a conversation. Iterate over the result for its events, the last of them `End`.
+        """Answer a conversation: `model.chat("Hi").text()`, or iterate over it for its events.
 
         messages: a question as a text, or a list of `{"role": "user", "content": "Hi"}` and
         `Message`, such as an earlier `End.message`. A last message of the assistant is continued.
@@ -101,28 +103,55 @@ class Model:
 
         {options}
         - think: True and False turn thinking on and off if the model has a switch
-        - tools: functions in OpenAI's form. `Piece.calls` and `End.message.calls` have the calls.
-          Send `End.message` back, then `{"role": "tool", "tool_call_id": ..., "content": ...}`.
+        - tools: functions of Python's, or in OpenAI's form. A function's signature and docstring
+          tell the model what it takes. It runs when the model calls it, the event `ToolResult` has
+          its result, and the model answers again. `messages()` has all answers and results, for the
+          next request. An exception is a result, too. A call of OpenAI's form ends the answer.
+          `End.message.calls` has it. Send `End.message` back, then
+          `{"role": "tool", "tool_call_id": ..., "content": ...}`.
         - tool_choice: "auto", "none", "required", or the name of the tool that has to be called
-        - form: a JSON schema (a dict) or a grammar (GBNF or Lark) that the answer has to match
+        - max_rounds (1 or more): Answers whose calls run functions, 10 by default. The next one is
+          offered no tools.
+        - form: a class, such as pydantic's, or a JSON schema (a dict), whose object `parsed()`
+          returns. Or a grammar (GBNF or Lark). The answer has to match it.
 
         The makers of the model advise the sampling that is not chosen. `Piece.tokens` has the
-        log probabilities. The answer ends early if its iterator is closed or dropped. Raises
-        `PromptError` if the prompt does not fit the context, `UsageError` for an option that cannot
-        be used, and `QueueFullError` if too many requests wait.
+        log probabilities. The last event is `End`. The answer ends early if it is closed or
+        dropped. Raises `PromptError` if the prompt does not fit the context, `UsageError` for an
+        option that cannot be used, and `QueueFullError` if too many requests wait.
         """
-        return self.ask(request_of(messages=messages, **options))
+        return ModelAnswer(self, self._turn(messages=messages, **options))
 
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> ModelAnswer:
+    def achat(
+        self,
+        messages: str | Sequence[Message | Mapping[str, Any]],
+        **options: Unpack[ChatArguments],
+    ) -> AsyncAnswer:
+        """Answer a conversation in asyncio, otherwise as `chat`.
+
+        `async for event in model.achat("Hi")`, or `await model.achat("Hi").text()`. Functions may
+        be async. Others run in a thread. Wrong options raise at once, and a prompt that is too long
+        raises when the answer is read.
+        """
+        return AsyncAnswer(self, self._turn(messages=messages, **options))
+
+    def generate(
+        self, prompt: str | Sequence[int], **options: Unpack[ChatArguments]
+    ) -> ModelAnswer:
         """Continue a text or token ids, which no template changes. Otherwise as `chat`."""
-        return self.ask(request_of(prompt=prompt, **options))
+        return ModelAnswer(self, self._turn(prompt=prompt, **options))
 
     def ask(self, request: Request) -> ModelAnswer:
-        self.check_process()  # before the prompt, whose tokenizer may be locked
+        return ModelAnswer(self, Turn(self._checked(request)))
+
+    def _turn(self, **options: Any) -> Turn:
+        # A token has about four characters, so a result is at most a quarter of the context.
+        return turn_of(self._checked, self.context.tokens, **options)
+
+    def _checked(self, request: Request) -> Request:
         thinking = self.template.thinking
         known = () if thinking is None else thinking.variables
-        size = self.engine.config.vocab_size
-        return ModelAnswer(self, checked_request(request, self.sampling, size, known))
+        return checked_request(request, self.sampling, self.engine.config.vocab_size, known)
 
     @property
     def stats(self) -> ModelStats:
@@ -192,60 +221,3 @@ class Model:
     def close(self) -> None:
         """Take no more requests, cut off the others, and give all memory back."""
         self._thread.close()
-
-
-class ModelAnswer:
-    """The `AnswerEvents` of a model here. If nobody holds it any longer, the answer ends.
-
-    Raises `UsageError` for a second thread that reads it, and in a forked process.
-    """
-
-    def __init__(self, model: Model, request: Request) -> None:
-        self._events = queue.SimpleQueue[LeftOut | Reading | Piece | End | Failed]()
-        prompt = model.prompt(request)
-        (self._answer,) = model.submit((request, prompt, self._events.put))
-        self.cancel = self.close = weakref.finalize(self, self._answer.cancel)
-        self._model: Model | None = model  # until the end, or it would be closed before that
-        self._reading = threading.Lock()
-        self._earlier = prompt.answered or Message("assistant", "")
-        self._shown: list[Piece] = []
-        self._end: End | Failed | None = None
-
-    @property
-    def stats(self) -> GenerationStats:
-        return replace(self._answer.stats)
-
-    def __iter__(self) -> Iterator[Event]:
-        return self
-
-    def __next__(self) -> Event:
-        if not self._reading.acquire(blocking=False):
-            hint = "Let one thread read it, and hand the events to the others."
-            raise UsageError("another thread is reading this answer", hint=hint)
-        try:
-            return self._next()
-        finally:
-            self._reading.release()
-
-    def _next(self) -> Event:
-        if self._model is None:
-            raise StopIteration
-        self._model.check_process()
-        event = self._events.get()
-        if isinstance(event, Piece):
-            self._shown.append(event)
-        elif isinstance(event, End | Failed):
-            self._end = event
-            self._model = None
-        if isinstance(event, Failed):
-            raise event.error
-        return event
-
-    def message(self) -> Message | None:
-        if isinstance(self._end, End):
-            return self._end.message
-        shown = shown_message(self._earlier, self._shown)
-        computed = self._answer.message()
-        if shown is None or computed is None or shown.content != computed.content:
-            return shown
-        return computed if shown.thinking == computed.thinking else shown

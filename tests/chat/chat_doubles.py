@@ -17,7 +17,8 @@ from mixchat.engine.answer import TokenAnswer
 from mixchat.engine.stats import GenerationStats
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.face.events import End, Failed, Piece
-from mixchat.face.model import Model, ModelAnswer, ModelText
+from mixchat.face.model import Model, ModelText
+from mixchat.face.model_answer import Round
 from mixchat.face.prompt import PromptMaker
 from mixchat.face.request import Request
 from mixchat.face.running_answer import RunningAnswer
@@ -231,7 +232,7 @@ class ScriptedEvents:
         self._answer.cancel()
         self._iterator.close()
 
-    message = ModelAnswer.message
+    message = Round.message
 
     def __iter__(self) -> Iterator[Any]:
         return self

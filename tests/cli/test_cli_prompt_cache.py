@@ -11,7 +11,8 @@ import pytest
 from mixchat.chat.saved.cache_saver import FILE_START
 from mixchat.face.events import Piece
 from mixchat.face.local_models import LocalModels
-from mixchat.face.model import Model, ModelAnswer, ModelText
+from mixchat.face.model import Model, ModelText
+from mixchat.face.model_answer import ModelAnswer
 from mixchat.text.detokenizer import TokenBytes
 
 _FIRST = 30  # the tiny model's 97 tokens are the characters from here on

@@ -20,7 +20,7 @@ from mixchat.base.errors import UsageError
 QUESTION = [{"role": "user", "content": "hell"}]
 WAIT_S = 240  # after which something hangs
 _DROPS_MODELS = """
-import gc, json, os, sys, threading, time, weakref
+import asyncio, gc, json, os, sys, threading, time, weakref
 import mixchat
 import psutil
 import torch
@@ -39,7 +39,12 @@ def use(model):
     form = {"type": "object", "properties": {}, "additionalProperties": False}
     list(model.chat(QUESTION, max_tokens=4, form=form))
     next(model.chat(QUESTION, max_tokens=0))  # half an answer
+    asyncio.run(ask(model))
     engines.append(weakref.ref(model.engine))
+
+async def ask(model):
+    await model.achat(QUESTION, max_tokens=4).text()
+    await anext(model.achat(QUESTION, max_tokens=0))  # half an answer
 
 def after(models):
     for _ in range(models):
