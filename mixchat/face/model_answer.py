@@ -110,7 +110,13 @@ class Answer:
     def __init__(self, model: AnsweringModel, turn: Turn) -> None:
         self._model: AnsweringModel | None = model  # until the end, or it would be closed before
         self._turn = turn
+        self._end: End | None = None
         self._reading = threading.Lock()
+
+    @property
+    def end(self) -> End | None:
+        """Return the last event, with the reason and the counts, None before it was yielded."""
+        return self._end
 
     def messages(self) -> list[Message]:
         """Return the messages of all rounds that have ended, for the next request.
@@ -150,6 +156,7 @@ class Answer:
         if self._turn.continues_after(known):
             return None
         self._model = None
+        self._end = known
         return known
 
     def _end_if_cancelled(self) -> None:
@@ -159,10 +166,10 @@ class Answer:
 
     def _cut_off(self) -> End | None:
         """Return the end if the answer was cancelled between two rounds."""
-        end = self._turn.end_between
-        if end is not None:
+        self._end = self._turn.end_between
+        if self._end is not None:
             self._model = None
-        return end
+        return self._end
 
 
 class ModelAnswer(Answer):

@@ -81,6 +81,9 @@ class Turn:
         if end.message is None:
             return False
         calls = end.message.calls
+        if end.message.partial:  # a call that was cut off does not run
+            self._added.append(replace(end.message, calls=()))
+            return False
         self._added.append(end.message)
         if end.reason != "tool_calls" or any(call.name not in self._functions for call in calls):
             return False

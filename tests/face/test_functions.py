@@ -194,6 +194,15 @@ def test_a_call_of_a_tool_without_a_function_ends_the_answer(model):
     assert [call.name for call in end.message.calls] == ["find"]
 
 
+def test_a_call_that_was_cut_off_does_not_run_and_is_in_no_message(model):
+    """Its message had a call without a result, so the next request was refused by templates."""
+    calls = call_of("weather", city="Oslo") + call_of("weather", city="Rome")
+    answer = model.chat(f"say:{calls}", tools=[weather], max_tokens=len(calls) - 30)
+    assert (answer.text(), answer.end.reason) == ("", "length")
+    assert answer.end.message.calls
+    assert [message.calls for message in answer.messages()] == [()]
+
+
 def test_async_functions_run_in_asyncio_and_others_in_a_thread(model):
     threads = []
 

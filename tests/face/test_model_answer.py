@@ -59,8 +59,10 @@ def until_idle(model: Any) -> None:
 def test_the_text_of_an_answer_is_all_of_it_also_after_some_events(model):
     answer = model.chat("say:Hello")
     assert isinstance(next(answer), mixchat.Reading)
+    assert answer.end is None
     assert [answer.text(), answer.text()] == ["Hello", "Hello"]
     assert list(answer) == []
+    assert (answer.end.reason, answer.end.stats.generated_tokens) == ("stop", 6)
 
 
 def test_the_text_of_an_answer_has_no_thinking(model):
