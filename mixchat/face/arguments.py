@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 from mixchat.base.errors import UsageError, short_repr, unknown_argument
 from mixchat.base.options import Overflow, SamplingOptions
 from mixchat.face.functions import PythonTool, form_of, is_type
-from mixchat.face.request import Form, Request, ToolOffer
+from mixchat.face.request import Request, ToolOffer
 from mixchat.face.tool_results import MAX_ROUNDS
 from mixchat.face.turn import Turn
 from mixchat.text.form.output_constraint import schema_text
@@ -69,7 +69,7 @@ class ChatArguments(TypedDict, total=False):
     tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None
     tool_choice: str | Mapping[str, Any] | None
     max_rounds: int | None
-    form: Form | type[Any] | None
+    form: Any  # a type checker has no name for all types, such as Literal
 
 
 def turn_of(check: Callable[[Request], Request], max_result: int, **options: Any) -> Turn:
