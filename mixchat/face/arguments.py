@@ -151,7 +151,9 @@ def _tool(tool: Any) -> Tool:
     if isinstance(function, Mapping) and isinstance(function.get("name"), str):
         tool = Tool(function["name"], function.get("description"), function.get("parameters"))
     if not isinstance(tool, Tool):
-        raise UsageError('a tool is {"type": "function", "function": {"name": ..., ...}}')
+        raise UsageError(
+            'a tool is a function, or {"type": "function", "function": {"name": ..., ...}}'
+        )
     if not TOOL_NAME.fullmatch(tool.name):
         raise UsageError(f"the name of a tool {TOOL_NAME_RULE}, not {short_repr(tool.name)}")
     schema = {} if tool.parameters is None else tool.parameters

@@ -84,14 +84,11 @@ class Round:
         return computed if shown.thinking == computed.thinking else shown
 
     def text(self) -> str:
-        """Return the text that was noted, without thinking. Raises the error of a failed answer."""
-        if isinstance(self._end, Failed):
-            raise self._end.error
+        """Return the text that was noted, without thinking."""
         return "".join(piece.text for piece in self._shown)
 
     def parsed(self, turn: Turn) -> Any:
         """Return the object that the answer writes. Raises as `ModelAnswer.parsed` does."""
-        self.text()
         if turn.read is None:
             raise UsageError("parsed() needs a form: a class, such as pydantic's, or a JSON schema")
         assert isinstance(self._end, End)
@@ -111,6 +108,7 @@ class Answer:
         self._model: AnsweringModel | None = model  # until the end, or it would be closed before
         self._turn = turn
         self._end: End | None = None
+        self._failure: Exception | None = None
         self._reading = threading.Lock()
 
     @property
@@ -139,8 +137,11 @@ class Answer:
             raise UsageError("another thread is reading this answer", hint=hint)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self.cancel()
+            if isinstance(error, Exception):  # nothing follows
+                self._failure = error
+                self._model = None
             raise
         finally:
             self._reading.release()
@@ -148,8 +149,6 @@ class Answer:
     def _noted(self, event: _RoundEvent) -> Event | None:
         """Return an event of the round, None if another round follows."""
         assert self._round is not None
-        if isinstance(event, Failed):
-            self._model = None
         known = self._round.note(event)
         if not isinstance(known, End):
             return known
@@ -163,6 +162,14 @@ class Answer:
         """End a round that began while the answer was cancelled."""
         if self._turn.is_cancelled:
             self.cancel()
+
+    def _whole_round(self) -> Round:
+        """Return the last round of an answer that was read. Raises the error that ended it."""
+        if self._failure is not None:
+            raise self._failure
+        if self._round is None:
+            raise UsageError("the answer was closed before it began")
+        return self._round
 
     def _cut_off(self) -> End | None:
         """Return the end if the answer was cancelled between two rounds."""
@@ -198,7 +205,7 @@ class ModelAnswer(Answer):
         """
         for _ in self:
             pass
-        return self._round.text()
+        return self._whole_round().text()
 
     def parsed(self) -> Any:
         """Wait for the end, and return the object that the answer writes as JSON.
@@ -209,7 +216,7 @@ class ModelAnswer(Answer):
         """
         for _ in self:
             pass
-        return self._round.parsed(self._turn)
+        return self._whole_round().parsed(self._turn)
 
     def message(self) -> Message | None:
         """Return the message to remember of what was yielded so far, None if it shows nothing."""
@@ -283,9 +290,7 @@ class AsyncAnswer(Answer):
     async def _whole(self) -> Round:
         async for _ in self:
             pass
-        if self._round is None:
-            raise UsageError("the answer was closed before it began")
-        return self._round
+        return self._whole_round()
 
     async def _next(self) -> Event | None:
         turn = self._turn

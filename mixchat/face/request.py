@@ -175,7 +175,7 @@ def checked_request(
         ("sampling", _is(SamplingOptions | Mapping), "SamplingOptions, or some of them by name"),
         ("think", _is(bool | None), "True, False or None"),
         ("variables", _is(Mapping), "a dict"),
-        ("tools", _is(ToolOffer | None), "a list of functions in OpenAI's form"),
+        ("tools", _is(ToolOffer | None), "a list of functions"),
         ("messages", _is_list, "a text or a list of messages"),
         ("prompt", lambda value: _is(str | None)(value) or _is_list(value), "a text or token ids"),
     ):

@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 import mixchat
-from mixchat.base.errors import UsageError
+from mixchat.base.errors import PromptTooLongError, UsageError
 from mixchat.face.arguments import request_of
 from mixchat.face.functions import PythonTool
 from mixchat.text.form.call_form import CallForm
@@ -185,6 +185,22 @@ def test_only_the_first_answer_has_to_call_and_the_last_is_offered_no_tool(model
         (False, 2),
         None,
     ]
+
+
+def test_results_that_do_not_fit_the_context_raise_each_time_the_text_is_asked_for(model):
+    """The second time waited for ever for a round that had not begun."""
+
+    def flood() -> str:
+        return "a" * 5000
+
+    answer = model.chat(asking("flood"), tools=[flood])
+    later = model.achat(asking("flood"), tools=[flood])
+    for _ in range(2):
+        with pytest.raises(PromptTooLongError):
+            answer.text()
+        with pytest.raises(PromptTooLongError):
+            asyncio.run(later.text())
+    assert list(answer) == []
 
 
 def test_a_call_of_a_tool_without_a_function_ends_the_answer(model):
