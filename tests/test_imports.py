@@ -27,6 +27,7 @@ ORDER = (
     "chat/draw",
     "chat",
     "chat/tools",
+    "chat/documents",
     "face",
     "text/form",
     "text",

@@ -7,9 +7,12 @@ without an end. The HTTP library waits for all of them, so each read is counted 
 from __future__ import annotations
 
 import time
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpcore2
 
@@ -17,6 +20,8 @@ from mixchat.base.errors import MixchatError
 
 _READ_S = 0.2  # of each attempt to read, so that Ctrl-C is handled soon
 _WRITE_BYTES = 2**16
+_DECODED_BYTES = 1 << 20  # of a compressed answer that are decoded at once
+REDIRECTS = (301, 302, 303, 307, 308)
 # The errors of a connection, and of what comes over it.
 FAULTS = (
     httpcore2.NetworkError,
@@ -66,6 +71,41 @@ def header(response: httpcore2.Response, name: str) -> str | None:
         if key.lower() == name.lower().encode():
             return value.decode("latin-1")
     return None
+
+
+def decoded(pieces: Iterable[bytes], encoding: str) -> Iterator[bytes]:
+    """Yield the bytes of a body in the encoding of its header.
+
+    Some proxies compress a body without being asked. Raises `ValueError` if it cannot be decoded.
+    """
+    if encoding == "identity":
+        yield from pieces
+        return
+    if encoding not in ("gzip", "deflate"):
+        raise ValueError(f"in an unknown encoding ({encoding})")
+    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    try:
+        for data in pieces:
+            while data:
+                yield decoder.decompress(data, _DECODED_BYTES)
+                data = decoder.unconsumed_tail
+    except zlib.error:
+        raise ValueError("that cannot be decompressed") from None
+
+
+def proxy_address(url: str) -> str:
+    """Return the proxy that the environment names for an address, empty if there is none."""
+    parts = urlsplit(url)
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
+    return "" if proxy_bypass(parts.netloc.rpartition("@")[2]) else proxy
+
+
+def to_proxy(address: str) -> httpcore2.Proxy:
+    """Return the proxy at an address, with the name and password in it."""
+    parts = urlsplit(address if "://" in address else f"http://{address}")
+    auth = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
+    return httpcore2.Proxy(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", auth=auth)
 
 
 class LimitedNetwork(httpcore2.SyncBackend):

@@ -1,4 +1,4 @@
-"""Reads untrusted text that goes into a prompt, and checks that it is text."""
+"""Reads untrusted text that goes into a prompt: files, PDFs and web pages."""
 
 from __future__ import annotations
 
@@ -7,16 +7,32 @@ from typing import BinaryIO
 
 from mixchat.base.context import Context
 from mixchat.base.errors import PromptError
+from mixchat.base.progress import Note
+
+_PDF_START = b"%PDF-"
 
 
-def read_text_file(path: Path, context: Context) -> str:
-    """Return the text of a file.
+def is_url(source: str) -> bool:
+    """Return whether a source is the address of a web page and not the name of a file."""
+    return source.lower().startswith(("http://", "https://"))
+
+
+def read_source(source: str, context: Context, note: Note) -> str:
+    """Return the text of a file, or of the page at an address. `note` tells what is left out.
 
     Raises `PromptError` if it is empty, not text, too long for the context, or cannot be read.
+    `web_file.fetch` has the errors of addresses.
     """
+    if is_url(source):
+        return _read_page(source, context, note)
+    return read_text_file(Path(source), context, note)
+
+
+def read_text_file(path: Path, context: Context, note: Note) -> str:
+    """Return the text of a file, which may be a PDF. Raises as `read_source` does."""
     try:
         with open(path, "rb") as file:
-            text = read_stream(file, str(path), context)
+            text = read_stream(file, str(path), context, note)
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
     if not text.strip():
@@ -24,15 +40,57 @@ def read_text_file(path: Path, context: Context) -> str:
     return text
 
 
-def read_stream(stream: BinaryIO, source: str, context: Context) -> str:
+def read_stream(stream: BinaryIO, source: str, context: Context, note: Note) -> str:
     """Return the text of a stream, which may be endless. Reads no more than the context holds.
 
-    Raises `PromptError` if there is more, or if it is not text.
+    Of a PDF it reads no more than the largest that is taken. Raises `PromptError` if there is more,
+    or if it is not text.
     """
-    data = stream.read(context.longest_text + 1)
+    data = stream.read(len(_PDF_START))
+    if data == _PDF_START:
+        from mixchat.chat.documents.document import MAX_BYTES
+
+        data += stream.read(MAX_BYTES + 1 - len(data))
+        return _pdf_text(data, source, context, note)
+    if len(data) == len(_PDF_START):  # at its end, a terminal would be asked for more
+        data += stream.read(max(context.longest_text + 1 - len(data), 0))
     if len(data) > context.longest_text:
         raise context.text_too_long(source)
     return decode(data, source)
+
+
+def _pdf_text(data: bytes, source: str, context: Context, note: Note) -> str:
+    from mixchat.chat.documents.document import pdf_text
+
+    text, remark = pdf_text(data, source, context.longest_text)
+    note(f"{source}: {remark}")
+    _check_length(text, source, context)
+    return text
+
+
+def _read_page(url: str, context: Context, note: Note) -> str:
+    from mixchat.chat.documents.document import MAX_BYTES, html_text
+    from mixchat.chat.documents.web_file import fetch
+
+    file = fetch(url, MAX_BYTES)
+    if file.url != url:
+        note(f"{url} leads to {file.url}")
+    if file.data.startswith(_PDF_START):
+        return _pdf_text(file.data, url, context, note)
+    if file.is_html:
+        text, remark = html_text(file.data, file.charset, url)
+        note(f"{url}: {remark}")
+    else:
+        text = file.text()
+    if not text.strip():
+        raise PromptError(f"{url} is empty")
+    _check_length(text, url, context)
+    return text
+
+
+def _check_length(text: str, source: str, context: Context) -> None:
+    if len(text.encode()) > context.longest_text:
+        raise context.text_too_long(source)
 
 
 def decode(data: bytes, source: str) -> str:

@@ -13,6 +13,7 @@ from prompt_toolkit.patch_stdout import patch_stdout
 from mixchat.base import interrupts
 from mixchat.base.errors import MixchatError
 from mixchat.base.quantities import format_count
+from mixchat.chat.plain_text import is_url
 from mixchat.chat.printing import cut_off_note, one_line
 from mixchat.chat.terminal.open_chat import OpenChat
 from mixchat.chat.terminal.status_line import NEARLY_FULL, Figures
@@ -272,11 +273,12 @@ class ActiveChat:
         questions = [i for i, message in enumerate(history) if message.role == "user"]
         self.screen.show_turns(history[questions[-1] if questions else 0 :])
 
-    def attach(self, path: Path, text: str) -> None:
-        """Put the text of a file before the next question."""
-        self.attached[str(path)] = text
+    def attach(self, source: str, text: str) -> None:
+        """Put the text of a file or a web page before the next question."""
+        self.attached[source] = text
         count = f"{len(text):,} characters"
-        self.screen.say(f"({one_line(path.name)}, {count}, goes before the next question)")
+        name = source if is_url(source) else Path(source).name
+        self.screen.say(f"({one_line(name)}, {count}, goes before the next question)")
 
     def status(self) -> str:
         """Return the status line, as wide as the terminal is now."""

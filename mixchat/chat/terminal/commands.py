@@ -17,7 +17,7 @@ from mixchat.base.quantities import format_count
 from mixchat.base.sanitize import sanitize
 from mixchat.chat import parameters
 from mixchat.chat.named_prompts import prompt_names, prompts_dir, read_named_prompt
-from mixchat.chat.plain_text import read_text_file
+from mixchat.chat.plain_text import is_url, read_source
 from mixchat.chat.printing import one_line, show
 from mixchat.chat.saved.chat_text import chat_table, code_blocks, to_json, to_markdown
 from mixchat.chat.terminal.completion import (
@@ -350,7 +350,7 @@ def _copy(chat: ActiveChat, argument: str) -> None:
 @_command(
     "FILE",
     "ask about a file",
-    "put a file's text before the next question; /read none drops all files",
+    "put the text of a file, PDF or web address before the next question; /read none drops all",
     lambda chat: file_names,
 )
 def _read(chat: ActiveChat, argument: str) -> None:
@@ -361,10 +361,13 @@ def _read(chat: ActiveChat, argument: str) -> None:
     if not argument:
         names = one_line(", ".join(chat.attached))
         raise UsageError("/read needs the name of a file", hint=names and f"Read so far: {names}.")
-    path = file_argument(argument)
+    source = argument if is_url(argument) else str(file_argument(argument))
+    path = Path(source)
     if path.exists() and not path.is_file():  # nobody may ever write to a FIFO
         raise PromptError(f"{path} is not a file", hint="/read takes a file with text.")
-    chat.attach(path, read_text_file(path, chat.session.context or UNKNOWN_CONTEXT))
+    context = chat.session.context or UNKNOWN_CONTEXT
+    text = read_source(source, context, lambda remark: chat.screen.say(f"({one_line(remark)})"))
+    chat.attach(source, text)
 
 
 @_command("", "tools of the model", "show the tools that --mcp offers, and which run unasked")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 
 from mixchat.base.settings import data_dir
 from mixchat.chat.terminal.active_chat import ActiveChat
@@ -16,7 +15,7 @@ from mixchat.chat.terminal.screen import Screen
 from mixchat.chat.terminal.tool_permission import ask_permission
 
 
-def talk(opened: OpenChat, files: Mapping[Path, str], title: str, *, raw: bool, vi: bool) -> None:
+def talk(opened: OpenChat, files: Mapping[str, str], title: str, *, raw: bool, vi: bool) -> None:
     """Chat in the terminal. The texts of `files` go before the first question.
 
     title: says which model it is. The model of a new chat is loaded behind the prompt.
@@ -36,8 +35,8 @@ def talk(opened: OpenChat, files: Mapping[Path, str], title: str, *, raw: bool, 
             opened.tools.confirm = lambda name: ask_permission(screen, name)
         if not behind and chat.session.history:
             chat.show_last_turn()
-        for path, text in files.items():
-            chat.attach(path, text)
+        for source, text in files.items():
+            chat.attach(source, text)
         history = data_dir() / "history" if saving.autosave else None
         warn = opened.reporter.note
         prompt = ChatPrompt(history, completions(chat), chat.status, vi=vi, warn=warn)

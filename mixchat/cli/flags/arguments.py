@@ -12,24 +12,25 @@ from mixchat.base.errors import PromptError, UsageError
 from mixchat.base.option import is_unicode
 from mixchat.base.progress import Note, noted_if_slow, waiting_for
 from mixchat.chat.named_prompts import NamedPrompt
-from mixchat.chat.plain_text import decode, read_stream, read_text_file
+from mixchat.chat.plain_text import decode, read_source, read_stream, read_text_file
 
 STDIN = "-"
 _LONGEST_CALIBRATION = 2**21  # bytes, more than a calibration takes
 
 
-def read_files(paths: Iterable[Path], context: Context, note: Note) -> dict[Path, str]:
-    """Return the texts of files by path. `-` is standard input.
+def read_files(sources: Iterable[str], context: Context, note: Note) -> dict[str, str]:
+    """Return the texts of files and web pages by name. `-` is standard input.
 
     Raises `PromptError` if one is empty, not text, or too long for the context.
     """
     texts = {}
-    for path in paths:
-        if str(path) != STDIN:
-            texts[path] = read_file(path, context, note)
+    for source in sources:
+        if source != STDIN:
+            with waiting_for(source, note):
+                texts[source] = read_source(source, context, note)
             continue
-        texts[path] = _read_stdin(context, note)
-        if not texts[path].strip():
+        texts[source] = _read_stdin(context, note)
+        if not texts[source].strip():
             raise _empty_stdin()
     return texts
 
@@ -37,12 +38,12 @@ def read_files(paths: Iterable[Path], context: Context, note: Note) -> dict[Path
 def read_file(path: Path, context: Context, note: Note) -> str:
     """Return the text of a file or pipe. Raises `PromptError` as `read_files` does."""
     with waiting_for(path, note):
-        return read_text_file(path, context)
+        return read_text_file(path, context, note)
 
 
 def read_prompt(
     argument: str | None,
-    files: Mapping[Path, str],
+    files: Mapping[str, str],
     context: Context,
     note: Note,
     kept: NamedPrompt | None = None,
@@ -55,7 +56,7 @@ def read_prompt(
     empty, not text, or too long for the context.
     """
     # Read up to what the context can hold: `yes | mixchat run` took 16 GB until it was killed.
-    named = STDIN in map(str, files)
+    named = STDIN in files
     piped = None
     if not named and (argument == STDIN or not stdin_is_terminal()):
         piped = _read_stdin(context, note)
@@ -114,4 +115,4 @@ def _read_stdin(context: Context, note: Note) -> str:
     hint = "Ctrl-D ends it" if stdin_is_terminal() else "</dev/null leaves it out"
     with noted_if_slow(note, f"reading standard input; {hint}"):
         # Python would decode it by the locale, which may accept any bytes.
-        return read_stream(sys.stdin.buffer, "standard input", context)
+        return read_stream(sys.stdin.buffer, "standard input", context, note)

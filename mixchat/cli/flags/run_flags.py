@@ -95,10 +95,12 @@ class RunFlags:
         check=lambda text, name: text and ServerURL.parse(text),
         show_default="none",
     )
-    file: list[Path] | None = option(
-        "-f --file FILE",
-        f"Put the text of FILE before the question (-: standard input); {AGAIN}.",
+    file: list[str] | None = option(
+        "-f --file FILE|URL",
+        f"Put the text of FILE, also of a PDF or web page, before the question (-: standard input);"
+        f" {AGAIN}.",
         PROMPT,
+        path_type=str,  # a Path takes a slash out of https://
     )
     kept_prompt: str | None = option(
         "--prompt NAME",

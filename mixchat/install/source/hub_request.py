@@ -15,28 +15,32 @@ import re
 import string
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import httpcore2
 
 from mixchat import __version__
 from mixchat.base.errors import HubError
-from mixchat.base.http import LimitedNetwork, ReadLimits, header
+from mixchat.base.http import (
+    REDIRECTS,
+    LimitedNetwork,
+    ReadLimits,
+    decoded,
+    header,
+    proxy_address,
+    to_proxy,
+)
 from mixchat.install.source.hub_errors import HubRefusal
 
 _TIMEOUT_S = 30.0  # after the last byte
 _TIMEOUTS = dict.fromkeys(("connect", "read", "write", "pool"), _TIMEOUT_S)
 _KEEPALIVE_S = 5.0  # for which an unused connection stays open
-_REDIRECTS = (301, 302, 303, 307, 308)
 _REDIRECTS_MAX = 20
-_DECODED_BYTES = 1 << 20  # of a compressed answer that are decoded at once
 _JSON_BYTES_MAX = 2**24
 _JSON_S = 300.0
 _WAIT_S_MAX = 300.0  # the hub counts requests over five minutes
@@ -175,19 +179,10 @@ class HubReply:
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the body as it comes. Some proxies compress it without being asked."""
-        if not self.is_compressed:
-            yield from self._response.iter_stream()
-            return
-        if self._encoding not in ("gzip", "deflate"):
-            raise WrongAnswer(f"the hub sends an answer in an unknown encoding ({self._encoding})")
-        decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
         try:
-            for data in self._response.iter_stream():
-                while data:
-                    yield decoder.decompress(data, _DECODED_BYTES)
-                    data = decoder.unconsumed_tail
-        except zlib.error:
-            raise WrongAnswer("the hub sends an answer that cannot be decompressed") from None
+            yield from decoded(self._response.iter_stream(), self._encoding)
+        except ValueError as error:
+            raise WrongAnswer(f"the hub sends an answer {error}") from None
 
 
 @contextmanager
@@ -207,7 +202,7 @@ def _answer(url: str, headers: Headers) -> Iterator[tuple[HubReply, HubLimits]]:
                 "GET", url, headers=sent, extensions={"timeout": _TIMEOUTS}
             )
             reply = HubReply(opened.enter_context(request))
-            if reply.status not in _REDIRECTS or not reply.header("Location"):
+            if reply.status not in REDIRECTS or not reply.header("Location"):
                 yield reply, limits
                 return
             for _ in reply.pieces():  # the rest is read, so that the connection can be used again
@@ -242,28 +237,19 @@ def _authorization(url: str) -> Headers:
 
 def _connections(url: str) -> httpcore2.ConnectionPool:
     """Return the connections for an address, by the proxy that the environment names for it."""
-    parts = urlsplit(url)
-    proxies = getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
-    return _pool("" if proxy_bypass(parts.netloc.rpartition("@")[2]) else proxy)
+    return _pool(proxy_address(url))
 
 
 @functools.cache
 def _pool(proxy: str) -> httpcore2.ConnectionPool:
     pool = httpcore2.ConnectionPool(
-        proxy=_proxy(proxy) if proxy else None,
+        proxy=to_proxy(proxy) if proxy else None,
         network_backend=LimitedNetwork(lambda: _current.limits),
         max_connections=None,
         keepalive_expiry=_KEEPALIVE_S,
     )
     atexit.register(pool.close)
     return pool
-
-
-def _proxy(address: str) -> httpcore2.Proxy:
-    parts = urlsplit(address if "://" in address else f"http://{address}")
-    auth = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
-    return httpcore2.Proxy(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", auth=auth)
 
 
 def retry_after(failure: Exception | None) -> float:
