@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -44,9 +45,10 @@ def serve_http(model: str, load: LoadOptions, options: ServeOptions, reporter: R
     from mixchat.serving.web.access import Access, bind, find_address, is_loopback, page_url, url_of
 
     address = find_address(options.host, options.port, options.key)
-    with bind(address) as bound:
+    with bind(address) as bound, ExitStack() as at_end:
         models = _served_models(model, load, options, reporter)
         from mixchat.serving.web.app import AppState, create_app
+        from mixchat.serving.web.request_log import written_aside
         from mixchat.serving.web.server import WebServer, serve_until_signal
 
         state = AppState(models, reporter.error, reporter.note, options.strict)
@@ -54,7 +56,9 @@ def serve_http(model: str, load: LoadOptions, options: ServeOptions, reporter: R
         page = f"; a browser opens {page_url(bound)}" if options.page else ""
         ready = f"{url_of(bound)}/v1: serving {models.name}{page}; Ctrl-C ends it"
         size = f"context: {models.context.in_words}"
-        log = say if options.log_requests else None
+        log = None
+        if options.log_requests:
+            log = at_end.enter_context(written_aside(sys.stderr.fileno()))
         app = create_app(state, access, page=options.page, log=log)
         server = WebServer(app, bound, started=models.await_sleep, log=log)
         serve_until_signal(

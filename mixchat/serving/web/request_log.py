@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from queue import Full, Queue
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -11,10 +15,49 @@ from mixchat.base.progress import Note
 
 _MAX_METHOD, _MAX_PATH = 16, 80  # characters, which a client chose
 _UNKNOWN = "-"
+_MAX_WAITING = 1000  # lines that a reader has not taken yet
+_END_TIMEOUT_S = 1.0  # for the last lines
 # In a scope's state: the tokens of prompts and answers so far, and the status of a connection that
 # was refused while its request was answered.
 TOKENS, REFUSED = "tokens", "refused"
 CountTokens = Callable[[], tuple[int, int]]
+
+
+@contextmanager
+def written_aside(fd: int) -> Iterator[Note]:
+    """Yield a function that writes a line to `fd` in a thread, and never waits for its reader.
+
+    Lines that find no room are dropped, and counted in a line as soon as one can be written. A
+    reader that stopped held the server.
+    """
+    lines: Queue[str | None] = Queue(_MAX_WAITING)
+    dropped = 0
+
+    def log(line: str) -> None:
+        nonlocal dropped
+        try:
+            lines.put_nowait(line)
+        except Full:
+            dropped += 1
+
+    def write_all() -> None:
+        told = 0
+        with suppress(OSError):  # the reader has gone
+            # Not by sys.stderr, whose lock a blocked write would hold when Python ends.
+            while (line := lines.get()) is not None:
+                os.write(fd, f"{line}\n".encode())
+                if (count := dropped - told) > 0:
+                    told += count
+                    os.write(fd, f"{_stamped([f'({count} lines dropped)'])}\n".encode())
+
+    thread = threading.Thread(target=write_all, name="request log", daemon=True)
+    thread.start()
+    try:
+        yield log
+    finally:
+        with suppress(Full):
+            lines.put(None, timeout=_END_TIMEOUT_S)
+            thread.join(_END_TIMEOUT_S)
 
 
 def logged(app: ASGIApp, log: Note) -> ASGIApp:

@@ -1,5 +1,6 @@
 """`serve --log-requests`: a line for each request, also for one that is refused or broken off."""
 
+import os
 import re
 import time
 
@@ -9,6 +10,7 @@ from conftest import PATIENCE
 from raw_http import exchange, request
 
 from mixchat.serving.web.access import Access
+from mixchat.serving.web.request_log import written_aside
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 
@@ -69,3 +71,27 @@ def test_an_answer_whose_client_leaves_is_broken_off_with_the_tokens_so_far(serv
         connection.recv(1000)
     (line,) = lines_of(served)
     assert re.search(r" 200 \d+\+\d+ tokens \d+\.\d\d s \(broken off\)$", line)
+
+
+def test_a_reader_that_stops_holds_nobody_and_the_lost_lines_are_counted():
+    """Lines were written by the event loop: a full pipe stopped all answers."""
+    reading, writing = os.pipe()
+    with open(reading) as reader, open(writing, "wb", buffering=0):
+        with written_aside(writing) as log:
+            for number in range(20_000):
+                log(f"line {number:060}")
+            written = dropped = 0
+            while written + dropped < 20_000:
+                lost = re.fullmatch(rf"{STAMP} \((\d+) lines dropped\)\n", reader.readline())
+                dropped += int(lost[1]) if lost else 0
+                written += lost is None
+    assert dropped > 10_000
+
+
+def test_the_last_lines_are_written_at_the_end():
+    reading, writing = os.pipe()
+    with open(reading) as reader:
+        with open(writing, "wb", buffering=0), written_aside(writing) as log:
+            log("one")
+            log("two")
+        assert reader.read() == "one\ntwo\n"
