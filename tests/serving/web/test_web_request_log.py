@@ -76,15 +76,18 @@ def test_an_answer_whose_client_leaves_is_broken_off_with_the_tokens_so_far(serv
 def test_a_reader_that_stops_holds_nobody_and_the_lost_lines_are_counted():
     """Lines were written by the event loop: a full pipe stopped all answers."""
     reading, writing = os.pipe()
-    with open(reading) as reader, open(writing, "wb", buffering=0):
-        with written_aside(writing) as log:
-            for number in range(20_000):
-                log(f"line {number:060}")
-            written = dropped = 0
-            while written + dropped < 20_000:
-                lost = re.fullmatch(rf"{STAMP} \((\d+) lines dropped\)\n", reader.readline())
-                dropped += int(lost[1]) if lost else 0
-                written += lost is None
+    with (
+        open(reading) as reader,
+        open(writing, "wb", 0) as pipe,
+        written_aside(pipe.fileno()) as log,
+    ):
+        for number in range(20_000):
+            log(f"line {number:060}")
+        written = dropped = 0
+        while written + dropped < 20_000:
+            lost = re.fullmatch(rf"{STAMP} \((\d+) lines dropped\)\n", reader.readline())
+            dropped += int(lost[1]) if lost else 0
+            written += lost is None
     assert dropped > 10_000
 
 
