@@ -219,7 +219,8 @@ class Screen:
             return line
 
         if note is None:
-            return MarkdownStream(self._console(), earlier=earlier, below=twice_a_second)
+            console = self._console()
+            return MarkdownStream(console, earlier=earlier, below=twice_a_second, clock=clock)
         return ThinkingStream(self._console(), below=twice_a_second, note=note)
 
     def _console(self) -> Console:

@@ -1,7 +1,6 @@
 """A screen shows text raw or drawn, with signs of life, and never a control character."""
 
 import io
-import time
 
 import pyte
 import pytest
@@ -144,7 +143,6 @@ def test_below_an_answer_is_a_line_while_it_is_written():
         for clock.now, piece in ((0.0, "One "), (0.2, "two "), (0.6, "three")):
             yield Piece(piece)
             shown.append(out.shown[-1:])
-            time.sleep(0.04)  # after a frame the drawing pauses
         yield END
 
     shown = []
