@@ -11,17 +11,14 @@ from prompt_toolkit.layout.processors import Processor, Transformation, Transfor
 from mixchat.base.quantities import format_count
 
 _MAX_LINES, _MAX_CHARACTERS = 20, 2000  # of a paste that is shown whole
-_FIRST = 0xF0000  # for private use, so neither keyboards nor texts have it
+_FIRST = 0x100000  # for private use, and fonts with icons use lower ones
 
 
 class FoldedPastes(Processor):
-    """The long pastes of one prompt after the other, and their labels on the screen."""
+    """The long pastes of a chat, which its history needs too, and their labels on the screen."""
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}  # by the character that stands for each
-
-    def clear(self) -> None:
-        self._texts.clear()
 
     def folded(self, paste: str) -> str:
         """Return a paste with plain newlines, or the character that stands for a long one."""
@@ -35,9 +32,13 @@ class FoldedPastes(Processor):
 
     def whole(self, text: str, replacement: str | None = None) -> str:
         """Return a text with each paste, or with a replacement, in place of its character."""
-        for character, paste in self._texts.items():
-            text = text.replace(character, paste if replacement is None else replacement)
-        return text
+        # In one pass, because a paste may have the character of another one.
+        return text.translate(
+            {
+                ord(character): paste if replacement is None else replacement
+                for character, paste in self._texts.items()
+            }
+        )
 
     def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
         shown: StyleAndTextTuples = []

@@ -46,17 +46,19 @@ class InputHistory(History):
 
     def append_string(self, string: str) -> None:
         """Save an entry, unless it starts with a space or repeats the one before."""
+        shown = string
         string = self._whole(string)
         self._command = string if string.startswith("/") else None
         if string.startswith(" ") or not string or string in self._entries[-1:]:
             return
         self._entries.append(string)
-        super().append_string(string)
+        super().append_string(shown)  # a key that recalls it finds a long paste folded
 
     def store_string(self, string: str) -> None:
         """Write an entry to the file. What may be a command waits for `command_ended`."""
         if self._command is not None:
             return
+        string = self._whole(string)
         self._stored = string
         if self._path is not None:
             with self._faults_recorded(self._path), _alone(self._path):

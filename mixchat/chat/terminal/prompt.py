@@ -152,7 +152,6 @@ class ChatPrompt:
 
     def _ask(self, default: str) -> str:
         self._to_editor = self._session.app.erase_when_done = False
-        self._pastes.clear()
         try:
             with reading_keys(self._session.app.input):
                 text = self._pastes.whole(

@@ -161,6 +161,14 @@ def test_a_long_paste_is_one_label_that_is_sent_and_saved_whole(tmp_path):
         screen.wait_for(">>> Why [3,000 characters pasted]b[200 lines pasted]?")
         screen.type("\x7f" + ENTER)
         assert screen.read() == f"Why b{lines}\n?"
+        screen.ask()
+        screen.type("again")
+        screen.wait_for(">>> again")
+        screen.type("\x15\x1b[A")  # in the same chat it is folded again
+        screen.wait_for(">>> again", there=False)
+        assert len(screen.lines) < 6
+        screen.type(" And?" + ENTER)
+        assert screen.read() == f"Why b{lines}\n? And?"
     with look(history=tmp_path / "history") as screen:
         screen.type("\x1b[A" + ENTER)
         assert screen.read() == f"Why b{lines}\n?"
@@ -169,7 +177,7 @@ def test_a_long_paste_is_one_label_that_is_sent_and_saved_whole(tmp_path):
 def test_a_pasted_character_stands_for_no_other_paste():
     paste = "x\n" * 50
     with look() as screen:
-        screen.type(f"\x1b[200~{paste}\x1b[201~a\x1b[200~\U000f0000\x1b[201~" + ENTER)
+        screen.type(f"\x1b[200~{paste}\x1b[201~a\x1b[200~\U00100000\x1b[201~" + ENTER)
         assert screen.read() == f"{paste}a"
 
 
