@@ -171,7 +171,7 @@ def test_a_long_paste_is_one_label_that_is_sent_and_saved_whole(tmp_path):
         assert screen.read() == f"Why b{lines}\n? And?"
     with look(history=tmp_path / "history") as screen:
         screen.type("\x1b[A" + ENTER)
-        assert screen.read() == f"Why b{lines}\n?"
+        assert screen.read() == f"Why b{lines}\n? And?"
 
 
 def test_a_pasted_character_stands_for_no_other_paste():
