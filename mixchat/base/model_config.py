@@ -56,6 +56,7 @@ class ModelConfig:
     # Of full layers, if they differ from sliding ones.
     global_head_dim: int | None = None
     num_global_key_value_heads: int | None = None
+    num_attention_heads_per_layer: tuple[int, ...] = ()  # of queries, if layers differ
     # Of "linear_attention", which is a Gated DeltaNet.
     linear_conv_kernel_dim: int = 0
     linear_key_head_dim: int = 0
@@ -81,12 +82,14 @@ class ModelConfig:
     attention_k_eq_v: bool = False
     v_norm: bool = False  # an RMSNorm of each head of values, without weights
     attn_output_gate: bool = False  # its sigmoid multiplies each column of attention's output
+    attn_head_gate: bool = False  # its softplus multiplies each head of attention's output
     # Norms multiply by their weights in fp32, and round once. Others round before.
     fp32_norms: bool = False
     norm_topk_prob: bool = True  # whether the weights of the chosen experts sum to one
     # Makes these weights of the router's logits.
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     routed_scaling_factor: float = 1.0  # multiplies the weights of the chosen experts
+    router_logit_softcapping: float | None = None  # router's logits, as final_logit_softcapping
     e_score_correction_bias: bool = False  # a number an expert that joins scores for the choice
     # The groups of experts, and those that a token chooses its experts of. A group's score is that
     # of its best expert, or with corrections the sum of its two best.
@@ -142,7 +145,8 @@ class ModelConfig:
         if not self._is_sliding(layer):
             groups = self.num_global_key_value_heads or groups
             width = self.global_head_dim or width
-        return self.num_attention_heads, groups, width
+        own_heads = self.num_attention_heads_per_layer
+        return own_heads[layer] if own_heads else self.num_attention_heads, groups, width
 
     @property
     def delta_net_shape(self) -> tuple[int, int, int, int]:
@@ -258,14 +262,18 @@ class ModelConfig:
         shared = self.num_key_value_heads
         layers = self.num_hidden_layers
         experts = self.num_local_experts
-        if heads % shared:
-            yield f"{heads} attention heads cannot share {shared} key-value heads"
+        own_heads = self.num_attention_heads_per_layer
+        if own_heads and len(own_heads) != layers:
+            yield f"{len(own_heads)} num_attention_heads_per_layer for {layers} layers"
+        for count in {heads, *own_heads}:
+            if count % shared:
+                yield f"{count} attention heads cannot share {shared} key-value heads"
         if self.num_moe_layers < 1:
             dense = self.first_k_dense_replace
             yield f"none of {layers} layers has experts, because the first {dense} are dense"
         if layers * experts > _MAX_EXPERTS:
             yield f"{layers} layers of {experts} experts are more than any model has"
-        most = max(heads, self.linear_num_key_heads, self.linear_num_value_heads)
+        most = max(heads, *own_heads, self.linear_num_key_heads, self.linear_num_value_heads)
         if layers * most > _MAX_HEADS:
             yield f"{layers} layers of {most} heads are more than any model has"
         if self.head_dim % 2:

@@ -55,6 +55,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "short convolutions": {"model_type": "lfm2_moe", "head_dim": 32, "num_attention_heads": 2},
     "Mamba2 beside attention without positions": {"model_type": "granitemoehybrid"},
     "norms of projections": {"model_type": "olmoe", "num_attention_heads": 2, "head_dim": 32},
+    "heads of a layer, gated": {
+        "model_type": "laguna",
+        "head_dim": 64,
+        "moe_intermediate_size": 128,
+        "intermediate_size": 192,
+    },
     "window and rope of a layer": {"model_type": "mellum", "moe_intermediate_size": 128},
     "sinks and biases": {"model_type": "gpt_oss"},
     "sinks, biases and experts in mxfp4": {"model_type": "gpt_oss", "stored_as": "mxfp4"},

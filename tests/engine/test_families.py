@@ -129,6 +129,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral4": ("mistral4", {"num_key_value_heads": 4}),
+    "laguna": ("laguna", {}),
+    "laguna, odd heads, capped logits": (
+        "laguna",
+        {
+            "num_attention_heads_per_layer": [2, 10, 4, 6],
+            "head_dim": 20,
+            "moe_router_logit_softcapping": 0.1,
+            "mlp_layer_types": ["sparse"] * 4,
+            **SPARSE,
+        },
+    ),
     "minimax_m2": ("minimax_m2", {}),
     "minimax_m2, whole heads rotated": (
         "minimax_m2",

@@ -161,10 +161,14 @@ def route(
 ) -> None:
     scoring: Scoring = "sigmoid" if shape["SIGMOID"] else "softmax"
     more = bias, scoring, correction, shape["SCALING"]
-    router = Router(gate, shape["K"], shape["NORMALIZED"], *more, scales=scales)
+    router = Router(gate, shape["K"], shape["NORMALIZED"], *more, scales=scales, cap=shape["CAP"])
     chosen = router._by_torch(x[None])
     selected.copy_(chosen[0][0])
     weights.copy_(chosen[1][0])
+
+
+def dense_product(x: Tensor, weight: Tensor, out: Tensor, **shape: Any) -> None:
+    out.copy_(weight.float() @ x.float())
 
 
 def heads(
@@ -315,6 +319,7 @@ DOUBLES: dict[str, Callable[..., None]] = {
     "_add_norm": add_norm,
     "_route": route,
     "_heads": heads,
+    "_dense_product": dense_product,
     "_delta_net": delta_net,
     "_delta_rule": delta_rule,
     "_head_products": head_products,

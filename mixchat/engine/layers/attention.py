@@ -8,15 +8,24 @@ from __future__ import annotations
 import torch
 
 from mixchat.engine.layers.model_tensors import LayerTensors
-from mixchat.engine.layers.operations import Apply, Attend, Norm, Operation, RMSNorm, Rotate, Rows
-from mixchat.kernels.cpu.rows import Clamping, Gating
+from mixchat.engine.layers.operations import (
+    Apply,
+    Attend,
+    DenseProduct,
+    Norm,
+    Operation,
+    RMSNorm,
+    Rotate,
+    Rows,
+)
+from mixchat.kernels.cpu.rows import Clamping, Gating, HeadGating
 
 
 def attention(layer: LayerTensors, x: Rows, out: Rows) -> list[Operation]:
     """Describe the attention of a layer, from x [T, D] to `out` [T, D].
 
     Values may be the keys before their norm. A model with gates has one for each number of the
-    attention's output.
+    attention's output, or for each head.
     """
     assert layer.rope is not None
     spec = layer.mixer
@@ -27,6 +36,7 @@ def attention(layer: LayerTensors, x: Rows, out: Rows) -> list[Operation]:
     end = first_value + groups
     gates = heads if config.attn_output_gate else 0
     qkv = Rows.new("qkv", end + gates, width)
+    head_gates = Rows.new("head gates", heads)
     queries = qkv[:heads]
     keys = qkv[heads : heads + groups]
     values = qkv[first_value:end]
@@ -34,6 +44,8 @@ def attention(layer: LayerTensors, x: Rows, out: Rows) -> list[Operation]:
     attended = Rows.new("attended", heads, width)
 
     steps: list[Operation] = [layer.mix(qkv, x, "qkv_proj")]
+    if config.attn_head_gate:
+        steps.append(DenseProduct(head_gates, x, layer.model.tensor(spec.tensors["g_proj"])))
     if config.v_norm:
         normed = Rows.new("normed values", groups, width)
         ones = RMSNorm(torch.ones_like(norms[1].weight), config.rms_norm_eps)
@@ -49,4 +61,6 @@ def attention(layer: LayerTensors, x: Rows, out: Rows) -> list[Operation]:
     steps.append(Attend(attended, rotated[:heads], rotated[heads:], values, layer.number, sinks))
     if gates:
         steps.append(Apply(attended, (attended, qkv[end:]), Gating()))
+    if config.attn_head_gate:
+        steps.append(Apply(attended, (attended, head_gates), HeadGating(width)))
     return [*steps, layer.mix(out, attended, "o_proj")]

@@ -156,6 +156,7 @@ def _experts(layer: LayerTensors, runner: ExpertRunner, x: Rows, out: Rows) -> l
         config.n_group,
         config.topk_group,
         scales,
+        config.router_logit_softcapping,
     )
     number = layer.number - config.first_k_dense_replace
     # A name for each layer, because the host reads the choices of all of them.

@@ -25,10 +25,19 @@ from mixchat.engine.layers import operations as ops
 from mixchat.engine.layers.block import Block
 from mixchat.engine.layers.operations import Operation, Rows, UnsupportedOperationError
 from mixchat.kernels.cpu.gated_norm import GatedNorm
-from mixchat.kernels.cpu.rows import Addition, Clamping, Gating, Scaling, Swiglu, Weighting
+from mixchat.kernels.cpu.rows import (
+    Addition,
+    Clamping,
+    Gating,
+    HeadGating,
+    Scaling,
+    Swiglu,
+    Weighting,
+)
 from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.convolution import gated_convolution
 from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net
+from mixchat.kernels.gpu.dense import dense_product
 from mixchat.kernels.gpu.experts import experts_down, experts_up
 from mixchat.kernels.gpu.heads import heads
 from mixchat.kernels.gpu.latents import latent_heads
@@ -289,7 +298,9 @@ def _add(memory: LayerMemory, addition: ops.Apply) -> Kernels:
     return []
 
 
-@_rule([ops.Norm], [ops.Norm], [ops.Norm], [Clamping], ops.Rotate, ops.Attend, [Gating])
+@_rule(
+    [ops.Norm], [ops.Norm], [ops.Norm], [Clamping], ops.Rotate, ops.Attend, [Gating], [HeadGating]
+)
 def _attend(
     memory: LayerMemory,
     first: ops.Norm | None,
@@ -298,25 +309,23 @@ def _attend(
     clip: Any | None,
     turn: ops.Rotate,
     attending: ops.Attend,
-    gating: ops.Apply | None,
+    *gatings: ops.Apply | None,
 ) -> Kernels | None:
     """Normalize, clip and rotate heads as they are stored, and gate what attention gives."""
+    gating = gatings[0] or gatings[1]
     norms = [norm for norm in (first, second, third) if norm is not None]
     is_of_one_row = all(norm.x.name == turn.x.name for norm in norms)
     if not is_of_one_row or turn.out.name != attending.queries.name:
         return None
     tokens = memory.tokens
     queries = tokens.out(attending.queries)
-    count, width = queries.shape
+    count = len(queries)
     of_values = [norm for norm in norms if norm.out == attending.values]
     values = of_values[0].x if of_values else attending.values
     weights = [norm.norm.weight for norm in norms if norm.out == norm.x]
     eps = norms[0].norm.eps if norms else 0.0
     limit = None if clip is None else clip.kernel.limit
-    # Heads after the values are stored as they are.
-    end = values.first + values.shape[0] * width
-    gate_heads = replace(turn.x, first=end, shape=(count, width))
-    gates = tokens.out(gate_heads) if end < gate_heads.size else None
+    gates = None if gatings[0] is None else tokens.out(gatings[0].operands[1])
     arrays = tokens.sums_of(turn.x), queries, memory.kv.tensors, tokens.past, turn.rope.tables
     store = partial(heads, *arrays, weights, eps, limit, gates)
     store = partial(store, v_norm=bool(of_values), values_are_keys=values == turn.x[count:])
@@ -326,11 +335,11 @@ def _attend(
 def _attend_to_stored(
     memory: LayerMemory, attending: ops.Attend, gating: ops.Apply | None = None
 ) -> Callable[[], object]:
-    """Return the kernel that attends to the cache, and multiplies by the sigmoids of gates."""
+    """Return the kernel that attends to the cache, and multiplies by what gates give."""
     tokens = memory.tokens
     cache = memory.kv
     queries = tokens.row(attending.queries)[None]
-    gates = None if gating is None else tokens.row(gating.operands[1])
+    gates = None if gating is None else tokens.row(gating.operands[1])[None]
     parts = Parts.for_tokens(1, queries.shape[1], cache.tensors, cache.window, tokens.scratch)
     arrays = queries, cache.tensors, tokens.past, tokens.out(attending.out)[None], parts
     scale = cache.shape.score_scale
@@ -403,6 +412,13 @@ def _delta_net(
     inputs = tokens.row(small.x), tokens.sums_of(convolve.x), weights, memory.addresses
     out = tokens.out(gating.out)
     return [partial(delta_net, *inputs, rule.shape.state_shape, read, out, counters)]
+
+
+@_rule(ops.DenseProduct)
+def _dense_product(memory: LayerMemory, operation: ops.DenseProduct) -> Kernels:
+    tokens = memory.tokens
+    rows = tokens.row(operation.x), operation.weight, tokens.out(operation.out)
+    return [partial(dense_product, *rows)]
 
 
 @_rule(ops.Convolve)

@@ -40,6 +40,13 @@ def sigmoid(function: Function, x: Value) -> Value:
     return numerator / (power + 1.0)
 
 
+def softcapped(function: Function, x: Value, cap: Value) -> Value:
+    """Return tanh(x / cap) * cap. NaN stays NaN."""
+    # tanh(x) is 2 * sigmoid(2 * x) - 1.
+    score = sigmoid(function, (x + x) / cap)
+    return x.compare("==", x).choose((score + score - 1.0) * cap, x)
+
+
 def softplus(function: Function, x: Value) -> Value:
     """Return ln(1 + e^x) of floats, with a relative error of 5e-7, and 0 below -87."""
     is_positive = x.compare(">", 0.0)

@@ -14,7 +14,7 @@ from llvmlite import ir
 from torch.nn import functional
 
 from mixchat.kernels.cpu import rows
-from mixchat.kernels.cpu.arithmetic import as_fp32, exponential, sigmoid
+from mixchat.kernels.cpu.arithmetic import as_fp32, exponential, sigmoid, softcapped
 from mixchat.kernels.cpu.compile import compiled_here
 from mixchat.kernels.cpu.emit import Function, Value, f32, i64, vector
 from mixchat.kernels.cpu.program import Signature, Step
@@ -44,6 +44,7 @@ _SIGNATURE = Signature(
     "correction",
     "scaling",
     "scales",
+    "cap",
 )
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -85,6 +86,7 @@ class Router:
     `chosen_groups` of these, those with the best expert, or with a correction those whose two best
     experts have the largest sum.
     scales: fp32 [E], which multiply the weights of their experts.
+    cap: logits become tanh(logits / cap) * cap.
     """
 
     gate: torch.Tensor
@@ -97,6 +99,7 @@ class Router:
     groups: int = 1
     chosen_groups: int = 1
     scales: torch.Tensor | None = None
+    cap: float | None = None
 
     @property
     def _scores(self) -> Scoring | None:
@@ -125,6 +128,8 @@ class Router:
 
     def _by_torch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = functional.linear(x.float(), self.gate.float(), self.bias)  # [T, E]
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
         if self._scores is not None:
             scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(dim=-1)
             ranks = scores if self.correction is None else scores + self.correction
@@ -151,7 +156,8 @@ class Router:
         count = self.gate.shape[0]
         logits, ranks = torch.empty(2, tokens, count)
         bf16 = x.dtype == torch.bfloat16, self.gate.dtype == torch.bfloat16
-        compiled = _compiled(*bf16, self.bias is not None, self._scores, self._limits)
+        forms = self.bias is not None, self.cap is not None
+        compiled = _compiled(*bf16, *forms, self._scores, self._limits)
         score = _SIGNATURE.step(
             compiled.function("score"),
             threads=1 if tokens <= _FEW else None,
@@ -170,6 +176,7 @@ class Router:
             correction=torch.zeros(count) if self.correction is None else self.correction,
             scaling=float(self.scaling),
             scales=torch.ones(count) if self.scales is None else self.scales,
+            cap=float(self.cap or 0.0),
         )
         return score, score.copy(compiled.function("choose"))
 
@@ -181,10 +188,11 @@ def _compiled(
     x_bf16: bool,
     gate_bf16: bool,
     biased: bool,
+    capped: bool,
     scores: Scoring | None,
     limits: _GroupLimits,
 ) -> None:
-    _Score(module, lanes, x_bf16, gate_bf16, biased).write()
+    _Score(module, lanes, x_bf16, gate_bf16, biased, capped).write()
     (_Choose(module) if scores is None else _ChooseByScores(module, scores, limits)).write()
 
 
@@ -192,13 +200,20 @@ class _Score:
     """A function that computes logits. An item of work is `_TOGETHER` experts of a token."""
 
     def __init__(
-        self, module: ir.Module, lanes: int, x_bf16: bool, gate_bf16: bool, biased: bool
+        self,
+        module: ir.Module,
+        lanes: int,
+        x_bf16: bool,
+        gate_bf16: bool,
+        biased: bool,
+        capped: bool,
     ) -> None:
         self._function = Function(module, "score")
         self._lanes = lanes
         self._x_bf16 = x_bf16
         self._gate_bf16 = gate_bf16
         self._biased = biased
+        self._capped = capped
         self._args = _SIGNATURE.read_by(self._function)
 
     def write(self) -> None:
@@ -230,13 +245,16 @@ class _Score:
                 row = as_fp32(args.pointer("gate"), index, self._gate_bf16, lanes)
                 sums[number] = function.multiply_add(x, row, sums[number])
         logits = [function.total(lanes_sum) for lanes_sum in sums]
-        if not self._biased:
-            return logits
-        bias = args.pointer("bias")
-        return [
-            logit + bias.load(f32, expert * 4)
-            for expert, logit in zip(experts, logits, strict=True)
-        ]
+        if self._biased:
+            bias = args.pointer("bias")
+            logits = [
+                logit + bias.load(f32, expert * 4)
+                for expert, logit in zip(experts, logits, strict=True)
+            ]
+        if self._capped:
+            cap = args.load("cap", f32)
+            logits = [softcapped(function, logit, cap) for logit in logits]
+        return logits
 
 
 def _rank(function: Function, logit: Value) -> Value:

@@ -18,7 +18,14 @@ from llvmlite import ir
 from torch.nn import functional
 
 from mixchat.base.model_config import HiddenAct
-from mixchat.kernels.cpu.arithmetic import as_fp32, rounded, sigmoid, store_fp32
+from mixchat.kernels.cpu.arithmetic import (
+    as_fp32,
+    rounded,
+    sigmoid,
+    softcapped,
+    softplus,
+    store_fp32,
+)
 from mixchat.kernels.cpu.compile import LANES, compiled_here, instruction_set
 from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i64, vector
 from mixchat.kernels.cpu.program import Argument, Signature, Step
@@ -212,6 +219,29 @@ class Gating:
 
 
 @dataclass(frozen=True)
+class HeadGating:
+    """Each head of x, of `width` columns, times softplus(gate), ln(1 + e^gate)."""
+
+    width: int
+
+    def __call__(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Return the product for x [T, H * h] and gate [T, H]."""
+        if not can_compute(x.dtype, self.width, x.device.type):
+            factors = functional.softplus(gate.float()).unsqueeze(-1)
+            heads = x.reshape(len(x), -1, self.width)
+            return (heads.float() * factors).to(x.dtype).flatten(1)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self.step(x, gate, out).run()
+        return out
+
+    def step(self, x: torch.Tensor, gate: torch.Tensor, out: torch.Tensor) -> Step:
+        """Return `__call__` as a step. The numbers of a token's gate follow one another."""
+        sizes = {"columns": self.width, "count": gate.shape[-1]}
+        return _step("head_gate", x, out, weight=gate, stride=gate.stride(0), **sizes)
+
+
+@dataclass(frozen=True)
 class Weighting:
     """x [T, D] times a weight of each token, fp32 [T, 1]."""
 
@@ -305,6 +335,7 @@ def _compiled(module: ir.Module, lanes: int, bf16: bool) -> None:
     operations = (
         *norms,
         *products,
+        _HeadGate,
         _Clamp,
         _Scale,
         _Softcap,
@@ -413,9 +444,7 @@ class _Softcap(_RowWriter):
         with self.function.loop(0, self.columns, self.lanes) as (column, _):
             index = token * self.columns + column
             number = self.load(self.x, index)
-            # tanh(x) is 2 * sigmoid(2 * x) - 1.
-            score = _sigmoid(self.function, (number + number) / cap)
-            self.store((score + score - 1.0) * cap, index)
+            self.store(softcapped(self.function, number, cap), index)
 
 
 class _RotationWriter(_RowWriter):
@@ -494,6 +523,22 @@ class _Gate(_RowWriter):
             index = token * self.columns + column
             gate = self.load(gates, first + column)
             self.store(self.load(self.x, index) * _sigmoid(function, gate), index)
+
+
+class _HeadGate(_RowWriter):
+    name = "head_gate"
+
+    def row(self, token: Value) -> None:
+        function = self.function
+        heads = self.args.number("count")
+        gates = self.args.pointer("weight")
+        with function.loop(0, heads, 1) as (head, _):
+            gate = as_fp32(gates, token * self.args.number("stride") + head, self._bf16)
+            # NaN stays NaN, so that a broken token is noticed.
+            factor = gate.compare("==", gate).choose(softplus(function, gate), gate)
+            first = (token * heads + head) * self.columns
+            with function.loop(first, first + self.columns, self.lanes) as (index, _):
+                self.store(self.load(self.x, index) * factor.broadcast(self.lanes), index)
 
 
 def _sigmoid(function: Function, x: Value) -> Value:

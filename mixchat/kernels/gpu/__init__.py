@@ -11,6 +11,7 @@ import Triton at once.
 - splits.py: the scratch of a token's attention
 - attention.py: attention of new tokens, one or many, over a KV cache
 - convolution.py: a short convolution for one token
+- dense.py: one row times a matrix of few rows that is not quantized
 - delta_net.py: a Gated DeltaNet, between its two products
 - latents.py: queries, the latent and the key of one token, for latent attention
 - codes.py: turns codes of each type into numbers

@@ -123,9 +123,9 @@ def attend(
 ) -> None:
     """Store the attention of `queries` [T, H, h] in `out` [T, H, h].
 
-    If there are `gates`, of the same shape, their sigmoids multiply it. `scale` multiplies scores,
-    1 / sqrt(h) by default. If the cache holds latents, `queries` [T, H, h + r] have r more columns
-    for the rotating numbers of keys.
+    If there are `gates`, of the same shape, their sigmoids multiply it. With gates [T, H] their
+    softplus multiplies each head. `scale` multiplies scores, 1 / sqrt(h) by default. If the cache
+    holds latents, `queries` [T, H, h + r] have r more columns for the rotating numbers of keys.
 
     The cache holds the keys and values of these tokens already, after `past` tokens, int32 on the
     GPU. A token attends to itself and all before it, or to the last `window` of these. `sinks` are
@@ -138,6 +138,7 @@ def attend(
     shape = {"WINDOW": window or 0, "H": heads, "R": shared, "WIDTH": width}
     shape |= {"ROWS": tile.rows, "KEYS": tile.keys}
     shape["BLOCK"] = triton.next_power_of_2(width)
+    shape["HEAD_GATES"] = gates is not None and gates.dim() == 2
     launch(
         _attend,
         (triton.cdiv(tokens * shared, tile.rows), groups, parts.splits),
@@ -196,6 +197,7 @@ def _attend(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
+    HEAD_GATES: tl.constexpr,
     SCALE: tl.constexpr,
     TURNING: tl.constexpr,
     TURNS: tl.constexpr,
@@ -280,7 +282,7 @@ def _attend(
         # A row that no token has may have seen no key.
         sums /= tl.maximum(weights, 1e-30)[:, None]
         places = row[:, None] * WIDTH + columns[None, :]
-        tl.store(out + places, _gated(sums, gates, out, places, inside), inside)
+        tl.store(out + places, _gated(sums, gates, out, places, inside, WIDTH, HEAD_GATES), inside)
     else:
         place = row.to(tl.int64) * splits + split
         tl.store(part_sums + place[:, None] * WIDTH + columns[None, :], sums, inside)
@@ -305,6 +307,7 @@ def _merge(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
+    HEAD_GATES: tl.constexpr,
     PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
@@ -337,13 +340,19 @@ def _merge(
         sums += tl.load(part_sums + place, mask, 0.0) * factor[:, None]
     places = row * WIDTH + columns
     inside = columns < WIDTH
-    tl.store(out + places, _gated(tl.sum(sums, 0) / total, gates, out, places, inside), inside)
+    attended = tl.sum(sums, 0) / total
+    attended = _gated(attended, gates, out, places, inside, WIDTH, HEAD_GATES)
+    tl.store(out + places, attended, inside)
 
 
 @triton.jit
-def _gated(attended, gates, out, places, inside):
+def _gated(attended, gates, out, places, inside, WIDTH: tl.constexpr, HEAD_GATES: tl.constexpr):
     if gates is not None:
         # Rounded first, as on CPUs.
         attended = attended.to(out.dtype.element_ty).to(tl.float32)
-        attended *= tl.sigmoid(tl.load(gates + places, inside, 0.0).to(tl.float32))
+        if HEAD_GATES:
+            gate = tl.load(gates + places // WIDTH, inside, 0.0).to(tl.float32)
+            attended *= tl.maximum(gate, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(gate)))
+        else:
+            attended *= tl.sigmoid(tl.load(gates + places, inside, 0.0).to(tl.float32))
     return attended

@@ -45,6 +45,7 @@ def route(
         SIGMOID=router.scoring == "sigmoid",
         NORMALIZED=router.normalized,
         SCALING=router.scaling,
+        CAP=router.cap,
         EXPERTS=triton.next_power_of_2(count),
         CHOICES=triton.next_power_of_2(router.choices),
         BLOCK=min(_BLOCK, triton.next_power_of_2(columns)),
@@ -70,6 +71,7 @@ def _route(
     SIGMOID: tl.constexpr,
     NORMALIZED: tl.constexpr,
     SCALING: tl.constexpr,
+    CAP: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -85,6 +87,9 @@ def _route(
     logit = tl.sum(products)
     if bias is not None:
         logit += tl.load(bias + expert)
+    if CAP is not None:
+        # tanh(x) is 2 * sigmoid(2 * x) - 1.
+        logit = (2.0 * tl.sigmoid(2.0 * logit / CAP) - 1.0) * CAP
     tl.store(logits + expert, logit)
     # All threads have stored before one of them counts the program.
     tl.debug_barrier()

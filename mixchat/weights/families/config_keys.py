@@ -147,6 +147,20 @@ def dense_parts(
     }
 
 
+def first_dense_layers(raw: dict[str, Any], default: int = 1) -> int:
+    """Return the count of layers without experts, which have to be the first ones."""
+    types = raw.get("mlp_layer_types")
+    if types is None:
+        return default
+    dense = types.count("dense") if isinstance(types, list) else 0
+    if types != ["dense"] * dense + ["sparse"] * (layer_count(raw) - dense):
+        raise CheckpointError(
+            f"config.json: mlp_layer_types is {types!r:.80}: dense layers after layers with "
+            "experts do not run"
+        )
+    return dense
+
+
 def refuse_dense_layers(raw: dict[str, Any]) -> None:
     """Refuse layers without experts."""
     for key, usual in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):

@@ -99,6 +99,8 @@ def attention(*, rotates_neighbours: bool = False, norm_offset: float = 0.0) -> 
                 yield norm(name, size, factor=factor, offset=norm_offset)
         if config.attention_sinks:
             yield f"{own}sinks", (Slice(f"{own}sinks", (heads,)),)
+        if config.attn_head_gate:
+            yield from whole_tensors(own, {"g_proj.weight": (heads, hidden)})
 
     return tensors
 

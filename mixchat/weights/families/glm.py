@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families import config_keys as read
 from mixchat.weights.families.family import MLP_WITH_SHARED, Family
@@ -49,16 +48,7 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
 
 def _read_lite(raw: dict[str, Any]) -> ModelConfig:
     raw = {**_LITE_DEFAULTS, **raw}
-    # transformers lists the layers without experts, which have to be the first ones.
-    types = raw.get("mlp_layer_types")
-    layers = read.layer_count(raw)
-    dense = types.count("dense") if isinstance(types, list) else 0
-    if types not in (None, ["dense"] * dense + ["sparse"] * (layers - dense)):
-        raise CheckpointError(
-            f"config.json: mlp_layer_types is {types!r:.80}: dense layers after layers with "
-            "experts do not run"
-        )
-    raw = {"first_k_dense_replace": 1 if types is None else dense, **raw}
+    raw = {"first_k_dense_replace": read.first_dense_layers(raw), **raw}
     return ModelConfig(
         **read.latent_model(raw, rms_norm_eps=1e-5),
         **read.corrected_router(raw),

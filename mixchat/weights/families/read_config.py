@@ -19,6 +19,7 @@ from mixchat.weights.families.gemma4 import GEMMA4
 from mixchat.weights.families.glm import GLM4_MOE, GLM4_MOE_LITE
 from mixchat.weights.families.gpt_oss import GPT_OSS
 from mixchat.weights.families.granite import GRANITEMOE, GRANITEMOEHYBRID
+from mixchat.weights.families.laguna import LAGUNA
 from mixchat.weights.families.lfm2_moe import LFM2_MOE
 from mixchat.weights.families.mellum import MELLUM
 from mixchat.weights.families.minimax_m2 import MINIMAX_M2
@@ -32,7 +33,7 @@ FAMILIES: dict[str, Family] = {
         *(MIXTRAL, QWEN3_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS),
         *(QWEN2_MOE, ERNIE4_5_MOE, DOTS1, GLM4_MOE, MINIMAX_M2),
         *(LFM2_MOE, QWEN3_NEXT, QWEN3_5_MOE, GLM4_MOE_LITE, DEEPSEEK_V2, DEEPSEEK_V3),
-        *(GEMMA4, MISTRAL4, GRANITEMOEHYBRID),
+        *(GEMMA4, MISTRAL4, GRANITEMOEHYBRID, LAGUNA),
     )
 }
 

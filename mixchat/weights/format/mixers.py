@@ -86,6 +86,8 @@ def _attention(specs: LayerSpecs) -> MixerSpec:
             tensors[role] = specs.norm(f"{own}{role}.weight", columns)
     if config.attention_sinks:  # a logit for each head, which is added to the sum of its softmax
         tensors["sinks"] = specs.tensor(f"{own}sinks", heads)
+    if config.attn_head_gate:
+        tensors["g_proj"] = specs.tensor(f"{own}g_proj.weight", heads, hidden)
     return MixerSpec({"qkv_proj": qkv, "o_proj": out}, tensors)
 
 

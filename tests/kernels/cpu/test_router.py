@@ -70,6 +70,7 @@ def transformers_router(kind: str, experts: int, choices: int, normalized: bool)
     config.num_experts = config.num_local_experts = experts
     config.num_experts_per_tok, config.routed_scaling_factor = choices, 2.5
     config.norm_topk_prob = normalized
+    config.moe_router_logit_softcapping = 0.2
     router = getattr(modules, name)(config)
     for parameter in (*router.parameters(), *router.buffers()):
         torch.nn.init.normal_(parameter, std=0.3)
@@ -91,6 +92,7 @@ def transformers_router(kind: str, experts: int, choices: int, normalized: bool)
         ("dots1", True),
         ("dots1", False),
         ("glm4_moe", True),
+        ("laguna", True),
     ],
 )
 def test_each_family_is_routed_as_transformers_routes_it(kind, normalized):
@@ -104,6 +106,7 @@ def test_each_family_is_routed_as_transformers_routes_it(kind, normalized):
             "sigmoid" if hasattr(theirs, "e_score_correction_bias") else "softmax",
             correction_of(theirs),
             getattr(theirs, "routed_scaling_factor", 1.0),
+            cap=getattr(theirs, "router_logit_softcapping", None),
         )
         x = torch.randn(9, 96)
         selected, weights = router(x)

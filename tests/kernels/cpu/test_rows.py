@@ -73,6 +73,20 @@ def test_columns_are_multiplied_by_gates_in_wider_rows(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_are_multiplied_by_the_softplus_of_gates_in_wider_rows(dtype):
+    for tokens, width in itertools.product(TOKENS, (96, 10)):
+        x, around = torch.randn(tokens, 5 * width).to(dtype), torch.randn(tokens, 9).to(dtype)
+        gating = rows.HeadGating(width)
+        gate = 20 * around[:, 2:7]
+        factors = torch.nn.functional.softplus(gate.double()).repeat_interleave(width, 1)
+        assert_near(gating(x, gate), x.double() * factors)
+        if width == 96:
+            expected = gating(x, gate)
+            gating.step(x, gate, x).run()
+            assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [32, 97, 2880, 4096 * 3])
 def test_large_numbers_are_capped(dtype, columns):
     for tokens in TOKENS[:2]:

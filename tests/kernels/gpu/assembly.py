@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -39,6 +39,7 @@ from mixchat.kernels.gpu import codes, launch
 from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.convolution import gated_convolution
 from mixchat.kernels.gpu.delta_net import DeltaNetWeights, delta_net, delta_rule
+from mixchat.kernels.gpu.dense import dense_product
 from mixchat.kernels.gpu.dequantize import dequantize
 from mixchat.kernels.gpu.experts import ExpertForm, ExpertMatrix, Levels, experts_down, experts_up
 from mixchat.kernels.gpu.heads import heads
@@ -147,6 +148,10 @@ def call_route(experts: int, columns: int, choices: int, **options: Any) -> None
     route(empty(columns), router, logits, selected, weights, counter)
 
 
+def call_dense(rows: int, columns: int) -> None:
+    dense_product(empty(columns), empty(rows, columns), empty(rows))
+
+
 def call_add_norm(columns: int, partials: int) -> None:
     added, counter = empty(partials, columns, dtype=FP32), empty(1, dtype=INT32)
     add_norm(empty(columns), added, empty(columns), empty(columns), 1e-5, counter)
@@ -236,7 +241,7 @@ class Attention:
     tokens: int = 1
     window: int | None = None
     sinks: bool = False
-    gated: bool = False
+    gating: Literal["number", "head"] | None = None
     bits: int = 16
 
     def __call__(self) -> None:
@@ -244,7 +249,8 @@ class Attention:
         queries = empty(self.tokens, self.heads, self.width)
         parts = Parts.for_tokens(self.tokens, self.heads, cache, self.window)
         sinks = empty(self.heads, dtype=FP32) if self.sinks else None
-        gates, past = empty(*queries.shape) if self.gated else None, empty(1, dtype=INT32)
+        gated = queries.shape if self.gating == "number" else queries.shape[:2]
+        gates, past = empty(*gated) if self.gating else None, empty(1, dtype=INT32)
         attend(queries, cache, past, torch.empty_like(queries), parts, self.window, sinks, gates)
 
 
@@ -271,6 +277,8 @@ CALLS: dict[str, Callable[[], None]] = {
         correction=empty(128, dtype=FP32),
         scaling=2.5,
     ),
+    "dense_product laguna": partial(call_dense, 64, 2048),
+    "attend laguna": Attention(64, 8, 128, window=512, gating="head"),
     "add_norm mixtral": partial(call_add_norm, 4096, 8),
     "add_norm of few gpt-oss": partial(call_add_norm, 2880, 4),
     "heads qwen3": partial(call_heads, 32, 4, 128, [128, 128]),
@@ -285,7 +293,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "attend qwen3 in 8 bits": Attention(32, 4, 128, bits=8),
     "attend gpt-oss": Attention(64, 8, 64, window=128, sinks=True),
     "attend gpt-oss in 8 bits": Attention(64, 8, 64, bits=8, sinks=True),
-    "attend qwen3-next": Attention(16, 2, 256, gated=True),
+    "attend qwen3-next": Attention(16, 2, 256, gating="number"),
     "attend heads of 80 columns": Attention(32, 8, 80),
     "latent_heads glm-4.7-flash": partial(call_latent_heads, 20, 192),
     **{f"head_products {name}": partial(call_head_products, name, 20, 512, 192) for name in TYPES},

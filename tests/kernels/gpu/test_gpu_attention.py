@@ -8,7 +8,7 @@ from gpu_tools import kv_tensors, length_of
 
 from mixchat.base import gpu
 from mixchat.engine.caches.tensor_cache import attention_mask, in_8_bits
-from mixchat.kernels.cpu.rows import Gating
+from mixchat.kernels.cpu.rows import Gating, HeadGating
 from mixchat.kernels.gpu import attention
 from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.kv_store import KVTensors, store
@@ -52,7 +52,7 @@ def check(
     *,
     window=None,
     sinks=None,
-    gated=False,
+    gating=None,
     bits=16,
     dtype,
 ):
@@ -61,20 +61,23 @@ def check(
     queries = (2 * torch.randn(tokens, heads, width)).to(dtype)
     out = torch.full_like(queries, torch.nan)
     parts = Parts.for_tokens(tokens, heads, tensors, window)
-    gates = torch.randn_like(queries) if gated else None
+    gates = None
+    if gating is not None:
+        gates = torch.randn_like(queries if gating == Gating() else queries[..., 0])
     attend(queries, tensors, length_of(past), out, parts, window, sinks, gates)
     within = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 1e-5}[dtype]
     right = expected(queries, rows, window, sinks).to(dtype)
     if gates is not None:
-        right = Gating()(right.flatten(1), gates.flatten(1)).view(right.shape)
+        right = gating(right.flatten(1), gates.flatten(1)).view(right.shape)
     torch.testing.assert_close(out, right, rtol=within, atol=within)
     return parts.splits
 
 
+@pytest.mark.parametrize("gating", [Gating(), HeadGating(64)])
 @pytest.mark.parametrize(("past", "splits"), [(1, 1), (69, 2)])
-def test_gates_multiply_the_output(past, splits):
+def test_gates_multiply_the_output(past, splits, gating):
     shape = 4, 2, 64, past + 1, past, 1
-    assert check(*shape, gated=True, dtype=torch.bfloat16) == splits
+    assert check(*shape, gating=gating, dtype=torch.bfloat16) == splits
 
 
 @pytest.mark.parametrize("width", [16, 64, 80, 96, 128, 256])

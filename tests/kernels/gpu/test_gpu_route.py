@@ -50,6 +50,7 @@ def test_experts_and_weights_are_those_of_the_cpu(scoring, normalized, corrected
             torch.randn(experts) * 0.1 if corrected else None,
             scaling,
             scales=torch.rand(experts) + 0.5 if normalized else None,
+            cap=0.2 if scaling == 1 else None,
         )
         assert_chosen_as_on_a_cpu(torch.randn(columns), router)
 

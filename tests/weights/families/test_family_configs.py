@@ -89,6 +89,33 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         rope_theta=1e7,
         eos_token_id=151649,
     ),
+    "laguna": _usual(
+        "laguna",
+        head_dim=128,
+        layer_types=["full_attention", *["sliding_attention"] * 3] * 10,
+        num_attention_heads_per_layer=[48, 64, 64, 64] * 10,
+        mlp_only_layers=[0],
+        gating="per-head",
+        max_position_embeddings=262144,
+        moe_routed_scaling_factor=2.5,
+        eos_token_id=[2, 24],
+        rope_parameters={
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 5e5,
+                "factor": 32.0,
+                "original_max_position_embeddings": 8192,
+                "beta_fast": 64.0,
+                "beta_slow": 1.0,
+                "partial_rotary_factor": 0.5,
+            },
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 1.0,
+            },
+        },
+    ),
     "glm4_moe": _usual(
         "glm4_moe",
         attention_bias=True,
@@ -208,7 +235,8 @@ def test_a_published_config_is_read_as_transformers_reads_it(model_type):
         name = key if hasattr(theirs, key) else others[key]
         assert getattr(ours, key) == getattr(theirs, name), key
     for key, default in OPTIONAL.items():
-        assert getattr(ours, key) == getattr(theirs, key, default), key
+        usual = getattr(theirs, f"moe_{key}", default)
+        assert getattr(ours, key) == getattr(theirs, key, usual), key
     bias = getattr(theirs, "attention_bias", getattr(theirs, "qkv_bias", False))
     assert (ours.attention_bias or ours.qkv_bias) == bias
     inner = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
@@ -265,6 +293,8 @@ def test_a_config_that_transformers_5_wrote_is_the_same(model_type):
         ("granitemoehybrid", ("shared_intermediate_size", "mamba_d_head", "mamba_expand")),
         ("granitemoehybrid", ("mamba_n_groups", "mamba_d_conv", "position_embedding_type")),
         ("granitemoehybrid", ("mamba_conv_bias", "mamba_proj_bias")),
+        ("laguna", ("gating", "moe_router_logit_softcapping", "sliding_window", "head_dim")),
+        ("laguna", ("num_experts", "num_key_value_heads", "shared_expert_intermediate_size")),
         ("olmoe", ("clip_qkv", "norm_topk_prob", "attention_bias")),
         ("gpt_oss", ("layer_types", "sliding_window", "swiglu_limit", "rope_scaling")),
     ],
@@ -382,6 +412,15 @@ def test_a_window_of_qwen_is_that_of_all_layers_if_it_is_used():
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
         ("deepseek_v2", {"attention_bias": True}, "attention_bias needs a q_lora_rank"),
         ("deepseek_v2", {"kv_lora_rank": 0}, "kv_lora_rank"),
+        ("laguna", {"gating": "per-element"}, "gating is 'per-element'"),
+        ("laguna", {"attention_bias": True}, "attention_bias is not supported"),
+        ("laguna", {"moe_apply_router_weight_on_input": True}, "router_weight_on_input"),
+        ("laguna", {"num_attention_heads_per_layer": [48, 64]}, "num_attention_heads_per_layer"),
+        ("laguna", {"num_attention_heads_per_layer": [48, 9] * 20}, "9 attention heads cannot"),
+        ("laguna", {"num_attention_heads_per_layer": [48, 0] * 20}, "is 0, not a positive"),
+        ("laguna", {"num_attention_heads_per_layer": [2**20] * 40}, "heads are more than any"),
+        ("laguna", {"moe_router_logit_softcapping": -1}, "moe_router_logit_softcapping"),
+        ("laguna", {"mlp_layer_types": ["sparse", "dense"] * 20}, "mlp_layer_types"),
         ("minimax_m2", {"rotary_dim": 256}, "partial_rotary_factor of 2 cannot"),
         ("minimax_m2", {"rotary_dim": "64"}, "rotary_dim is '64'"),
         ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob"),
