@@ -24,7 +24,7 @@ from mixchat.chat.tools.stdio import ServerProcess, start_process
 from mixchat.face.tool_results import ToolError
 from mixchat.text.tool_call import TOOL_NAME, Tool
 
-_START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 30.0
 _CALL_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 3.0
 _MAX_TOOLS = 64  # of a server, because each takes room in the context
@@ -72,11 +72,16 @@ class MCPServers:
     def tools(self) -> tuple[Tool, ...]:
         """Return the tools of all servers, after these have started."""
         for entry, ready in zip(self._entries, self._ready, strict=True):
-            fault = ready.result(_START_TIMEOUT_S + _END_TIMEOUT_S)
+            fault = ready.result(START_TIMEOUT_S + _END_TIMEOUT_S)
             if fault and entry.name not in self._told:
                 self._told.add(entry.name)
                 self._note(f"MCP server {entry.name}: {fault}")
         return tuple(each.tool for each in self._by_name().values())
+
+    @property
+    def processes(self) -> tuple[ServerProcess, ...]:
+        """Return the processes of the servers that are commands."""
+        return tuple(process for started in self._started for process in started)
 
     def _by_name(self) -> dict[str, _OfferedTool]:
         """Return the tools by names of their own, in the order of the file.
@@ -111,9 +116,8 @@ class MCPServers:
                 self._loop.call_soon_threadsafe(self._closing.set)
             self._thread.join(_END_TIMEOUT_S)
             if self._thread.is_alive():  # a task hangs
-                for started in self._started:
-                    for process in started:
-                        process.kill(signal.SIGKILL)
+                for process in self.processes:
+                    process.kill(signal.SIGKILL)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -142,10 +146,10 @@ class MCPServers:
             task = asyncio.ensure_future(self._offer(client, entry, ready, started))
             try:
                 # `wait_for` loses a cancellation that comes together with the result.
-                await asyncio.wait([asyncio.wrap_future(ready)], timeout=_START_TIMEOUT_S)
+                await asyncio.wait([asyncio.wrap_future(ready)], timeout=START_TIMEOUT_S)
                 if ready.done():
                     await task
-                fault = f"does not answer within {_START_TIMEOUT_S:.0f} s"
+                fault = f"does not answer within {START_TIMEOUT_S:.0f} s"
             finally:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -216,15 +220,16 @@ class MCPServers:
 def _transport(entry: ServerEntry, started: list[ServerProcess]) -> Any:
     if not entry.url:
         return start_process(entry, started)
+    from mixchat.chat.tools.http import http_client
+
     headers = dict(entry.headers)
     if entry.is_sse:
         from mcp.client.sse import sse_client
 
-        return sse_client(entry.url, headers=headers)
+        return sse_client(entry.url, headers=headers, httpx_client_factory=http_client)
     from mcp.client.streamable_http import streamable_http_client
-    from mcp.shared._httpx_utils import create_mcp_http_client
 
-    return streamable_http_client(entry.url, http_client=create_mcp_http_client(headers=headers))
+    return streamable_http_client(entry.url, http_client=http_client(headers))
 
 
 def _tool_of(raw: Any) -> Tool | None:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_a_bad_server_gets_one_line_and_the_others_work(mode, fault):
 
 
 def test_a_server_that_hangs_at_its_start_gets_one_line(monkeypatch):
-    monkeypatch.setattr("mixchat.chat.tools.mcp_servers._START_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("mixchat.chat.tools.mcp_servers.START_TIMEOUT_S", 0.5)
     notes = []
     with closing(MCPServers([entry("hangs")], notes.append)) as servers:
         assert servers.tools == servers.tools == ()
@@ -83,15 +84,16 @@ def test_a_command_that_is_not_there_gets_one_line():
 
 
 def test_closing_ends_every_process_and_the_thread():
-    servers = MCPServers([entry(), entry("hangs")], print)
-    assert servers._ready[0].result(30) == ""
-    running = [process for started in servers._started for process in started]
+    threads = set(threading.enumerate())
+    servers = MCPServers([entry(), entry(name="other")], print)
+    assert len(servers.tools) == 10
+    running = servers.processes
     servers.close()
     assert len(running) == 2
     for process in running:
         with pytest.raises(ProcessLookupError):
             os.kill(process.process.pid, 0)
-    servers._thread.join()
+    assert not [thread for thread in set(threading.enumerate()) - threads if thread.name == "mcp"]
 
 
 def test_a_tool_runs_only_if_it_is_allowed_and_its_result_is_bounded():
