@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from mixchat.chat.named_prompts import read_named_prompt
 from mixchat.chat.saved.cache_saver import checked_cache_file
 from mixchat.chat.terminal.open_chat import OpenChat, Resumed, Saving, find_chat
 from mixchat.cli.flags import run_flags
-from mixchat.cli.flags.arguments import read_files, read_prompt
+from mixchat.cli.flags.arguments import read_files, read_prompt, stdin_is_terminal
 from mixchat.cli.flags.run_flags import RunFlags
 from mixchat.cli.flags.settings import is_given, value_source
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from mixchat.base.context import Context
     from mixchat.chat.saved.saved_chat import SavedChat
     from mixchat.chat.session import ModelProvider
+    from mixchat.chat.tools.toolbox import Toolbox
 
 
 def run(context: typer.Context, flags: RunFlags) -> None:
@@ -105,6 +107,8 @@ def _converse(
 
         new_report = VerboseReport
     tools = None if flags.server else run_flags.open_tools(flags, reporter.note)
+    if tools is not None and question is not None and not flags.quiet:
+        _ask_on_stderr(tools)
     chat = OpenChat(
         models,
         name,
@@ -130,3 +134,13 @@ def _converse(
         chat.close()
         if tools is not None:
             tools.servers.close()
+
+
+def _ask_on_stderr(tools: Toolbox) -> None:
+    """Let a person permit tools, if one sits at standard input and standard error."""
+    if stdin_is_terminal() and sys.stderr.isatty():
+        from mixchat.chat.terminal.screen import Screen
+        from mixchat.chat.terminal.tool_permission import ask_permission
+
+        screen = Screen(sys.stderr)
+        tools.confirm = lambda name: ask_permission(screen, name)

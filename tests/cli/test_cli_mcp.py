@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -56,6 +57,33 @@ def test_a_person_is_asked_before_a_tool_runs(environment, servers):
         terminal.type("n\r")
         terminal.wait_for("does not allow")
         terminal.leave()
+
+
+@pytest.mark.parametrize(("answer", "told"), [("y", "It is noon"), ("n", "does not allow")])
+@pytest.mark.parametrize("redirect", ["", " >out"])
+def test_a_question_in_a_terminal_asks_too(environment, servers, tmp_path, answer, told, redirect):
+    """`run PROMPT --mcp` refused each tool, although a person sat there."""
+    words = [*FAKE, "run", "-m", "demo", "--mcp", servers, "--ctx-size", "8000", "Time?"]
+    prompts = tmp_path / "prompts"
+    script = {"SCRIPT": SCRIPT, "PROMPTS": str(prompts)}
+    shell = f"cd {shlex.quote(str(tmp_path))} && {shlex.join(words)}{redirect}"
+    with Terminal(["sh", "-c", shell], environment | script) as terminal:
+        terminal.wait_for("Run echo? [y]es, [a]lways, [N]o:")
+        assert '[tool] echo {"text": "It is noon"}' in terminal.look()
+        terminal.type(f"{answer}\r")
+        assert terminal.wait_for_end() == 0
+    assert told in prompts.read_text()
+
+
+def test_the_file_of_servers_may_be_named_in_the_config(process, servers, tmp_path):
+    config = tmp_path / "config" / "mixchat" / "config.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text(f'mcp = {json.dumps(servers)}\nallow = ["echo"]\n')
+    prompts = tmp_path / "prompts"
+    arguments = ("run", "-q", "-m", "demo", "Time?")
+    done = process(*arguments, SCRIPT=SCRIPT, PROMPTS=str(prompts), MIXCHAT_CTX_SIZE="8000")
+    assert (done.returncode, done.stdout) == (0, b"Noon.\n")
+    assert "It is noon" in prompts.read_text()
 
 
 def test_no_server_outlives_a_chat_that_is_killed(environment, servers, tmp_path):

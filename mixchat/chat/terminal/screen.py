@@ -131,10 +131,7 @@ class Screen:
 
     def say_call(self, call: ToolCall) -> None:
         """Show a call of a tool with the beginning of its arguments."""
-        arguments = one_line(call.arguments)
-        hidden = len(arguments) - _MAX_ARGUMENTS
-        more = f"... ({hidden:,} more characters)" if hidden > 0 else ""
-        self.say(f"[tool] {one_line(call.name)} {arguments[:_MAX_ARGUMENTS]}{more}")
+        self.say(call_line(call))
 
     def say_result(self, text: str) -> None:
         """Show the beginning of a tool's result, and its length."""
@@ -227,6 +224,14 @@ class Screen:
         from rich.console import Console
 
         return Console(file=self.out, highlight=False)
+
+
+def call_line(call: ToolCall) -> str:
+    """Return the line that shows a call of a tool."""
+    arguments = one_line(call.arguments)
+    hidden = len(arguments) - _MAX_ARGUMENTS
+    more = f"... ({hidden:,} more characters)" if hidden > 0 else ""
+    return f"[tool] {one_line(call.name)} {arguments[:_MAX_ARGUMENTS]}{more}"
 
 
 class _WaitingLine:

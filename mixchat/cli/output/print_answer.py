@@ -84,6 +84,8 @@ def print_answer(
 
 
 def _collect(session: ChatSession, question: str, take: Callable[[str], object], note: Note) -> End:
+    from mixchat.chat.terminal.screen import call_line
+    from mixchat.chat.tools.toolbox import ToolStart
     from mixchat.face.events import End, LeftOut, Piece
 
     with closing(cast("Generator[Event, None, None]", session.ask(question))) as events:
@@ -92,6 +94,8 @@ def _collect(session: ChatSession, question: str, take: Callable[[str], object],
                 take(event.text)
             elif isinstance(event, LeftOut):
                 note(left_out_note(event.turns))
+            elif isinstance(event, ToolStart):
+                note(call_line(event.call))
             elif isinstance(event, End):
                 return event
     raise AssertionError("an answer has an end")
