@@ -11,14 +11,16 @@ from dataclasses import dataclass
 import torch
 
 from mixchat.base.model_config import ModelConfig
+from mixchat.engine.caches.sequence_cache import bytes_seen
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.experts.memory import CPU
 from mixchat.experts.placement import Placement
 from mixchat.experts.prefetch import LAYERS_AHEAD
+from mixchat.kernels.cpu.pages import Bits
+from mixchat.planning.gpu_costs import GPUCosts
 from mixchat.planning.machine_speeds import GPUSpeeds, MachineSpeeds
 from mixchat.planning.routing import expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.matrix.linear import LinearSpec
 
 # While a GPU or several answers' tokens compute, the disk reads this part of what it could read, by
 # `tests/benchmarks/beyond_memory.py`. Some experts are known too late. A prompt needs most experts
@@ -32,11 +34,9 @@ IN_USE = 0.85
 # requests, predicts and counts each expert. 24 of Qwen3's layers took the main thread 61 ms instead
 # of 41.
 MISSING_EXPERTS_S = 8e-4
-# Seconds on a GPU: the kernels of a layer in a graph, a wait for the host, and a matrix of a
-# prompt, which takes three kernels without a graph.
-GPU_LAYER_S = 2e-5
-SYNC_S = 2e-5
-_PROMPT_MATRIX_S = 1.5e-5
+# Tokens before the one whose speed is estimated. So many are before it when a CPU's layer is
+# measured.
+CONTEXT = 128
 # Tokens a second. People read 238 words a minute (Brysbaert 2019, doi 10.1016/j.jml.2019.104047)
 # of some 1.3 tokens each. With the other figure, 200 words take four minutes.
 READING = 5.0
@@ -65,7 +65,8 @@ class SpeedEstimate:
     """The speed of a model with a placement of its experts.
 
     device: computes, together with the other GPUs of the placement. answers: that are generated
-    at once. Each gets a token in each pass.
+    at once. Each gets a token in each pass. context: tokens before it. kv_bits: of their keys and
+    values, None for those of the model.
     """
 
     blueprint: Blueprint
@@ -73,6 +74,8 @@ class SpeedEstimate:
     speeds: MachineSpeeds
     placement: Placement
     answers: int = 1
+    context: int = CONTEXT
+    kv_bits: Bits | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -112,8 +115,8 @@ class SpeedEstimate:
             return self._cost(computing, read=uses * read, overlap=PROMPT_OVERLAP)
         missing = 1.0 if cold else 1 - sum(placement.by_device) / placement.experts
         gpu = self._gpu
-        computing = self._head_bytes / gpu.memory + SYNC_S
-        computing += sum(map(self._gpu_chunk, chunks, distinct))
+        computing = self._head_bytes / gpu.memory + gpu.round_trip
+        computing += sum(map(self._gpu_costs.chunk, chunks, distinct))
         copying = uses * missing * self.blueprint.mean_expert / gpu.bus
         return self._cost(computing, copying=copying, read=uses * read, overlap=PROMPT_OVERLAP)
 
@@ -139,6 +142,11 @@ class SpeedEstimate:
             # 20%.
             in_time = max(1 - 2 * LAYERS_AHEAD / layers, 0.0)
             overlap = in_time * layers_s / computing
+        dtype = self.blueprint.quantization.dtype
+        before, seen = (
+            bytes_seen(config, tokens, dtype, self.kv_bits) for tokens in (CONTEXT, self.context)
+        )
+        computing += answers * self._pace(seen - before)
         return self._cost(computing, read=layers * uses * (1 - self.hit_rate), overlap=overlap)
 
     def _gpu_token(self) -> Cost | None:
@@ -147,17 +155,14 @@ class SpeedEstimate:
         Several answers take turns, but an expert that one answer has read from the disk serves all.
         """
         config = self.blueprint.config
-        gpu = self._gpu
+        costs = self._gpu_costs
         hit_rate = self.hit_rate
-        uses = config.num_moe_layers * config.num_experts_per_tok
-        size = sum(matrix.nbytes for matrix in self._dense) + self._head_bytes
-        size += int(hit_rate * uses * self.blueprint.mean_expert)
         hops = sum(1 for count in self._shares if count)
-        computing = size / gpu.memory + config.num_hidden_layers * GPU_LAYER_S + hops * SYNC_S
+        computing = costs.token(hit_rate, hops, self.context, self.kv_bits)
         waiting = 0.0
         if hit_rate < 1:
-            waiting = uses * (1 - hit_rate) * self.speeds.expert_time(1)
-            waiting += config.num_moe_layers * SYNC_S
+            misses = config.num_moe_layers * config.num_experts_per_tok * (1 - hit_rate)
+            waiting = misses * self.speeds.expert_time(1) + costs.missing(misses)
         read = config.num_moe_layers * expected_distinct(config, self.answers)
         read *= 1 - self.host_hit_rate
         return self._cost(self.answers * computing, waiting=self.answers * waiting, read=read)
@@ -170,25 +175,6 @@ class SpeedEstimate:
         rows = tokens * config.num_experts_per_tok / distinct
         layer_s = slowdown * speeds.layer_seconds + distinct * speeds.expert_time(rows)
         return slowdown * self._pace(self._first_bytes) + config.num_moe_layers * layer_s
-
-    def _gpu_chunk(self, tokens: int, distinct: float) -> float:
-        """Return the seconds of a chunk, as `_cpu_chunk`, on GPUs.
-
-        Weights become 16-bit numbers once for a chunk, and tensor cores multiply them.
-        """
-        config = self.blueprint.config
-        gpu = self._gpu
-        expert = self.blueprint.expert
-        matrices = [expert.gate_up, expert.down]
-        uses = config.num_moe_layers * distinct
-        rows = tokens * config.num_experts_per_tok / distinct
-        size = sum(matrix.nbytes for matrix in self._dense) + uses * self.blueprint.mean_expert
-        count = len(self._dense) + len(matrices) * uses
-        seconds = size / gpu.memory + count * _PROMPT_MATRIX_S
-        for weights, each in ((_weights(self._dense), tokens), (uses * _weights(matrices), rows)):
-            written = 2 * weights / gpu.memory
-            seconds += written + max(written, 2 * weights * each / gpu.compute)
-        return seconds
 
     def _cost(
         self,
@@ -226,14 +212,11 @@ class SpeedEstimate:
 
     @property
     def _gpu(self) -> GPUSpeeds:
-        gpus = GPUSpeeds.together(self.speeds.gpus, self._shares)
-        is_assumed = gpus.source != "measured" and self.blueprint.has_trellis
-        return gpus.for_trellis() if is_assumed else gpus
+        return GPUSpeeds.together(self.speeds.gpus, self._shares)
 
     @property
-    def _dense(self) -> list[LinearSpec]:
-        layers = range(self.blueprint.config.num_hidden_layers)
-        return [matrix for layer in layers for matrix in self.blueprint.dense_matrices(layer)]
+    def _gpu_costs(self) -> GPUCosts:
+        return GPUCosts(self.blueprint, self._gpu)
 
     @property
     def _head_bytes(self) -> int:
@@ -263,7 +246,3 @@ def in_words(tokens_per_second: float) -> str:
     if tokens_per_second >= SLOWEST:
         return "slower than you read"
     return "much slower than you read"
-
-
-def _weights(matrices: Sequence[LinearSpec]) -> int:
-    return sum(matrix.rows * matrix.columns for matrix in matrices)

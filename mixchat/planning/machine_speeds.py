@@ -4,28 +4,45 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from mixchat.base.quantities import format_age
 from mixchat.planning.cards import Card
+from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.quant_type import QuantType
 
 _LIFETIME_S = 30 * 86400  # of a measurement
 BUSY_LIFETIME_S = 600  # of a measurement while other programs were busy
 BUSY = 0.2  # of the cores' time that other programs take
 # Seconds of a layer on a CPU besides reading its bytes. Granite's layers took 0.13 ms.
 LAYER_START_S = 1e-4
-# The parts of a data sheet's figures that are reached: by reading weights, by copies from RAM, and
-# by products of prompts.
+# The parts of a data sheet's figures that are reached: by reading weights, by instructions, by
+# copies from RAM, and by products of prompts. A single kernel for all of Llama 1B reaches 78% of an
+# H100's memory bandwidth ("Look Ma, No Bubbles", Hazy Research 2025).
 _MEMORY_PART = 0.8
+_LANES_PART = 0.8
 _BUS_PART = 0.8
 _COMPUTE_PART = 0.5
-# Trellis codes take 9 to 12 instructions a weight, so a GPU's memory has to wait for them. By the
-# instructions of the compiled loop, a product takes 1.4 times (RTX 3090) to 2.2 times (H100) as
-# long as reading its bytes.
-_TRELLIS_SLOWDOWN = 1.8
+# Seconds of a kernel in a graph beside its bytes: to start, to wait for the first bytes and to end.
+# By the same source, about a hundred kernels reach 50% at most. So each of them loses 1/100 of
+# (1/.5 - 1/.78) times the .74 ms in which an H100 could read the 2.47 GB.
+KERNEL_S = 5.3e-6
+# Seconds from starting a graph until the host knows that it has ended, beside its kernels. It is
+# assumed. A driver takes 4 to 6 us to start work (susun-blog.com, "From Launch Overhead to CUDA
+# Graph"), and a thread that waits has to wake up.
+ROUND_TRIP_S = 2e-5
+# Instructions of a GPU's thread for a weight in products of one row, in the machine code for
+# sm_86. Other types have too few to count.
+INSTRUCTIONS: dict[QuantType, float] = {
+    "nf4": 4.4,
+    "mxfp4": 4.8,
+    "int6": 6.7,
+    "trellis2": 8.7,
+    "trellis3": 12.4,
+}
 # Turing has no tensor cores for bf16, so its products run at the rate of fp32.
 _BF16_CAPABILITY = (8, 0)
 _BF16_PART = 0.25
@@ -33,24 +50,30 @@ _BF16_PART = 0.25
 
 @dataclass(frozen=True)
 class GPUSpeeds:
-    """The speeds of one GPU.
+    """The speeds of one GPU, for models of any shape.
 
     memory: bytes a second of weights that products of one row read. bus: bytes a second of copies
-    from page-locked RAM. compute: operations a second of 16-bit matrix products. source: of all
-    figures.
+    from page-locked RAM. compute: operations a second of 16-bit matrix products. lanes:
+    instructions a second of single threads. kernel: seconds of a kernel in a graph beside its
+    bytes. round_trip: seconds from starting a graph until the host knows that it has ended, beside
+    its kernels. source: of all figures.
     """
 
     name: str
     memory: float
     bus: float
     compute: float
+    lanes: float
+    kernel: float = KERNEL_S
+    round_trip: float = ROUND_TRIP_S
     source: str = "measured"
 
     @classmethod
     def from_dict(cls, entry: Any) -> GPUSpeeds:
         """Read what `dataclasses.asdict` wrote. Raises one of several errors if it is damaged."""
-        memory, bus, compute = (_figure(entry[name]) for name in ("memory", "bus", "compute"))
-        return cls(str(entry["name"]), memory, bus, compute)
+        names = ("memory", "bus", "compute", "lanes", "kernel", "round_trip")
+        memory, bus, compute, lanes, kernel, round_trip = (_figure(entry[name]) for name in names)
+        return cls(str(entry["name"]), memory, bus, compute, lanes, kernel, round_trip)
 
     @classmethod
     def of_card(cls, card: Card) -> GPUSpeeds:
@@ -59,13 +82,23 @@ class GPUSpeeds:
         if card.capability is not None and card.capability < _BF16_CAPABILITY:
             compute *= _BF16_PART
         source = "its data sheet" if card.is_known else "a cheap card"
-        memory = _MEMORY_PART * card.bandwidth
-        bus = _BUS_PART * card.bus
-        return cls(card.name, memory, bus, compute, source)
+        return cls(
+            card.name,
+            memory=_MEMORY_PART * card.bandwidth,
+            bus=_BUS_PART * card.bus,
+            compute=compute,
+            lanes=_LANES_PART * card.lanes,
+            source=source,
+        )
 
-    def for_trellis(self) -> GPUSpeeds:
-        """Return the speeds for trellis codes, from those for other codes."""
-        return replace(self, memory=self.memory / _TRELLIS_SLOWDOWN)
+    def product_time(self, matrix: LinearSpec) -> float:
+        """Return the seconds of a product of one row, without those of a kernel.
+
+        They are those of its bytes or of its instructions. An H100 has bytes for more codes of
+        trellises than it has time to decode.
+        """
+        instructions = INSTRUCTIONS.get(matrix.quant_type, 0.0) * matrix.rows * matrix.columns
+        return max(matrix.nbytes / self.memory, instructions / self.lanes)
 
     @classmethod
     def together(cls, gpus: Sequence[GPUSpeeds], shares: Sequence[int]) -> GPUSpeeds:
@@ -78,10 +111,17 @@ class GPUSpeeds:
         if not used:
             return gpus[0]
         total = sum(count for _, count in used)
+
+        def mean(figure: Callable[[GPUSpeeds], float]) -> float:
+            return sum(count * figure(card) for card, count in used) / total
+
         return replace(
             gpus[0],
-            memory=total / sum(count / card.memory for card, count in used),
-            compute=total / sum(count / card.compute for card, count in used),
+            memory=1 / mean(lambda card: 1 / card.memory),
+            compute=1 / mean(lambda card: 1 / card.compute),
+            lanes=1 / mean(lambda card: 1 / card.lanes),
+            kernel=mean(lambda card: card.kernel),
+            round_trip=mean(lambda card: card.round_trip),
         )
 
 

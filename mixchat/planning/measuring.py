@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -19,23 +18,19 @@ from mixchat.base.files import read_json_object, write_private_file
 from mixchat.base.settings import data_dir
 from mixchat.experts.memory import CPU
 from mixchat.kernels.cpu.compile import KERNELS
-from mixchat.planning.bandwidth import bus_bandwidth, memory_rate, product_rate, room_on, seconds_of
+from mixchat.planning.bandwidth import memory_rate
 from mixchat.planning.cards import Card, find_card, too_old
-from mixchat.planning.compute_speed import ROWS, Effort, ExpertTimer, FilledTensors, layer_probe
+from mixchat.planning.compute_speed import ROWS, Effort, ExpertTimer, layer_probe
 from mixchat.planning.disk_speed import measure_disk
+from mixchat.planning.gpu_speed import measure_gpu
 from mixchat.planning.machine_speeds import BUSY, LAYER_START_S, GPUSpeeds, MachineSpeeds
 from mixchat.weights.format.blueprint import Blueprint
 
-_FORMAT = 7  # of machine.json
+_FORMAT = 8  # of machine.json
 MOST_SECONDS = 20.0  # unless one try of each figure takes longer
 _READ_BYTES = 2**28  # of RAM, for an estimate
 _DISK_BANDWIDTH = 2e9  # bytes a second, assumed in an estimate
 _MAX_ENTRIES = 32  # because the numbers of some disks change with every start
-# Bytes of a measured product. A product of an expert of 2.5 MB takes 3 us, and its launch without a
-# graph 20. So the product has the model's columns, and enough rows to hide the launch.
-_MATRIX_BYTES = 2**27
-_BAND = 64  # rows that any type interleaves
-_CALLS = 4  # at once, so that the wait for the GPU counts little
 
 
 def saved_speeds(
@@ -120,27 +115,8 @@ def take_speeds(
         disk and disk.idle,
         expert_seconds=seconds,
         layer_seconds=experts.mean_of(layer_probe(blueprint)),
-        gpus=tuple(_measure_gpu(blueprint, device) for device in gpus),
+        gpus=tuple(map(measure_gpu, gpus)),
     )
-
-
-def _measure_gpu(blueprint: Blueprint, device: torch.device) -> GPUSpeeds:
-    """Return the speeds of a GPU with the type of a model's experts."""
-    matrix = blueprint.expert.gate_up
-    per_band = _BAND * matrix.nbytes // matrix.rows
-    bands = max(room_on(device, _MATRIX_BYTES) // per_band, 1)
-    tall = replace(matrix, rows=_BAND * bands, bias=False)
-    linear = FilledTensors(device).linear(tall)
-    x = torch.ones(1, tall.columns, dtype=tall.dtype, device=device)
-
-    def multiply() -> None:
-        for _ in range(_CALLS):
-            linear(x)
-
-    memory = _CALLS * tall.nbytes / median(seconds_of(multiply, device))
-    speeds = GPUSpeeds(gpu.name(device), memory, bus_bandwidth(device), product_rate(device))
-    gpu.release_unused(device)  # or this memory would count as taken
-    return speeds
 
 
 def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device) -> str:

@@ -46,7 +46,8 @@ class ModelPlan:
     def of(cls, fit: MemoryPlan, device: torch.device, speeds: MachineSpeeds) -> ModelPlan:
         """Return the plan of a model that `device` computes."""
         answers = fit.options.parallel
-        return cls(fit, SpeedEstimate(fit.blueprint, device, speeds, fit.placement, answers))
+        estimate = SpeedEstimate(fit.blueprint, device, speeds, fit.placement, answers)
+        return cls(fit, replace(estimate, kv_bits=fit.options.kv_bits))
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,9 @@ def scaled(speeds: MachineSpeeds, measured: Blueprint, blueprint: Blueprint) -> 
     expert_ratio = blueprint.mean_expert / measured.mean_expert
     layer_ratio = blueprint.mean_layer / measured.mean_layer
     constant = min(LAYER_START_S, speeds.layer_seconds)
-    gpus = speeds.gpus
-    if blueprint.has_trellis and not measured.has_trellis:
-        gpus = tuple(card.for_trellis() for card in gpus)
     return replace(
         speeds,
         expert_seconds={rows: expert_ratio * s for rows, s in speeds.expert_seconds.items()},
-        gpus=gpus,
         layer_seconds=constant + layer_ratio * (speeds.layer_seconds - constant),
     )
 

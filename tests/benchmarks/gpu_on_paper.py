@@ -4,7 +4,8 @@
 
 It is a prediction. Bytes follow from the models' shapes, and bandwidths from the data sheets of the
 cards. The part of a bandwidth that kernels reach, the time of a kernel and that of a wait are
-assumed (`planning/expectation.py`). So is the RAM's speed, of which the CPU's kernels reach 80%.
+assumed (`planning/machine_speeds.py`). The host's seconds were measured on one machine
+(`gpu_costs.py`). The RAM's speed is assumed, and that the CPU's kernels reach 80% of it.
 Launches are the budget that `gpu_budget.py` counts. The published figures are measurements of other
 programs, with bits of their own.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -25,7 +26,7 @@ from mixchat.bench.rounds import bytes_per_token
 from mixchat.experts.placement import Placement
 from mixchat.install.make.outline import known_blueprints
 from mixchat.planning.cards import Card, find_card
-from mixchat.planning.expectation import SpeedEstimate
+from mixchat.planning.expectation import LONG_PROMPT, SpeedEstimate
 from mixchat.planning.fitting import FreeMemory, expected_mix, fit_model
 from mixchat.planning.machine_speeds import GPUSpeeds, MachineSpeeds
 from mixchat.weights.format.blueprint import Blueprint
@@ -36,7 +37,8 @@ BITS = {"qwen3": (4, 3, 2), "gpt-oss": (4,), "instruct": (4, 3, 2)}  # gpt-oss c
 LAUNCHES_PER_LAYER = 3  # beside missing experts
 CPU_PART = 0.8
 HOST_BYTES, TAKEN_GPU = 62 * 10**9, 5 * 10**8
-OPTIONS = LoadOptions(context_size=8192)
+LONG_CONTEXT = 8192
+OPTIONS = LoadOptions(context_size=LONG_CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ PUBLISHED = (
 class Prediction:
     """The tokens a second with a part of the experts in VRAM, and what a token needs.
 
-    vram, ram: bytes that a token reads there. launches: that the host starts.
+    vram, ram: bytes that a token reads there. launches: that the host starts. long_speed: of a
+    token after a long context. prompt_speed: of a prompt's tokens.
     """
 
     share: float
@@ -76,6 +79,8 @@ class Prediction:
     ram: int
     launches: int
     speed: float
+    long_speed: float
+    prompt_speed: float
 
 
 def model_in(bits: int, name: str) -> Blueprint:
@@ -94,7 +99,11 @@ def predict(blueprint: Blueprint, card: Card, slots: int, ram_speed: float) -> P
     experts = blueprint.expert_count
     placement = Placement(slots, experts - slots, experts)
     estimate = SpeedEstimate(blueprint, torch.device(gpu.KIND), speeds, placement)
+    long_speed = replace(estimate, context=LONG_CONTEXT).tokens_per_second
+    prompt = estimate.prompt(LONG_PROMPT)
     assert estimate.tokens_per_second is not None  # nothing comes from the disk
+    assert long_speed is not None
+    assert prompt is not None
     uses, hit_rate = config.num_moe_layers * config.num_experts_per_tok, estimate.hit_rate
     whole = bytes_per_token(blueprint, 0, None)
     ram = int((1 - hit_rate) * uses * blueprint.mean_expert)
@@ -104,6 +113,8 @@ def predict(blueprint: Blueprint, card: Card, slots: int, ram_speed: float) -> P
         ram,
         1 if hit_rate == 1 else LAUNCHES_PER_LAYER * config.num_hidden_layers,
         estimate.tokens_per_second,
+        long_speed,
+        LONG_PROMPT / prompt.seconds,
     )
 
 
@@ -142,25 +153,28 @@ def types_of(blueprint: Blueprint) -> str:
 
 def cards_table(ram_speed: float) -> Iterator[tuple[str, ...]]:
     """Yield the predictions for each card, with all, half and as many experts as fit in VRAM."""
-    yield "card", "model", "experts", "all", "half", "as many as fit"
+    titles = "all", "half", "as many as fit", "after 8,192 tokens", "prompt of 512"
+    yield "card", "model", "experts", *titles
     for card in map(find_card, CARDS):
         assert card is not None
         for name, title in MODELS.items():
             for bits in BITS[name]:
                 blueprint = model_in(bits, name)
                 experts, fitting = blueprint.expert_count, fitting_slots(blueprint, card)
-                speeds = [
-                    predict(blueprint, card, slots, ram_speed).speed
+                whole, half, fit = (
+                    predict(blueprint, card, slots, ram_speed)
                     for slots in (experts, experts // 2, fitting)
-                ]
+                )
                 share = "all" if fitting == experts else f"{fitting / experts:.0%}"
                 yield (
                     card.name,
                     title,
                     f"{bits} bits",
-                    f"{speeds[0]:.0f}" + ("" if fitting == experts else " (do not fit)"),
-                    f"{speeds[1]:.0f}",
-                    f"{speeds[2]:.0f} ({share})",
+                    f"{whole.speed:.0f}" + ("" if fitting == experts else " (do not fit)"),
+                    f"{half.speed:.0f}",
+                    f"{fit.speed:.0f} ({share})",
+                    f"{fit.long_speed:.0f}",
+                    f"{fit.prompt_speed:.0f}",
                 )
 
 

@@ -3,6 +3,9 @@
 import gpu_budget
 import pytest
 
+from mixchat.planning.cards import find_card
+from mixchat.planning.gpu_costs import GPUCosts
+from mixchat.planning.machine_speeds import GPUSpeeds
 from mixchat.weights.matrix.linear import TYPES
 
 
@@ -29,8 +32,19 @@ def test_a_token_is_one_graph_and_one_wait_if_vram_holds_all_experts(quant_type)
 def test_a_layer_of_each_mixer_has_few_kernels(config, kernels):
     row = gpu_budget.counted("nf4", 1.0, config)
     assert row.kernels_a_layer == kernels
+    assert planned_kernels(config) - kernels in (0, 1)  # which merges splits of many keys
     assert row.launches <= 4
     assert row.syncs == 1
+
+
+def planned_kernels(config):
+    """The kernels of one more layer, by the plan."""
+    speeds = GPUSpeeds.of_card(find_card("RTX 3090"))
+    models = (
+        gpu_budget.blueprint_of("nf4", gpu_budget.of_layers(config, layers)) for layers in (1, 2)
+    )
+    one, two = (GPUCosts(model, speeds).kernels for model in models)
+    return two - one
 
 
 # The types differ in the kernels of the test above. All types have the same graphs of a layer.

@@ -51,7 +51,7 @@ CONTEXT = 64
 
 def speeds(copy: float, expert: float) -> MachineSpeeds:
     """A machine that copies `copy` bytes a second, whose CPU takes `expert` s for an expert."""
-    gpu = GPUSpeeds("GPU on paper", memory=8e10, bus=copy, compute=1e13)
+    gpu = GPUSpeeds("GPU on paper", memory=8e10, bus=copy, compute=1e13, lanes=2e12)
     seconds = {1: expert, 8: 8 * expert}
     return MachineSpeeds(1e9, 1e9, seconds, 1e-3, (gpu,), time.time())
 

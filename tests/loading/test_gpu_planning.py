@@ -6,7 +6,7 @@ import torch
 from mixchat.base.errors import UsageError
 from mixchat.bench.rounds import LimitsMeter
 from mixchat.loading.devices import usable_devices
-from mixchat.planning import bandwidth, measuring
+from mixchat.planning import bandwidth, gpu_speed
 from mixchat.planning.compute_speed import Effort
 from mixchat.planning.hardware import Machine
 from mixchat.planning.measuring import measurement_key, take_speeds
@@ -53,7 +53,8 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrix products on paper are the CPU's."""
     for dimension in ("_TOKENS", "_COLUMNS", "_ROWS"):
         monkeypatch.setattr(bandwidth, dimension, 8)
-    monkeypatch.setattr(measuring, "_MATRIX_BYTES", 10**6)
+    monkeypatch.setattr(gpu_speed, "_MATRIX_BYTES", 10**6)
+    monkeypatch.setattr(gpu_speed, "_CODES_BYTES", 10**6)
 
 
 def test_planning_and_the_bench_look_at_a_gpu_and_measure_it(paper, case, tmp_path, small_products):
@@ -64,7 +65,8 @@ def test_planning_and_the_bench_look_at_a_gpu_and_measure_it(paper, case, tmp_pa
     little = Effort(file_bytes=100_000, pool_bytes=100_000, seconds=1e-3)
     (measured,) = take_speeds(blueprint, tmp_path, [device], little).gpus
     assert (measured.name, measured.source) == ("GPU on paper", "measured")
-    assert min(measured.memory, measured.bus, measured.compute) > 0
+    assert min(measured.memory, measured.bus, measured.compute, measured.lanes) > 0
+    assert min(measured.kernel, measured.round_trip) > 0
     limits = LimitsMeter(device, blueprint).measure()
     assert min(limits.memory, limits.gemm) > 0
 

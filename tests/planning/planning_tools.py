@@ -17,7 +17,7 @@ CONFIG = read_config(KNOWN["instruct"].config)
 # As both devices compute it here, so that what leaves the "GPU" can go into RAM.
 BLUEPRINT = Blueprint(CONFIG, Quantization())
 SPEEDS = MachineSpeeds(2e9, 3e9, {1: 0.003, 8: 0.005}, 0.001, measured_at=1.7e9)
-GPU_SPEEDS = replace(SPEEDS, gpus=(GPUSpeeds("a GPU", memory=4e11, bus=2e10, compute=5e13),))
+GPU_SPEEDS = replace(SPEEDS, gpus=(GPUSpeeds("a GPU", 4e11, bus=2e10, compute=5e13, lanes=1e13),))
 BLIND = replace(SPEEDS, disk_busy=None, disk_idle=None)
 
 

@@ -44,7 +44,7 @@ def test_gpus_that_are_told_stand_beside_the_ram_that_is_here():
 
 
 def test_a_named_gpu_has_its_data_sheet_and_another_the_measured_speeds_or_a_cheap_card_s():
-    here = GPUSpeeds("a GPU", 5e11, 2.5e10, 4e13)
+    here = GPUSpeeds("a GPU", 5e11, 2.5e10, 4e13, 1e13)
     known = replace(SPEEDS, gpus=(here,))
     unnamed, card = Card.of_size(24 * GB), find_card("RTX 3090")
     assert ToldMachine(gpus=(unnamed,)).speeds(known) == known

@@ -76,19 +76,19 @@ def test_each_key_has_its_own_result_and_the_last_ones_stay(place, measured):
 
 def entry(**changes: Any) -> str:
     made = {**dataclasses.asdict(SPEEDS), **changes}
-    return json.dumps({"format": 7, "machines": {"here": made}})
+    return json.dumps({"format": 8, "machines": {"here": made}})
 
 
 DAMAGED = [
     "",
     "{",
     "[" * 100_000,
-    '{"format": 7}',
-    '{"format": 7, "machines": []}',
-    '{"format": 7, "machines": {"here": null}}',
-    '{"format": 7, "machines": {"here": [1]}}',
-    '{"format": 7, "machines": {"here": {}}}',
-    entry().replace('"format": 7', '"format": 0'),
+    '{"format": 8}',
+    '{"format": 8, "machines": []}',
+    '{"format": 8, "machines": {"here": null}}',
+    '{"format": 8, "machines": {"here": [1]}}',
+    '{"format": 8, "machines": {"here": {}}}',
+    entry().replace('"format": 8', '"format": 0'),
     entry(measured_at="today"),
     entry(measured_at=1e300),
     entry(disk_idle="3e9"),
@@ -106,7 +106,8 @@ DAMAGED = [
     entry(gpus=None),
     entry().replace(', "cpu": ""', ""),
 ]
-GPU_FIGURES = {"name": "a GPU", "memory": 4e11, "bus": 2e10, "compute": 5e13}
+GPU_FIGURES = {"name": "a GPU", "memory": 4e11, "bus": 2e10, "compute": 5e13, "lanes": 1e13}
+GPU_FIGURES |= {"kernel": 4e-6, "round_trip": 1e-5}
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,7 @@ GPU_FIGURES = {"name": "a GPU", "memory": 4e11, "bus": 2e10, "compute": 5e13}
         ({}, 2, False),
         ({"memory": 0}, 1, False),
         ({"bus": "fast"}, 1, False),
+        ({"kernel": float("nan")}, 1, False),
     ],
 )
 def test_the_figures_of_gpus_are_saved_and_damaged_ones_are_not_read(changes, gpus, is_read):

@@ -141,11 +141,6 @@ class Blueprint:
         return self.config.num_local_experts * sum(self.expert_of(n).stride for n in layers)
 
     @property
-    def has_trellis(self) -> bool:
-        """Return whether the experts, or the largest of a mix, have trellis codes."""
-        return self.expert.gate_up.quant_type.startswith("trellis")
-
-    @property
     def mean_expert(self) -> int:
         """Return the bytes of an expert, averaged over all layers."""
         return self.experts_size // self.expert_count
