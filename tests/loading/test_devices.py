@@ -24,6 +24,7 @@ from mixchat.loading import devices
 from mixchat.loading.devices import DeviceChoice, devices_for, usable_devices
 from mixchat.loading.loader import load_engine
 from mixchat.planning.machine_speeds import MachineSpeeds
+from mixchat.planning.measuring import estimated_speeds
 
 CPU, GPU, SECOND = torch.device("cpu"), torch.device("paper:0"), torch.device("paper:1")
 
@@ -54,7 +55,14 @@ def slow_gpu() -> MachineSpeeds:
     return replace(machine, gpus=(gpu,), layer_seconds=1e-6)
 
 
-def test_a_gpu_computes_without_a_word_by_estimate_and_by_measurement(chosen, measured):
+def test_a_gpu_computes_without_a_word_by_estimate_and_by_measurement(
+    chosen, measured, monkeypatch
+):
+    def estimated(*given: Any) -> MachineSpeeds:
+        # The tiny layers of tests take a CPU less time than a GPU's kernels take to start.
+        return replace(estimated_speeds(*given), layer_seconds=1e-3)
+
+    monkeypatch.setattr(devices, "estimated_speeds", estimated)
     assert chosen() == (GPU, [])
     measured(speeds(copy=1e10, expert=1e-3))
     assert chosen() == (GPU, [])
