@@ -27,6 +27,7 @@ from mixchat.planning.machine_speeds import BUSY, LAYER_START_S, GPUSpeeds, Mach
 from mixchat.weights.format.blueprint import Blueprint
 
 _FORMAT = 8  # of machine.json
+_SECTIONS = ("machines", "gpus")
 MOST_SECONDS = 20.0  # unless one try of each figure takes longer
 _READ_BYTES = 2**28  # of RAM, for an estimate
 _DISK_BANDWIDTH = 2e9  # bytes a second, assumed in an estimate
@@ -38,16 +39,17 @@ def saved_speeds(
 ) -> MachineSpeeds | None:
     """Return the saved speeds for a model of this shape in `directory`, None if there are none."""
     key = measurement_key(blueprint, directory, device)
-    return MachineSpeeds.from_dict(_read().get(key), len(gpus_with(device)))
+    return MachineSpeeds.from_dict(_read("machines").get(key), len(gpus_with(device)))
 
 
 def estimated_speeds(
     blueprint: Blueprint, gpus: Sequence[torch.device], memory: float | None = None
 ) -> MachineSpeeds:
-    """Estimate the speeds of this machine by the speed of its RAM and the names of its GPUs.
+    """Estimate the speeds of this machine by the speed of its RAM and the speeds of its GPUs.
 
-    The estimate takes a tenth of a second. It is good enough to choose a device, and is not saved.
-    memory: bytes a second of RAM, instead of the measured ones.
+    The estimate takes a tenth of a second, or a few seconds if a GPU is measured first. It is good
+    enough to choose a device, and is not saved. memory: bytes a second of RAM, instead of the
+    measured ones.
     """
     memory = memory or memory_rate(CPU, _READ_BYTES)
     expert_s = blueprint.mean_expert / memory
@@ -56,15 +58,29 @@ def estimated_speeds(
         _DISK_BANDWIDTH,
         expert_seconds={1: expert_s, ROWS[-1]: ROWS[-1] * expert_s},
         layer_seconds=LAYER_START_S + blueprint.mean_layer / memory,
-        gpus=tuple(map(_by_name, gpus)),
+        gpus=tuple(map(gpu_speeds, gpus)),
         measured_at=time.time(),
     )
 
 
-def _by_name(device: torch.device) -> GPUSpeeds:
-    """Return the figures of a GPU's data sheet, or the figures of a cheap GPU."""
-    memory = gpu.total_memory(device)
-    return GPUSpeeds.of_card(find_card(gpu.name(device), memory) or Card.of_size(memory))
+def gpu_speeds(device: torch.device) -> GPUSpeeds:
+    """Return the speeds of a GPU, which are measured and saved if they are not known yet.
+
+    If it cannot be measured, return the figures of its data sheet, or those of a cheap GPU.
+    """
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        return GPUSpeeds.from_dict(_read("gpus")[_gpu_key(device)])
+    try:
+        speeds = measure_gpu(device)
+    except RuntimeError:  # torch's, such as too little memory
+        memory = gpu.total_memory(device)
+        return GPUSpeeds.of_card(find_card(gpu.name(device), memory) or Card.of_size(memory))
+    _save("gpus", _gpu_key(device), asdict(speeds))
+    return speeds
+
+
+def _gpu_key(device: torch.device) -> str:
+    return f"{gpu.name(device)}, {gpu.total_memory(device)} bytes; torch {torch.__version__}"
 
 
 def gpus_with(device: torch.device) -> list[torch.device]:
@@ -92,7 +108,9 @@ def measure_machine(blueprint: Blueprint, directory: Path, device: torch.device)
         is_busy=programs.share() > BUSY,
     )
     if speeds.disk_idle is not None:
-        _save(key, speeds)
+        _save("machines", key, asdict(speeds))
+    for card, card_speeds in zip(gpus_with(device), speeds.gpus, strict=True):
+        _save("gpus", _gpu_key(card), asdict(card_speeds))
     return speeds
 
 
@@ -153,23 +171,26 @@ def measurement_file() -> Path:
     return data_dir() / "machine.json"
 
 
-def _save(key: str, speeds: MachineSpeeds) -> None:
+def _save(section: str, key: str, entry: dict[str, Any]) -> None:
+    """Save an entry of "machines" or "gpus", and drop the oldest ones."""
     path = measurement_file()
-    entries = _read()  # read only now, since another process may have measured meanwhile
+    # They are read only now, since another process may have measured meanwhile.
+    sections = {name: _read(name) for name in _SECTIONS}
+    entries = sections[section]
     entries.pop(key, None)
     newest = [*entries.items()][1 - _MAX_ENTRIES :]
-    machines = dict([*newest, (key, asdict(speeds))])
-    content = json.dumps({"format": _FORMAT, "machines": machines}, indent=1)
+    sections[section] = dict([*newest, (key, entry)])
+    content = json.dumps({"format": _FORMAT, **sections}, indent=1)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_private_file(path, content.encode())
 
 
-def _read() -> dict[str, Any]:
-    """Return the entries of the file, none if it is missing, damaged or of another format."""
+def _read(section: str) -> dict[str, Any]:
+    """Return the entries of a section, none if the file is missing, damaged or of another form."""
     try:
         content = read_json_object(measurement_file(), follow=False)
     except CheckpointError:
         return {}
-    machines = content.get("machines")
-    return machines if content.get("format") == _FORMAT and isinstance(machines, dict) else {}
+    entries = content.get(section)
+    return entries if content.get("format") == _FORMAT and isinstance(entries, dict) else {}

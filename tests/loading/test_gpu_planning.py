@@ -1,15 +1,17 @@
 """Devices, and what planning and the bench learn of GPUs on paper (see paper_gpu.py)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mixchat.base.errors import UsageError
 from mixchat.bench.rounds import LimitsMeter
 from mixchat.loading.devices import usable_devices
-from mixchat.planning import bandwidth, gpu_speed
-from mixchat.planning.compute_speed import Effort
+from mixchat.planning import bandwidth, gpu_speed, measuring
+from mixchat.planning.gpu_speed import measure_gpu
 from mixchat.planning.hardware import Machine
-from mixchat.planning.measuring import measurement_key, take_speeds
+from mixchat.planning.measuring import estimated_speeds, measurement_key
 
 
 def test_devices_that_do_not_go_together_are_refused(paper):
@@ -62,8 +64,7 @@ def test_planning_and_the_bench_look_at_a_gpu_and_measure_it(paper, case, tmp_pa
     (there,) = Machine.now(tmp_path, [device]).gpus
     assert (there.name, there.memory) == ("GPU on paper", 4 * 10**9)
     assert "paper:0: GPU on paper" in measurement_key(blueprint, tmp_path, device)
-    little = Effort(file_bytes=100_000, pool_bytes=100_000, seconds=1e-3)
-    (measured,) = take_speeds(blueprint, tmp_path, [device], little).gpus
+    measured = measure_gpu(device)
     assert (measured.name, measured.source) == ("GPU on paper", "measured")
     assert min(measured.memory, measured.bus, measured.compute, measured.lanes) > 0
     assert min(measured.kernel, measured.round_trip) > 0
@@ -83,8 +84,44 @@ def test_a_gpu_is_measured_beside_a_model_that_fills_it(paper, case, tmp_path):
         most.append(memory.taken)
 
     paper.allocated = watch
-    little = Effort(file_bytes=100_000, pool_bytes=100_000, seconds=1e-3)
-    (measured,) = take_speeds(blueprint, tmp_path, [device], little).gpus
+    measured = measure_gpu(device)
     limits = LimitsMeter(device, blueprint)
     assert min(limits.measure().memory, measured.memory) > 0
     assert max(most) - most[0] < 50_000_000
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
+
+
+def test_a_gpu_is_measured_at_the_first_load_and_its_speeds_are_kept(
+    paper, case, monkeypatch, home
+):
+    """Until somebody planned, the data sheet decided if the GPU computes."""
+    device, blueprint = torch.device("paper", 0), case("nf4").blueprint
+    measured: list[torch.device] = []
+    usual = measuring.measure_gpu
+
+    def measure(card):
+        measured.append(card)
+        return replace(usual(card), kernel=1e-6 * (5 + len(measured)))
+
+    monkeypatch.setattr(measuring, "measure_gpu", measure)
+    for _ in range(2):
+        (speeds,) = estimated_speeds(blueprint, [device]).gpus
+        assert (speeds.kernel, speeds.source) == (6e-6, "measured")
+    assert measured == [device]
+
+
+def test_a_gpu_that_cannot_be_measured_has_the_speeds_of_its_data_sheet(
+    paper, case, monkeypatch, home
+):
+    device, blueprint = torch.device("paper", 0), case("nf4").blueprint
+
+    def measure(card):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(measuring, "measure_gpu", measure)
+    (speeds,) = estimated_speeds(blueprint, [device]).gpus
+    assert speeds.source == "a cheap card"

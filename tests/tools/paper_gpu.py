@@ -27,13 +27,14 @@ and is as strict as a GPU is:
   Graphs record and replay what is started, and refuse
   what CUDA refuses. `paper_runtime.py` describes the order of streams that is checked.
 
-What they cannot show: speed.
+What they cannot show: speed. So measuring them gives the figures of a cheap card.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,9 @@ from triton_interpreter import compute_as_gpus, confined_to
 
 from mixchat.base import gpu
 from mixchat.kernels.gpu import launch, toolchain
+from mixchat.planning import measuring
+from mixchat.planning.cards import Card
+from mixchat.planning.machine_speeds import GPUSpeeds
 
 KIND = "paper"
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::to")
@@ -298,6 +302,10 @@ def _specialized(argument: Any) -> tuple[Any, ...]:
     return (type(argument),)
 
 
+def _of_cheap_card(device: torch.device) -> GPUSpeeds:
+    return replace(GPUSpeeds.of_card(Card.of_size(gpu.total_memory(device))), source="measured")
+
+
 @contextlib.contextmanager
 def in_place_of_cuda() -> Iterator[PaperRuntime]:
     """Let mixchat take paper GPUs for those of CUDA, of which there is one, with 4 GB free."""
@@ -306,4 +314,5 @@ def in_place_of_cuda() -> Iterator[PaperRuntime]:
         patch.setattr(gpu, "KIND", KIND)
         patch.setattr(launch, "start", _start)
         patch.setattr(toolchain, "missing", lambda: None)  # the interpreter needs no compiler
+        patch.setattr(measuring, "measure_gpu", _of_cheap_card)
         yield RUNTIME
