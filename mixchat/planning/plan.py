@@ -42,6 +42,11 @@ class ModelPlan:
         """Return whether memory holds all experts, so that no token waits for the disk."""
         return self.fit.placement.held >= self.fit.placement.experts
 
+    @property
+    def at_full_context(self) -> float | None:
+        """Return the tokens a second of each answer after as many tokens as the context holds."""
+        return replace(self.speed, context=self.fit.context).tokens_per_second
+
     @classmethod
     def of(cls, fit: MemoryPlan, device: torch.device, speeds: MachineSpeeds) -> ModelPlan:
         """Return the plan of a model that `device` computes."""
@@ -62,6 +67,28 @@ class MachinePlan:
     known: Mapping[Names, ModelPlan | str]  # plans of the catalog, or why there is none
     reason: str | None = None  # why not all GPUs compute, as a sentence
     recommended: Names | None = None  # of the catalog, whose plan `model` is
+
+    @property
+    def slower_sizes(self) -> list[str]:
+        """Return the bits that decode more slowly than 4 on GPUs that hold all experts in 4.
+
+        Codes of fewer bits take more instructions, for which many a GPU has no time.
+        """
+        placement = self.model.fit.placement
+        rate = self.model.speed.tokens_per_second
+        if not rate or self.model.speed.device == CPU:
+            return []
+        if sum(placement.by_device) < placement.experts:
+            return []
+        rates = {bits: plan.speed.tokens_per_second for bits, plan in self.sizes.items()}
+        return [bits for bits, fewer in rates.items() if fewer and fewer < rate]
+
+    @property
+    def offered_sizes(self) -> Mapping[str, ModelPlan]:
+        """Return the sizes without those that are slower, none if there is no choice."""
+        slower = self.slower_sizes
+        sizes = {bits: plan for bits, plan in self.sizes.items() if bits not in slower}
+        return sizes if len(sizes) > 1 else {}
 
 
 def fit_on_faster(

@@ -228,3 +228,31 @@ def test_ram_holds_the_experts_that_gpus_do_not(mixchat, measured):
     assert found["held"] == 256 < on_gpu + slots
     shown = verdict(mixchat(*arguments, fake=False))
     assert shown["it fits"] == f"{on_gpu} of 256 experts on the GPU, {256 - on_gpu} in RAM"
+
+
+def test_fewer_bits_that_a_gpu_decodes_more_slowly_than_4_are_not_offered(mixchat, measured):
+    """3 bits were offered for an H100, which decodes them at four fifths of the speed of 4."""
+
+    def offered(card):
+        arguments = ("plan", "qwen3", "--ram", "64GB", "--gpu", card)
+        text = mixchat(*arguments, fake=False).stdout.decode()
+        found = json.loads(mixchat(*arguments, "--json", fake=False).stdout)
+        bits = [size["bits"] for size in found["sizes"]]
+        assert ("With experts in fewer bits" in text) == bool(bits)
+        note = "the GPU holds all experts in 4 bits; slower in"
+        assert (note in text) == bool(found["slower_sizes"])
+        return bits, found["slower_sizes"]
+
+    assert offered("H100") == ([], ["3", "2.5", "2.3", "2"])
+    bits, slower = offered("RTX 3090")
+    assert (bits[0], slower[0]) == ("4", "3")
+    assert offered("RTX 4060") == (["4", "3", "2.5", "2.3", "2"], [])  # which 4 bits do not fit
+
+
+def test_a_plan_for_a_card_says_what_it_assumes_and_how_fast_a_full_context_is(mixchat, measured):
+    arguments = ("plan", "qwen3", "--ram", "64GB", "--gpu", "RTX 3090", "--ctx-size", "8192")
+    text = verdict_text(mixchat(*arguments, fake=False))
+    assert "assumed: 5.3 us for a kernel, 20 us for a wait" in text
+    assert "tok/s once the context holds 8,192 tokens" in text
+    found = json.loads(mixchat(*arguments, "--json", fake=False).stdout)
+    assert found["tokens_per_second_at_full_context"] < 0.9 * found["tokens_per_second"]

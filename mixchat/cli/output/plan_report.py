@@ -60,7 +60,7 @@ class PlanReport(Report):
         texts = [section(title, aligned([*self.verdict()]))]
         if plan.known:  # which says of each model what it needs
             texts.append(section(f"Known models on {here}", plan_text.known_models(plan)))
-        elif plan.sizes:
+        elif plan.offered_sizes:
             texts.append(section("With experts in fewer bits", plan_text.sizes(plan)))
         texts.append(f"{self._basis()}\n{plan_text.HELP}")
         return "\n\n".join(texts)
@@ -83,6 +83,7 @@ class PlanReport(Report):
             "disk": disk_as_json(outline.disk),
             **_model_as_json(plan.model),
             "together": rate and speed.answers * rate,
+            "tokens_per_second_at_full_context": plan.model.at_full_context,
             "verdict": rate and in_words(rate),
             "recommended": plan.recommended is not None,
             "command": self.command,
@@ -110,8 +111,9 @@ class PlanReport(Report):
                 {"bits": bits, "kept_bytes": model.fit.blueprint.weights_size}
                 | {"demo_loss": dict(zip(("plain", "calibrated"), DEMO_LOSS[bits], strict=True))}
                 | _model_as_json(model)
-                for bits, model in plan.sizes.items()
+                for bits, model in plan.offered_sizes.items()
             ],
+            "slower_sizes": plan.slower_sizes,
             "known_models": [
                 {"names": names, "bytes": plan.catalog[names].weights_size}
                 | {
@@ -157,6 +159,8 @@ class PlanReport(Report):
         gpus = () if plan.machine.free.device is None else speed.speeds.gpus
         if gpus and gpus[0].source != "measured":
             yield "", f"the GPU's speed is an estimate by {gpus[0].source}, not measured"
+            times = 1e6 * gpus[0].kernel, 1e6 * gpus[0].round_trip
+            yield "", "assumed: {:.1f} us for a kernel, {:.0f} us for a wait".format(*times)
         elif speed.speeds.is_busy:
             yield "", "measured on a busy machine: use --measure when it is idle"
         if plan.recommended:
