@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shows within 25 minutes what a real GPU makes of mixchat, and writes one report.
+# Shows within an hour what a real GPU makes of mixchat, and writes one report.
 #
 #     tests/gpu.sh [STEP...] [--paper] [--report FILE]    (tests/gpu.sh --help has them all)
 #

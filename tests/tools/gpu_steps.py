@@ -1,12 +1,12 @@
-"""The steps of tests/gpu.sh: what a real GPU shows in its first half hour.
+"""The steps of tests/gpu.sh: what a real GPU shows in its first hour.
 
     python tests/tools/gpu_steps.py [STEP...] [--paper] [--report FILE]
 
 Each step is a process of its own, so that a fault of the GPU harms no later one. It prints its
-figures, and fails with an error. The report has them all; FILE.log has all output. The exit status
-is 1 if a step failed. --paper computes on a GPU on paper (paper_gpu.py) with tiny shapes: it shows
-that the steps themselves work, and its speeds mean nothing. With steps named, the models that they
-write stay for the next call.
+figures, and fails with an error. The report has each line as soon as it is printed, and FILE.log
+has all output. The exit status is 1 if a step failed. --paper computes on a GPU on paper
+(paper_gpu.py) with tiny shapes: it shows that the steps themselves work, and its speeds mean
+nothing. With steps named, the models that they write stay for the next call.
 """
 
 from __future__ import annotations
@@ -16,57 +16,35 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
-TOOLS = Path(__file__).resolve().parent
-TESTS = TOOLS.parent
-ROOT = TESTS.parent
-LEFT_OUT = 77  # a step's exit status if it says why it cannot be done here
-_KEPT_LINES = 12  # of a failure
-_SECONDS = 1500.0  # of all steps
-_GB = 10**9
+from gpu_report import run_all
+from gpu_trial import (
+    GB,
+    LEFT_OUT,
+    ROOT,
+    SECONDS,
+    TESTS,
+    TOOLS,
+    LeftOutError,
+    Step,
+    Trial,
+    device_flags,
+    model_of,
+    random_model,
+    run_bench,
+    run_mixchat,
+    run_pytest,
+    tiny_config,
+)
 
-
-@dataclass(frozen=True)
-class Trial:
-    """What steps are told. folder: of the models that they write. gigabytes: of each of them."""
-
-    paper: bool
-    folder: Path
-    gigabytes: float
-    llama: str
-    report: Path
-
-    @property
-    def device(self) -> Any:
-        import torch
-
-        from mixchat.base import gpu
-
-        return torch.device(gpu.KIND, 0)
-
-
-class LeftOutError(Exception):
-    """A step cannot be done on this machine."""
-
-
-class Step(NamedTuple):
-    """`run` prints figures, a line each."""
-
-    name: str
-    proves: str
-    limit_s: int
-    run: Callable[[Trial], None]
-
+SIZES_GB = (8, 12, 24)
 
 # The card
 
@@ -86,7 +64,7 @@ def card(trial: Trial) -> None:
         driver = ", ".join(sorted(set(told.split())))
     for number in range(gpu.count()):
         device = torch.device(gpu.KIND, number)
-        size = gpu.total_memory(device) / _GB
+        size = gpu.total_memory(device) / GB
         version = gpu.capability(device)
         print(f"{device}: {gpu.name(device)}, {size:.1f} GB, compute capability {version}")
     runtime = torch.version.hip or torch.version.cuda
@@ -101,16 +79,16 @@ def card(trial: Trial) -> None:
 def kernels(trial: Trial) -> None:
     files = [f"--ignore={TESTS}/kernels/gpu/test_gpu_assembly.py", f"{TESTS}/kernels/gpu"]
     if trial.paper:
-        _pytest(*files, "-k", "nf4 or norm or route", MIXCHAT_TEST_GPU="cpu")
+        run_pytest(*files, "-k", "nf4 or norm or route", MIXCHAT_TEST_GPU="cpu")
         return
     # Nearly all of the time is the compiler's.
     processes = min(6, os.cpu_count() or 1)
-    _pytest(*files, f"-n{processes}", "--dist=load", MIXCHAT_TEST_GPU="cuda")
+    run_pytest(*files, f"-n{processes}", "--dist=load", MIXCHAT_TEST_GPU="cuda")
 
 
 def engines(trial: Trial) -> None:
     chosen = ["-k", "compute_what and (nf4 or disk)"] if trial.paper else []
-    _pytest(f"{TESTS}/loading/test_gpus.py", *chosen, **_on_cards(trial, "0"))
+    run_pytest(f"{TESTS}/loading/test_gpus.py", *chosen, **_on_cards(trial, "0"))
 
 
 def several(trial: Trial) -> None:
@@ -118,13 +96,13 @@ def several(trial: Trial) -> None:
 
     if not trial.paper and gpu.count() < 2:
         raise LeftOutError("torch sees one GPU")
-    _pytest(f"{TESTS}/loading/test_gpus.py", "-k", "two", **_on_cards(trial, "0,1"))
+    run_pytest(f"{TESTS}/loading/test_gpus.py", "-k", "two", **_on_cards(trial, "0,1"))
     if trial.paper:
         return
-    for shape in SPEED_SHAPES:
-        model = _model(trial, shape)
+    for shape in trial.shapes:
+        model = model_of(trial, shape)
         print(model.told)
-        if not _bench(trial, model, f"{gpu.count()} GPUs", None, "cuda"):
+        if not run_bench(trial, model, f"{gpu.count()} GPUs", None, "cuda"):
             raise SystemExit("a bench failed")
 
 
@@ -132,22 +110,6 @@ def _on_cards(trial: Trial, numbers: str) -> dict[str, str]:
     if trial.paper:
         return {}
     return {"MIXCHAT_TEST_GPU": "cuda", "CUDA_VISIBLE_DEVICES": numbers}
-
-
-def _pytest(*arguments: str, **variables: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    environment = {key: item for key, item in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=False, env=environment | variables
-    )
-    print(done.stdout, file=sys.stderr)
-    lines = done.stdout.strip().splitlines() or [""]
-    print(lines[-1])
-    if done.returncode:
-        for line in lines:
-            if line.startswith(("FAILED", "ERROR")):
-                print(line)
-        raise SystemExit(1)
 
 
 # One token, and the kernels alone
@@ -187,7 +149,7 @@ def copies(trial: Trial) -> None:
 
     device = trial.device
     plain = bus_bandwidth(device)
-    print(f"one page-locked tensor: {plain / _GB:.1f} GB/s")
+    print(f"one page-locked tensor: {plain / GB:.1f} GB/s")
     size = 2**22 if trial.paper else 2**28
     block = torch.randint(0, 256, (size,), dtype=torch.uint8)
     slot = torch.zeros_like(block, device=device)
@@ -204,7 +166,7 @@ def copies(trial: Trial) -> None:
 
     rate = block.nbytes / median(seconds_of(upload, device))
     gpu.synchronize(device)
-    print(f"through the stages of experts: {rate / _GB:.1f} GB/s ({rate / plain:.0%})")
+    print(f"through the stages of experts: {rate / GB:.1f} GB/s ({rate / plain:.0%})")
     if not torch.equal(slot.cpu(), block):
         raise SystemExit("the bytes that arrived are others")
 
@@ -221,8 +183,8 @@ def memory(trial: Trial) -> None:
 
     wide = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16}
     tokens, unit = (48, 2**13) if trial.paper else (4000, 2**23)
-    config = _tiny_config() | ({} if trial.paper else wide | {"head_dim": 64})
-    directory = _random_model(trial, "little-memory", config)
+    config = tiny_config() | ({} if trial.paper else wide | {"head_dim": 64})
+    directory = random_model(trial, "little-memory", config)
     engine = load_engine(
         directory,
         LoadOptions(device=str(trial.device), context_size=tokens + 64, speculation=False),
@@ -265,7 +227,7 @@ def memory(trial: Trial) -> None:
     if answer() != expected:
         raise SystemExit("other tokens when all memory is free again")
     engine.close()
-    done = _mixchat(trial, "bench", directory, *_on(trial), "--device-memory", "64KB")
+    done = run_mixchat(trial, "bench", directory, *device_flags(trial), "--device-memory", "64KB")
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     print(f"with --device-memory 64KB: exit {done.returncode}: {' / '.join(lines)[:300]}")
     errors = [line for line in lines if line.startswith("error:")]
@@ -297,133 +259,23 @@ def _taken_but(leave: int, least: int, device: Any) -> list[Any]:
 # Speeds
 
 
-SPEED_SHAPES = ("instruct", "qwen3")
-SIZES_GB = (8, 12, 24)
-
-
-class Model(NamedTuple):
-    """A model with a part of the layers of a known one. `share`: of its layers."""
-
-    directory: Path
-    shape: str
-    layers: int
-    share: float
-
-    @property
-    def told(self) -> str:
-        return f"{self.shape}, {self.layers} of {round(self.layers / self.share)} layers"
-
-
 def speeds(trial: Trial) -> None:
     """Print measured speeds, and those of the plan, with all and some experts in VRAM."""
     failed = False
-    for shape in SPEED_SHAPES[: 1 if trial.paper else None]:
+    for shape in trial.shapes:
         start = time.perf_counter()
-        model = _model(trial, shape)
+        model = model_of(trial, shape)
         print(f"{model.told}: there after {time.perf_counter() - start:.0f} s")
         # A part of the layers gets the same part of the memory.
         parts = {size: f"{size * 1000 * model.share:.0f}MB" for size in SIZES_GB}
         if trial.paper:
             parts = {8: "1MB"}
-        failed |= not _bench(trial, model, "resident", None)
+        failed |= not run_bench(trial, model, "resident", None)
         for size, part in parts.items():
             name = f"{part}, as {size} GB for all layers"
-            failed |= not _bench(trial, model, name, part)
+            failed |= not run_bench(trial, model, name, part)
     if failed:
         raise SystemExit("a bench failed")
-
-
-def _bench(trial: Trial, model: Model, name: str, size: str | None, device: str = "cuda:0") -> bool:
-    """Print measured speeds beside what the plan predicts. Return whether they could be."""
-    few = ["--prompt", "16", "--tokens", "4"] if trial.paper else []
-    rounds = ["--rounds", "1" if trial.paper else "3"]
-    size = "2GB" if size is None and trial.paper else size  # or the CPU may be chosen
-    common = ["--json", *_on(trial, device), *(["--device-memory", size] if size else [])]
-    context = ["--ctx-size", "576"]  # as bench takes for a prompt of 512 tokens
-    planned = _mixchat(trial, "plan", model.directory, *common, *context)
-    measured = _mixchat(trial, "bench", model.directory, *common, *rounds, *few)
-    for done in (planned, measured):
-        if done.returncode:
-            print(f"  {name}: exit {done.returncode}: {done.stderr.strip()[-200:]}")
-            return False
-    found, plan = json.loads(measured.stdout), json.loads(planned.stdout)
-    rates = [
-        f"{task['name']} {median(task['mixchat']):.1f} tok/s ({task['of_limit']:.0%} of the limit)"
-        for task in found["tasks"]
-    ]
-    rate = plan["tokens_per_second"]
-    told = "none" if rate is None else f"decode {rate:.1f} tok/s"
-    for prompt in plan["prompts"]:
-        told += f", prompt of {prompt['tokens']} {prompt['tokens'] / prompt['seconds']:.0f} tok/s"
-    print(f"  {name}: {', '.join(rates)}; plan: {told}; slots {found['slots']}")
-    return True
-
-
-def _model(trial: Trial, shape: str) -> Model:
-    """Write a model with as many layers as fit, unless it is there."""
-    from mixchat.bench.synthetic import write_synthetic
-    from mixchat.install.known_models import KNOWN
-    from mixchat.install.make.quantize_options import default_blueprint
-    from mixchat.weights.families.read_config import read_config
-
-    known = KNOWN[shape]
-    total: int = known.config["num_hidden_layers"]
-    if trial.paper:
-        config = _tiny_config()
-        directory = _random_model(trial, "tiny", config)
-        return Model(directory, "tiny", config["num_hidden_layers"], 1.0)
-    most = min(trial.gigabytes * _GB, shutil.disk_usage(trial.folder).free / 3)
-
-    def size(layers: int) -> int:
-        config = read_config(known.with_layers(layers))
-        return default_blueprint(config, known.experts_quant_type or "nf4", None).size
-
-    # A model that is there was written with the same bytes, or the folder is another.
-    there = [path for path in trial.folder.glob(f"{shape}-*") if path.is_dir()]
-    layers = int(there[-1].name.rsplit("-", 1)[1]) if there else total
-    while not there and layers > 1 and size(layers) > most:
-        layers -= 1
-    directory = trial.folder / f"{shape}-{layers}"
-    if not there:
-        unfinished = trial.folder / f"unfinished-{shape}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        write_synthetic(unfinished, layers, shape=shape)
-        unfinished.rename(directory)
-    return Model(directory, shape, layers, layers / total)
-
-
-def _tiny_config() -> dict[str, Any]:
-    from paper_tools import TINY
-
-    return {**TINY, "max_position_embeddings": 8192}
-
-
-def _random_model(trial: Trial, name: str, config: dict[str, Any]) -> Path:
-    """Write a random model, for which fp32 lets no choice between two tokens hang on rounding."""
-    import torch
-
-    from mixchat.bench.synthetic import write_random
-    from mixchat.weights.families.read_config import read_config
-    from mixchat.weights.format.blueprint import Blueprint, Quantization
-
-    directory = trial.folder / name
-    shutil.rmtree(directory, ignore_errors=True)
-    form = Quantization("none", dtype=torch.float32)
-    write_random(directory, config, Blueprint(read_config(config), form))
-    return directory
-
-
-def _on(trial: Trial, name: str = "cuda:0") -> list[str]:
-    """Return flags for a device. GPUs on paper have no name that the command line takes."""
-    return [] if trial.paper else ["--device", name]
-
-
-def _mixchat(trial: Trial, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    program = [str(TOOLS / "gpu_steps.py"), "--mixchat"] if trial.paper else ["-m", "mixchat"]
-    command = [sys.executable, *program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    print(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}", file=sys.stderr)
-    return done
 
 
 # llama.cpp
@@ -441,8 +293,8 @@ def llama(trial: Trial) -> None:
             f"{trial.llama} has no llama.cpp for GPUs: CMAKE_ARGS=-DGGML_CUDA=on pip install "
             "llama-cpp-python gguf, and name its Python in LLAMA_PYTHON"
         )
-    for shape in SPEED_SHAPES:
-        model = _model(trial, shape)
+    for shape in trial.shapes:
+        model = model_of(trial, shape)
         gguf = trial.folder / f"{model.directory.name}.gguf"
         if not gguf.exists():
             write_model(trial.llama, gguf, model.layers, "Q4_0", shape)
@@ -474,58 +326,7 @@ STEPS = (
 )
 
 
-# The report
-
-
-def run_all(
-    steps: Sequence[Step],
-    report: Path,
-    command: Callable[[Step], list[str]],
-    seconds: float = _SECONDS,
-) -> int:
-    """Run each step's command, write the report, and return the exit status."""
-    end, failed = time.monotonic() + seconds, False
-    with report.open("w") as text, Path(f"{report}.log").open("w") as log:
-
-        def tell(*lines: str) -> None:
-            for line in lines:
-                print(line, flush=True)
-                print(line, file=text, flush=True)
-
-        tell(f"mixchat on a GPU, {time.strftime('%Y-%m-%d %H:%M')}")
-        for step in steps:
-            start = time.monotonic()
-            limit = min(step.limit_s, end - start)
-            result, figures, errors = "no time left", "", ""
-            if limit > 1:
-                result, figures, errors = _carried_out(command(step), limit)
-            print(f"== {step.name}: {result}\n{figures}{errors}", file=log, flush=True)
-            taken = f"{time.monotonic() - start:.1f} s"
-            tell(f"\n{step.name:<10} {result:<12} {taken:>8}  {step.proves}")
-            tell(*(f"    {line}" for line in figures.splitlines()))
-            if result not in ("ok", "left out"):
-                failed = True
-                tell(*(f"    | {line}" for line in errors.splitlines()[-_KEPT_LINES:]))
-    return int(failed)
-
-
-def _carried_out(command: list[str], limit_s: float) -> tuple[str, str, str]:
-    """Return the result of a command in words, its output and its errors."""
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=output, stderr=errors, start_new_session=True)
-        try:
-            code = process.wait(limit_s)
-            result = {0: "ok", LEFT_OUT: "left out"}.get(code, f"FAILED {code}")
-        except subprocess.TimeoutExpired:
-            result = f"FAILED: over {limit_s:.0f} s"
-        finally:
-            # Its own processes, too.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        output.seek(0)
-        errors.seek(0)
-        return result, output.read(), errors.read()
+# The processes of steps
 
 
 def _run_step(step: Step, trial: Trial) -> None:
@@ -582,7 +383,7 @@ def main() -> int:
         "--gigabytes", type=float, default=8, metavar="N", help="of a model, at most (8)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=_SECONDS, metavar="N", help="of all steps, at most (1500)"
+        "--seconds", type=float, default=SECONDS, metavar="N", help="of all steps, at most (3600)"
     )
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
