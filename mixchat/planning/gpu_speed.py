@@ -29,7 +29,7 @@ def measure_gpu(device: torch.device) -> GPUSpeeds:
     read = _matrix("int8", room_on(device, _MATRIX_BYTES))
     decoded = _matrix("trellis3", room_on(device, _CODES_BYTES))
     instructions = INSTRUCTIONS["trellis3"] * decoded.rows * decoded.columns
-    kernel, round_trip = _graph_seconds(_product(_matrix("int8", 0), device), device)
+    kernel, round_trip = graph_seconds(device)
     speeds = GPUSpeeds(
         gpu.name(device),
         memory=read.nbytes / _seconds(read, device),
@@ -74,11 +74,12 @@ def _product(matrix: LinearSpec, device: torch.device) -> Callable[[], object]:
     return lambda: product(x, codes, out)
 
 
-def _graph_seconds(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Return the seconds of a kernel in a graph, and of a round trip beside it.
+def graph_seconds(device: torch.device) -> tuple[float, float]:
+    """Return the seconds of a kernel in a graph that reads little, and of a round trip beside it.
 
-    call: starts a kernel that reads little.
+    A round trip lasts from the start of a graph until the host knows that it has ended.
     """
+    call = _product(_matrix("int8", 0), device)
     call()  # loading a kernel cannot be captured
     done = gpu.streams(device).Event()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from paper_tools import TINY
+from torch.nn import functional
 
 from mixchat.base import gpu
 from mixchat.install.known_models import KNOWN
@@ -60,13 +61,40 @@ def print_rates(device: torch.device, *, tiny: bool) -> list[str]:
     return failures
 
 
+def nf4_seconds(device: torch.device, rows: int, columns: int, *, tiny: bool) -> float:
+    """Return the seconds of a product of one row with a matrix in nf4."""
+    spec = LinearSpec("matrix", rows, columns, "nf4", torch.bfloat16)
+    return _nbytes(spec) / _Bench(device, tiny).product_rate(spec)
+
+
+def beside_sdpa(device: torch.device, tokens: int, *, tiny: bool) -> tuple[float, float]:
+    """Return the seconds of a token's attention to so many keys, and of torch's SDPA, in Qwen3."""
+    config = read_config(TINY if tiny else KNOWN["qwen3"].config)
+    bench = _Bench(device, tiny, tokens)
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    size = 4 * groups * tokens * width
+    ours = size / bench.attention_rate(Blueprint(config, Quantization("none")), 16)
+    dtype = torch.bfloat16
+    query = torch.ones(1, heads, 1, width, dtype=dtype, device=device)
+    caches = [
+        torch.ones(2, 1, groups, tokens, width, dtype=dtype, device=device)
+        for _ in range(bench.count(size))
+    ]
+
+    def attend_to_all() -> None:
+        for keys, values in caches:
+            functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+    return ours, median(seconds_of(attend_to_all, device)) / len(caches)
+
+
 class _Bench:
     """Measures kernels on a GPU, with little memory and once if it is for tiny shapes."""
 
-    def __init__(self, device: torch.device, tiny: bool) -> None:
+    def __init__(self, device: torch.device, tiny: bool, context: int = _CONTEXT) -> None:
         self._device, self._tries = device, 1 if tiny else _TRIES
         self._pool = 1 if tiny else max(_POOL_BYTES, _CACHES * _cache_of(device))
-        self._context = 64 if tiny else _CONTEXT
+        self._context = 64 if tiny else context
 
     def measurements(
         self, blueprint: Blueprint, of_experts: bool
@@ -76,18 +104,18 @@ class _Bench:
             yield "up", lambda: self._experts(blueprint, is_up=True)
             yield "down", lambda: self._experts(blueprint, is_up=False)
         for role, matrix in blueprint.mixer(0).matrices.items():
-            yield role, partial(self._product, matrix)
+            yield role, partial(self.product_rate, matrix)
         if (head := blueprint.head) is not None:
-            yield "head", lambda: self._product(head)
+            yield "head", lambda: self.product_rate(head)
         if blueprint.quantization.quant_type == "none":  # once for a shape
-            yield "attention in 16 bits", lambda: self._attention(blueprint, 16)
-            yield "attention in 8 bits", lambda: self._attention(blueprint, 8)
+            yield "attention in 16 bits", lambda: self.attention_rate(blueprint, 16)
+            yield "attention in 8 bits", lambda: self.attention_rate(blueprint, 8)
 
     def _experts(self, blueprint: Blueprint, *, is_up: bool) -> float:
         spec, chosen = blueprint.expert_of(0), blueprint.config.num_experts_per_tok
         form, levels = expert_form(spec, self._device)
         matrix = spec.gate_up if is_up else spec.down
-        calls = self._count(chosen * _nbytes(matrix))
+        calls = self.count(chosen * _nbytes(matrix))
         blocks = [self._random(spec.stride) for _ in range(calls * chosen)]
         table = torch.tensor([block.data_ptr() for block in blocks]).to(self._device)
         numbers = torch.arange(calls * chosen, dtype=torch.int32).view(calls, chosen)
@@ -103,10 +131,10 @@ class _Bench:
 
         return self._rate(call, [*numbers.to(self._device)], chosen * _nbytes(matrix))
 
-    def _product(self, spec: LinearSpec) -> float:
+    def product_rate(self, spec: LinearSpec) -> float:
         spec = replace(spec, bias=False)
         matrices = []
-        for _ in range(self._count(_nbytes(spec))):
+        for _ in range(self.count(_nbytes(spec))):
             tensors = [
                 self._random(each.nbytes).view(each.dtype).view(each.shape) for each in spec.tensors
             ]
@@ -118,7 +146,7 @@ class _Bench:
         out = self._ones(split(form).count, 1, form.rows)
         return self._rate(lambda matrix: product(x, matrix, out), matrices, _nbytes(spec))
 
-    def _attention(self, blueprint: Blueprint, bits: int) -> float:
+    def attention_rate(self, blueprint: Blueprint, bits: int) -> float:
         """Measure one token after a long context without a window."""
         config, dtype, room = blueprint.config, blueprint.quantization.dtype, self._context
         heads, shape = config.num_attention_heads, (2, config.num_key_value_heads, room)
@@ -130,7 +158,7 @@ class _Bench:
             return KVTensors(numbers, self._ones(*shape))
 
         size = sum(tensor.nbytes for tensor in layer() if tensor is not None)
-        layers = [layer() for _ in range(self._count(size))]
+        layers = [layer() for _ in range(self.count(size))]
         queries = self._ones(1, heads, config.head_dim, dtype=dtype)
         out, past = torch.ones_like(queries), self._ones(1, dtype=torch.int32) * (room - 1)
         parts = Parts.for_tokens(1, heads, layers[0], None)
@@ -148,7 +176,7 @@ class _Bench:
         seconds = median(seconds_of(graph.replay, self._device, self._tries))
         return len(inputs) * size / seconds
 
-    def _count(self, size: int) -> int:
+    def count(self, size: int) -> int:
         """Return how many blocks of a size fill the pool."""
         return max(2, -(-self._pool // size))
 

@@ -24,6 +24,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from gpu_card_steps import (
+    answers,
+    card,
+    contexts,
+    latency,
+    llama_python,
+    logits,
+    long,
+    others,
+    sanitizer,
+)
 from gpu_report import run_all
 from gpu_trial import (
     GB,
@@ -45,33 +56,6 @@ from gpu_trial import (
 )
 
 SIZES_GB = (8, 12, 24)
-
-# The card
-
-
-def card(trial: Trial) -> None:
-    import platform
-
-    import torch
-    import triton
-
-    from mixchat.base import gpu
-
-    driver = "unknown"
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        driver = ", ".join(sorted(set(told.split())))
-    for number in range(gpu.count()):
-        device = torch.device(gpu.KIND, number)
-        size = gpu.total_memory(device) / GB
-        version = gpu.capability(device)
-        print(f"{device}: {gpu.name(device)}, {size:.1f} GB, compute capability {version}")
-    runtime = torch.version.hip or torch.version.cuda
-    print(f"driver {driver}, runtime {runtime}, torch {torch.__version__}", end=", ")
-    print(f"triton {triton.__version__}, Python {platform.python_version()}")
-    print(f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release()}")
-
 
 # Tests of the suite, on the card
 
@@ -285,21 +269,16 @@ def llama(trial: Trial) -> None:
     """Print mixchat's and llama.cpp's speeds, measured by turns, all in VRAM."""
     from peer import write_model
 
-    program = "import llama_cpp, gguf; raise SystemExit(not llama_cpp.llama_supports_gpu_offload())"
     if trial.paper:
         raise LeftOutError("llama.cpp needs a real card")
-    if subprocess.run([trial.llama, "-c", program], capture_output=True, check=False).returncode:
-        raise LeftOutError(
-            f"{trial.llama} has no llama.cpp for GPUs: CMAKE_ARGS=-DGGML_CUDA=on pip install "
-            "llama-cpp-python gguf, and name its Python in LLAMA_PYTHON"
-        )
+    python = llama_python(trial)
     for shape in trial.shapes:
         model = model_of(trial, shape)
         gguf = trial.folder / f"{model.directory.name}.gguf"
         if not gguf.exists():
-            write_model(trial.llama, gguf, model.layers, "Q4_0", shape)
+            write_model(python, gguf, model.layers, "Q4_0", shape)
         command = [sys.executable, str(TESTS / "benchmarks" / "side_by_side.py")]
-        command += [str(model.directory), "--gguf", str(gguf), "--python", trial.llama]
+        command += [str(model.directory), "--gguf", str(gguf), "--python", python]
         command += ["--gpu-layers", "-1", "--device", str(trial.device)]
         command += ["--rounds", "3", "--turns", "1", "--json"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -313,15 +292,22 @@ def _beside(task: dict[str, Any]) -> str:
 
 
 STEPS = (
-    Step("card", "mixchat, torch and Triton see the card", 120, card),
-    Step("kernels", "each kernel computes with each type what the CPU computes", 300, kernels),
+    Step("card", "torch and Triton see the card, and a graph with a copy is replayed", 120, card),
+    Step("latency", "a kernel, a launch and a wait take what the plan assumes", 120, latency),
+    Step("kernels", "each kernel computes with each type what the CPU computes", 420, kernels),
+    Step("sanitizer", "kernels touch no memory but their own, and do not race", 420, sanitizer),
     Step("engines", "tiny models of all families and types give the CPU's logits", 300, engines),
+    Step("logits", "layers of real shapes give the CPU's logits, in graphs or not", 240, logits),
     Step("trace", "a token takes the launches and waits of the budget", 120, trace),
     Step("bandwidth", "each kernel reads weights near the card's memory bandwidth", 240, bandwidth),
+    Step("others", "bitsandbytes' product and torch's attention are not faster", 120, others),
     Step("copies", "experts come over the bus as fast as it carries", 60, copies),
     Step("memory", "an answer ends with the same tokens if VRAM runs out", 120, memory),
     Step("speeds", "decoding and prompts are as fast as the plan says", 480, speeds),
-    Step("llama", "llama.cpp with all layers on the GPU is not faster", 300, llama),
+    Step("contexts", "tokens after long contexts are as fast as the plan says", 240, contexts),
+    Step("answers", "four answers at once take little longer than one", 120, answers),
+    Step("long", "an answer of 2,000 tokens keeps its speed and its memory", 120, long),
+    Step("llama", "llama.cpp with all layers on the GPU is not faster", 900, llama),
     Step("several", "several GPUs compute what one computes", 240, several),
 )
 

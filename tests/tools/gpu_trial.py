@@ -154,6 +154,18 @@ def model_of(trial: Trial, shape: str) -> Model:
     return Model(directory, shape, layers, layers / total)
 
 
+def few_layers(trial: Trial, shape: str, layers: int) -> Model:
+    """Write a few layers of a known model, unless they are there."""
+    from mixchat.bench.synthetic import write_synthetic
+
+    if trial.paper:
+        return model_of(trial, shape)
+    directory = trial.folder / f"few-{shape}"
+    if not directory.exists():
+        write_synthetic(directory, layers, shape=shape)
+    return Model(directory, f"{layers} layers of {shape}", layers, 1.0)
+
+
 def tiny_config() -> dict[str, Any]:
     from paper_tools import TINY
 
