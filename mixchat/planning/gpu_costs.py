@@ -28,9 +28,10 @@ _DENSE_KERNELS = 2
 _OUTPUT_NORM_KERNELS = 6
 _LAST_KERNELS = 4  # the last norm, the head, and two copies to the host
 _HOST_KERNELS = 4  # more in a layer that waits for the host: three copies, and a row of zeros
-# Seconds of the host, while a GPU rests: sampling a token of 152,000 by default options, and of
-# Python for a layer of which experts are missing, and for each of these. Of a prompt they are of a
-# layer, and of each of its experts. Measured on an AMD EPYC.
+# Seconds of the host, measured on an AMD EPYC. A GPU rests while it samples a token of 152,000 by
+# default options, and while Python looks for a layer's missing experts and hands each to the
+# CPU. It rests, too, if Python starts a prompt's layers and their experts more slowly than it
+# computes them.
 TOKEN_S = 5e-4
 MISSING_LAYER_S = 8e-5
 MISSING_EXPERT_S = 1.7e-5
