@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from mixchat.planning.machine_speeds import INSTRUCTIONS
+
 SCRIPT = Path(__file__).with_name("assembly.py")
 # It has two tables, and is bound by arithmetic, which fewer threads do as fast.
 LEAST_OCCUPANCY = {
@@ -47,6 +49,23 @@ CALLS = {
 }
 
 
+# Of a thread in the loop of a product of one row.
+WEIGHTS = {"nf4": 128, "mxfp4": 128, "int6": 64, "trellis2": 64, "trellis3": 64}
+
+
+def instructions(row: dict[str, Any]) -> float:
+    """The instructions of a product for a weight, on the generation of cards that plans count."""
+    quant_type = row["call"].split()[-1]
+    is_product = row["kernel"] in ("_product", "_experts_up", "_experts_down")
+    if not is_product or quant_type not in WEIGHTS or row["card"] != "sm_86":
+        return 0.0
+    return float(row["loop"] / WEIGHTS[quant_type])
+
+
+def planned_instructions(row: dict[str, Any]) -> float:
+    return 1.05 * INSTRUCTIONS.get(row["call"].split()[-1], 0.0)
+
+
 def complaints(row: dict[str, Any]) -> list[str]:
     least = LEAST_OCCUPANCY.get(row["call"], 0.5)
     # Norms and the router read no codes.
@@ -63,6 +82,7 @@ def complaints(row: dict[str, Any]) -> list[str]:
         "loads bytes": row["narrow_loads"] > 0,
         "uses shared memory in its loop": reads_codes and row["shared_in_loop"] > 0,
         f"fills a card to less than {least}": row["occupancy"] < least,
+        "takes more instructions than plans count": instructions(row) > planned_instructions(row),
     }
     name = f"{row['kernel']} of {row['call']} on {row['card']}"
     return [f"{name}: {complaint}" for complaint, holds in found.items() if holds]
