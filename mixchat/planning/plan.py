@@ -42,17 +42,17 @@ class ModelPlan:
         """Return whether memory holds all experts, so that no token waits for the disk."""
         return self.fit.placement.held >= self.fit.placement.experts
 
-    @property
-    def at_full_context(self) -> float | None:
-        """Return the tokens a second of each answer after as many tokens as the context holds."""
-        return replace(self.speed, context=self.fit.context).tokens_per_second
-
     @classmethod
     def of(cls, fit: MemoryPlan, device: torch.device, speeds: MachineSpeeds) -> ModelPlan:
         """Return the plan of a model that `device` computes."""
         answers = fit.options.parallel
         estimate = SpeedEstimate(fit.blueprint, device, speeds, fit.placement, answers)
         return cls(fit, replace(estimate, kv_bits=fit.options.kv_bits))
+
+    @property
+    def at_full_context(self) -> float | None:
+        """Return the tokens a second of each answer after as many tokens as the context holds."""
+        return replace(self.speed, context=self.fit.context).tokens_per_second
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from mixchat.experts.memory import CPU
 from mixchat.install.known_models import KNOWN
 from mixchat.install.make.outline import Outline
 from mixchat.install.make.quantize_options import DEMO_LOSS
-from mixchat.planning.expectation import CONTEXT, LONG_PROMPT, PROMPT
+from mixchat.planning.expectation import LONG_PROMPT, PROMPT
 from mixchat.planning.plan import MachinePlan, ModelPlan
 
 # The words of a rise of the demo's perplexity that is lower than each limit. It rises by 17% in 4
@@ -67,9 +67,8 @@ def pace(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         texts = [f"{name} {_time(seconds)}" for name, seconds in parts.items() if seconds]
         meanwhile = f" ({_time(cost.hidden)} meanwhile)" if cost.hidden else ""
         yield "", f"{_time(cost.seconds)} a token: {', '.join(texts)}{meanwhile}"
-        if (context := plan.model.fit.context) > CONTEXT:
-            full = speed_text(plan.model.at_full_context)
-            yield "", f"{full} once the context holds {context:,} tokens"
+        full = speed_text(plan.model.at_full_context)
+        yield "", f"{full} once the context holds {plan.model.fit.context:,} tokens"
     if slower := plan.slower_sizes:
         yield "", f"the GPU holds all experts in 4 bits; slower in {', '.join(slower)} bits"
     costs = {tokens: speed.prompt(tokens) for tokens in (LONG_PROMPT, PROMPT)}
