@@ -37,8 +37,11 @@ class Constraint(Protocol):
         Raises `UsageError` if there are none.
         """
 
-    def accept(self, token: int) -> None:
-        """Take the next token of the answer."""
+    def accept(self, token: int) -> bool:
+        """Take the next token of the answer, which was allowed.
+
+        Return False if the answer could not end after it. Then `allowed` returns others.
+        """
 
     def close(self) -> None:
         """Give back what it needs, such as a process. No other method is called after that."""
@@ -80,19 +83,22 @@ class Sampler:
             )
         if options.logit_bias:
             logits = raised(logits, options.logit_bias)
+        token = self._drawn(logits)
+        while self._constraint is not None and not self._constraint.accept(token):
+            token = self._drawn(logits)
+        self._counts[token] += 1
+        return token
+
+    def _drawn(self, logits: torch.Tensor) -> int:
+        """Return a token that the constraint allows. logits: [V], fp32."""
         # Last, so that no bias allows a token that the constraint forbids.
         if self._constraint is not None and (mask := self._constraint.allowed()) is not None:
             logits = only(logits, mask)
-        if options.temperature < _MIN_TEMPERATURE:
-            token = int(logits.numpy().argmax())  # several times as fast as torch's
-        else:
-            ids, probabilities = candidates(logits, options)
-            index = at_share(probabilities, self._random.random())
-            token = index if ids is None else int(ids[index])
-        self._counts[token] += 1
-        if self._constraint is not None:
-            self._constraint.accept(token)
-        return token
+        if self._options.temperature < _MIN_TEMPERATURE:
+            return int(logits.numpy().argmax())  # several times as fast as torch's
+        ids, probabilities = candidates(logits, self._options)
+        index = at_share(probabilities, self._random.random())
+        return index if ids is None else int(ids[index])
 
 
 def log_probabilities(

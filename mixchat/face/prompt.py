@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mixchat.text.thinking import ThinkingParser
     from mixchat.text.tokenizer import Tokenizer
 
-MakeConstraint: TypeAlias = "Callable[[ThinkingParser], Constraint]"
+MakeConstraint: TypeAlias = "Callable[[ThinkingParser, int], Constraint]"
 # Returns the ids of a prompt from this message on, and how many of them begin the answer.
 _Encode: TypeAlias = "Callable[[int], tuple[list[int], int]]"
 LEAVE_OUT_HINT = (
@@ -157,7 +157,9 @@ class PromptMaker:
             return Prompt(tuple(ids), continues=True)
         start = self._forms.compile(request.form, at_end)
         return Prompt(
-            tuple(ids), continues=True, constraint=lambda parser: start((), continued=True)
+            tuple(ids),
+            continues=True,
+            constraint=lambda parser, room: start((), continued=True, room=room),
         )
 
     def _content_ids(self, answer: Message | None) -> Sequence[int]:
@@ -184,7 +186,7 @@ class PromptMaker:
             if request.form is None:
                 return None, False
             start = self._forms.compile(request.form, at_end)
-            return lambda parser: start(begun, continued=continued), True
+            return lambda parser, room: start(begun, continued=continued, room=room), True
         schema = request.form
         if isinstance(schema, OutputConstraint):
             schema = schema.text if schema.schema is None else dict(schema.schema)
@@ -203,9 +205,9 @@ class PromptMaker:
         )
         start = self._forms.compile(calls, at_end)
         if calls.must_call:
-            return lambda parser: start(begun, continued=continued), True
+            return lambda parser, room: start(begun, continued=continued), True
 
-        def until_call(parser: ThinkingParser) -> Constraint:
+        def until_call(parser: ThinkingParser, room: int) -> Constraint:
             from mixchat.text.form.constraint import CallConstraint
 
             return CallConstraint(start(continued=True), parser, tools.opening, self._tokenizer)

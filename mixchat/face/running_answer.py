@@ -99,7 +99,7 @@ class RunningAnswer(TokenAnswer):
             return True
         if self.constraint is None and may_prepare:
             try:
-                self.constraint = self._prompt.constraint(self._parser)
+                self.constraint = self._prompt.constraint(self._parser, self.max_tokens)
             except Exception as error:
                 self.error = error
                 return True

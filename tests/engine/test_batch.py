@@ -262,7 +262,7 @@ def test_a_fault_of_a_constraint_ends_its_answer_alone(load):
         def allowed(self) -> torch.Tensor | None:
             raise BlockingIOError("no process")
 
-        def accept(self, token: int) -> None: ...
+        def accept(self, token: int) -> bool: ...
 
     batch = load().new_batch()
     broken = batch.add(prompt_of(1, constraint=Broken()))

@@ -235,9 +235,10 @@ class Script:
     def allowed(self) -> torch.Tensor:
         return torch.tensor([token in self.steps[0] for token in range(self.size)])
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int) -> bool:
         assert token in self.steps.pop(0)
         self.taken.append(token)
+        return True
 
 
 @settings(max_examples=50)

@@ -6,5 +6,6 @@
 - constraint.py: the tokens that may come next in an answer, or in the calls of one
 - call_form.py: calls of tools, held to the tools' schemas
 - literal_form.py: arguments of calls that are literals
+- ending.py: a short end of an answer in JSON, and when it has to follow
 - form_child.py: the inside of the sandbox
 """

@@ -23,6 +23,7 @@ from mixchat.text.form.output_constraint import (
     MAX_CALL,
     PATIENT_S,
     PROGRAM,
+    Acceptance,
     OutputConstraint,
     asked,
 )
@@ -65,7 +66,7 @@ class ConstraintCompiler:
         self.firsts = {i: self.size + number for number, i in enumerate(tokens.first)}
         all_bytes = [text.decode("latin-1") for text in (*tokens.within, *tokens.first.values())]
         self._load = SandboxCall(
-            "the vocabulary", "load", (all_bytes, stops), _LOAD_CPU_S, MAX_CALL
+            "the vocabulary", "load", (all_bytes, stops, self.size), _LOAD_CPU_S, MAX_CALL
         )
 
     def __del__(self) -> None:
@@ -99,7 +100,8 @@ class TokenConstraint:
     """A `Constraint` of one answer. Once the form is complete, only a token that ends it may come.
 
     The answer begins with the tokens `beginning`. If it is `continued`, it continues the text of a
-    prompt, and its first word keeps its space. The grammar is compiled in the background.
+    prompt, and its first word keeps its space. If it is JSON, it ends within `room` tokens, the one
+    that ends it among them. The grammar is compiled in the background.
 
     `compiled` has the mask of the first token. `close` ends the sandbox, unless the next answer can
     use it. The other methods raise `UsageError` if the grammar is too complex, and `PromptError` if
@@ -113,12 +115,13 @@ class TokenConstraint:
         beginning: Sequence[int] = (),
         *,
         continued: bool = False,
+        room: int | None = None,
     ) -> None:
         self._size = compiler.size
         self._firsts = compiler.firsts
         self._begins_text = not continued
         self._is_new = True
-        arguments = (grammar, [self._as_first(token) for token in beginning])
+        arguments = (grammar, [self._as_first(token) for token in beginning], room)
         call = SandboxCall(_SUBJECT, "start", arguments, compiler.seconds, MAX_CALL)
         self._sandbox = compiler.sandbox()
         self.compiled: Future[str] = in_background(asked, self._sandbox, call)
@@ -136,16 +139,22 @@ class TokenConstraint:
             mask[list(self._firsts)] = mask[list(self._firsts.values())]
         return torch.from_numpy(mask[: self._size])
 
-    def accept(self, token: int) -> None:
-        """Take the next token, which was allowed."""
-        if not self.accepts(token):
+    def accept(self, token: int) -> bool:
+        """Take the next token, which was allowed. Return False if it would leave too few."""
+        begins_text = self._begins_text
+        acceptance = self.accepts(token)
+        if acceptance == "wrong":
             raise UsageError("the answer cannot be continued in its form")
+        if acceptance == "late":
+            self._begins_text = begins_text
+        return acceptance == "taken"
 
-    def accepts(self, token: int) -> bool:
-        """Take the next token. Return whether it was allowed. After False no token may follow."""
+    def accepts(self, token: int) -> Acceptance:
+        """Take the next token, if it is allowed. After a wrong one no token may follow."""
         self.compiled.result()
         self._is_new = False
-        return bool(self._ask("accept", self._as_first(token)))
+        acceptance: Acceptance = self._ask("accept", self._as_first(token))
+        return acceptance
 
     def _as_first(self, token: int) -> int:
         """Return the id by which the sandbox knows a token, at the start of a text or later."""
@@ -199,14 +208,14 @@ class CallConstraint:
                 if tokens[start] == self._opening_id or self._opening in text:
                     tokens = tokens[start:]
                     break
-            self._parser.may_call = all(map(self._form.accepts, tokens))
+            self._parser.may_call = all(self._form.accepts(each) == "taken" for each in tokens)
         return self._form.allowed() if self._counts else None
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int) -> bool:
         if self._counts:
-            self._form.accept(token)
-        else:
-            self._last.append(token)
+            return self._form.accept(token)
+        self._last.append(token)
+        return True
 
     def close(self) -> None:
         self._form.close()

@@ -66,7 +66,7 @@ def find_fault(grammar: str) -> Fault | None:
     """Return what is wrong with a Lark grammar, None if it allows some first byte."""
     from llguidance import LLMatcher
 
-    matcher = LLMatcher(_bytes_alone(), grammar + OPTIONS, log_level=0)
+    matcher = LLMatcher(bytes_alone(), grammar + OPTIONS, log_level=0)
     matcher.compute_bitmask()
     return parsed_fault(matcher.get_error()) if matcher.is_error() else None
 
@@ -100,7 +100,7 @@ def grammar_error(fault: Fault) -> UsageError:
 
 
 @cache
-def _bytes_alone() -> LLTokenizer:
+def bytes_alone() -> LLTokenizer:
     """Return a tokenizer with a token for each byte, and one that ends an answer."""
     return ll_tokenizer([*(bytes([byte]) for byte in range(256)), b""], [256])
 

@@ -27,6 +27,8 @@ _OVERFLOW = f"ends its process (signal {signal.SIGSEGV:d})"
 _MAX_FILE = 4_000_000  # bytes
 _SUBJECTS = {"schema": "the schema", "calls": "the schemas"}
 
+# Of a token: the form does not allow it, or after it the answer could not end within its limit.
+Acceptance = Literal["taken", "wrong", "late"]
 Kind = Literal["schema", "calls", "lark", "gbnf"]  # of the text of a constraint
 
 

@@ -57,7 +57,8 @@ def compiled(form: OutputConstraint, tokenizer: ByteTokenizer | None = None) -> 
 def has_form(form: StartConstraint, text: str) -> bool:
     """Return whether a text has a form, after which an answer may end."""
     constraint = form()
-    return all(map(constraint.accepts, text.encode())) and bool(constraint.allowed()[STOP])
+    taken = all(constraint.accepts(byte) == "taken" for byte in text.encode())
+    return taken and bool(constraint.allowed()[STOP])
 
 
 def random_text(form: StartConstraint, seed: int, longest: int = 2000) -> str | None:

@@ -38,7 +38,7 @@ def test_a_form_that_takes_gigabytes_at_a_token_ends_its_own_answer_alone():
     constraint.accept(ord('"'))
     with pytest.raises(UsageError, match=rf"^the form of the answer {TOO_MUCH}"):
         constraint.accept(ord("x"))
-    assert other.accepts(ord('"'))
+    assert other.accepts(ord('"')) == "taken"
     assert has_form(good, '"x"')
 
 
