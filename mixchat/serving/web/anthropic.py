@@ -247,7 +247,9 @@ class AnthropicResponses(BlockResponses):
         }
 
     def whole_answer(self, end: End) -> JSON:
-        content = list(map(_content, self.blocks))
+        # A call that the limit cut off would run with other arguments, or with none.
+        whole = [block for block in self.blocks if block.kind != "call" or not block.is_cut_off]
+        content = list(map(_content, whole))
         return {**self._head, "content": content, **self._stop(end), "usage": self._usage([end])}
 
     def beginning(self) -> bytes:

@@ -208,7 +208,10 @@ def test_a_call_that_the_limit_cuts_off_is_no_error(client, stream):
         question(CALL), stream=stream, tools=[client.tool], limit=limit
     )
     assert (end, counts[1]) == (client.ends["length"], limit)
-    assert (call is None) == isinstance(client, OllamaClient)
+    leaves_out = isinstance(client, OllamaClient)
+    # A stream of Anthropic's has begun the block already. Its stop_reason tells.
+    leaves_out |= isinstance(client, AnthropicClient) and not stream
+    assert (call is None) == leaves_out
     if call is not None:
         messages = client.with_result(question(CALL), "it was cut off say:ok")
         assert client.ask(messages, stream=stream, tools=[client.tool])[0] == "ok"
