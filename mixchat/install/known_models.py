@@ -52,8 +52,9 @@ class KnownModel:
     def with_layers(self, layers: int) -> dict[str, Any]:
         """Return the config.json of the first layers alone."""
         text = {**self.config.get("text_config", self.config), "num_hidden_layers": layers}
-        if "layer_types" in text:
-            text["layer_types"] = text["layer_types"][:layers]
+        for name in ("layer_types", "num_attention_heads_per_layer"):
+            if name in text:
+                text[name] = text[name][:layers]
         return {**self.config, "text_config": text} if "text_config" in self.config else text
 
     @cached_property
@@ -87,11 +88,7 @@ KNOWN: dict[str, KnownModel] = {
     # All values come from the repositories, by other programs.
     "lfm2": KnownModel("LiquidAI/LFM2-8B-A1B", "lfm2", GPQAScore(29.3, "its card", "2025-10")),
     # The ropes and the layers with a window come from the repository, by other programs.
-    "mellum2": KnownModel(
-        "JetBrains/Mellum2-12B-A2.5B-Instruct",
-        "mellum2",
-        GPQAScore(40.9, "arXiv 2605.31268", "2026-05"),
-    ),
+    "mellum2": KnownModel("JetBrains/Mellum2-12B-A2.5B-Instruct", "mellum2"),
     # The class describes 120b. 20b has fewer layers and experts. The score is of high effort.
     "gpt-oss": KnownModel(
         "openai/gpt-oss-20b", "gpt-oss", GPQAScore(71.5, "arXiv 2508.10925", "2025-08")
@@ -109,6 +106,8 @@ KNOWN: dict[str, KnownModel] = {
         "Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3", GPQAScore(70.4, "its card", "2025-07")
     ),
     "qwen3-coder": KnownModel("Qwen/Qwen3-Coder-30B-A3B-Instruct", "qwen3"),
+    # All values come from the repository, by other programs.
+    "laguna": KnownModel("poolside/Laguna-XS-2.1", "laguna"),
     "qwen3.6": KnownModel(
         "Qwen/Qwen3.6-35B-A3B", "qwen3.6", GPQAScore(86.0, "its card", "2026-04")
     ),

@@ -60,6 +60,7 @@ _OTHER_NAMES = (
     (r"lfm-?2(?!\.).*24b", "lfm2-24b"),
     (r"lfm-?2(?!\.)", "lfm2"),
     (r"gpt[-_]?oss", "gpt-oss"),
+    (r"laguna-xs", "laguna"),
     (r"mellum", "mellum2"),
     (r"olmoe", "olmoe"),
     (r"granite.*(moe|a800m)", "granite"),

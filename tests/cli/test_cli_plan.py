@@ -142,14 +142,14 @@ def test_the_rows_of_a_table_come_from_one_measurement(planned, measured, monkey
 
 
 @pytest.mark.parametrize("arguments", [(), ("--ram", "16GB"), ("instruct",)])
-def test_the_first_screen_has_at_most_26_lines_of_80_columns(
+def test_the_first_screen_has_at_most_27_lines_of_80_columns(
     planned, measured, monkeypatch, arguments
 ):
     """65 lines hid the three that a person wants: does it fit, how fast, and what to type."""
     monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: 0.9)
     done = planned(*arguments)
     lines = done.stdout.decode().splitlines()
-    assert len(lines) <= 26
+    assert len(lines) <= 27
     assert max(map(len, lines)) <= 80
     labels = [*verdict(done)]
     assert labels[0] == "it fits"

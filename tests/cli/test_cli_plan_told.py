@@ -125,7 +125,7 @@ def test_a_model_is_recommended_only_if_the_disk_takes_its_download(mixchat, mea
         return json.loads(done.stdout)["model"]
 
     assert recommended("500GB") == "gpt-oss"
-    assert recommended("15GB") == "mellum2"  # gpt-oss needs 17 GB meanwhile
+    assert recommended("15GB") == "lfm2"  # gpt-oss needs 17 GB meanwhile
     lines = verdict(mixchat("plan", "--ram", "16GB", "--free-disk", "1GB", fake=False))
     assert lines["it does not fit"].endswith("1 GB are free")
 

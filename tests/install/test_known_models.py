@@ -26,6 +26,7 @@ PUBLISHED = {
     "qwen3-coder": (30.5, 61),
     "gpt-oss": (20.9, 14),
     "mellum2": (12.1, 24),
+    "laguna": (33.4, 67),
     "olmoe": (6.9, 14),
     "granite": (3.3, 7),
     # Without what is left out, which is 1.3 billion of 36 in Qwen3.6.

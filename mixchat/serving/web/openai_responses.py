@@ -152,7 +152,9 @@ def read_responses(body: JSON, model: Model, strict: bool, at_end: ExitStack) ->
         unused.append("reasoning.effort")
     offer = _offer(fields, unused)
     format = fields.text.format
-    form = None if format.type == "text" else format.schema_
+    form = format.schema_
+    if format.type == "text" and form is not None:
+        raise field_error("text.format.schema", "belongs to the types json_schema and json_object")
     if format.type == "json_schema" and form is None:
         raise field_error("text.format.schema", "is missing", "missing_required_parameter")
     if format.type == "json_object" and form is None:

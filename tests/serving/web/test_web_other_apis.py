@@ -323,6 +323,12 @@ def test_anthropic_counts_the_tokens_of_a_request(served):
         ("/api/generate", {"model": "b", "prompt": ""}, 404, "no model 'b'"),
         ("/api/chat", {"messages": []}, 404, "no model"),
         ("/api/push", {"model": "b"}, 404, "not found"),
+        (
+            "/v1/responses",
+            {"input": "a", "text": {"format": {"type": "text", "schema": {"type": "object"}}}},
+            400,
+            "text.format.schema",
+        ),
         *(
             (path, {"model": "scripted", "input": "a"}, 404, "embedding model")
             for path in ("/v1/embeddings", "/api/embed", "/api/embeddings")
