@@ -320,9 +320,11 @@ class TinyTemplate:
         return ids
 
 
-def what_was_asked(before: Sequence[int] = (), *, continued: bool = False) -> Any:
+def what_was_asked(
+    before: Sequence[int] = (), *, continued: bool = False, room: int | None = None
+) -> Any:
     """Return what a form was asked for, in a constraint that is compiled."""
-    constraint: Any = SimpleNamespace(asked=(list(before), continued), compiled=Future())
+    constraint: Any = SimpleNamespace(asked=(list(before), continued, room), compiled=Future())
     constraint.close = lambda: None
     constraint.compiled.set_result(None)
     return constraint

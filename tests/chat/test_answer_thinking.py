@@ -134,7 +134,7 @@ def test_an_answer_of_a_given_form_begins_at_once(session_of, form, prefix, path
     session = session_of("{}", thinking=form, prefix=prefix, form=what_was_asked)
     assert listen(session.ask("Hi"))[:2] == ("", "{}")
     assert prompt_of(session, 0) == spelled(f"[user]Hi{prefix}{path}")
-    assert session.engine.requests[0].constraint.asked == ([], False)
+    assert session.engine.requests[0].constraint.asked[:2] == ([], False)
 
 
 def test_an_answer_without_its_thinkings_ids_is_continued_past_the_thinking(session_of):

@@ -335,7 +335,8 @@ def test_each_answer_of_a_form_has_a_constraint_from_its_start_or_prompt(session
     listen(session.ask("Hi"))
     listen(session.continue_answer())
     listen(session.ask_again())
-    assert asked_of(session) == [([], False), ([ord("a"), ord("b")], False), ([], False)]
-    completing = session_of("abcd", form=what_was_asked, continues_prompt=True)
+    begun = [ord("a"), ord("b")]
+    assert asked_of(session) == [([], False, 2), (begun, False, 2), ([], False, 2)]
+    completing = session_of("abcd", form=what_was_asked, continues_prompt=True, max_tokens=3)
     listen(completing.ask("Hi"))
-    assert asked_of(completing) == [([], True)]
+    assert asked_of(completing) == [([], True, 3)]

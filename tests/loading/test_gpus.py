@@ -35,13 +35,15 @@ from mixchat.base.options import LoadOptions
 from mixchat.engine.answer import TokenAnswer
 from mixchat.engine.generate import Engine
 from mixchat.engine.layers.graph import kernels
-from mixchat.engine.layers.operations import Apply, DenseProduct, Rows, UnsupportedOperationError
+from mixchat.engine.layers.operations import Apply, Rotate, Rows, UnsupportedOperationError
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.kernels.cpu.rows import Scaling
-from mixchat.loading import loader
+from mixchat.loading import devices, loader
 from mixchat.loading.loader import load_engine, speed_predictor
 from mixchat.planning.fitting import FreeMemory, fit_model
+from mixchat.planning.machine_speeds import MachineSpeeds
+from mixchat.planning.measuring import estimated_speeds
 from mixchat.weights.families.mistral import MIXTRAL
 from mixchat.weights.families.read_config import FAMILIES as FAMILIES_BY_TYPE
 
@@ -132,7 +134,7 @@ _X = Rows.new("x", 64)
     ("operation", "name"),
     [
         (Apply(_X, (_X,), Halving(0.5)), "Halving"),
-        (DenseProduct(_X, _X, torch.ones(64, 64)), "DenseProduct"),
+        (Rotate(_X, _X, Mock()), "Rotate"),
     ],
 )
 def test_an_operation_without_kernels_is_refused_by_its_name(operation, name):
@@ -330,12 +332,18 @@ def test_what_graphs_read_is_kept_by_something_else(paper, make_checkpoint, inst
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
 def test_answers_at_once_take_their_context_and_no_scratch_of_their_own(
-    paper, make_checkpoint, install, family
+    paper, make_checkpoint, install, family, monkeypatch
 ):
     """Each layer, set of graphs and sequence had its own: 2 GB for GLM-4.7-Flash with `serve`.
 
     A context of 64 tokens is not split, and needs none.
     """
+
+    def estimated(*given: Any) -> MachineSpeeds:
+        # The tiny layers of tests take a CPU less time than a GPU's kernels take to start.
+        return replace(estimated_speeds(*given), layer_seconds=1e-3)
+
+    monkeypatch.setattr(devices, "estimated_speeds", estimated)
     size = {"model_type": family, "std": 0.05, "max_position_embeddings": 4096}
     directory = install(make_checkpoint(**size))
     known = installed_case(directory, ([5, 9],))

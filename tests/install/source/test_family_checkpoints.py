@@ -32,6 +32,7 @@ LAYER, EXPERT = 1, 2
 CHANGES = {
     "deepseek_v2": {"attention_bias": False},
     "deepseek_v3": {"n_group": 1, "topk_group": 1},
+    "laguna": {"attention_bias": False},
 }
 
 
