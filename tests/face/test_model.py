@@ -227,7 +227,7 @@ def test_a_constraint_that_cannot_be_closed_harms_no_answer(load):
 
     model, stuck = load(), Stuck()
     stuck.compiled.set_result(None)
-    bad = Waiter(model, asked(1), constraint=lambda parser: stuck)
+    bad = Waiter(model, asked(1), constraint=lambda parser, room: stuck)
     good = Waiter(model, asked(2, max_tokens=60))
     assert isinstance(bad.result()[1], End)
     assert isinstance(good.result()[1], End)
@@ -243,7 +243,7 @@ def calling(model: Model, request: Request, opening: str | None) -> Waiter:
     form = CallForm(format, TOOLS, must_call=opening is None, parallel=False)
     start = model.forms.compile(form)
 
-    def constraint(parser: Any) -> Any:
+    def constraint(parser: Any, room: int) -> Any:
         if form.must_call:
             return start()
         return CallConstraint(start(continued=True), parser, format.opening, model.tokenizer)
