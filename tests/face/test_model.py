@@ -199,7 +199,7 @@ def test_a_form_that_takes_long_to_compile_holds_up_nobody(load):
     model = load(parallel=1)
     forms = Anything(), Anything()
     slow, left = (
-        Waiter(model, asked(n), constraint=lambda parser, n=n: forms[n]) for n in range(2)
+        Waiter(model, asked(n), constraint=lambda parser, room, n=n: forms[n]) for n in range(2)
     )
     assert isinstance(Waiter(model, asked(2)).result()[1], End)
     left.cancel()
