@@ -209,7 +209,7 @@ def test_a_form_that_takes_long_to_compile_holds_up_nobody(load):
 
 
 def test_a_form_that_cannot_be_compiled_ends_its_own_answer(load):
-    def no_process(parser):
+    def no_process(parser, room):
         raise OSError("no more processes")
 
     model = load()
