@@ -120,7 +120,7 @@ def test_a_person_types_while_the_model_loads(environment):
     """The prompt came only after the model, seconds later."""
     with Terminal([*FAKE, "run"], environment | LOADS) as terminal:
         terminal.enter("/help read")
-        terminal.wait_for("put a file")
+        terminal.wait_for("put the text of a file")
         terminal.wait_for(">>>")
         terminal.type("half a question")
         terminal.wait_for("half a question")
