@@ -117,6 +117,8 @@ class GPUCosts:
         count = _MIXER_KERNELS[mixer]
         if mixer == "latent_attention" and config.q_lora_rank:
             count += _QUERY_LATENT_KERNELS
+        if mixer == "attention":
+            count += config.attn_head_gate
         if layer >= config.first_k_dense_replace:
             count += _EXPERT_KERNELS
         if config.mlp_intermediate_size(layer):
