@@ -34,7 +34,7 @@ _OTHER_NAMES = {
     "tool_choice": ("function_call",),
     "top_logprobs": ("logprobs",),
 }
-# What to write for names that other programs use.
+# Advice for names that other programs use.
 _ADVICE = {other: f"write {name}" for name, others in _OTHER_NAMES.items() for other in others}
 _ADVICE |= dict.fromkeys(
     ("system", "system_prompt", "instructions"),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mixchat.face.model import Model
     from mixchat.text.template import Template
 
-# What to write for names that other programs use.
+# Advice for names that other programs use.
 _CONTEXT_NAMES = ("n_ctx", "num_ctx", "ctx_size", "max_model_len", "max_seq_len")
 _ADVICE = dict.fromkeys(_CONTEXT_NAMES, "write context_size")
 

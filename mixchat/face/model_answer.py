@@ -35,7 +35,7 @@ _CUT_OFF = {
 
 
 class AnsweringModel(Protocol):
-    """What answers need of a model."""
+    """The part of a model that answers use."""
 
     def check_process(self) -> None: ...
 

@@ -18,7 +18,8 @@ class GPQAScore:
 
     percent: of right answers. Guessing gives 25. Makers measure in their own ways, some only with
     the harder questions of GPQA Diamond, so a few points say nothing. A model has no score if none
-    was found that its maker published.
+    was found that its maker published. The scores of gpt-oss, qwen3.6 and lfm2 were read in texts
+    that cite the source, and not at the source.
     """
 
     percent: float
@@ -93,7 +94,7 @@ KNOWN: dict[str, KnownModel] = {
     "gpt-oss": KnownModel(
         "openai/gpt-oss-20b", "gpt-oss", GPQAScore(71.5, "arXiv 2508.10925", "2025-08")
     ),
-    # All values of the next four come from the repositories, by other programs.
+    # All values of the next three come from the repositories, by other programs.
     "lfm2-24b": KnownModel("LiquidAI/LFM2-24B-A2B", "lfm2-24b"),
     "gemma4": KnownModel(
         "google/gemma-4-26B-A4B-it", "gemma4", GPQAScore(82.3, "its card", "2026-04")
@@ -106,7 +107,7 @@ KNOWN: dict[str, KnownModel] = {
         "Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3", GPQAScore(70.4, "its card", "2025-07")
     ),
     "qwen3-coder": KnownModel("Qwen/Qwen3-Coder-30B-A3B-Instruct", "qwen3"),
-    # All values come from the repository, by other programs.
+    # All values of the next three come from the repositories, by other programs.
     "laguna": KnownModel("poolside/Laguna-XS-2.1", "laguna"),
     "qwen3.6": KnownModel(
         "Qwen/Qwen3.6-35B-A3B", "qwen3.6", GPQAScore(86.0, "its card", "2026-04")

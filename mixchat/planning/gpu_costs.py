@@ -47,7 +47,7 @@ class GPUCosts:
     speeds: GPUSpeeds
 
     def token(self, hit_rate: float, hops: int, context: int, bits: Bits | None) -> float:
-        """Return the seconds of a token, without those of missing experts.
+        """Return the seconds of a token, without the seconds of missing experts.
 
         hops: GPUs that compute. context: tokens before this one, with keys and values of `bits`.
         """
@@ -64,7 +64,7 @@ class GPUCosts:
         return products + size / speeds.memory + kernels * speeds.kernel + waits
 
     def missing(self, misses: float) -> float:
-        """Return the seconds that a token's missing experts take beside their products."""
+        """Return the seconds that a token's missing experts take in addition to their products."""
         layer = self.speeds.round_trip + MISSING_LAYER_S
         return self.blueprint.config.num_moe_layers * layer + misses * MISSING_EXPERT_S
 

@@ -299,7 +299,9 @@ def test_the_schema_of_a_signature_becomes_a_grammar(load):
     def visit(place: Place, unit: UNIT = "C", note: str | None = None) -> None: ...
 
     form = CallForm(PLAIN, [PythonTool(visit).tool, PythonTool(weather).tool], must_call=True)
-    load().forms.compile(form)
+    constraint = load().forms.compile(form)()
+    assert constraint.allowed().any()
+    constraint.close()
 
 
 def test_tools_of_a_request_are_the_functions_and_openai_s(model):

@@ -42,7 +42,7 @@ class ForkedProgram:
     ) -> None:
         stderr, its_stderr = _FORKING.Pipe(duplex=False)
         with stderr, its_stderr:
-            self._process = _start(main, arguments, environment, its_stderr, False)
+            self._process = _started(main, list(arguments), dict(environment), its_stderr)
             self.stderr = os.fdopen(os.dup(stderr.fileno()))
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -80,7 +80,9 @@ class TerminalProgram:
     ) -> None:
         """`terminal` is a descriptor of a pseudo-terminal."""
         with Connection(os.dup(terminal)) as connection:
-            self._process = _start(main, arguments, environment, connection, True)
+            self._process = _started(
+                main, list(arguments), dict(environment), connection, is_terminal=True
+            )
         assert self._process.pid is not None
         self.pid = self._process.pid
         self.terminate, self.kill = self._process.terminate, self._process.kill
@@ -101,15 +103,9 @@ class TerminalProgram:
         return code
 
 
-def _start(
-    main: Main,
-    arguments: Sequence[str],
-    environment: Mapping[str, str],
-    file: Connection,
-    is_terminal: bool,
-) -> ForkServerProcess:
-    target = main, list(arguments), dict(environment), file, is_terminal
-    process = _FORKING.Process(target=_run, args=target)
+def _started(*program: object, is_terminal: bool = False) -> ForkServerProcess:
+    """Return a process that runs a program: the first arguments of `_run`."""
+    process = _FORKING.Process(target=_run, args=(*program, is_terminal))
     process.start()
     return process
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from llvmlite import ir
@@ -155,9 +155,13 @@ class Router:
         tokens = experts.shape[0]
         count = self.gate.shape[0]
         logits, ranks = torch.empty(2, tokens, count)
-        bf16 = x.dtype == torch.bfloat16, self.gate.dtype == torch.bfloat16
-        forms = self.bias is not None, self.cap is not None
-        compiled = _compiled(*bf16, *forms, self._scores, self._limits)
+        form = _ScoreForm(
+            x.dtype == torch.bfloat16,
+            self.gate.dtype == torch.bfloat16,
+            self.bias is not None,
+            self.cap is not None,
+        )
+        compiled = _compiled(form, self._scores, self._limits)
         score = _SIGNATURE.step(
             compiled.function("score"),
             threads=1 if tokens <= _FEW else None,
@@ -181,39 +185,34 @@ class Router:
         return score, score.copy(compiled.function("choose"))
 
 
+class _ScoreForm(NamedTuple):
+    """The types that logits are computed of, and what is done to them."""
+
+    x_bf16: bool
+    gate_bf16: bool
+    biased: bool
+    capped: bool
+
+
 @compiled_here
 def _compiled(
     module: ir.Module,
     lanes: int,
-    x_bf16: bool,
-    gate_bf16: bool,
-    biased: bool,
-    capped: bool,
+    form: _ScoreForm,
     scores: Scoring | None,
     limits: _GroupLimits,
 ) -> None:
-    _Score(module, lanes, x_bf16, gate_bf16, biased, capped).write()
+    _Score(module, lanes, form).write()
     (_Choose(module) if scores is None else _ChooseByScores(module, scores, limits)).write()
 
 
 class _Score:
     """A function that computes logits. An item of work is `_TOGETHER` experts of a token."""
 
-    def __init__(
-        self,
-        module: ir.Module,
-        lanes: int,
-        x_bf16: bool,
-        gate_bf16: bool,
-        biased: bool,
-        capped: bool,
-    ) -> None:
+    def __init__(self, module: ir.Module, lanes: int, form: _ScoreForm) -> None:
         self._function = Function(module, "score")
         self._lanes = lanes
-        self._x_bf16 = x_bf16
-        self._gate_bf16 = gate_bf16
-        self._biased = biased
-        self._capped = capped
+        self._form = form
         self._args = _SIGNATURE.read_by(self._function)
 
     def write(self) -> None:
@@ -239,19 +238,19 @@ class _Score:
         columns = args.number("columns")
         zeros = function.constant(vector(f32, lanes), 0.0)
         with function.loop(0, columns, lanes, [zeros] * len(experts)) as (column, sums):
-            x = as_fp32(args.pointer("x"), token * columns + column, self._x_bf16, lanes)
+            x = as_fp32(args.pointer("x"), token * columns + column, self._form.x_bf16, lanes)
             for number, expert in enumerate(experts):
                 index = expert * columns + column
-                row = as_fp32(args.pointer("gate"), index, self._gate_bf16, lanes)
+                row = as_fp32(args.pointer("gate"), index, self._form.gate_bf16, lanes)
                 sums[number] = function.multiply_add(x, row, sums[number])
         logits = [function.total(lanes_sum) for lanes_sum in sums]
-        if self._biased:
+        if self._form.biased:
             bias = args.pointer("bias")
             logits = [
                 logit + bias.load(f32, expert * 4)
                 for expert, logit in zip(experts, logits, strict=True)
             ]
-        if self._capped:
+        if self._form.capped:
             cap = args.load("cap", f32)
             logits = [softcapped(function, logit, cap) for logit in logits]
         return logits

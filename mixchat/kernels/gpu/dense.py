@@ -14,10 +14,15 @@ from mixchat.kernels.gpu.launch import launch
 _BLOCK = 1024  # columns that a program reads at once
 
 
+def block_of(columns: int) -> int:
+    """Return how many of these columns `dot` reads at once."""
+    return min(_BLOCK, triton.next_power_of_2(columns))
+
+
 def dense_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """Write weight [R, D] times x [D] to `out` [R], rounded once."""
     rows, columns = weight.shape
-    block = min(_BLOCK, triton.next_power_of_2(columns))
+    block = block_of(columns)
     launch(_dense_product, (rows,), x, weight, out, D=columns, BLOCK=block, num_warps=4)
 
 
@@ -25,10 +30,16 @@ def dense_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> N
 def _dense_product(x, weight, out, D: tl.constexpr, BLOCK: tl.constexpr):
     """Compute one number."""
     row = tl.program_id(0)
+    tl.store(out + row, dot(x, weight + row * D, D, BLOCK).to(out.dtype.element_ty))
+
+
+@triton.jit
+def dot(x, weights, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the sum of x times the weights, D of each, in fp32."""
     products = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, D, BLOCK):
         column = start + tl.arange(0, BLOCK)
         numbers = tl.load(x + column, column < D, 0.0).to(tl.float32)
-        weights = tl.load(weight + row * D + column, column < D, 0.0).to(tl.float32)
-        products = tl.fma(numbers, weights, products)
-    tl.store(out + row, tl.sum(products).to(out.dtype.element_ty))
+        row = tl.load(weights + column, column < D, 0.0).to(tl.float32)
+        products = tl.fma(numbers, row, products)
+    return tl.sum(products)

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from mixchat.kernels.cpu.router import LEAST_SUM, Router
+from mixchat.kernels.gpu.dense import block_of, dot
 from mixchat.kernels.gpu.launch import launch
 
-_BLOCK = 1024  # columns that a program reads at once
 _LEAST_SUM = tl.constexpr(LEAST_SUM)
 # The least rank of an expert that was not chosen yet, and the rank of NaN.
 _LOWEST = tl.constexpr(-3.2e38)
@@ -48,7 +48,7 @@ def route(
         CAP=router.cap,
         EXPERTS=triton.next_power_of_2(count),
         CHOICES=triton.next_power_of_2(router.choices),
-        BLOCK=min(_BLOCK, triton.next_power_of_2(columns)),
+        BLOCK=block_of(columns),
         num_warps=4,
     )
 
@@ -78,13 +78,7 @@ def _route(
 ):
     """Compute the logit of an expert. The last program to finish chooses."""
     expert = tl.program_id(0)
-    products = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, D, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        numbers = tl.load(x + column, column < D, 0.0).to(tl.float32)
-        row = tl.load(gate + expert * D + column, column < D, 0.0).to(tl.float32)
-        products = tl.fma(numbers, row, products)
-    logit = tl.sum(products)
+    logit = dot(x, gate + expert * D, D, BLOCK)
     if bias is not None:
         logit += tl.load(bias + expert)
     if CAP is not None:

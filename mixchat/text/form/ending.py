@@ -32,7 +32,7 @@ _OTHERS = b'0"1tfn[{-' + b"a2A." + bytes(range(0x20, 0x7F)) + b"\n\t" + bytes(ra
 
 
 class Place(NamedTuple):
-    """Where in JSON a text has come to."""
+    """A place in JSON, within a text or outside."""
 
     in_text: bool = False
     is_escaped: bool = False  # by a backslash
@@ -87,7 +87,7 @@ class Ending:
         if self._forced is not None:
             del self._forced[:1]
             return True
-        before = self._end
+        last_end = self._end
         self._follow(token)
         self._left -= 1
         if self._pause:
@@ -95,8 +95,8 @@ class Ending:
             self._end = None
         else:
             self._end = self._fitting_end()
-        if self._end is None and before is not None and not self._pause:
-            self._forced = before
+        if self._end is None and last_end is not None and not self._pause:
+            self._forced = last_end
         return self._forced is None
 
     def _follow(self, token: int) -> None:
@@ -143,12 +143,11 @@ def short_end(matcher: LLMatcher, place: Place) -> bytes | None:
         first = next(_possible(matcher, place), None)
         if first is None or len(end) > _MAX_BYTES:
             return None
-        rest = bytes([first])
+        rest: bytes | None = bytes([first])
         if place.in_text and first not in _IN_TEXT:
-            found = _rest_of_text(matcher, place)
-            if found is None:
-                return None
-            rest = found
+            rest = _rest_of_text(matcher, place)
+        if rest is None:
+            return None
         for byte in rest:
             matcher.consume_token(byte)
             place = place.after(byte)

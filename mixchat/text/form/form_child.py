@@ -59,7 +59,7 @@ class _FormService:
         return _GRAMMAR_OF[language](text)
 
     def load(self, tokens: Sequence[str], stop_ids: Sequence[int], size: int) -> None:
-        """Take the bytes of all tokens. The first `size` are those of the vocabulary."""
+        """Take the bytes of all tokens. The first `size` belong to the vocabulary."""
         self._tokens = [token.encode("latin-1") for token in tokens]
         self._stop_ids = stop_ids
         self._size = size
