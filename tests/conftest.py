@@ -48,6 +48,10 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 _HOME = tempfile.TemporaryDirectory(prefix="mixchat-tests-")
 os.environ["MIXCHAT_HOME"] = _HOME.name
 
+# Programs that tests start find what several rooms share, too.
+_TOOLS = str(Path(__file__).parent / "tools")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_TOOLS, os.environ.get("PYTHONPATH")]))
+
 TINY: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from patience import PATIENCE_S
 
 from mixchat.base import interrupts
 
@@ -97,7 +98,7 @@ def test_an_answer_that_does_not_end_soon_is_ended():
     with interrupts.stopping(lambda: True):
         press()
         with pytest.raises(KeyboardInterrupt):
-            threading.Event().wait(30)
+            threading.Event().wait(PATIENCE_S)
 
 
 def test_ctrl_c_for_an_answer_that_has_ended_does_not_end_the_next_one(monkeypatch):
@@ -113,7 +114,7 @@ def test_ctrl_c_for_an_answer_that_has_ended_does_not_end_the_next_one(monkeypat
 
 def run(code: str, *before: str) -> subprocess.CompletedProcess[str]:
     command = [*before, sys.executable, "-c", BEGINNING + code]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
 SAVING = """

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 from fake_hub import REPO, FakeHub
+from patience import PATIENCE_S
 from tiny_tokenizer import write_tokenizer
 
 import mixchat
 
 PACKAGE = Path(mixchat.__file__).parent
 DOUBLE = Path(__file__).parent / "tools" / "other_system.py"
-HANGS = 300  # seconds after which a test fails
 ANSWER = ["run", "-m", "mine", "--temp", "0", "-n", "8", "--device", "cpu"]
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the doubles are made of Linux")
@@ -75,7 +75,7 @@ def run(environment: dict[str, str], *commands: list[str]) -> Any:
         capture_output=True,
         stdin=subprocess.DEVNULL,
         env=environment,
-        timeout=HANGS,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
@@ -98,7 +98,7 @@ class TestMacos:
         subprocess.run(
             [sys.executable, "-c", code, *names],
             env=os.environ | {"PYTHONPATH": path},
-            timeout=HANGS,
+            timeout=PATIENCE_S,
             check=True,
         )
 
@@ -134,7 +134,7 @@ class TestMacos:
             capture_output=True,
             stdin=subprocess.DEVNULL,
             env=environment,
-            timeout=HANGS,
+            timeout=PATIENCE_S,
             check=True,
         )
         found = [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
@@ -175,10 +175,10 @@ class TestMacos:
                     json.dumps(body).encode(),
                     {"Content-Type": "application/json"},
                 )
-                with urllib.request.urlopen(request, timeout=HANGS) as response:
+                with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
                     answer = json.load(response)
                 assert answer["usage"]["completion_tokens"] > 0
                 server.terminate()
-                assert server.wait(HANGS) == 143
+                assert server.wait(PATIENCE_S) == 143
             finally:
                 server.kill()

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from mixchat.base.lock import Busy, exclusive_lock, lock_file, lock_open_file
 
@@ -82,7 +83,7 @@ def test_a_process_that_waits_says_so_once_and_continues_when_the_other_has_fini
         holder.stdin.close()
 
     with exclusive_lock(target, on_wait=wait):
-        assert holder.wait(60) == 0
+        assert holder.wait(PATIENCE_S) == 0
         assert lock_file_of(target).exists()
     assert calls == [True]
     assert not lock_file_of(target).exists()
@@ -90,7 +91,7 @@ def test_a_process_that_waits_says_so_once_and_continues_when_the_other_has_fini
 
 def test_a_process_that_waits_continues_when_the_other_is_killed(target, holder):
     with exclusive_lock(target, on_wait=lambda: holder.send_signal(signal.SIGKILL)):
-        assert holder.wait(60) == -signal.SIGKILL
+        assert holder.wait(PATIENCE_S) == -signal.SIGKILL
     assert not lock_file_of(target).exists()
 
 
@@ -157,7 +158,7 @@ def test_only_one_of_many_threads_holds_the_lock(target):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE_S)
     assert (len(done), max(most)) == (6, 1)
     assert list(target.parent.iterdir()) == []
 

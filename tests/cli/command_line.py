@@ -5,6 +5,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from patience import PATIENCE_S
+
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_mixchat.py"))]
 
 
@@ -34,7 +36,7 @@ def loaded_by(environment, *arguments):
         capture_output=True,
         stdin=subprocess.DEVNULL,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         env=environment,
     )
     return done.returncode, done.stdout, set(done.stderr.splitlines()[-1].split())

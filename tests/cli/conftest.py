@@ -12,6 +12,7 @@ import fake_mixchat
 import pytest
 from command_line import FAKE, Done
 from fake_hub import FakeHub
+from patience import PATIENCE_S
 from plan_tools import GB, SPEEDS
 from tiny_tokenizer import write_tokenizer
 
@@ -91,7 +92,7 @@ def process(environment):
             stdout=stdout,
             stderr=subprocess.PIPE,
             env=environment | variables,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
         )
         return Done(done.stdout, done.stderr, done.returncode)

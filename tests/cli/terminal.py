@@ -13,6 +13,7 @@ import time
 import fake_mixchat
 from command_line import FAKE
 from forked_program import TerminalProgram
+from patience import PATIENCE_S
 
 # A new session has no controlling terminal, and without one Ctrl-C is no signal.
 _TAKE_TERMINAL = (
@@ -67,7 +68,7 @@ class Terminal:
         self.type("\x04")
         assert self.wait_for_end() == 0
 
-    def wait_for(self, text, seconds=60):
+    def wait_for(self, text, seconds=PATIENCE_S):
         """Return the output up to and with `text`, since the last call."""
         wanted = text.encode()
         deadline = time.monotonic() + seconds
@@ -83,7 +84,7 @@ class Terminal:
             pass
         return self.screen.decode(errors="replace")
 
-    def wait_for_end(self, seconds=60):
+    def wait_for_end(self, seconds=PATIENCE_S):
         """The exit code."""
         deadline = time.monotonic() + seconds
         while self._read(deadline - time.monotonic()):

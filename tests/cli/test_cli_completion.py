@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from chat_files import chat_of
 from command_line import PRINT_MODULES
+from patience import PATIENCE_S
 
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.install.known_models import KNOWN
@@ -47,7 +48,7 @@ def bash(shell_environment):
     def run(code, *words):
         command = ["bash", "--norc", "-c", code, "bash", *words]
         done = subprocess.run(
-            command, env=shell_environment, capture_output=True, text=True, timeout=60
+            command, env=shell_environment, capture_output=True, text=True, timeout=PATIENCE_S
         )
         assert (done.stderr, done.returncode) == ("", 0)
         return done.stdout.split()
@@ -94,7 +95,7 @@ def completing(environment, *words, code=None):
         env=environment | asked | {"_MIXCHAT_COMPLETE": "complete_bash"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from command_line import FAKE
+from patience import PATIENCE_S
 from tiny_tokenizer import write_tokenizer
 
 from mixchat.base.errors import CheckpointError
@@ -117,7 +118,7 @@ def test_too_small_a_ulimit_is_refused_before_torch_aborts_the_process(environme
     place.mkdir(parents=True)
     (place / "mixchat.json").touch()
     done = subprocess.run(
-        ["sh", "-c", limited], capture_output=True, env=environment, timeout=120, check=False
+        ["sh", "-c", limited], capture_output=True, env=environment, timeout=PATIENCE_S, check=False
     )
     lines = lines_of(done)
     assert (done.returncode, len(lines)) == (7, 2)
@@ -146,7 +147,7 @@ def test_a_model_of_more_layers_than_open_files_names_the_limit(
     run = f"{sys.executable} -m mixchat run -m {deep} -n 1 --device cpu Hi </dev/null"
     for limit, code in (("-n 20", 7), ("-Sn 20", 0)):  # a soft limit is raised
         command = ["sh", "-c", f"ulimit {limit}; exec {run}"]
-        done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
+        done = subprocess.run(command, capture_output=True, env=environment, timeout=PATIENCE_S)
         assert done.returncode == code, done.stderr
         assert (b"ulimit -n" in done.stderr) == bool(code)
 
@@ -172,7 +173,11 @@ def test_a_deleted_working_directory_is_named(environment, tmp_path, command):
     """A library of torch ended the process with a fatal error of its own."""
     deleted = f"mkdir gone && cd gone && rmdir ../gone; exec {sys.executable} -m mixchat {command}"
     done = subprocess.run(
-        ["sh", "-c", deleted], capture_output=True, env=environment, cwd=tmp_path, timeout=60
+        ["sh", "-c", deleted],
+        capture_output=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 2
     error, hint = lines_of(done)
@@ -208,7 +213,12 @@ def test_a_chat_needs_a_terminal_on_both_sides(environment):
     """With a terminal to read from and a file to write to there is nobody to show a prompt to."""
     master, slave = pty.openpty()
     done = subprocess.run(
-        [*FAKE, "run"], stdin=slave, capture_output=True, env=environment, timeout=60, check=False
+        [*FAKE, "run"],
+        stdin=slave,
+        capture_output=True,
+        env=environment,
+        timeout=PATIENCE_S,
+        check=False,
     )
     os.close(master)
     os.close(slave)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import PATIENCE_S
 
 WITHOUT_RIGHTS = (
     "setpriv",
@@ -53,7 +54,7 @@ def test_a_data_directory_of_another_user_is_one_clear_line(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     home.chmod(0o700)
     for path in home.iterdir():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 from tiny_tokenizer import write_tokenizer
 
 from mixchat.base.errors import CheckpointError, PromptError, UsageError
@@ -233,6 +234,6 @@ def test_ctrl_c_leaves_whole_lines_and_says_nothing_else(model, environment, tmp
         while not out.exists() or out.read_bytes().count(b"\n") < 3:
             os.sched_yield()
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(PATIENCE_S) == 130
         assert b"Traceback" not in process.stderr.read()
     assert len(parsed(out.read_bytes())) == 3

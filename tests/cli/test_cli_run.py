@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from command_line import FAKE, Done
+from patience import PATIENCE_S
 
 
 def prompts_in(path):
@@ -168,7 +169,7 @@ def test_each_token_is_written_as_it_comes_and_a_closed_pipe_ends_it_silently(en
     with start(environment, DELAY="0.1", SCRIPT=f'["{"x" * 3000}"]') as process:
         assert process.stdout.read(1) == b"x"  # the whole answer takes five minutes
         process.stdout.close()
-        assert process.wait(timeout=60) == 141
+        assert process.wait(timeout=PATIENCE_S) == 141
         assert process.stderr.read() == b""
 
 
@@ -185,6 +186,6 @@ def test_ctrl_c_ends_it_silently(environment):
     with start(environment, DELAY="0.1", SCRIPT=f'["{"x" * 3000}"]') as process:
         assert process.stdout.read(1) == b"x"
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=PATIENCE_S)
     assert (errors, process.returncode) == (b"", 130)
     assert set(output) <= set(b"x\n")

@@ -7,6 +7,7 @@ import fake_mixchat
 import pytest
 import typer
 from command_line import loaded_by
+from patience import PATIENCE_S
 from scripted_server import (
     Answer,
     ScriptedServer,
@@ -164,7 +165,7 @@ def test_several_lines_are_asked_at_once_and_their_answers_keep_the_order(ask):
 
         def __init__(self):
             super().__init__()
-            self.three = threading.Barrier(3, timeout=60)
+            self.three = threading.Barrier(3, timeout=PATIENCE_S)
 
         def handle(self, connection):
             with connection:

@@ -2,6 +2,7 @@
 
 import pytest
 from command_line import FAKE
+from patience import PATIENCE_S
 from scripted_server import Answer, ScriptedServer, as_json, delta, refusal, says, usage
 from terminal import Terminal
 
@@ -52,9 +53,9 @@ def test_ctrl_c_ends_the_wait_for_a_server_that_is_silent(chat, head):
     silent = Answer(end="hold", head=head)
     with ScriptedServer(silent, says("Fine")) as server, chat(server) as terminal:
         terminal.enter("Count")
-        assert server.holds.wait(60)
+        assert server.holds.wait(PATIENCE_S)
         terminal.type(CTRL_C)
-        assert server.gone.wait(60)
+        assert server.gone.wait(PATIENCE_S)
         terminal.wait_for("(stopped)")
         terminal.enter("Well?")
         terminal.wait_for("Fine")

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from command_line import loaded_by
+from patience import PATIENCE_S
 
 HEAVY = {
     "bitsandbytes",
@@ -58,7 +59,7 @@ def test_help_imports_few_modules():
         "finally:\n print(len(sys.modules), file=sys.stderr)\n"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert int(done.stderr) < 265  # 251 of them, of which Typer brings 110
 
 
@@ -80,4 +81,4 @@ def test_ctrl_c_ends_it_quietly_before_anything_else_is_imported():
         "seen = {name: handler == _signal.SIG_DFL for name, handler in seen.items()}\n"
         "assert seen['signal'] and all(seen.values()), seen\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)

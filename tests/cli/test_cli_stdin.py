@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 from command_line import FAKE
+from patience import PATIENCE_S
 from terminal import Terminal
 
 from mixchat.base.context import BYTES_PER_TOKEN
@@ -25,7 +26,7 @@ def behind(source, *arguments):
 
 def test_an_endless_standard_input_is_refused_at_once(environment):
     """`yes | mixchat run` read until 16 GB of memory were gone and the kernel killed it."""
-    done = subprocess.run(behind("yes"), capture_output=True, env=environment, timeout=60)
+    done = subprocess.run(behind("yes"), capture_output=True, env=environment, timeout=PATIENCE_S)
     first, *_ = done.stderr.decode().splitlines()
     assert (done.returncode, done.stdout) == (3, b"")
     assert first.startswith("error: standard input is too long: more than 4.19 MB, but the context")

@@ -4,10 +4,10 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
+from patience import PATIENCE_S
+
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.load_queue import PREDICTED, REQUESTED, ExpertLoad, Job, LoadQueue
-
-PATIENCE = 60  # seconds, after which a test fails instead of hanging
 
 
 class Stop:
@@ -18,10 +18,10 @@ class Stop:
 
     def reach(self) -> None:
         self._reached.set()
-        assert self._passed.wait(PATIENCE)
+        assert self._passed.wait(PATIENCE_S)
 
     def wait(self) -> None:
-        assert self._reached.wait(PATIENCE)
+        assert self._reached.wait(PATIENCE_S)
 
     def go(self) -> None:
         self._passed.set()
@@ -85,7 +85,7 @@ class Work:
         for stop in self.stops:
             stop.go()
         while threads := set(threading.enumerate()) - self.others:
-            threads.pop().join(PATIENCE)
+            threads.pop().join(PATIENCE_S)
         return [entry for entry in self.log if not entry.startswith("-")]
 
 

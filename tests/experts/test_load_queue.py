@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-from queue_doubles import PATIENCE, Stop, Work, arrivals
+from patience import PATIENCE_S
+from queue_doubles import Stop, Work, arrivals
 
 from mixchat.base import interrupts
 from mixchat.base.errors import ResourceError
@@ -75,7 +76,7 @@ def test_the_thread_goes_when_there_is_nothing_to_do_and_comes_back(work):
         work.begin(name).wait()
         for thread in set(threading.enumerate()) - others:
             assert not thread.daemon
-            thread.join(PATIENCE)
+            thread.join(PATIENCE_S)
         assert set(threading.enumerate()) <= others
     assert arrivals(work.log) == "abc"
 
@@ -111,7 +112,7 @@ def test_after_the_main_thread_experts_come_while_another_thread_keeps_the_progr
     """A thread that generated text after the end of the main thread waited for ever."""
     code = _AFTER_MAIN.format(is_daemon=is_daemon)
     command = [sys.executable, "-c", code]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, timeout=PATIENCE, check=True)
+    ended = subprocess.run(command, stdout=subprocess.PIPE, timeout=PATIENCE_S, check=True)
     assert ended.stdout == (b"" if is_daemon else b"there\n")
 
 
@@ -125,7 +126,7 @@ def test_its_threads_are_no_daemons_if_a_daemon_begins_a_load(work):
 
 def test_its_threads_go_at_once_when_it_is_closed(monkeypatch):
     """The end of a program waits for them."""
-    monkeypatch.setattr("mixchat.experts.load_queue._IDLE_S", 10 * PATIENCE)
+    monkeypatch.setattr("mixchat.experts.load_queue._IDLE_S", 10 * PATIENCE_S)
     work = Work(threads=2)
     held = work.begin("a", stop=0)
     work.stops[0].wait()
@@ -155,7 +156,7 @@ def test_its_thread_is_inside_the_context_while_it_moves(short_idle):
     queue.begin(load, Job("slot", lambda: [lambda: note("piece")] * 2))
     load.wait()
     for thread in set(threading.enumerate()) - others:
-        thread.join(PATIENCE)
+        thread.join(PATIENCE_S)
     assert [what for what, _ in log] == ["in", "piece", "piece", "out"]
     assert {thread for _, thread in log}.isdisjoint({threading.get_ident()})
     assert len({thread for _, thread in log}) == 1
@@ -165,7 +166,7 @@ def test_as_many_pieces_are_in_flight_as_there_are_threads_of_one_expert_or_of_s
     """A disk that got one small expert at a time gave half of its bandwidth."""
     for names, pieces in (("a", 3), ("abc", 1)):
         work = Work(threads=3)
-        barrier = threading.Barrier(3, timeout=PATIENCE)
+        barrier = threading.Barrier(3, timeout=PATIENCE_S)
 
         def meet(barrier: threading.Barrier = barrier) -> int:
             barrier.wait()
@@ -208,7 +209,7 @@ def test_time_counts_once_while_several_pieces_are_in_flight(short_idle, monkeyp
 
 def test_fills_come_one_at_a_time_after_an_urgent_piece(short_idle, monkeypatch):
     """On a slow disk, the experts of a prompt's next layer waited for eight fills."""
-    monkeypatch.setattr("mixchat.experts.load_queue._FILL_PAUSE_S", PATIENCE)
+    monkeypatch.setattr("mixchat.experts.load_queue._FILL_PAUSE_S", PATIENCE_S)
     work = Work(threads=2)
     work.begin("a").wait()
     work.begin("b", priority=FILL, stop=0)
@@ -291,7 +292,7 @@ def test_a_thread_whose_context_fails_at_its_end_counts_once(short_idle):
         queue.begin(load, Job("slot", lambda: [lambda: 0]))
         load.wait()
         for thread in set(threading.enumerate()) - others:
-            thread.join(PATIENCE)
+            thread.join(PATIENCE_S)
     in_flight = threading.Barrier(2)
 
     def meet() -> int:

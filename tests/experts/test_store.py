@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from queue_doubles import PATIENCE
+from patience import PATIENCE_S
 from source_tools import EXPERTS, KEYS, A, B, digest, disk
 
 from mixchat.base.errors import CheckpointError
@@ -82,7 +82,7 @@ def test_a_load_begins_while_the_system_gives_memory_to_another(installed, truth
 
     def slow(size: int) -> torch.Tensor:
         asked.set()
-        assert go.wait(PATIENCE)
+        assert go.wait(PATIENCE_S)
         return new_block(size)
 
     monkeypatch.setattr("mixchat.experts.store.new_block", slow)

@@ -5,7 +5,6 @@ each piece go, so that they know what is on its way.
 """
 
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice, product
@@ -18,7 +17,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from queue_doubles import PATIENCE
+from patience import PATIENCE_S, wait_until
 from routing_simulation import LRU
 from tier_model import PIECES, SIZE, NaiveLoad, NaiveQueue, NaiveTier
 
@@ -62,12 +61,12 @@ class Gate:
             self._waiting = key, piece
             self._changed.notify_all()
             free = lambda: self._is_open or self._waiting is None  # noqa: E731
-            assert self._changed.wait_for(free, PATIENCE)
+            assert self._changed.wait_for(free, PATIENCE_S)
 
     def wait(self) -> tuple[ExpertKey, int]:
         """Return the piece that the thread has come to."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._waiting is not None, PATIENCE)
+            assert self._changed.wait_for(lambda: self._waiting is not None, PATIENCE_S)
             assert self._waiting is not None
             return self._waiting
 
@@ -648,19 +647,9 @@ class TierMachine(RuleBasedStateMachine):
         queue_threads = load_queue._QueueThread
         for thread in threading.enumerate():
             if isinstance(thread, queue_threads):
-                thread.join(PATIENCE)
+                thread.join(PATIENCE_S)
         assert len(self.reads) == reads
         self.patches.close()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait until a thread has ended what it does."""
-    until = threading.Event()
-    for _ in range(1000 * PATIENCE):
-        if condition():
-            return
-        until.wait(0.001)
-    raise AssertionError("it never ends")
 
 
 # Steps that few random runs take: slots in RAM and on the GPU, and rules with their arguments.

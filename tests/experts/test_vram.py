@@ -2,13 +2,13 @@
 
 import gc
 import threading
-import time
 from collections.abc import Iterator
 
 import paper_gpu
 import pytest
 import torch
 from paper_runtime import PaperRuntime
+from patience import wait_until
 from vram_doubles import GPU, KEYS, SIZE, STAGE, Memories, bytes_of, content, filled, quiet, settle
 
 from mixchat.base.errors import ResourceError
@@ -131,8 +131,7 @@ def test_closing_frees_the_memory_although_experts_are_on_their_way(paper, memor
     table = vram.table.nbytes
     assert paper.memory(GPU).taken <= before + SIZE + table
     memories.go.set()
-    while paper.memory(GPU).taken > before + table:
-        time.sleep(0.01)
+    wait_until(lambda: paper.memory(GPU).taken <= before + table)
     assert {*memories.begun} == {A}
 
 

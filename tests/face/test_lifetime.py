@@ -7,18 +7,17 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from patience import PATIENCE_S, wait_until
 
 from mixchat.base.errors import UsageError
 
 QUESTION = [{"role": "user", "content": "hell"}]
-WAIT_S = 240  # after which something hangs
 _DROPS_MODELS = """
 import asyncio, gc, json, os, sys, threading, time, weakref
 import mixchat
@@ -49,7 +48,7 @@ async def ask(model):
 def after(models):
     for _ in range(models):
         use(mixchat.load(sys.argv[1], device="cpu"))
-    end = time.monotonic() + 30
+    end = time.monotonic() + 300
     while counts() != before and time.monotonic() < end:
         time.sleep(0.01)
     return counts(), weights()
@@ -111,7 +110,7 @@ def run(installed: Path) -> Callable[..., str]:
     def run(program: str, *arguments: str) -> str:
         command = [sys.executable, "-c", program, str(installed), *arguments]
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True, timeout=WAIT_S
+            command, stdout=subprocess.PIPE, text=True, check=True, timeout=PATIENCE_S
         )
         return done.stdout
 
@@ -152,7 +151,7 @@ def test_a_second_thread_that_reads_an_answer_is_refused(load: Callable[..., Any
             faults.append(str(error))
             may_continue.set()
 
-    holding = threading.Thread(target=model.do, args=[lambda engine: may_continue.wait(WAIT_S)])
+    holding = threading.Thread(target=model.do, args=[lambda engine: may_continue.wait(PATIENCE_S)])
     holding.start()
     answer = model.chat(QUESTION, max_tokens=4)
     readers = [threading.Thread(target=read) for _ in range(2)]
@@ -180,10 +179,7 @@ def test_the_processes_of_forms_end_with_their_answers(
             assert len(children() - before) <= 1  # for the next answer
         monkeypatch.setattr("mixchat.text.form.constraint._IDLE_S", 0.01)
         list(model.chat(QUESTION, form=schema, max_tokens=3))
-        end = time.monotonic() + WAIT_S
-        while children() - before:
-            assert time.monotonic() < end, "it does not end"
-            time.sleep(0.01)
+        wait_until(lambda: not children() - before)
     finally:
         gc.enable()
 

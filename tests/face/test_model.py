@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 
 from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.base.options import SamplingOptions
@@ -27,7 +28,6 @@ from mixchat.text.form.constraint import CallConstraint
 from mixchat.text.tool_call import Tool, joined_calls
 from mixchat.text.tool_formats import PLAIN
 
-WAIT_S = 60  # after which something hangs
 ENDLESS = ((2, -100.0),)  # the bias of a stop token that never comes
 
 
@@ -54,7 +54,7 @@ class Waiter:
         self._answers.put(model.submit((request, made, self._take)))
 
     def cancel(self) -> None:
-        for answer in self._answers.get(timeout=WAIT_S):
+        for answer in self._answers.get(timeout=PATIENCE_S):
             answer.cancel()
 
     def _take(self, event: Any) -> None:
@@ -73,7 +73,7 @@ class Waiter:
 
     def result(self) -> tuple[str, Any]:
         """Return the text, and the last event."""
-        assert self._ended.wait(WAIT_S)
+        assert self._ended.wait(PATIENCE_S)
         ends = [event for event in self.events if isinstance(event, End | Failed)]
         assert ends == [self.events[-1]]
         return "".join(piece.text for piece in self.pieces), ends[0]
@@ -86,11 +86,11 @@ def held(model: Model) -> Iterator[None]:
 
     def hold(engine: Engine) -> None:
         is_held.set()
-        assert may_continue.wait(WAIT_S)
+        assert may_continue.wait(PATIENCE_S)
 
     thread = threading.Thread(target=model.do, args=[hold])
     thread.start()
-    assert is_held.wait(WAIT_S)
+    assert is_held.wait(PATIENCE_S)
     try:
         yield
     finally:

@@ -19,7 +19,6 @@ from mixchat.face.request import Request
 from mixchat.text.thinking import ThinkingFormat
 from tests.serving.web.scripted_model import scripted_model
 
-WAIT_S = 60  # after which something hangs
 HANGS = "say:He{hang}llo"
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from patience import PATIENCE_S
 
 from mixchat.base import interrupts
 from mixchat.base.options import LoadOptions
@@ -28,7 +29,6 @@ from mixchat.loading.served_experts import ServedExperts, load_served_experts
 from mixchat.weights.format.installed_model import InstalledModel
 
 KEY = bytes(range(32))
-PATIENCE = 60  # seconds, after which a test fails instead of hanging
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Nursery:
         """End the process and its workers."""
         self.end_workers()
         self._process.stdin.close()
-        self._process.wait(PATIENCE)
+        self._process.wait(PATIENCE_S)
         self._process.stdout.close()
 
 

@@ -1,8 +1,6 @@
 import gc
 import os
 import shutil
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import wait_until
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import LoadOptions, SamplingOptions
@@ -17,12 +16,6 @@ from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.placement import Placement
 from mixchat.loading.devices import usable_devices
 from mixchat.loading.loader import load_engine, speed_predictor
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for it. If it never comes, pytest's own limit of time ends the test."""
-    while not condition():
-        time.sleep(0.01)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from other_system import F_NOCACHE
+from patience import PATIENCE_S
 
 from mixchat.base import machine, system
 from mixchat.planning import disk_speed
@@ -71,7 +72,7 @@ def test_the_disk_is_read_while_the_main_thread_computes_and_while_it_does_not(
 def wait_in_a_thread(event: threading.Event) -> None:
     """Wait for it, unless this is the main thread."""
     if threading.current_thread() is not threading.main_thread():
-        assert event.wait(60)
+        assert event.wait(PATIENCE_S)
 
 
 def spy_on_writing(monkeypatch: pytest.MonkeyPatch, largest: int = 2**30) -> list[int]:

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import hostile_programs as hostile
 import pytest
 import text_builders as build
+from patience import wait_until
 
 from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.text.checkpoint_text import CheckpointText
@@ -180,10 +180,7 @@ def test_the_child_ends_with_its_parent(checkpoints):
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         parent.kill()
-    end = time.monotonic() + 30
-    while is_running(pid):
-        assert time.monotonic() < end, "it is still there"
-        time.sleep(0.01)
+    wait_until(lambda: not is_running(pid))
 
 
 def is_running(pid: int) -> bool:

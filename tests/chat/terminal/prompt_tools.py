@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 
 import pyte
+from patience import PATIENCE_S
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.data_structures import Size
 from prompt_toolkit.input.typeahead import clear_typeahead
@@ -69,7 +70,7 @@ class Eyes:
 
     def read(self):
         """Return the line that the prompt has read."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             self._look()
             if not self._read.empty():
@@ -79,7 +80,7 @@ class Eyes:
 
     def wait_for(self, text, there=True):
         """Wait until `text` is on the screen, or no longer."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while any(text in line for line in self.lines) != there:
             if time.monotonic() > deadline:
                 raise AssertionError(f"waited in vain for {text!r}; the screen: {self.lines}")
@@ -101,7 +102,7 @@ class Eyes:
     def close(self):
         if self._thread and self._thread.is_alive():
             self.type(CTRL_C * 3)  # one may only end a search
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE_S
             while self._thread.is_alive() and time.monotonic() < deadline:
                 self._look()  # a full terminal would keep it from writing
         clear_typeahead(self._source)  # the next test's terminal may have the same number

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import PATIENCE_S
 
 from mixchat.chat.terminal import input_history
 from mixchat.chat.terminal.input_history import InputHistory
@@ -127,7 +128,7 @@ for number in range(40):
 def test_chats_that_start_and_write_at_the_same_time_lose_nothing(path):
     keep(path, *(f"old{number}" for number in range(80)))
     others = [subprocess.Popen([sys.executable, "-c", MANY, path, name]) for name in "xy"]
-    assert [other.wait(60) for other in others] == [0, 0]
+    assert [other.wait(PATIENCE_S) for other in others] == [0, 0]
     wanted = [f"{name}{number}\nsecond line" for name in "xy" for number in range(40)]
     assert sorted(saved(path)[-80:]) == sorted(wanted)
 

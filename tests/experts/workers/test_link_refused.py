@@ -11,17 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from worker_double import (
-    HELLO,
-    KEY,
-    PATIENCE,
-    TOKEN,
-    Doubles,
-    ThreadedWorker,
-    ask,
-    assert_right,
-    row,
-)
+from patience import PATIENCE_S
+from worker_double import HELLO, KEY, TOKEN, Doubles, ThreadedWorker, ask, assert_right, row
 
 from mixchat.base.errors import (
     CheckpointError,
@@ -52,7 +43,7 @@ def impostor(behave: Callable[[socket.socket], None]) -> Iterator[Address]:
         thread = threading.Thread(target=accept)
         thread.start()
         yield address_of(listener)
-        thread.join(PATIENCE)
+        thread.join(PATIENCE_S)
 
 
 def address_of(listener: socket.socket) -> Address:
@@ -80,7 +71,7 @@ def liar(result: bytes, welcome: bytes = WELCOME) -> Iterator[Address]:
     thread.start()
     yield resolve(listener.address)
     over.set()
-    thread.join(PATIENCE)
+    thread.join(PATIENCE_S)
 
 
 def pretend_to_know_the_key(accepted: socket.socket) -> None:
@@ -142,7 +133,7 @@ def test_a_chat_that_follows_another_waits_for_its_end(worker):
     worker.model.on_compute = compute
     link = worker.open()
     link.start(1, TOKEN, row())
-    assert computing.wait(PATIENCE)
+    assert computing.wait(PATIENCE_S)
     link.close()
     worker.open().close()
 
@@ -198,7 +189,7 @@ def test_a_chat_side_without_free_descriptors_is_told_and_goes_on(worker):
     """With two of them libzmq aborts the process, and strangers may have taken the others."""
     command = [sys.executable, "-c", NO_DESCRIPTOR, str(worker.address)]
     done = subprocess.run(
-        command, cwd=Path(__file__).parent, check=False, capture_output=True, timeout=PATIENCE
+        command, cwd=Path(__file__).parent, check=False, capture_output=True, timeout=PATIENCE_S
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"opened with 32\n", b"")
 

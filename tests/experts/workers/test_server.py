@@ -15,10 +15,10 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from worker_double import (
     HELLO,
     KEY,
-    PATIENCE,
     STUCK_LAYER,
     TOKEN,
     NeverEnding,
@@ -52,14 +52,14 @@ from mixchat.experts.workers.sockets import PIECE, ConnectionLostError, curve_ke
 
 def assert_serves(worker: ThreadedWorker) -> None:
     """A rightful chat opens, within the deadlines of a link, and gets its rows."""
-    link = worker.open(silence=PATIENCE)
+    link = worker.open(silence=PATIENCE_S)
     assert_right(link)
     link.close()
 
 
 def answer_to(opened: WorkerSocket, message: bytes) -> WorkerMessage:
     opened.send(message)
-    return unpack(opened.receive(time.monotonic() + PATIENCE))[0]
+    return unpack(opened.receive(time.monotonic() + PATIENCE_S))[0]
 
 
 def test_strangers_block_nobody_and_do_not_show_in_a_chat(worker, link):
@@ -71,7 +71,7 @@ def test_strangers_block_nobody_and_do_not_show_in_a_chat(worker, link):
     said = [b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(200), greeting, greeting + os.urandom(300)]
     with ExitStack() as opened:
         for number in range(300):
-            stranger = socket.create_connection(worker.address.target, PATIENCE)
+            stranger = socket.create_connection(worker.address.target, PATIENCE_S)
             opened.callback(stranger.close)
             with suppress(OSError):
                 stranger.sendall(said[number % len(said)])
@@ -94,18 +94,18 @@ def test_strangers_leave_a_worker_the_files_that_it_needs():
     """It ended with "/proc/meminfo: Too many open files" when 1,300 connections were there."""
     process = WorkerProcess(files=256)
     try:
-        link = process.open(silence=PATIENCE)
+        link = process.open(silence=PATIENCE_S)
         with ExitStack() as opened:
             for _ in range(300):
-                stranger = socket.create_connection(process.address.target, PATIENCE)
+                stranger = socket.create_connection(process.address.target, PATIENCE_S)
                 opened.callback(stranger.close)
             for _ in range(20):
                 assert_right(link)
             link.close()
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + PATIENCE_S
             while True:  # until the handshakes of the first strangers are out of time
                 with suppress(MixchatError):
-                    link = process.open(silence=PATIENCE)
+                    link = process.open(silence=PATIENCE_S)
                     break
                 assert time.monotonic() < deadline
             assert_right(link)
@@ -135,7 +135,7 @@ def test_a_model_that_cannot_be_opened_for_a_chat_refuses_this_one_only(worker):
 
 
 def test_silent_strangers_are_sent_away(worker):
-    with socket.create_connection(worker.address.target, PATIENCE) as stranger:
+    with socket.create_connection(worker.address.target, PATIENCE_S) as stranger:
         while received := stranger.recv(100):
             pass
         assert received == b""
@@ -189,12 +189,12 @@ def forwarded(target: Address, passed: bytearray) -> Iterator[Address]:
             back = threading.Thread(target=carry, args=(there, here))
             back.start()
             carry(here, there)
-            back.join(PATIENCE)
+            back.join(PATIENCE_S)
 
         thread = threading.Thread(target=accept)
         thread.start()
         yield resolve(f"127.0.0.1:{listener.getsockname()[1]}")
-        thread.join(PATIENCE)
+        thread.join(PATIENCE_S)
 
 
 def hello_with(**changes: object) -> bytes:
@@ -232,7 +232,7 @@ def test_a_connection_in_a_circle_of_references_is_collected(worker):
     del opened
     collecting = threading.Thread(target=gc.collect, daemon=True)
     collecting.start()
-    collecting.join(PATIENCE)
+    collecting.join(PATIENCE_S)
     assert not collecting.is_alive()
     assert not end.alive
 
@@ -281,7 +281,7 @@ ODD_MESSAGES = {
 
 def test_an_odd_message_ends_the_chat_and_the_next_one_is_served(worker):
     for message in ODD_MESSAGES.values():
-        link = worker.open(silence=PATIENCE)
+        link = worker.open(silence=PATIENCE_S)
         reason = expect(Ended, answer_to(link._socket, message)).reason
         assert reason.endswith(("makes no sense", "out of turn", "does not have", "another size"))
         link.close()
@@ -315,11 +315,11 @@ def test_a_fault_of_the_experts_ends_the_chat_only(worker, link):
 
 
 def test_the_memory_is_looked_at_before_a_chat_and_while_nothing_is_asked_in_one(worker):
-    assert worker.model.has_followed.wait(PATIENCE)
+    assert worker.model.has_followed.wait(PATIENCE_S)
     link = worker.open()
     worker.wait_for_note("begins")
     worker.model.has_followed.clear()
-    assert worker.model.has_followed.wait(PATIENCE)
+    assert worker.model.has_followed.wait(PATIENCE_S)
     link.close()
     worker.wait_for_note("ends")
 
@@ -364,9 +364,9 @@ def test_a_chat_side_that_is_killed_in_the_midst_of_a_request_frees_the_worker(w
     worker.model.on_compute = never_end = NeverEnding()
     command = [sys.executable, "-c", CHAT_SIDE, str(worker.address)]
     chat = subprocess.Popen(command, cwd=os.path.dirname(__file__))
-    assert never_end.started.wait(PATIENCE)
+    assert never_end.started.wait(PATIENCE_S)
     chat.kill()
-    chat.wait(PATIENCE)
+    chat.wait(PATIENCE_S)
     worker.wait_for_note("ends")
     worker.model.on_compute = lambda check: None
     assert_serves(worker)

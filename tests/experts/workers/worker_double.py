@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from patience import PATIENCE_S
 
 from mixchat.base import interrupts, machine
 from mixchat.base.errors import MixchatError
@@ -23,7 +24,6 @@ from mixchat.experts.workers.server import Server
 
 KEY = bytes(range(32))
 HELLO = Hello(model_identity="ab" * 32, model_name="tiny", dtype="bfloat16", hidden_size=64)
-PATIENCE = 60  # seconds, after which a test fails instead of hanging
 SILENCE = 1.0  # seconds, where a test waits for a worker that hangs
 
 
@@ -146,14 +146,14 @@ class ThreadedWorker:
             return [line for line in self.notes if part in line][count - 1 :]
 
         with self._noted:
-            lines = self._noted.wait_for(found, PATIENCE)
+            lines = self._noted.wait_for(found, PATIENCE_S)
             assert lines, self.notes
             return lines[0]
 
     def stop(self) -> None:
         """End it; chats must have ended."""
         self._over = True
-        self._thread.join(PATIENCE)
+        self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()
 
     def _note(self, line: str) -> None:
@@ -177,7 +177,12 @@ class WorkerProcess:
         self._process = subprocess.Popen(
             [*limit, sys.executable, __file__], stdout=subprocess.PIPE, text=True
         )
-        self.pid, self.address = self._process.pid, resolve(self.next_line())
+        self.pid = self._process.pid
+        try:
+            self.address = resolve(self.next_line())
+        except MixchatError:  # a process that is left fails other tests, too
+            self.end()
+            raise
 
     def open(self, silence: float = SILENCE) -> Link:
         return Link(self.address, KEY, HELLO, silence)
@@ -191,11 +196,11 @@ class WorkerProcess:
 
     def wait(self) -> int:
         """Return its exit code."""
-        return self._process.wait(PATIENCE)
+        return self._process.wait(PATIENCE_S)
 
     def end(self) -> None:
         self._process.kill()
-        self._process.wait(PATIENCE)
+        self._process.wait(PATIENCE_S)
         self._process.stdout.close()
 
 
@@ -232,7 +237,7 @@ class _StuckDoubles(Doubles):
 def main() -> None:
     """Serve at some port, which is printed."""
     torch.set_num_threads(1)
-    interrupts._END_TIMEOUT_S = PATIENCE  # a busy machine takes longer to close a listener
+    interrupts._END_TIMEOUT_S = PATIENCE_S  # a busy machine takes longer to close a listener
     interrupts.install()
 
     def note(line: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from care_tools import flip
+from patience import PATIENCE_S
 from weight_tools import (
     fetching,
     files_of,
@@ -177,7 +178,7 @@ def test_a_shard_that_is_still_coming_does_not_keep_a_failed_build(two_shards, t
     def stalled(name: str, task: object, stop: object) -> Path:
         if name == opened.index.shards[1]:
             stops.append(stop)
-            assert stop.wait(60)
+            assert stop.wait(PATIENCE_S)
         return fetch(name, task, stop)
 
     opened.fetch = stalled  # type: ignore[method-assign]

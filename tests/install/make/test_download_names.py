@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, REPO
+from patience import PATIENCE_S
 from safetensors.torch import load_file
 from weight_tools import NF4, Meter, files_of, get, left_in
 
@@ -170,10 +171,10 @@ class TestTwoProcesses:
         waiting = threading.Thread(target=second, daemon=True)
         with exclusive_lock(target):
             waiting.start()
-            assert said.wait(60)
+            assert said.wait(PATIENCE_S)
             request = DownloadRequest(resolve(str(tiny_checkpoint), key="tiny"), NF4)
             download._install(request, Meter(), lambda plan: None)
-        waiting.join(60)
+        waiting.join(PATIENCE_S)
         assert got == [target]
         assert meter.notes == ["another mixchat is installing tiny; waiting for it"]
         assert meter.bars == []

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fake_hub import REPO, FakeHub
+from patience import PATIENCE_S
 from weight_tools import Fetching, order_of, shard
 
 from mixchat.base import machine
@@ -73,7 +74,7 @@ class TestDisk:
         def measure(spill: Spill, names: set[str]) -> None:
             """At its fullest: a shard is quantized and still there, the next one has come."""
             coming = [opened.arrived[name] for name in opened.index.shards[: len(most) + ahead]]
-            assert all(event.wait(60) for event in coming)
+            assert all(event.wait(PATIENCE_S) for event in coming)
             most.append(disk_usage(workspace(target)))
             drop(spill, names)
 

@@ -12,6 +12,7 @@ from threading import Event
 
 import pytest
 from fake_hub import REPO, FakeHub
+from patience import PATIENCE_S
 from tiny_tokenizer import write_tokenizer
 from weight_tools import Bar, files_of, shard_names
 
@@ -147,14 +148,14 @@ def interrupted(fake: FakeHub, home: Path, ready: Callable[[], bool]) -> str:
     with subprocess.Popen(
         [sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while not ready():
             assert process.poll() is None, process.stderr and process.stderr.read()
             assert time.monotonic() < deadline
             fake.closing.wait(0.05)
         fake.closing.wait(0.5)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     return stderr
 

@@ -9,6 +9,7 @@ from threading import Event
 import pytest
 from fake_hub import FakeHub, Fault
 from large_file import DATA, NAME, fetch, ranges, url
+from patience import PATIENCE_S
 from weight_tools import Bar
 
 from mixchat.base.errors import HubError
@@ -221,9 +222,9 @@ class TestStopping:
                 done.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()
-        assert started.wait(60)
+        assert started.wait(PATIENCE_S)
         stop.set()
-        assert isinstance(done.exception(timeout=60), Stopped)
+        assert isinstance(done.exception(timeout=PATIENCE_S), Stopped)
 
     def test_ends_before_the_rest_has_come_where_bytes_only_trickle(self, hub, tmp_path):
         hub.delay, started = 0.3, Event()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import torch
+from patience import PATIENCE_S
 
 from mixchat.kernels.cpu.compile import (
     CPUS,
@@ -155,7 +156,7 @@ int main(void) {{
 }}"""
     )
     for command in ([COMPILER, "-static", "-o", "main", "main.c", "kernel.o"], [EMULATOR, "main"]):
-        subprocess.run(command, cwd=directory, check=True, timeout=300)
+        subprocess.run(command, cwd=directory, check=True, timeout=PATIENCE_S)
     found = (directory / "memory").read_bytes()
     for tensor in tensors:
         start = places[tensor.data_ptr()]

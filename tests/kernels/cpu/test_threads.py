@@ -3,6 +3,7 @@ import threading
 
 import pytest
 import sentencepiece  # noqa: F401  # brings an OpenMP of its own into the process
+from patience import PATIENCE_S
 
 from mixchat.kernels.cpu import threads
 from mixchat.kernels.cpu.threads import NativeFunction
@@ -16,7 +17,7 @@ class Recorder:
     """A function with an address that notes which threads call it."""
 
     def __init__(self, count: int) -> None:
-        self._all_there = threading.Barrier(count, timeout=60)
+        self._all_there = threading.Barrier(count, timeout=PATIENCE_S)
         self.callers: list[int] = []
         self._callback = CALLBACK(self._called)
         address = ctypes.cast(self._callback, ctypes.c_void_p).value or 0

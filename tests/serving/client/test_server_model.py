@@ -1,6 +1,7 @@
 """A session that a server answers is like any other, except for what only an engine knows."""
 
 import pytest
+from patience import PATIENCE_S
 from scripted_server import DONE, STREAM, Answer, ScriptedServer, delta, event, refusal, says, usage
 
 from mixchat.base.errors import PromptError, ServerError, UsageError
@@ -117,7 +118,7 @@ def test_a_server_that_forgets_to_hang_up_does_not_hold_the_answer(monkeypatch, 
     with ScriptedServer(answer) as server:
         *_, finished = session_with(server).ask("Hi")
         assert finished.reason == "stop"
-        assert server.gone.wait(60)
+        assert server.gone.wait(PATIENCE_S)
 
 
 def test_without_counts_of_the_server_those_of_the_pieces_are_shown():
@@ -175,7 +176,7 @@ def test_an_answer_that_is_stopped_ends_the_request_and_keeps_what_was_shown(way
             assert next(answer).reason == "interrupted"
         else:
             answer.close()
-        assert server.gone.wait(60)
+        assert server.gone.wait(PATIENCE_S)
     assert contents(session) == ["Count", "One"]
     assert session.history[-1].partial
 

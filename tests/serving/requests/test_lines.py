@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 
 from mixchat.base.errors import PromptError
 from mixchat.face.model import Model
@@ -109,7 +110,7 @@ def test_an_answer_comes_before_the_next_line_of_a_slow_pipe(load):
 
     def slow():
         yield 1, b'{"prompt": "Hi"}'
-        assert answered.wait(60)
+        assert answered.wait(PATIENCE_S)
         yield 2, b'{"prompt": "Ho"}'
 
     found: list[Line] = []

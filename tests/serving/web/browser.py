@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 60.0  # seconds after which something hangs
+from patience import PATIENCE_S
+
 NAMES = ("chromium", "google-chrome", "chromium-browser")
 PROGRAM = next(filter(None, map(shutil.which, NAMES)), None)
 _FLAGS = (
@@ -145,7 +146,7 @@ class Page:
 
     def wait(self, condition: str) -> Any:
         """Return the value of an expression as soon as it is true."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + PATIENCE_S
         while not (value := self._value(condition)):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{condition}: {self.run('document.body.innerText')}")

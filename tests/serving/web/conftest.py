@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fake_serve import main as fake_serve_main
 from forked_program import ForkedProgram
+from patience import PATIENCE_S
 from scripted_model import scripted_model
 
 from mixchat.experts.workers.address import resolve
@@ -17,8 +18,6 @@ from mixchat.serving.web.app import AppState, create_app
 from mixchat.serving.web.bodies import RequestMemory
 from mixchat.serving.web.served_models import ServedModels
 from mixchat.serving.web.server import WebServer
-
-PATIENCE = 120.0  # seconds after which something hangs
 
 
 @dataclass
@@ -48,12 +47,12 @@ class Served:
         return self.model.tokenizer.decode(self.requests[-1].ids)
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
 
     def openai(self, **options: Any) -> Any:
         from openai import OpenAI
 
-        given = {"api_key": "none", "max_retries": 0, "timeout": PATIENCE}
+        given = {"api_key": "none", "max_retries": 0, "timeout": PATIENCE_S}
         return OpenAI(base_url=f"{self.url}/v1", **given | options)
 
 

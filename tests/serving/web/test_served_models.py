@@ -6,11 +6,12 @@ import socket
 import threading
 from collections import Counter
 from contextlib import closing, suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import ollama
 import pytest
 from event_loop import in_event_loop
+from patience import PATIENCE_S
 from raw_http import exchange, read_response, request
 from scripted_model import scripted_model
 
@@ -36,7 +37,7 @@ class Shelf:
         self.may_load.set()
 
     def load(self, name):
-        assert self.may_load.wait(60)
+        assert self.may_load.wait(PATIENCE_S)
         if self.errors:
             raise self.errors.pop()
         model = scripted_model(name, context_size=SIZES[name])
@@ -78,11 +79,9 @@ def serve_shelf(serve, shelf):
 
 
 async def until(condition):
-    for _ in range(12_000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it never came")
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 async def left_while_loading(models, shelf):
@@ -138,7 +137,7 @@ async def test_later_requests_pass_one_for_another_model_until_its_turn_comes(
         waiting = [asyncio.ensure_future(use("b"))]
         await until(lambda: models.stats().waiting == 1)
         waiting += [asyncio.ensure_future(use(name)) for name in ("a", "b", None)]
-        await asyncio.sleep(0.05)
+        await until(lambda: models.stats().waiting == (2 if turn_s else 4))
         assert (order, shelf.open) == (["a", "a"] if turn_s else [], ["a"])
     await asyncio.gather(*waiting)
     if turn_s:
@@ -285,7 +284,7 @@ async def test_the_servers_end_waits_for_a_model_that_is_being_unloaded(shelf):
         pass
     entered, may_close = threading.Event(), threading.Event()
     close = model.close
-    model.close = lambda: (entered.set(), may_close.wait(60))
+    model.close = lambda: (entered.set(), may_close.wait(PATIENCE_S))
     await until(entered.is_set)
     ending = asyncio.ensure_future(asyncio.to_thread(models.close))
     await asyncio.sleep(0.05)
@@ -340,7 +339,7 @@ def test_ollamas_clients_load_and_unload_a_model_without_a_question(serve_shelf,
             answer = ask(name, keep_alive=keep_alive)
             assert (answer.done, answer.done_reason, shelf.open) == (True, reason, loaded)
         (model,) = api.ps().models
-        left = model.expires_at - datetime.now(timezone.utc)
+        left = model.expires_at - datetime.now(UTC)
     assert (model.model, 0 < left.total_seconds() <= 600) == ("b:latest", True)
     assert shelf.loads == ["a", "b"]
 
@@ -410,7 +409,7 @@ def test_an_alias_is_a_name_in_each_api(serve_shelf, shelf):
 
 def test_ollama_and_openai_show_what_is_known_of_a_model(serve_shelf, shelf):
     """Sizes were 0, times the present, and a digest that of the name."""
-    modified = datetime(2026, 1, 2, tzinfo=timezone.utc)
+    modified = datetime(2026, 1, 2, tzinfo=UTC)
     facts = ModelFacts(4_500_000_000, 8_000_000_000, "nf4", "d" * 64, modified.timestamp(), "olmoe")
     served = serve_shelf(facts={"a": facts}.get, aliases={"gpt-4o": "a"})
     with closing(ollama.Client(host=served.url)) as client:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import openai
 import pytest
+from patience import PATIENCE_S
 from raw_http import exchange, read_response, request
 
 from mixchat.serving.requests import fields as body_reader
@@ -31,13 +32,13 @@ def test_the_models_are_the_one_that_is_served(served):
 
 def test_curl_is_a_client(served):
     command = ["curl", "-sS", "-m", "20", f"{served.url}{CHAT}", "-d", json.dumps(HI)]
-    done = subprocess.run(command, capture_output=True, check=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE_S)
     assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "well"
     streamed = subprocess.run(
         [*command[:-1], json.dumps(HI | {"stream": True})],
         capture_output=True,
         check=True,
-        timeout=30,
+        timeout=PATIENCE_S,
     )
     assert streamed.stdout.endswith(b"\n\ndata: [DONE]\n\n")
 

@@ -4,7 +4,6 @@ import os
 import resource
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -49,9 +48,7 @@ def test_a_crowd_takes_no_descriptor_that_the_server_needs(tmp_path, said):
     try:
         with crowd(process.connect, 3 * FILES, said):
             for _ in range(3):
-                began = time.monotonic()
                 assert exchange(process, request("/health")).status == 200
-                assert time.monotonic() - began < 20
                 if (files := Path(f"/proc/{process.program.pid}/fd")).exists():
                     assert len(os.listdir(files)) < FILES - 16
         process.program.send_signal(signal.SIGTERM)

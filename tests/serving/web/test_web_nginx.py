@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S, wait_until
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 OPENSSL = shutil.which("openssl")
 CONF = Path(__file__).parents[3] / ".github/nginx.conf"
 KEY = "secret"
-HANGS = 60  # seconds after which something hangs
 CLIENTS = 8  # at once
 MAIN = """\
 daemon off;
@@ -73,7 +73,7 @@ class Server:
     def restart(self):
         """Restart it as its owner would, with SIGTERM, and return when it serves again."""
         self._program.send_signal(signal.SIGTERM)
-        code, _ = self._program.wait(HANGS)
+        code, _ = self._program.wait(PATIENCE_S)
         assert code == 143
         self._program.close()
         self.start()
@@ -81,22 +81,21 @@ class Server:
     def wait_until_it_drains(self):
         with suppress(ConnectionRefusedError):
             while True:
-                socket.create_connection(("127.0.0.1", self.port), timeout=HANGS).close()
+                socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S).close()
                 time.sleep(0.01)
 
     def kill(self):
         self._program.close()
 
     def metric(self, name):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANGS)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {KEY}"})
         text = connection.getresponse().read().decode()
         connection.close()
         return int(re.search(rf"^mixchat_{name} (\d+)$", text, re.MULTILINE)[1])
 
     def wait_for(self, name, count=1):
-        while self.metric(name) < count:
-            time.sleep(0.01)
+        wait_until(lambda: self.metric(name) >= count)
 
 
 @dataclass
@@ -111,7 +110,7 @@ class Team:
     def open(self, text, stream=False, padding=0, **headers):
         """Ask, and return the response."""
         connection = http.client.HTTPSConnection(
-            "localhost", self.port, timeout=HANGS, context=self.tls
+            "localhost", self.port, timeout=PATIENCE_S, context=self.tls
         )
         body = {"messages": [{"role": "user", "content": text}], "user": "x" * padding}
         headers |= {"Authorization": f"Bearer {KEY}", "Connection": "close"}
@@ -139,7 +138,7 @@ def certificate(tmp_path_factory):
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     files = ["-keyout", directory / "key.pem", "-out", directory / "cert.pem"]
     command = [OPENSSL, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    subprocess.run([*command, *names, *files], check=True, capture_output=True, timeout=HANGS)
+    subprocess.run([*command, *names, *files], check=True, capture_output=True, timeout=PATIENCE_S)
     return directory
 
 

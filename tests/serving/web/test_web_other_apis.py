@@ -13,6 +13,7 @@ import anthropic
 import ollama
 import openai
 import pytest
+from patience import PATIENCE_S
 from raw_http import exchange, request
 from scripted_model import take_any_form
 
@@ -465,10 +466,10 @@ def test_at_most_two_forms_are_checked_at_once(serve, path, body):
 
     def compile_form(form, at_end=None):
         running.add(threading.get_ident())
-        two.wait(60)
+        two.wait(PATIENCE_S)
         time.sleep(0.05)  # in which a third one could come
         most.append(len(running))
-        two.wait(60)
+        two.wait(PATIENCE_S)
         running.remove(threading.get_ident())
         return take_any_form(form)
 

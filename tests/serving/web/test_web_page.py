@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from raw_http import exchange, request
 
 from mixchat.serving.web import page
@@ -95,7 +96,7 @@ def to_html(*texts):
         input=json.dumps(texts),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from raw_http import exchange, read_response, request
 
 DOCKERFILE = Path(__file__).parents[3] / ".github/Dockerfile"
 CHAT = "/v1/chat/completions"
-HANGS = 60  # seconds after which a test fails, since something hangs
 
 
 class Process:
@@ -35,7 +35,7 @@ class Process:
         self.context_line = self.next_line()
 
     def connect(self):
-        return socket.create_connection(("127.0.0.1", self.port), timeout=HANGS)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
 
     def ask(self, text, **options):
         """A connection on which a question was sent."""
@@ -60,7 +60,7 @@ class Process:
 
     def end(self):
         """The exit code, and what was printed after the lines that were read."""
-        return self.program.wait(HANGS)
+        return self.program.wait(PATIENCE_S)
 
 
 ENDING = "note: {} may end, for 7 s\n"
@@ -102,7 +102,7 @@ def refused(program):
     """The exit code and the lines of a server that does not start."""
 
     def run(*arguments):
-        return program(*arguments).wait(HANGS)
+        return program(*arguments).wait(PATIENCE_S)
 
     return run
 
@@ -248,7 +248,7 @@ def test_it_listens_on_ipv6_too(start):
         pytest.skip("this machine has no IPv6")
     process = start("--host", "::1")
     assert process.first_line.startswith(f"http://[::1]:{process.port}/v1: serving instruct;")
-    with socket.create_connection(("::1", process.port), timeout=HANGS) as connection:
+    with socket.create_connection(("::1", process.port), timeout=PATIENCE_S) as connection:
         connection.sendall(request("/health", host=f"[::1]:{process.port}"))
         assert read_response(connection).status == 200
 

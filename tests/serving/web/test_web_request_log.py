@@ -2,11 +2,10 @@
 
 import os
 import re
-import time
 
 import pytest
 from chat_requests import CHAT, HI
-from conftest import PATIENCE
+from patience import wait_until
 from raw_http import exchange, request
 
 from mixchat.serving.web.access import Access
@@ -17,9 +16,7 @@ STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 
 def lines_of(served, count=1):
     """The log as soon as it has so many lines, because a line comes after its response."""
-    end = time.monotonic() + PATIENCE
-    while len(served.log) < count and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_until(lambda: len(served.log) >= count)
     return served.log
 
 

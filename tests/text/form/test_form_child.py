@@ -1,8 +1,6 @@
 """Forms that take too much: they end alone, whatever they try."""
 
 import threading
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,6 +8,7 @@ import psutil
 import pytest
 from form_bombs import bomb, grammar_bomb, late_bomb
 from form_walks import compiled, has_form
+from patience import PATIENCE_S, wait_until
 
 from mixchat.base.errors import UsageError
 from mixchat.text.form.output_constraint import HASTY_S, checked_schema, read_grammar
@@ -56,7 +55,7 @@ def test_a_check_that_nobody_waits_for_ends_at_once():
     thread.start()
     wait_until(lambda: any(child.cpu_times().user > 0.5 for child in children() - before))
     at_end.close()
-    thread.join(2)
+    thread.join(PATIENCE_S)
     assert faults
     assert children() <= before
 
@@ -73,10 +72,3 @@ def test_the_sandbox_of_an_answer_that_nobody_wants_ends():
 
 def children() -> set[psutil.Process]:
     return set(psutil.Process().children())
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < end, "it does not come"
-        time.sleep(0.01)
