@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +72,10 @@ def read_config(path: Path) -> dict[str, Any]:
         line = data.count(b"\n", 0, error.start) + 1
         byte = f"the byte 0x{data[error.start]:02x} in line {line}"
         raise UsageError(f"{path}: not UTF-8: {byte}") from None
-    # By name, because mypy checks for one version of Python, and the other module is missing there.
-    toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    import tomllib
+
     try:
-        settings: dict[str, Any] = toml.loads(text)
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         hint = 'Write each line as KEY = VALUE, text in quotes: model = "demo".'
         raise UsageError(f"{path}: not TOML: {error}", hint=hint) from None
-    return settings

@@ -1,7 +1,7 @@
 """`mixchat chats`: lists, prints, removes."""
 
 import json
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from terminal import Terminal
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.text.messages import Message
 
-BEGAN = datetime(2026, 11, 25, 16, 30, tzinfo=timezone.utc)
+BEGAN = datetime(2026, 11, 25, 16, 30, tzinfo=UTC)
 SKY, SEA = "20261125-1630-k3f", "20261124-0900-abc"
 
 

@@ -1,11 +1,11 @@
 """A chat to save."""
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from mixchat.chat.saved.saved_chat import SavedChat
 from mixchat.text.messages import Message
 
-BEGAN = datetime(2026, 11, 25, 16, 30, 1, 5, tzinfo=timezone.utc)
+BEGAN = datetime(2026, 11, 25, 16, 30, 1, 5, tzinfo=UTC)
 ID = "20261125-1630-k3f"
 TALK = (
     Message("user", "Why is the sky blue?"),

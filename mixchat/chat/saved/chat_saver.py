@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from mixchat.base.errors import MixchatError
@@ -50,7 +50,7 @@ class ChatSaver:
 
     def start_new(self) -> None:
         """Start a new chat. The old one stays as it was saved."""
-        started = datetime.now(timezone.utc)
+        started = datetime.now(UTC)
         self.chat = SavedChat(
             id=new_id(started),
             name=None,
@@ -115,7 +115,7 @@ class ChatSaver:
             self.chat,
             model=self.model,
             identity=self.session.model.identity,
-            updated=datetime.now(timezone.utc),
+            updated=datetime.now(UTC),
             system=self.session.system,
             sampling=self.session.sampling,
             messages=tuple(self.session.history),

@@ -197,7 +197,7 @@ class ChatStore:
             )
 
     def _explained(self, reason: str, fault: str) -> MixchatError:
-        """Return the error for SQLite's message. Python 3.10 does not tell its code."""
+        """Return the error that explains SQLite's message."""
         message = f"{self.path}: {fault} ({reason})"
         if "locked" in reason:
             hint = "Another session is saving. If one is suspended, continue or end it."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from datetime import timezone
+from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
 from mixchat.chat.printing import one_line
@@ -77,8 +77,8 @@ def to_json(chat: SavedChat) -> str:
         "id": chat.id,
         "name": chat.name,
         "model": chat.model,
-        "created": chat.created.astimezone(timezone.utc).isoformat(),
-        "updated": chat.updated.astimezone(timezone.utc).isoformat(),
+        "created": chat.created.astimezone(UTC).isoformat(),
+        "updated": chat.updated.astimezone(UTC).isoformat(),
         "system": chat.system,
         "sampling": dict(chat.sampling),
         "messages": [_message_object(message) for message in chat.messages],

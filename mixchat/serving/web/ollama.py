@@ -23,7 +23,7 @@ import time
 from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field
@@ -302,7 +302,7 @@ def loaded_list(
 ) -> JSON:
     """Return the answer of /api/ps. The models are unloaded after `idle_s` seconds, if ever."""
     idle_s = _FOREVER_S if idle_s is None else min(idle_s, _FOREVER_S)
-    expires = (datetime.now(timezone.utc) + timedelta(seconds=idle_s)).isoformat()
+    expires = (datetime.now(UTC) + timedelta(seconds=idle_s)).isoformat()
     loaded = {"size_vram": 0, "expires_at": expires, "context_length": context.tokens}
     return {"models": [{**model_entry(name, facts), **loaded} for name, facts in models.items()]}
 
@@ -326,7 +326,7 @@ def describe(name: str, context: Context, facts: ModelFacts | None, *, thinks: b
 
 
 def _head(name: str) -> JSON:
-    return {"model": name, "created_at": datetime.now(timezone.utc).isoformat()}
+    return {"model": name, "created_at": datetime.now(UTC).isoformat()}
 
 
 def model_entry(name: str, facts: ModelFacts | None) -> JSON:
@@ -336,12 +336,12 @@ def model_entry(name: str, facts: ModelFacts | None) -> JSON:
     if facts is None:  # the model's files are damaged or gone
         digest = hashlib.sha256(name.encode()).hexdigest()
         details = dict.fromkeys(("family", "parameter_size", "quantization_level"), "")
-        modified = datetime.now(timezone.utc)
+        modified = datetime.now(UTC)
         families = []
     else:
         digest = facts.digest
         families = [facts.family]
-        modified = datetime.fromtimestamp(facts.modified, timezone.utc)
+        modified = datetime.fromtimestamp(facts.modified, UTC)
         details = {
             "family": facts.family,
             "parameter_size": _count(facts.parameters),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -50,7 +50,7 @@ class TestRoundTrip:
     )
     @settings(max_examples=100)
     def test_whatever_a_door_accepts_comes_back(self, numbers, moment, text):
-        moment = moment.replace(tzinfo=timezone.utc)
+        moment = moment.replace(tzinfo=UTC)
         answer = Message("assistant", text, (), partial=True, thinking=text, thinking_tokens=3)
         with tempfile.TemporaryDirectory() as directory:
             chat = chat_of(

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import example, given, settings
@@ -13,7 +13,7 @@ from mixchat.chat.saved.chat_text import to_json, to_markdown
 from mixchat.chat.saved.saved_chat import SavedChat
 from mixchat.text.messages import Message
 
-BEGAN = datetime(2026, 11, 25, 16, 30, tzinfo=timezone.utc)
+BEGAN = datetime(2026, 11, 25, 16, 30, tzinfo=UTC)
 CODE = "Like this:\n\n```python\nprint('# no heading')\n\n# none\n```\n\nDone."
 CHAT = SavedChat(
     id="20261125-1630-k3f",
