@@ -52,6 +52,8 @@ os.environ["MIXCHAT_HOME"] = _HOME.name
 _TOOLS = str(Path(__file__).parent / "tools")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_TOOLS, os.environ.get("PYTHONPATH")]))
 
+_DIED = pytest.StashKey[bool]()
+
 TINY: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -292,6 +294,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     counts = Counter(item.path for item in items)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in slow, -counts[item.path]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """End with pytest's code for internal errors if a process of xdist died.
+
+    Its tests that are left never run. xdist counts one failure, which `.ci/run` would forgive.
+    """
+    if error:
+        node.config.stash[_DIED] = True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell of a process that died, as `pytest_testnodedown` says."""
+    if session.config.stash.get(_DIED, False):
+        session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
 
 
 def pytest_collection_finish() -> None:
