@@ -341,6 +341,14 @@ def no_held_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_waits_for_the_disk() -> Iterator[None]:
+    """Let `fsync` only check its descriptor. Thousands of real ones take minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def shared_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compile each kernel once for all of xdist's workers, and keep all of them."""
     base = tmp_path_factory.getbasetemp()

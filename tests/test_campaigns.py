@@ -12,7 +12,7 @@ from campaign_runs import assert_finds_no_fault
         ["kill.py", "--rounds", "2", "--gguf", "1"],
         ["race.py", "--rounds", "1"],
         ["resume.py", "--races", "5", "--processes", "3"],
-        ["interrupts.py", "--rounds", "100"],
+        ["interrupts.py", "--rounds", "30"],
         ["flips.py", "--flips", "8", "--real", "1"],
     ],
     ids=lambda command: command[0],

@@ -15,12 +15,13 @@ from pathlib import Path
 import jsonschema
 import pytest
 from openai import BadRequestError, OpenAI
+from patience import PATIENCE_S
 
 import mixchat as mixchat_api
+from tests.test_python_page import PROGRAMS
 
 pytestmark = [pytest.mark.demo, pytest.mark.slow]
 
-HANGS = 300  # seconds
 QUESTION = "What is the capital of France?"
 QUESTIONS = [QUESTION, "Name three colours.", "Say hello to Ann."]
 
@@ -60,6 +61,24 @@ def test_the_answer_is_byte_identical_for_every_size_of_the_cache(home):
     assert "240 RAM slots" in answers["100%"].stderr
 
 
+def test_the_programs_of_the_python_page_run(home):
+    """In one process, each as a person would start it."""
+    for_each = "import json, sys\nfor program in json.load(sys.stdin):\n"
+    code = f"{for_each}    exec(program, {{'__name__': '__main__'}})\n    print('END', flush=True)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MIXCHAT_HOME": str(home)},
+        input=json.dumps(list(PROGRAMS.values())),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *printed, rest = done.stdout.split("END\n")
+    assert len(printed) == len(PROGRAMS)
+    assert all(map(str.strip, printed))
+    assert not rest
+
+
 def test_chat_turns_prefill_only_new_tokens(home):
     """Only the face is needed: a question, its answer's message, and the next question."""
     messages = [mixchat_api.Message("user", "My name is Ada. What is the capital of France?")]
@@ -91,7 +110,7 @@ def server(home: Path) -> Iterator[str]:
             found = re.match(r"(http://\S+): serving demo", line)
         yield found[1]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(HANGS) == 143
+        assert process.wait(PATIENCE_S) == 143
     finally:
         process.kill()
         process.communicate()
@@ -99,7 +118,7 @@ def server(home: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(server):
-    with OpenAI(base_url=server, api_key="none", max_retries=0, timeout=HANGS) as client:
+    with OpenAI(base_url=server, api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
         yield client
 
 

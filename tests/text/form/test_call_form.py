@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Sequence
@@ -51,6 +52,7 @@ class Tokens:
         first = len(self.words) - len(controls)
         self.control_tokens = {name: first + i for i, name in enumerate(controls)}
         self.token_bytes = TokenBytes(self.words, {})
+        self.compiler = ConstraintCompiler(self, {STOP})  # type: ignore[arg-type]
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self.words[i] for i in ids).decode("utf-8", "replace")
@@ -66,9 +68,12 @@ class Tokens:
         return ids
 
 
+# Answers take the sandbox of an earlier one, as they do in a chat. A new one takes .1 s.
+tokens_of = functools.cache(Tokens)
+
+
 def compiled(form: CallForm, tokens: Tokens) -> Any:
-    grammar = OutputConstraint(call_grammar(form.to_text()))
-    return ConstraintCompiler(tokens, {STOP}).compile(grammar)  # type: ignore[arg-type]
+    return tokens.compiler.compile(OutputConstraint(call_grammar(form.to_text())))
 
 
 def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[RunningAnswer, Any]:
@@ -127,7 +132,7 @@ def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Runnin
     ],
 )
 def test_random_tokens_make_calls_that_keep_to_the_schemas(name, controls, said, parallel):
-    tokens = Tokens(*controls)
+    tokens = tokens_of(*controls)
     form = CallForm(FORMATS[name], TOOLS, tokens.control_tokens, said is None, parallel)
     counts = set()
     for seed in range(2):
@@ -240,7 +245,7 @@ def call_with(name: str, text: str) -> str:
 @pytest.mark.parametrize("text", [TEXT, ""])
 def test_texts_stand_between_tags_or_as_literals(name, controls, text):
     format = FORMATS[name]
-    tokens = Tokens(*format.marks if controls else ())
+    tokens = tokens_of(*format.marks if controls else ())
     form = CallForm(format, [WRITE], tokens.control_tokens, parallel=False)
     said = call_with(name, text)
     answer, (call,) = walk(form, tokens, 0, said)
@@ -258,7 +263,7 @@ def test_texts_stand_between_tags_or_as_literals(name, controls, text):
 def test_a_text_has_at_most_its_longest_length_in_characters(name, controls):
     """`maxLength` had no effect in the forms whose texts have no quotes of JSON."""
     format = FORMATS[name]
-    tokens = Tokens(*format.marks if controls else ())
+    tokens = tokens_of(*format.marks if controls else ())
 
     def write(longest: int) -> None:
         properties = WRITE.arguments | {"text": {"type": "string", "maxLength": longest}}
@@ -293,7 +298,7 @@ NESTED = {
 
 @pytest.mark.parametrize("name", LITERALS)
 def test_random_literals_keep_to_a_nested_schema(name):
-    tokens = Tokens(*FORMATS[name].marks)
+    tokens = tokens_of(*FORMATS[name].marks)
     known = tokens.control_tokens
     form = CallForm(FORMATS[name], [Tool("f", None, NESTED)], known, must_call=True, parallel=False)
     for seed in range(6):
@@ -304,7 +309,7 @@ def test_random_literals_keep_to_a_nested_schema(name):
 
 def written(name: str, schema: Any, strict: bool = False) -> list[Any]:
     """Return the arguments of random calls of a tool with this schema, in a form."""
-    tokens = Tokens(*FORMATS[name].marks)
+    tokens = tokens_of(*FORMATS[name].marks)
     tool = Tool("f", None, {**schema, "additionalProperties": False}, strict)
     form = CallForm(FORMATS[name], [tool], tokens.control_tokens, must_call=True, parallel=False)
     answers = [walk(form, tokens, seed) for seed in range(4)]
@@ -347,7 +352,7 @@ def test_an_argument_without_a_possible_value_is_left_out(name):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_an_argument_that_is_required_but_not_described_is_written(name):
-    tokens = Tokens(*FORMATS[name].marks)
+    tokens = tokens_of(*FORMATS[name].marks)
     tool = Tool("f", None, {"type": "object", "properties": {}, "required": ["a"]})
     form = CallForm(FORMATS[name], [tool], tokens.control_tokens, must_call=True, parallel=False)
     for seed in range(4):
@@ -366,9 +371,9 @@ def test_an_argument_that_is_required_but_not_described_is_written(name):
 def test_an_integer_in_a_call_has_an_end(request, said):
     name = request.node.callspec.id
     form = CallForm(FORMATS[name], [WRITE], parallel=False)
-    walk(form, Tokens(), 0, said)
+    walk(form, tokens_of(), 0, said)
     with pytest.raises(AssertionError, match="1" * 21):
-        walk(form, Tokens(), 0, said.replace("[1", "[" + "1" * 21))
+        walk(form, tokens_of(), 0, said.replace("[1", "[" + "1" * 21))
 
 
 SHORT_LIST = {"type": "array", "items": {"type": "string", "minLength": 2}}
@@ -415,7 +420,7 @@ def test_choices_of_a_text_that_are_none_do_not_spoil_the_grammar(choices):
 
 @pytest.mark.parametrize("said", ["<tool_call>\n", '<tool_call>{"'])
 def test_what_follows_the_opening_in_its_token_counts(said):
-    tokens = Tokens()
+    tokens = tokens_of()
     assert len(tokens.encode(said)) == 3  # "<", "tool_call", and the rest
     answer, calls = walk(CallForm(FORMATS["tags"], TOOLS), tokens, 1, said)
     assert calls
@@ -428,13 +433,13 @@ def test_what_follows_the_opening_in_its_token_counts(said):
     ids=["an opening in a token that cannot begin a call", "no opening"],
 )
 def test_without_a_call_that_begins_every_token_may_come(said):
-    answer, calls = walk(CallForm(FORMATS["tags"], TOOLS), Tokens(), 0, said)
+    answer, calls = walk(CallForm(FORMATS["tags"], TOOLS), tokens_of(), 0, said)
     assert (answer.text, calls, answer.reason) == (said, (), "stop")
 
 
 def test_an_answer_has_its_own_form_or_is_a_call():
     form = CallForm(FORMATS["tags"], TOOLS, must_call=True, answer={"enum": ["yes"]})
-    kinds = {walk(form, Tokens(), seed)[0].text for seed in range(6)}
+    kinds = {walk(form, tokens_of(), seed)[0].text for seed in range(6)}
     assert kinds == {"", '"yes"'}
 
 
@@ -458,5 +463,5 @@ def test_unknown_keys_of_a_schema_have_no_effect_if_it_is_not_strict():
     lenient = {"properties": {"a": {"const": 1, "not": {}, "format": "x"}}, "required": ["a"]}
     form = CallForm(FORMATS["tags"], [Tool("f", None, {**lenient, "additionalProperties": False})])
     assert "lenient" in call_grammar(form.to_text())
-    _, (call, *_) = walk(form, Tokens(), 0, "<tool_call>")
+    _, (call, *_) = walk(form, tokens_of(), 0, "<tool_call>")
     assert json.loads(call.arguments) == {"a": 1}
