@@ -42,7 +42,7 @@ def main() -> None:
             _FAILURES.unlink(missing_ok=True)
             code = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT).returncode
             failed = json.loads(_FAILURES.read_text()) if _FAILURES.exists() else {}
-            counts.update(failed)
+            counts.update(failed.keys())
             print(f"round {turn + 1}: pytest ended with {code}, {len(failed)} failed", flush=True)
     for test, count in counts.most_common():
         print(f"{count} of {options.rounds}: {test}")

@@ -8,8 +8,6 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prompt_toolkit.patch_stdout import patch_stdout
-
 from mixchat.base import interrupts
 from mixchat.base.errors import MixchatError
 from mixchat.base.quantities import format_count
@@ -132,7 +130,7 @@ class ActiveChat:
         draft = self.draft
         self.draft = ""
         # The thread that loads the model may print notes, which belong above the prompt.
-        with nullcontext() if self._opened.is_open else patch_stdout(raw=True):
+        with nullcontext() if self._opened.is_open else prompt.notes_above():
             text = prompt.read(draft).strip()
         command = _COMMAND.fullmatch(text) or _LONG.fullmatch(text)
         typed = not prompt.quoted and text != draft

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -25,6 +25,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.key_binding.vi_state import InputMode
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
+from prompt_toolkit.patch_stdout import patch_stdout
 from prompt_toolkit.styles import Style
 
 from mixchat.base.errors import MixchatError
@@ -114,6 +115,21 @@ class ChatPrompt:
     def redraw(self) -> None:
         """Draw the prompt again. Any thread may call it."""
         self._session.app.invalidate()
+
+    @contextmanager
+    def notes_above(self) -> Iterator[None]:
+        """Print above the prompt what other threads write to standard output and error.
+
+        prompt-toolkit lets the terminal read lines meanwhile. An Enter of that moment became
+        Ctrl-J, which adds a line. A note reads nothing, so keys are left as they are.
+        """
+        source = vars(self._session.app.input)
+        source["cooked_mode"] = nullcontext
+        try:
+            with patch_stdout(raw=True):
+                yield
+        finally:
+            del source["cooked_mode"]
 
     def end(self, error: BaseException) -> None:
         """End this prompt, or the next one, with an error. Any thread may call it.

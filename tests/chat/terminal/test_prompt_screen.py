@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from prompt_toolkit.application import create_app_session
+from prompt_toolkit.application import create_app_session, run_in_terminal
 from prompt_toolkit.document import Document
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
@@ -89,6 +89,14 @@ def test_raw_control_bytes_do_no_harm(noise, vi, monkeypatch):
         while isinstance(read := screen.read(), KeyboardInterrupt):
             screen.ask()
         assert read == "fine"
+
+
+def test_enter_is_enter_while_a_note_is_printed_above():
+    """A question that was sent in that moment got another line instead."""
+    with look() as screen, screen.prompt.notes_above():
+        app = screen.prompt._session.app
+        app.loop.call_soon_threadsafe(run_in_terminal, lambda: screen.type("fine" + ENTER))
+        assert screen.read() == "fine"
 
 
 def test_what_turns_text_around_is_shown_in_a_line_from_the_history(tmp_path):
